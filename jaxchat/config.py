@@ -1,0 +1,227 @@
+"""The command line over frozen dataclasses, and their JSON.
+
+A config file is Python: `get_config(stage)` returns a frozen dataclass. Any field of it can be overridden by
+`--field=value` or `--part.field=value`; types are checked and a misspelt name gets a suggestion. A config file may
+also define `DIAL`, a frozen dataclass of the few numbers that everything else is derived from: overrides of those are
+read first and handed to `get_config(stage, dial)`, so that what is derived follows; the other overrides come after.
+
+This module knows no field names.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+class UserError(Exception):
+    """A mistake of the user's; the message is one sentence that names the remedy."""
+
+
+def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
+    """Runs a launcher: prints its result as one line of JSON, or a user's mistake as one sentence (exit status 2)."""
+    try:
+        result = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    if result is not None:
+        print(json.dumps(result, separators=(",", ":"), ensure_ascii=False), flush=True)
+
+
+def parse(cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None) -> Any:
+    """Reads `--field=value` arguments into dataclass `cls`; a mistake becomes a `UserError`, `--help` exits with 0."""
+    default = cls() if default is None else default
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            return tyro.cli(
+                cls, default=default, args=list(argv), description=description, config=options, use_underscores=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_mistake(text.getvalue(), default)) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load(argv: Sequence[str], *, description: str | None = None) -> Any:
+    """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns."""
+    path, stage, rest = _config_argument(argv)
+    module = _import(path)
+    known = {} if stage is None else {"stage": stage}
+    if hasattr(module, "DIAL"):
+        known["dial"] = _read_dial(module.DIAL, rest)
+    try:
+        default = module.get_config(**known)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return parse(type(default), rest, default=default, description=description or (module.__doc__ or "").strip())
+
+
+def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a nested dataclass by its dotted name."""
+    leaves: dict[str, Any] = {}
+    for field in dataclasses.fields(dataclass_value):
+        value, name = getattr(dataclass_value, field.name), prefix + field.name
+        parts = value if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]) else None
+        if dataclasses.is_dataclass(value):
+            leaves |= flags(value, name + ".")
+        elif parts is not None:
+            for i, part in enumerate(parts):
+                leaves |= flags(part, f"{name}.{i}.")
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf reads None."""
+    old, new = flags(before), flags(after)
+    names = [*old, *(name for name in new if name not in old)]
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values of a dataclass; every dataclass carries its type's name, so that a union can be read back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **named}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(hint: Any, value: Any, name: str = "config") -> Any:
+    """Reads what `to_json` wrote back into type `hint`; raises `UserError` naming the first field that does not fit."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return from_json(typing.get_args(hint)[0], value, name)
+    if origin in (typing.Union, types.UnionType):
+        return _from_union(typing.get_args(hint), value, name)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{name}={value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{name}={value!r} is not a list")
+        item = typing.get_args(hint)[0]
+        return tuple(from_json(item, part, f"{name}.{i}") for i, part in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return _from_object(hint, value, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise UserError(f"{name}={value!r} is not of type {hint.__name__}")
+    return value
+
+
+def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    named = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+    if isinstance(value, dict) and named:
+        kind = value.get("type")
+        if kind not in named:
+            raise UserError(f"{name} has type {kind!r}, which is none of {', '.join(named)}")
+        return from_json(named[kind], value, name)
+    for choice in choices:
+        if choice is not type(None) and not dataclasses.is_dataclass(choice):
+            try:
+                return from_json(choice, value, name)
+            except UserError:
+                continue
+    raise UserError(f"{name}={value!r} fits none of its types")
+
+
+def _from_object(cls: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}={value!r} is not an object of {cls.__name__}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    unknown = [key for key in value if key != "type" and key not in hints]
+    if unknown:
+        raise UserError(f"{name}.{unknown[0]} is not a field of {cls.__name__}: was it written by another version?")
+    fields = {key: from_json(hints[key], part, f"{name}.{key}") for key, part in value.items() if key != "type"}
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _config_argument(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
+    rest, spec = [], None
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            spec = next(words, None)
+        elif word.startswith("--config="):
+            spec = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    if not spec:
+        raise UserError("which configuration? name one with --config=configs/tiny.py")
+    name, _, stage = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in ("recipe", "__init__"))
+        guess = difflib.get_close_matches(str(path), near, n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(near) or 'none'} in {path.parent}/"
+        raise UserError(f"no configuration file {path}: {hint}")
+    return path, stage or None, rest
+
+
+def _import(path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no function get_config(stage)")
+    return module
+
+
+def _read_dial(default: Any, argv: Sequence[str]) -> Any:
+    if "--help" in argv or "-h" in argv:
+        return default
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            dial, _ = tyro.cli(
+                type(default), default=default, args=list(argv), return_unknown_args=True, use_underscores=True
+            )
+    except SystemExit:
+        raise UserError(_mistake(text.getvalue(), default)) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return dial
+
+
+def _mistake(report: str, default: Any) -> str:
+    """One sentence out of tyro's framed report."""
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
+    text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
+    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error)\s*", "", text).strip()
+    unknown = re.search(r"Unrecognized (?:options|arguments)\S*\s*(--[\w.\-]+)", report.replace("│", " "))
+    if unknown:
+        name = unknown.group(1).removeprefix("--").replace("-", "_")
+        guess = difflib.get_close_matches(name, list(flags(default)), n=1, cutoff=0.5)
+        return f"there is no field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
+    return re.sub(r"\s*For full helptext.*$", "", text) or "the arguments could not be read; see --help"
