@@ -1,0 +1,26 @@
+"""The model: pure functions of parameters, tokens and an optional cache.
+
+Arrays are named by their shape:
+
+    B batch   T query (or token of a row)   S key   M width   H heads   K kv heads   G = H / K   D head   F hidden
+    V vocabulary (padded)   L layers   N stacked matrices   C gate channels
+"""
+
+from jaxchat.model.attention import GQA, RoPE, ValueEmbedding
+from jaxchat.model.layers import RMSNorm
+from jaxchat.model.mlp import ReluSquared, SwiGLU
+from jaxchat.model.transformer import Backout, Model, ResidualScales, Smear, Transformer
+
+__all__ = [
+    "GQA",
+    "Backout",
+    "Model",
+    "ReluSquared",
+    "ResidualScales",
+    "RMSNorm",
+    "RoPE",
+    "Smear",
+    "SwiGLU",
+    "Transformer",
+    "ValueEmbedding",
+]

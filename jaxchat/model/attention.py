@@ -1,0 +1,217 @@
+"""Attention: grouped queries, rotary positions, windows, and one mask rule; `MIXERS` maps configuration to module.
+
+The mask rule, for training, packing, padding, windows and decoding alike: a query at position q sees a key at
+position k of the same segment when 0 <= k <= q and, under a window W, k > q - 1 - W (so W + 1 keys).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxchat import sharding
+from jaxchat.model import cache as kv
+from jaxchat.model.layers import Init, RMSNorm, centred_uniform, initializer, param, rms_norm, uniform_between
+
+MASKED = -1e30  # Finite, so that a row with no key at all stays finite.
+GATE_INIT = (0.0, 0.02)
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary positions over halves of the head (arXiv:2104.09864).
+
+    `direction` -1 rotates by -theta as nanochat does, +1 as Llama does; logits depend on differences alone, so it
+    matters only for weights trained elsewhere.
+    """
+
+    base: float = 10_000.0
+    direction: int = -1
+
+
+@dataclass(frozen=True)
+class ValueEmbedding:
+    """A table of per-token values, added to v through a gate of scale * sigmoid(first channels of x)."""
+
+    gate_channels: int = 12
+    scale: float = 3.0
+
+
+@dataclass(frozen=True)
+class GQA:
+    """Grouped-query attention (arXiv:2305.13245), causal, optionally within a window."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    rope: RoPE | None = RoPE()
+    qk_norm: RMSNorm | None = RMSNorm()
+    qk_scale: float = 1.0
+    value_embedding: ValueEmbedding | None = None
+    init: Init = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions pair its halves")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1, or None for all earlier tokens")
+
+
+class Context(NamedTuple):
+    """What a mixer needs beside its input: token ids, positions and segments, each (B, T); segments may be None."""
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+
+
+def rotate(x_BTHD: jax.Array, positions_BT: jax.Array, rope: RoPE) -> jax.Array:
+    """Rotates each pair (x[i], x[i + D/2]) by direction * position * base^(-2i/D); angles in float32."""
+    half = x_BTHD.shape[-1] // 2
+    wide = jnp.promote_types(x_BTHD.dtype, jnp.float32)
+    frequency_D = rope.base ** (-jnp.arange(half, dtype=wide) / half)
+    angle = positions_BT[:, :, None, None].astype(wide) * frequency_D * rope.direction
+    cos, sin = jnp.cos(angle).astype(x_BTHD.dtype), jnp.sin(angle).astype(x_BTHD.dtype)
+    first, second = x_BTHD[..., :half], x_BTHD[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def visible(
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    q_segments_BT: jax.Array | None = None,
+    k_segments_BS: jax.Array | None = None,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """The mask rule: (B, T, S) of bool."""
+    q, k = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
+    seen = (k >= 0) & (k <= q)
+    if window is not None:
+        seen &= k > q - 1 - window
+    if q_segments_BT is not None and k_segments_BS is not None:
+        seen &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    return seen
+
+
+def attend(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v over the keys that are seen; scores and softmax in float32. Returns (B, T, H, D)."""
+    B, T, H, D = q_BTHD.shape
+    K = k_BSKD.shape[2]
+    wide = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    q_BTKGD = (q_BTHD * D**-0.5).reshape(B, T, K, H // K, D)
+    s_BKGTS = jnp.einsum("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD, preferred_element_type=wide)
+    s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, MASKED)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKD.dtype)
+    return jnp.einsum("BKGTS,BSKD->BTKGD", p_BKGTS, v_BSKD).reshape(B, T, H, D)
+
+
+def attend_row(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, context: Context, *, window: int | None
+) -> jax.Array:
+    """Attention of a whole row to itself, in blocks of queries that skip the keys no query of the block can see.
+
+    A block reads the keys up to its own end and, under a window, from its first query's window on: tokens of a segment
+    stand in order, so a difference of row indices is a difference of positions.
+    """
+    T = q_BTHD.shape[1]
+    size = max(128, -(-T // 4))
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = 0 if window is None else max(0, start - window)
+        rows, keys = slice(start, end), slice(first, end)
+        positions, segments = context.positions_BT, context.segments_BT
+        seen_BTS = visible(
+            positions[:, rows],
+            positions[:, keys],
+            None if segments is None else segments[:, rows],
+            None if segments is None else segments[:, keys],
+            window=window,
+        )
+        blocks.append(attend(q_BTHD[:, rows], k_BTKD[:, keys], v_BTKD[:, keys], seen_BTS))
+    return jnp.concatenate(blocks, axis=1)
+
+
+class GroupedQueryAttention(nn.Module):
+    config: GQA
+    width: int
+    vocab: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTM: jax.Array, context: Context, cache: kv.KVCache | None
+    ) -> tuple[jax.Array, kv.KVCache | None]:
+        """x is the normalised input; returns what is added to the residual stream, and the cache with x's tokens."""
+        c, M, H, K, D = self.config, self.width, self.config.heads, self.config.kv_heads, self.config.head_dim
+        dtype = x_BTM.dtype
+
+        def project(name: str, axis: str, heads: int) -> jax.Array:
+            w_MHD = param(self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D))
+            y_BTHD = jnp.einsum("BTM,MHD->BTHD", x_BTM, w_MHD.astype(dtype))
+            return sharding.constrain(y_BTHD, ("batch", "length", axis, "head"))
+
+        q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
+        if c.value_embedding is not None:
+            v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
+        q_BTHD, k_BTKD = self._prepare(q_BTHD, context), self._prepare(k_BTKD, context)
+        if cache is None:
+            o_BTHD = attend_row(q_BTHD, k_BTKD, v_BTKD, context, window=c.window)
+        else:
+            cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
+            seen_BTS = visible(context.positions_BT, cache.positions_BS, window=c.window)
+            o_BTHD = attend(q_BTHD, cache.k_BSKD.astype(dtype), cache.v_BSKD.astype(dtype), seen_BTS)
+        o_BTHD = checkpoint_name(o_BTHD, "attention")
+        w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
+        return jnp.einsum("BTHD,HDM->BTM", o_BTHD, w_HDM.astype(dtype)), cache
+
+    def _prepare(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
+        """Queries and keys: rotate first, then normalise, then scale."""
+        c = self.config
+        if c.rope is not None:
+            x_BTHD = rotate(x_BTHD, context.positions_BT, c.rope)
+        if c.qk_norm is not None:
+            x_BTHD = rms_norm(x_BTHD, c.qk_norm.eps)
+        return x_BTHD if c.qk_scale == 1.0 else x_BTHD * c.qk_scale
+
+    def _value_embedding(self, value: ValueEmbedding, x_BTM: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        K, D, C = self.config.kv_heads, self.config.head_dim, value.gate_channels
+        shape = (self.vocab, K, D)
+        table_VKD = param(
+            self, "value_embedding", ("vocab", "kv_heads", "head"), shape, centred_uniform(self.width**-0.5)
+        )
+        gate_CK = param(self, "value_gate", ("gate", "kv_heads"), (C, K), uniform_between(*GATE_INIT))
+        gate_BTK = value.scale * jax.nn.sigmoid(x_BTM[..., :C] @ gate_CK.astype(x_BTM.dtype))
+        return gate_BTK[..., None] * table_VKD[tokens_BT].astype(x_BTM.dtype)
+
+    @staticmethod
+    def empty(config: GQA, batch: int, length: int, *, write: int, dtype: jnp.dtype) -> kv.KVCache:
+        return kv.empty(
+            batch,
+            length,
+            window=config.window,
+            write=write,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+        )
+
+    @staticmethod
+    def matmul_parameters(config: GQA, width: int) -> int:
+        gate = 0 if config.value_embedding is None else config.value_embedding.gate_channels * config.kv_heads
+        return 2 * width * (config.heads + config.kv_heads) * config.head_dim + gate
+
+    @staticmethod
+    def attention_flops(config: GQA, length: int) -> int:
+        """Training FLOPs a token of q k^T and p v at row length `length` (nanochat's count: 12 H D min(window, T))."""
+        seen = length if config.window is None else min(config.window, length)
+        return 12 * config.heads * config.head_dim * seen
+
+
+MIXERS = {GQA: GroupedQueryAttention}

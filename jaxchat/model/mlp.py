@@ -1,0 +1,70 @@
+"""Feed-forward layers; `MLPS` maps a configuration type to its module."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxchat import sharding
+from jaxchat.model.layers import Init, initializer, param
+
+
+@dataclass(frozen=True)
+class ReluSquared:
+    """out(relu(in(x))^2) (arXiv:2109.08668)."""
+
+    hidden: int
+    init: Init = "uniform"
+    init_scale: float = 0.4
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """out(silu(gate(x)) * in(x)) (arXiv:2002.05202)."""
+
+    hidden: int
+    init: Init = "uniform"
+    init_scale: float = 1.0
+
+
+class ReluSquaredLayer(nn.Module):
+    config: ReluSquared
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTM: jax.Array) -> jax.Array:
+        c, M, F = self.config, self.width, self.config.hidden
+        w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale))
+        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
+        h_BTF = jnp.einsum("BTM,MF->BTF", x_BTM, w_MF.astype(x_BTM.dtype))
+        h_BTF = jnp.square(jax.nn.relu(sharding.constrain(h_BTF, ("batch", "length", "hidden"))))
+        return jnp.einsum("BTF,FM->BTM", h_BTF, w_FM.astype(x_BTM.dtype))
+
+    @staticmethod
+    def matmul_parameters(config: ReluSquared, width: int) -> int:
+        return 2 * width * config.hidden
+
+
+class SwiGLULayer(nn.Module):
+    config: SwiGLU
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTM: jax.Array) -> jax.Array:
+        c, M, F = self.config, self.width, self.config.hidden
+        init = initializer(c.init, M, F, c.init_scale)
+        g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init)
+        w_MF = param(self, "in", ("embed", "hidden"), (M, F), init)
+        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
+        gate_BTF = jax.nn.silu(jnp.einsum("BTM,MF->BTF", x_BTM, g_MF.astype(x_BTM.dtype)))
+        h_BTF = gate_BTF * jnp.einsum("BTM,MF->BTF", x_BTM, w_MF.astype(x_BTM.dtype))
+        h_BTF = sharding.constrain(h_BTF, ("batch", "length", "hidden"))
+        return jnp.einsum("BTF,FM->BTM", h_BTF, w_FM.astype(x_BTM.dtype))
+
+    @staticmethod
+    def matmul_parameters(config: SwiGLU, width: int) -> int:
+        return 3 * width * config.hidden
+
+
+MLPS = {ReluSquared: ReluSquaredLayer, SwiGLU: SwiGLULayer}

@@ -1,0 +1,131 @@
+"""Meshes and placements: the one file that names mesh axes.
+
+Parameters and activations carry logical axes; a rule table maps each to mesh axes. `data` replicates the parameters,
+`fsdp` splits them along their width, `tensor` splits heads, hidden units and the vocabulary.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+TRAIN_RULES: Rules = {
+    # parameters
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+    "head": None,
+    "gate": None,
+    "layers": None,
+    # activations
+    "batch": BATCH,
+    "length": None,
+    "width": None,
+    "shards": BATCH,
+    # the optimizer's stacks of matrices: each device orthogonalises its share
+    "stack": MESH_AXES,
+}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many ways each mesh axis splits; `data=0` takes every device that is left."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.data < 0 or min(self.fsdp, self.tensor) < 1:
+            raise ValueError(f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive")
+
+
+def host_devices(rows: int) -> int:
+    """How many devices the CPU backend should show: the largest divisor of `rows` up to min(cores, 8)."""
+    most = min(os.cpu_count() or 1, 8)
+    return max(n for n in range(1, most + 1) if rows % n == 0)
+
+
+def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over all devices; raises ValueError where it does not fit them or the `rows` of a micro-batch."""
+    devices = list(jax.devices() if devices is None else devices)
+    data = config.data or max(1, len(devices) // (config.fsdp * config.tensor))
+    sizes = (data, config.fsdp, config.tensor)
+    if math.prod(sizes) > len(devices) or (config.data == 0 and math.prod(sizes) != len(devices)):
+        raise ValueError(
+            f"mesh data={data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} devices"
+        )
+    if rows % (data * config.fsdp):
+        raise ValueError(
+            f"a micro-batch of {rows} rows does not divide over data={data} x fsdp={config.fsdp}: "
+            f"set micro_rows to a multiple of {data * config.fsdp}, or a smaller mesh"
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
+
+
+def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:
+    """The placement of logical `axes`; raises ValueError when two of them need the same mesh axis."""
+    entries = [None if name is None else rules[name] for name in axes]
+    owner: dict[str, str] = {}
+    for name, entry in zip(axes, entries, strict=True):
+        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+            if mesh_axis in owner:
+                raise ValueError(f"axes {owner[mesh_axis]} and {name} are both placed on mesh axis {mesh_axis}")
+            owner[mesh_axis] = str(name)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> jax.Array:
+    """Places an array inside jit by its logical axes, where a mesh is set; otherwise leaves it alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+
+
+def batch_shards() -> int:
+    """In how many parts the mesh that is set splits a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def device_count() -> int:
+    """Devices of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = TRAIN_RULES) -> Any:
+    """A tree of shardings for a tree of shapes and the equal tree of logical axes; sizes must divide."""
+
+    def place(path: Any, shape: Any, names: Sequence[str]) -> NamedSharding:
+        placed = spec(names, rules)
+        for size, name, entry in zip(shape.shape, names, placed, strict=True):
+            ways = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % ways:
+                raise ValueError(f"{jax.tree_util.keystr(path)}: {name}={size} is not a multiple of {entry}={ways}")
+        return NamedSharding(mesh, placed)
+
+    return jax.tree_util.tree_map_with_path(place, shapes, axes)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's (micro-batches, rows, ...) arrays as global arrays, rows split over the batch axes."""
+    placed = NamedSharding(mesh, PartitionSpec(None, BATCH))
+    return {name: jax.make_array_from_process_local_data(placed, column) for name, column in batch.items()}
