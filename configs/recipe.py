@@ -1,0 +1,191 @@
+"""The one dial: depth gives width, heads, batch, horizon, learning rates and weight decay.
+
+Formulas are nanochat's (July 2026): horizon = 12 tokens a scaling parameter (matrices and head); batch after Power
+Lines (arXiv:2505.13738); learning rates with the square root of the batch; weight decay so that batch / (rate * decay *
+horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 12.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxchat.data.prepare import Data
+from jaxchat.experiment import Experiment
+from jaxchat.model import (
+    GQA,
+    Backout,
+    Model,
+    ReluSquared,
+    ResidualScales,
+    RMSNorm,
+    RoPE,
+    Smear,
+    ValueEmbedding,
+)
+from jaxchat.model.transformer import parameter_counts
+from jaxchat.optim import AdamW, Muon, Optimizer
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19
+REFERENCE_DECAY = 0.28
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The few numbers that are read first; 0 derives the number from depth.
+
+    Attributes:
+        family: "july2026" is nanochat's newest architecture and optimizer, "october2025" its original, which
+            transformers knows as NanoChatForCausalLM.
+        ratio: training tokens a scaling parameter.
+        windows: "SSSL" gives three layers of four a window of a quarter row, "L" none.
+    """
+
+    depth: int
+    family: Literal["july2026", "october2025"] = "july2026"
+    steps: int = 0
+    batch_tokens: int = 0
+    vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
+    row_length: Annotated[int, tyro.conf.arg(name="data.row_length")] = 2048
+    ratio: float = 12.0
+    head_dim: int = 128
+    windows: Literal["SSSL", "L"] = "SSSL"
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+        if self.steps < 0 or self.batch_tokens < 0:
+            raise ValueError(f"steps={self.steps} and batch_tokens={self.batch_tokens} must be positive, or 0 to derive")
+
+
+def width(dial: Dial) -> int:
+    """64 a layer, rounded up to whole heads."""
+    return math.ceil(64 * dial.depth / dial.head_dim) * dial.head_dim
+
+
+def model(dial: Dial) -> Model:
+    """The architecture of a depth."""
+    return _july2026(dial) if dial.family == "july2026" else _october2025(dial)
+
+
+def scaling_parameters(dial: Dial) -> int:
+    """Matrices of the layers and the head: what the horizon is measured in."""
+    counts = parameter_counts(model(dial))
+    return counts["matrices"] + counts["head"]
+
+
+def batch_tokens(dial: Dial) -> int:
+    """2^19 tokens at depth 12, growing with the horizon to the power 0.383, rounded to a power of two."""
+    if dial.batch_tokens:
+        return dial.batch_tokens
+    growth = scaling_parameters(dial) / scaling_parameters(_reference(dial))
+    return 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
+
+
+def steps(dial: Dial) -> int:
+    return dial.steps or max(1, int(dial.ratio * scaling_parameters(dial)) // batch_tokens(dial))
+
+
+def optimizer(dial: Dial) -> Optimizer:
+    """Learning rates grow with sqrt(batch); those of tables and head fall with sqrt(width)."""
+    by_batch = math.sqrt(batch_tokens(dial) / REFERENCE_BATCH)
+    by_width = (width(dial) / 768) ** -0.5
+    if dial.family == "october2025":
+        table = AdamW(0.2 * by_width, 0.8, 0.95)
+        plain = AdamW(0.005)
+        return Optimizer(
+            muon=Muon(0.02, 0.0, 0.85, 0.95, 0.95, 300, 0.9, False, False, False, False),
+            head=AdamW(0.004 * by_width, 0.8, 0.95),
+            embed=table,
+            value_embeddings=table,
+            resid_scale=plain,
+            x0_scale=plain,
+            scalars=plain,
+            warmup_steps=0,
+            warmdown_fraction=0.2,
+            final_fraction=0.0,
+            clip=1.0,
+        )
+    decay = REFERENCE_DECAY * by_batch * scaling_parameters(_reference(dial)) / scaling_parameters(dial)
+    return Optimizer(
+        muon=Muon(0.02 * by_batch, decay),
+        head=AdamW(0.008 * by_width * by_batch, 0.8, 0.96, 0.01),
+        embed=AdamW(0.3 * by_width * by_batch, 0.8, 0.995, 0.001),
+        value_embeddings=AdamW(0.15 * by_width * by_batch, 0.8, 0.995, 0.01),
+        resid_scale=AdamW(0.005 * by_batch, 0.8, 0.95, 0.05),
+        x0_scale=AdamW(0.5 * by_batch, 0.96, 0.95),
+        scalars=AdamW(0.2, 0.8, 0.95),
+    )
+
+
+def pretrain(dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object) -> Experiment:
+    """The pretraining experiment of a dial; `fields` are further fields of Experiment."""
+    experiment = Experiment(
+        model=model(dial),
+        optimizer=optimizer(dial),
+        data=Data(train=train, val=val, vocab=dial.vocab, row_length=dial.row_length),
+        depth=dial.depth,
+        steps=steps(dial),
+        batch_tokens=batch_tokens(dial),
+        name=name,
+    )
+    return dataclasses.replace(experiment, **fields)  # type: ignore[arg-type]
+
+
+def only_pretrain(stage: str) -> None:
+    """Raises ValueError for a stage that does not exist."""
+    if stage != "pretrain":
+        raise ValueError(f"there is no stage {stage!r}: choose pretrain")
+
+
+def _reference(dial: Dial) -> Dial:
+    return dataclasses.replace(dial, depth=REFERENCE_DEPTH)
+
+
+def _july2026(dial: Dial) -> Model:
+    M = width(dial)
+    heads = M // dial.head_dim
+    short = math.ceil(dial.row_length / 4 / 128) * 128
+
+    def mixer(layer: int) -> GQA:
+        local = dial.windows == "SSSL" and layer % 4 != 3 and layer != dial.depth - 1
+        return GQA(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=dial.head_dim,
+            window=short if local else None,
+            rope=RoPE(100_000.0),
+            qk_norm=RMSNorm(),
+            qk_scale=1.2,
+            value_embedding=ValueEmbedding() if layer % 2 == (dial.depth - 1) % 2 else None,
+        )
+
+    period = 4 if dial.depth % 4 == 0 else dial.depth
+    return Model(
+        vocab=dial.vocab,
+        width=M,
+        depth=dial.depth,
+        pattern=tuple(mixer(i) for i in range(period)),
+        mlp=ReluSquared(4 * M),
+        residual_scales=ResidualScales(),
+        smear=Smear(),
+        backout=Backout(),
+    )
+
+
+def _october2025(dial: Dial) -> Model:
+    M = width(dial)
+    heads = M // dial.head_dim
+    return Model(
+        vocab=dial.vocab,
+        width=M,
+        depth=dial.depth,
+        pattern=(GQA(heads=heads, kv_heads=heads, head_dim=dial.head_dim, init="normal"),),
+        mlp=ReluSquared(4 * M, init="normal", init_scale=1.0),
+        embed_std=1.0,
+        head_std=0.0,
+        isolate_documents=False,
+    )

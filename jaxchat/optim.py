@@ -1,0 +1,285 @@
+"""The optimizer: Muon for the layers' matrices, AdamW for everything else, groups chosen by logical axes.
+
+After nanochat (2026): Muon with Nesterov momentum (Jordan 2024), row equilibration (MuonEq, arXiv:2603.28254), Polar
+Express orthogonalisation (arXiv:2505.16932), renormalisation (Muon+, arXiv:2602.21545), factored second moments
+(NorMuon, arXiv:2510.05491) and cautious decoupled weight decay (arXiv:2510.12402).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxchat import sharding
+
+Schedule = Callable[[jax.Array], jax.Array]
+Triples = tuple[tuple[float, float, float], ...]
+
+# Five steps of degree five; safety factor 2e-2, cushion 2 (arXiv:2505.16932, section 3).
+POLAR_EXPRESS: Triples = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ: Triples = ((3.4445, -4.7750, 2.0315),) * 5
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """One AdamW group (arXiv:1711.05101)."""
+
+    learning_rate: float
+    b1: float = 0.8
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    eps: float = 1e-10
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon on every matrix of the layers; the flags switch off what came after Muon itself."""
+
+    learning_rate: float = 0.02
+    weight_decay: float = 0.28
+    momentum_first: float = 0.85
+    momentum: float = 0.97
+    momentum_last: float = 0.90
+    momentum_warmup: int = 400
+    b2: float = 0.9
+    equilibrate: bool = True
+    renormalise: bool = True
+    variance: bool = True
+    polar_express: bool = True
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Groups, and the shape of the learning rate over steps: warm-up, constant, linear warm-down to a fraction."""
+
+    muon: Muon | None
+    head: AdamW
+    embed: AdamW
+    value_embeddings: AdamW
+    resid_scale: AdamW
+    x0_scale: AdamW
+    scalars: AdamW
+    warmup_steps: int = 40
+    warmdown_fraction: float = 0.65
+    final_fraction: float = 0.05
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmdown_fraction <= 1:
+            raise ValueError(f"warmdown_fraction={self.warmdown_fraction} must lie between 0 and 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be positive, or None")
+
+
+def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
+    """What every learning rate is multiplied by at a step: (t + 1) / warm-up, 1, then linear to the final fraction."""
+    down = round(config.warmdown_fraction * steps)
+
+    def factor(step: jax.Array) -> jax.Array:
+        left = (steps - step) / max(down, 1)
+        late = left + (1 - left) * config.final_fraction
+        value = jnp.where(step <= steps - down, 1.0, late)
+        return jnp.where(step < config.warmup_steps, (step + 1) / max(config.warmup_steps, 1), value)
+
+    return factor
+
+
+def muon_momentum(config: Optimizer, steps: int) -> Schedule:
+    """Muon's momentum at a step: up over its warm-up (which goes first), then down while the learning rate falls."""
+    m = config.muon or Muon()
+    down = round(config.warmdown_fraction * steps)
+
+    def momentum(step: jax.Array) -> jax.Array:
+        up = jnp.minimum(step / max(m.momentum_warmup, 1), 1.0)
+        late = jnp.clip((step - (steps - down)) / max(down, 1), 0.0, 1.0)
+        value = m.momentum * (1 - late) + m.momentum_last * late
+        return jnp.where(step < m.momentum_warmup, m.momentum_first * (1 - up) + m.momentum * up, value)
+
+    return momentum
+
+
+def muon_decay(config: Optimizer, steps: int) -> Schedule:
+    """Muon's weight decay at a step: a half cosine to zero."""
+    decay = 0.0 if config.muon is None else config.muon.weight_decay
+    return lambda step: decay * 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(step / steps, 1.0)))
+
+
+def make(config: Optimizer, axes: Any, *, steps: int, dtype: Any = jnp.float32) -> optax.GradientTransformation:
+    """The whole optimizer for a parameter tree with logical `axes`; `dtype` is that of Newton-Schulz."""
+    factor = learning_rate_factor(config, steps)
+
+    def adamw(group: AdamW) -> optax.GradientTransformation:
+        rate = lambda step: group.learning_rate * factor(step)  # noqa: E731
+        return optax.adamw(rate, b1=group.b1, b2=group.b2, eps=group.eps, weight_decay=group.weight_decay)
+
+    names = ("head", "embed", "value_embeddings", "resid_scale", "x0_scale", "scalars")
+    groups = {name: adamw(getattr(config, name)) for name in names}
+    groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, axes, steps=steps, dtype=dtype)
+    parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    return optax.chain(*parts, optax.partition(groups, group_labels(axes)))
+
+
+def group_labels(axes: Any) -> Any:
+    """Each parameter's group, by its logical axes: a matrix of a layer, a table by token, the head, or a scalar."""
+
+    def label(path: Any, names: tuple[str, ...]) -> str:
+        if "vocab" in names:
+            return "value_embeddings" if "layers" in names else "head" if names[-1] == "vocab" else "embed"
+        if len(names) > 2 and names[0] == "layers":
+            return "matrices"
+        name = path[-1].key
+        return name if name in ("resid_scale", "x0_scale") else "scalars"
+
+    return jax.tree_util.tree_map_with_path(label, axes, is_leaf=_is_axes)
+
+
+class MuonState(NamedTuple):
+    """Steps taken; momentum in the parameters' shapes; mean squares along the shorter side of each matrix."""
+
+    count: jax.Array
+    momentum: Any
+    variance: Any
+
+
+def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.GradientTransformation:
+    """Muon for the leaves that `optax.partition` leaves in place (others are masked nodes)."""
+    c = config.muon or Muon()
+    factor, momentum, decay = (f(config, steps) for f in (learning_rate_factor, muon_momentum, muon_decay))
+    triples = POLAR_EXPRESS if c.polar_express else NEWTON_SCHULZ
+    views = [_View(names) for names in jax.tree.leaves(axes, is_leaf=_is_axes) if _is_matrix(names)]
+
+    def init(params: Any) -> MuonState:
+        def mean_squares(view: "_View", w: jax.Array) -> jax.Array:
+            N, R, C = jax.eval_shape(view.matrices, w).shape
+            return jnp.zeros((N, max(R, C)), w.dtype)
+
+        leaves, tree = jax.tree.flatten(params)
+        variance = [mean_squares(view, w) for view, w in zip(views, leaves, strict=True)]
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tree.unflatten(variance))
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        leaves, tree = jax.tree.flatten(grads)
+        m = momentum(state.count)
+        buffers = [b + (1 - m) * (g - b) for b, g in zip(jax.tree.leaves(state.momentum), leaves, strict=True)]
+        ahead = [view.matrices(g + m * (b - g)) for view, g, b in zip(views, leaves, buffers, strict=True)]
+        seconds: list[Any] = jax.tree.leaves(state.variance)
+        updates: list[Any] = [None] * len(leaves)
+        rate, wd = c.learning_rate * factor(state.count), decay(state.count)
+        weights = jax.tree.leaves(params)
+        for shape, members in _by_shape(ahead).items():
+            stack = _orthogonal_stack(c, triples, [ahead[i] for i in members], dtype)
+            if c.variance:
+                second = jnp.concatenate([seconds[i] for i in members])
+                stack, second = normalise_variance(stack, second, c.b2)
+            scale = rate * math.sqrt(max(1.0, shape[0] / shape[1]))
+            start = 0
+            for i in members:
+                rows = slice(start, start + ahead[i].shape[0])
+                start = rows.stop
+                seconds[i] = second[rows] if c.variance else seconds[i]
+                o = views[i].restore(stack[rows], weights[i].shape)
+                agree = (o * weights[i] >= 0).astype(o.dtype)
+                updates[i] = -scale * (o + wd * weights[i] * agree)
+        state = MuonState(state.count + 1, tree.unflatten(buffers), tree.unflatten(seconds))
+        return tree.unflatten(updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalise(x_NRC: jax.Array, triples: Sequence[tuple[float, float, float]], *, margin: float = 1.01) -> jax.Array:
+    """Newton-Schulz towards the nearest semi-orthogonal matrix: X <- a X + (b A + c A A) X, with A = X X^T.
+
+    X is divided by `margin` times its Frobenius norm first, so that no singular value exceeds one.
+    """
+    R, C = x_NRC.shape[-2:]
+    x = jnp.swapaxes(x_NRC, -1, -2) if R > C else x_NRC
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) * margin + 1e-6).astype(x.dtype)
+    for a, b, c in triples:
+        A = jnp.einsum("NRC,NSC->NRS", x, x)
+        x = a * x + jnp.einsum("NRS,NSC->NRC", b * A + c * jnp.einsum("NRS,NST->NRT", A, A), x)
+    return jnp.swapaxes(x, -1, -2) if R > C else x
+
+
+def equilibrate(x_NRC: jax.Array) -> jax.Array:
+    """Every row rescaled to the root mean square of the row norms (arXiv:2603.28254)."""
+    rows = jnp.linalg.norm(x_NRC, axis=-1, keepdims=True)
+    target = jnp.linalg.norm(rows, axis=-2, keepdims=True) / math.sqrt(x_NRC.shape[-2])
+    return x_NRC * (target / jnp.maximum(rows, 1e-6))
+
+
+def normalise_variance(x_NRC: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
+    """NorMuon: divides by the root of a running mean square along the shorter side, keeping the Frobenius norm.
+
+    `second` is (N, max(R, C)); ties take the mean over columns. Returns the scaled matrices and the new mean squares.
+    """
+    R, C = x_NRC.shape[-2:]
+    axis = -1 if R >= C else -2
+    mean = jnp.mean(jnp.square(x_NRC), axis=axis)
+    second = second + (1 - b2) * (mean - second)
+    step = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
+    before = jnp.sqrt(jnp.sum(mean, axis=-1, keepdims=True))
+    after = jnp.sqrt(jnp.sum(mean * jnp.square(step), axis=-1, keepdims=True))
+    least = 1e-10 / math.sqrt(x_NRC.shape[axis])
+    return x_NRC * jnp.expand_dims(step * (before / jnp.maximum(after, least)), axis), second
+
+
+def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], dtype: Any) -> jax.Array:
+    """Equal-shaped matrices as one stack, spread over every device, orthogonalised; float32 outside, `dtype` inside."""
+    stack = jnp.concatenate(parts)
+    wide, count, devices = stack.dtype, stack.shape[0], sharding.device_count()
+    stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
+    stack = sharding.constrain(stack, ("stack", None, None))
+    if c.equilibrate:
+        stack = equilibrate(stack)
+    dtype = wide if wide == jnp.float64 else dtype
+    stack = orthogonalise(stack.astype(dtype), triples).astype(wide)
+    if c.renormalise:
+        norm = jnp.linalg.norm(stack, axis=(-2, -1), keepdims=True)
+        stack = stack * (math.sqrt(min(stack.shape[-2:])) / jnp.maximum(norm, 1e-6))
+    return stack[:count]
+
+
+@dataclass(frozen=True)
+class _View:
+    """A stacked parameter as matrices (N, out, in): its heads and head axes are one side."""
+
+    axes: tuple[str, ...]
+
+    @property
+    def split(self) -> int:
+        """Where the input axes end."""
+        return 3 if self.axes[1] in ("heads", "kv_heads") else 2
+
+    def matrices(self, w: jax.Array) -> jax.Array:
+        rows = math.prod(w.shape[1 : self.split])
+        return jnp.swapaxes(w.reshape(w.shape[0], rows, -1), -1, -2)
+
+    def restore(self, x_NRC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.swapaxes(x_NRC, -1, -2).reshape(shape)
+
+
+def _by_shape(stacks: list[jax.Array]) -> dict[tuple[int, int], list[int]]:
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, x_NRC in enumerate(stacks):
+        shapes.setdefault((x_NRC.shape[1], x_NRC.shape[2]), []).append(i)
+    return shapes
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
+def _is_matrix(names: tuple[str, ...]) -> bool:
+    return len(names) > 2 and names[0] == "layers" and "vocab" not in names
