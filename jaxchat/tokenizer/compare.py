@@ -1,0 +1,115 @@
+"""How well a tokenizer compresses: bytes per token, per script, and beside a peer trained on the same text."""
+
+import importlib.util
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxchat.tokenizer.sentencepiece import Tokenizer
+
+# The split pattern of nanochat: GPT-4's, with at most two digits a piece.
+NANOCHAT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+FEW_BYTES_PER_TOKEN = 1.5
+_RARE = 0.001
+_NOT_SCRIPTS = frozenset({"digits", "whitespace", "punctuation", "symbols", "marks", "other"})
+
+
+class Share(NamedTuple):
+    """What one script takes of a text; a token over several scripts is divided among them by bytes."""
+
+    bytes: int
+    tokens: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes and tokens of texts, in all and by script (the largest first)."""
+
+    total: Share
+    scripts: dict[str, Share]
+
+    def warnings(self) -> list[str]:
+        """A sentence for every script, other than traces of one, that falls apart into bytes."""
+        return [
+            f"{name} takes {share.bytes_per_token:.2f} bytes per token (below {FEW_BYTES_PER_TOKEN}): "
+            "train the tokenizer on more of it, or raise --data.vocab"
+            for name, share in self.scripts.items()
+            if name not in _NOT_SCRIPTS
+            and share.bytes >= _RARE * self.total.bytes
+            and share.bytes_per_token < FEW_BYTES_PER_TOKEN
+        ]
+
+
+def report(tokenizer: Tokenizer, texts: Iterable[str]) -> Report:
+    """Bytes per token of texts, by script."""
+    shares: dict[str, Share] = {}
+    for text in texts:
+        ids = np.asarray(tokenizer.encode(text), np.int64)
+        lengths = tokenizer.bytes_per_token[ids]
+        points, widths = _characters(tokenizer.decode_bytes(ids.tolist()).decode("utf-8"))
+        distinct, which = np.unique(points, return_inverse=True)
+        names = [_script(int(point)) for point in distinct]
+        scripts = sorted(set(names))
+        script_of_byte = np.repeat(np.array([scripts.index(name) for name in names], np.int64)[which], widths)
+        bytes_of_script = np.bincount(script_of_byte, minlength=len(scripts))
+        tokens_of_script = np.bincount(script_of_byte, np.repeat(1 / lengths, lengths), minlength=len(scripts))
+        for name, size, tokens in zip(scripts, bytes_of_script, tokens_of_script):
+            before = shares.get(name, Share(0, 0.0))
+            shares[name] = Share(before.bytes + int(size), before.tokens + float(tokens))
+    ordered = dict(sorted(shares.items(), key=lambda item: (-item[1].bytes, item[0])))
+    total = Share(sum(share.bytes for share in ordered.values()), sum(share.tokens for share in ordered.values()))
+    return Report(total, ordered)
+
+
+def peer_bytes_per_token(train: Sequence[str], held_out: Sequence[str], *, vocab: int) -> float | None:
+    """Bytes per token of rustbpe with nanochat's pattern and specials at the same `vocab`; None if not installed."""
+    if not all(map(importlib.util.find_spec, ("rustbpe", "tiktoken"))):
+        return None
+    import rustbpe
+    import tiktoken
+
+    trained = rustbpe.Tokenizer()
+    trained.train_from_iterator(iter(train), vocab_size=vocab - 9, pattern=NANOCHAT_PATTERN)
+    ranks = {bytes(piece): rank for piece, rank in trained.get_mergeable_ranks()}
+    encoding = tiktoken.Encoding("peer", pat_str=NANOCHAT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    tokens = sum(map(len, encoding.encode_ordinary_batch(list(held_out))))
+    return sum(len(text.encode("utf-8")) for text in held_out) / tokens
+
+
+def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Code points of a text, and the UTF-8 bytes that each takes."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return points, 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+
+
+@cache
+def _script(point: int) -> str:
+    """Script of a letter by its Unicode name; digits, whitespace and the like by category."""
+    character = chr(point)
+    category = unicodedata.category(character)
+    if category[0] == "N":
+        return "digits"
+    if character.isspace() or category == "Cc":
+        return "whitespace"
+    if category[0] in "PS":
+        return "punctuation" if category[0] == "P" else "symbols"
+    words = unicodedata.name(character, "").split()
+    if not words or category[0] == "C":
+        return "other"
+    first = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH") and len(words) > 1 else words[0]
+    if first in ("MASCULINE", "FEMININE"):  # ordinal indicators
+        return "Latin"
+    if first in ("COMBINING", "MODIFIER"):
+        return "marks"
+    return "Han" if first == "CJK" else first.capitalize()

@@ -1,0 +1,316 @@
+"""A lossless subword tokenizer on sentencepiece: train, encode, decode, save, load.
+
+sentencepiece segments; what is lossy in it is not used. Text is cut at spaces before it is encoded, which changes no
+segmentation (no piece crosses a border between a word and the space after it) and lets repeated words come from a
+cache; U+2581, which sentencepiece reads as a space, is encoded as its three bytes; and ids are decoded through a
+table of the bytes of every id.
+"""
+
+import hashlib
+import heapq
+import io
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import sentencepiece
+
+from jaxchat.config import UserError
+
+SPECIALS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+FORMAT = "jaxchat-tokenizer-1"
+MODEL_FILE, METADATA_FILE = "tokenizer.model", "tokenizer.json"
+
+SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
+_CHUNK = re.compile(r" +[^ \u2581]*|[^ \u2581]+|\u2581")
+_UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips, or misreads, a sentence that holds one of these
+_BLOCK_CHARACTERS = 2000
+_COVERAGE = 0.9995
+_CACHED_CHUNK, _CACHED_CHUNKS = 64, 1 << 18
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How a tokenizer is trained, or where a finished one lies."""
+
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+    extra_specials: tuple[str, ...] = ()
+    """Further special tokens, such as <|tool|>, numbered after the built-in ones."""
+    sample_bytes: int = 20_000_000
+    """How much text to train on, drawn evenly from all documents."""
+    path: str | None = None
+    """Directory of a saved tokenizer to use instead of training one."""
+
+    def __post_init__(self) -> None:
+        for name in self.extra_specials:
+            if not re.fullmatch(r"<\|[A-Za-z0-9_]*[A-Za-z_][A-Za-z0-9_]*\|>", name):
+                raise ValueError(f"extra_specials has {name!r}: write special tokens like <|tool_start|>")
+        names = SPECIALS + self.extra_specials
+        if len(set(names)) != len(names):
+            raise ValueError(f"extra_specials repeats a special token: {', '.join(self.extra_specials)}")
+        if self.sample_bytes < 1:
+            raise ValueError(f"sample_bytes={self.sample_bytes} must be positive")
+
+
+class _ChunkIds(dict[str, tuple[int, ...]]):
+    """The ids of every chunk met so far; a new one is segmented on the way."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, space_mark: tuple[int, ...]) -> None:
+        super().__init__({SPACE_MARK: space_mark})
+        self._processor, self._space_mark = processor, space_mark
+
+    def __missing__(self, chunk: str) -> tuple[int, ...]:
+        ids = tuple(self._processor.encode(chunk, num_threads=1))
+        if len(chunk) <= _CACHED_CHUNK:
+            if len(self) >= _CACHED_CHUNKS:
+                self.clear()
+                self[SPACE_MARK] = self._space_mark
+            self[chunk] = ids
+        return ids
+
+
+class Tokenizer:
+    """An immutable tokenizer; `decode(encode(text)) == text` for every Unicode text.
+
+    Attributes:
+      vocab_size: number of ids, special tokens included.
+      specials: id of each special token by name; encoding text never produces one.
+      bos: id of `<|bos|>`, which starts every document.
+      bytes_per_token: int32 (vocab_size,), UTF-8 bytes that an id stands for; 0 for special tokens.
+      hash: hexadecimal SHA-256 of everything that the ids depend on.
+      model: the serialized sentencepiece model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        ids = range(processor.get_piece_size())
+        pieces = [processor.id_to_piece(i) for i in ids]
+        if sum(map(processor.is_byte, ids)) != 256 or any(re.search("[^\u2581]\u2581", piece) for piece in pieces):
+            raise UserError(
+                "a sentencepiece model without byte pieces, or with pieces of many words, is not lossless here"
+            )
+        self.model = model
+        self.vocab_size = len(pieces)
+        self.specials = {pieces[i]: i for i in ids if processor.is_control(i)}
+        if not set(SPECIALS) <= set(self.specials):
+            raise UserError(f"a sentencepiece model needs the control symbols {' '.join(SPECIALS)}")
+        self.bos = self.specials[SPECIALS[0]]
+        self.hash = hashlib.sha256(FORMAT.encode() + model).hexdigest()
+        self._names = {i: name.encode() for name, i in self.specials.items()}
+        self._bytes = [_piece_bytes(processor, i, pieces[i]) for i in ids]
+        self.bytes_per_token = np.array([len(piece) for piece in self._bytes], np.int32)
+        self.bytes_per_token.flags.writeable = False
+        space_mark = tuple(processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode())
+        self._chunk_ids = _ChunkIds(processor, space_mark)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with no `<|bos|>`; a lone surrogate, which is not text, reads as U+FFFD."""
+        if not text.isascii():
+            text = _scalar_values(text)
+        return list(chain.from_iterable(map(self._chunk_ids.__getitem__, _CHUNK.findall(text))))
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Ids of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
+        """UTF-8 bytes of ids, possibly ending inside a character; special tokens are left out, or named."""
+        ids = [int(i) for i in ids]
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
+        if keep_specials:
+            return b"".join(self._names.get(i, self._bytes[i]) for i in ids)
+        return b"".join(map(self._bytes.__getitem__, ids))
+
+    def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer to a directory, whole or not at all; the same tokenizer there already is left alone."""
+        directory = Path(directory)
+        if directory.exists() and _saved_hash(directory) == self.hash:
+            return
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            metadata = {
+                "format": FORMAT,
+                "hash": self.hash,
+                "vocab_size": self.vocab_size,
+                "specials": self.specials,
+            }
+            (temporary / MODEL_FILE).write_bytes(self.model)
+            (temporary / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+            temporary.chmod(0o755)
+            _replace(directory, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads a saved tokenizer; raises `UserError` when it is missing or damaged."""
+        directory = Path(directory)
+        for name in (MODEL_FILE, METADATA_FILE):
+            if not (directory / name).is_file():
+                raise UserError(f"no tokenizer in {directory} ({name} is missing); train one with launch.tokenizer")
+        model = (directory / MODEL_FILE).read_bytes()
+        if _saved_hash(directory) != hashlib.sha256(FORMAT.encode() + model).hexdigest():
+            raise UserError(f"the tokenizer in {directory} is damaged or of another format; delete it and train again")
+        return cls(model)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig, seed: int = 0) -> Tokenizer:
+    """Trains a tokenizer of exactly `vocab` ids; the same texts and seed give the same bytes.
+
+    Raises:
+      UserError: the vocabulary is too small for the bytes and specials, or too large for the text.
+    """
+    specials = SPECIALS + config.extra_specials
+    free = vocab - (1 + len(specials) + 256)
+    if free < 2:
+        raise UserError(f"--data.vocab={vocab} is too small: bytes and special tokens alone take {vocab - free} ids")
+    blocks = sample(texts, config.sample_bytes, seed=seed)
+    if not blocks:
+        raise UserError("there is no text to train a tokenizer on; name documents with --data.train")
+    output = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_common_characters(blocks, most=free // 2)),
+            model_writer=output,
+            model_type=config.algorithm,
+            vocab_size=vocab,
+            control_symbols=list(specials),
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _BLOCK_CHARACTERS,
+            num_threads=16,  # part of the result: sums of the unigram algorithm are grouped by thread
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "Vocabulary size" not in str(error):
+            raise
+        raise UserError(_too_large(vocab, blocks, str(error))) from None
+    tokenizer = Tokenizer(output.getvalue())
+    assert tokenizer.vocab_size == vocab, (tokenizer.vocab_size, vocab)
+    return tokenizer
+
+
+def sample(texts: Iterable[str], most_bytes: int, *, seed: int) -> list[str]:
+    """Blocks of whole words, about `most_bytes` of UTF-8 in all, drawn evenly from the texts, in their order."""
+    generator = random.Random(seed)
+    kept: list[tuple[float, int, int, str]] = []
+    total = 0
+    for index, block in enumerate(chain.from_iterable(map(_blocks, texts))):
+        size = len(block.encode("utf-8"))
+        heapq.heappush(kept, (-generator.random(), index, size, block))
+        total += size
+        while total - kept[0][2] >= most_bytes:
+            total -= heapq.heappop(kept)[2]
+    return [block for _, _, _, block in sorted(kept, key=lambda item: item[1])]
+
+
+def _blocks(text: str) -> Iterator[str]:
+    for part in _UNTRAINABLE.split(_scalar_values(text)):
+        start = 0
+        while start < len(part):
+            stop = start + _BLOCK_CHARACTERS
+            if stop < len(part):
+                cut = max(part.rfind("\n", start + 1, stop), part.rfind(" ", start + 1, stop))
+                stop = cut if cut > start else stop
+            block = part[start:stop].rstrip("\r\n")  # as sentencepiece itself does
+            if block:
+                yield block
+            start = stop
+
+
+def _scalar_values(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates replaced, as some JSON files need."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
+    """The blocks with a border in place of every character that gets no piece of its own, only bytes.
+
+    Those are the rarest ones, 0.05 percent of the text, and more of them where over `most` different ones remain.
+    """
+    text = np.frombuffer("".join(blocks).encode("utf-32-le"), np.uint32)
+    counts = np.bincount(text)
+    common_first = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    covering = 1 + int(np.searchsorted(np.cumsum(counts[common_first]), _COVERAGE * len(text)))
+    # sentencepiece makes no piece across a tab.
+    rare = dict.fromkeys(common_first[min(covering, most) :].tolist(), "\t")
+    return (block.translate(rare) for block in blocks) if rare else iter(blocks)
+
+
+def _too_large(vocab: int, blocks: Sequence[str], report: str) -> str:
+    size = sum(len(block.encode("utf-8")) for block in blocks)
+    limit = re.search(r"<= ?(\d+)", report)
+    remedy = f"--data.vocab={limit.group(1)} at most" if limit else "a smaller --data.vocab"
+    return f"{size:,} bytes of text are too little for a vocabulary of {vocab:,}: take {remedy}, or more text"
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, piece: str) -> bytes:
+    if processor.is_control(index) or processor.is_unknown(index):
+        return b""
+    if processor.is_byte(index):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+def _replace(directory: Path, successor: Path) -> None:
+    """Puts a tokenizer's new directory in the place of an old one."""
+    if not directory.exists():
+        successor.rename(directory)
+        return
+    others = sorted({path.name for path in directory.iterdir()} - {MODEL_FILE, METADATA_FILE})
+    if others:
+        raise UserError(f"{directory} holds other files ({others[0]}); save the tokenizer in a directory of its own")
+    old = successor.with_name(successor.name + ".old")
+    directory.rename(old)
+    successor.rename(directory)
+    shutil.rmtree(old)
+
+
+def _saved_hash(directory: Path) -> str | None:
+    try:
+        metadata = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return metadata.get("hash") if isinstance(metadata, dict) and metadata.get("format") == FORMAT else None

@@ -1,0 +1,336 @@
+import pickle
+import random
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxchat.config import UserError
+from jaxchat.tokenizer import SPECIALS, Tokenizer, TokenizerConfig, report, train_tokenizer
+from jaxchat.tokenizer.compare import peer_bytes_per_token
+from jaxchat.tokenizer.sentencepiece import sample
+
+ENGLISH = (
+    "The old miller walked to the village with three heavy sacks of flour. It was raining, and the road was long.",
+    "\tShe said: “Bring me the lantern!”\r\n\r\nNobody answered; the river was louder than her voice.",
+    "def area(width, height):\n    if width < 0:\n        return None\n    return width * height  # 12 345\n",
+    "In 1867 the town had 4,512 people. In 1901 it had 23,998, and the bridge was 310 metres long.",
+)
+KOREAN = "나는 학교에 갔다. 나는 친구를 만났다. 친구는 학교에 없었다. 우리는 바다를 보았다. "
+
+
+def _invented_words(count):
+    generator = random.Random(0)
+    syllables = [
+        "ba",
+        "bel",
+        "den",
+        "dor",
+        "fen",
+        "gar",
+        "hil",
+        "kin",
+        "lor",
+        "mar",
+        "ner",
+        "os",
+        "pel",
+        "rin",
+        "sel",
+        "tan",
+        "ul",
+        "ven",
+        "wick",
+        "zor",
+    ]
+    return " ".join("".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(count))
+
+
+TEXTS = [
+    *(text * 4 for text in ENGLISH),
+    KOREAN * 8,
+    unicodedata.normalize("NFD", KOREAN) * 8,
+    _invented_words(3000),
+]
+VOCAB = 520
+
+# Characters with a role in sentencepiece, beside text of every kind.
+AWKWARD = [
+    "\u2581",
+    "\u2585",
+    "\0",
+    "\t",
+    "\r\n",
+    " ",
+    "   ",
+    "<0x41>",
+    "<unk>",
+    "<s>",
+    "⁇",
+    "é",
+    "e\u0301",
+    "👩‍👩‍👧",
+    "🇰🇷",
+]
+any_text = st.lists(st.one_of(st.sampled_from([*AWKWARD, *SPECIALS]), st.text(max_size=12))).map("".join)
+with_words = st.lists(st.sampled_from([*" ".join(TEXTS).split(" "), *AWKWARD])).map(" ".join)
+
+
+@pytest.fixture(scope="session", params=["bpe", "unigram"])
+def tokenizer(request):
+    return train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig(algorithm=request.param))
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    return train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig())
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.one_of(any_text, with_words))
+@example(text="")
+@example(text=" ")
+@example(text="\u2581\u2581 a\u2581 \u2581b ")
+@example(text="  two  spaces\t\ttabs\r\nlines\n\n\0")
+@example(text=unicodedata.normalize("NFC", KOREAN) + unicodedata.normalize("NFD", KOREAN))
+def test_decode_undoes_encode_and_bytes_per_token_adds_up(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bytes_per_token[np.asarray(ids, int)].sum() == len(text.encode("utf-8"))
+    assert not set(ids) & {0, *tokenizer.specials.values()}
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.one_of(st.text(), with_words))
+@example(text="   indented   words ")
+def test_cutting_at_spaces_changes_no_segmentation(tokenizer, text):
+    text = text.replace("\u2581", "")
+    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    assert tokenizer.encode(text) == whole.encode(text)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_hangul_is_learned_in_both_normal_forms(bpe, form):
+    text = unicodedata.normalize(form, KOREAN)
+    assert bpe.decode(bpe.encode(text)) == text
+    assert len(bpe.encode(text)) < len(text.encode("utf-8")) / 3
+
+
+def test_every_id_is_used_by_the_vocabulary_once(tokenizer):
+    assert tokenizer.vocab_size == VOCAB
+    assert tokenizer.bytes_per_token.shape == (VOCAB,)
+    pieces = [tokenizer.decode_bytes([i], keep_specials=True) for i in range(VOCAB)]
+    assert {piece for piece in pieces if len(piece) == 1} >= {bytes([byte]) for byte in range(256)}
+    assert [i for i in range(VOCAB) if tokenizer.bytes_per_token[i] == 0] == [0, *tokenizer.specials.values()]
+
+
+def test_specials_have_fixed_ids_and_are_never_produced_by_text():
+    config = TokenizerConfig(extra_specials=("<|tool|>", "<|image_1|>"))
+    tokenizer = train_tokenizer([*TEXTS, " ".join([*SPECIALS, "<|tool|>"] * 50)], vocab=VOCAB, config=config)
+    names = [*SPECIALS, "<|tool|>", "<|image_1|>"]
+    assert tokenizer.specials == {name: 1 + i for i, name in enumerate(names)}
+    assert tokenizer.bos == tokenizer.specials["<|bos|>"]
+    text = " ".join(names) + "".join(names)
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.specials.values())
+    assert tokenizer.decode(ids) == text
+    framed = [tokenizer.bos, *tokenizer.encode("hi"), tokenizer.specials["<|tool|>"]]
+    assert tokenizer.decode(framed) == "hi"
+    assert tokenizer.decode(framed, keep_specials=True) == "<|bos|>hi<|tool|>"
+
+
+def test_every_digit_is_a_token_of_its_own(tokenizer):
+    assert len(tokenizer.encode("1867 23,998")) - len(tokenizer.encode(" ,")) >= 9
+    assert all(len(re.findall(rb"\d", tokenizer.decode_bytes([i]))) <= 1 for i in range(VOCAB))
+
+
+def test_training_twice_gives_the_same_bytes(tokenizer):
+    config = TokenizerConfig(algorithm="bpe" if _is_bpe(tokenizer) else "unigram")
+    again = train_tokenizer(iter(TEXTS), vocab=VOCAB, config=config)
+    assert again.model == tokenizer.model
+    assert again.hash == tokenizer.hash
+
+
+def _is_bpe(tokenizer):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    return float(processor.get_score(VOCAB - 1)).is_integer()
+
+
+def test_training_in_another_process_gives_the_same_bytes(bpe):
+    program = (
+        "from jaxchat.tokenizer import *; from tests.test_tokenizer import TEXTS, VOCAB;"
+        "print(train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig()).hash)"
+    )
+    root = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == bpe.hash
+
+
+def test_another_vocabulary_or_text_has_another_hash(bpe):
+    other = train_tokenizer(TEXTS, vocab=VOCAB - 1, config=TokenizerConfig())
+    fewer = train_tokenizer(TEXTS[1:], vocab=VOCAB, config=TokenizerConfig())
+    assert len({bpe.hash, other.hash, fewer.hash}) == 3
+
+
+def test_a_saved_tokenizer_and_a_pickled_one_encode_alike(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "deep" / "tokenizer")
+    text = "".join(TEXTS)
+    for copy in (Tokenizer.load(tmp_path / "deep" / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.hash == tokenizer.hash
+        assert copy.specials == tokenizer.specials
+        assert copy.encode(text) == tokenizer.encode(text)
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["tokenizer"]
+
+
+def test_saving_replaces_a_tokenizer_and_nothing_else(bpe, tmp_path):
+    other = train_tokenizer(TEXTS, vocab=VOCAB - 1, config=TokenizerConfig())
+    bpe.save(tmp_path / "tokenizer")
+    other.save(tmp_path / "tokenizer")
+    assert Tokenizer.load(tmp_path / "tokenizer").hash == other.hash
+    (tmp_path / "tokenizer" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        bpe.save(tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_kill_while_saving_leaves_no_half_tokenizer(bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.rename", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        bpe.save(tmp_path / "tokenizer")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(bpe, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer in .*nowhere"):
+        Tokenizer.load(tmp_path / "nowhere")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        directory = tmp_path / name
+        bpe.save(directory)
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="damaged"):
+            Tokenizer.load(directory)
+        (directory / name).unlink()
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_too_little_text_is_refused_with_the_remedy(algorithm):
+    with pytest.raises(UserError, match=r"vocabulary of 8,192: take --data\.vocab=\d+ at most, or more text"):
+        train_tokenizer(TEXTS, vocab=8192, config=TokenizerConfig(algorithm=algorithm))
+
+
+def test_the_vocabulary_that_a_refusal_names_works():
+    with pytest.raises(UserError) as caught:
+        train_tokenizer(TEXTS, vocab=8192, config=TokenizerConfig())
+    possible = int(re.search(r"vocab=(\d+)", str(caught.value)).group(1))
+    assert train_tokenizer(TEXTS, vocab=possible, config=TokenizerConfig()).vocab_size == possible
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["\n\n", "\0"]])
+def test_no_text_is_refused(texts):
+    with pytest.raises(UserError, match=r"--data\.train"):
+        train_tokenizer(texts, vocab=VOCAB, config=TokenizerConfig())
+
+
+def test_a_vocabulary_smaller_than_bytes_and_specials_is_refused():
+    with pytest.raises(UserError, match="266 ids"):
+        train_tokenizer(TEXTS, vocab=266, config=TokenizerConfig())
+
+
+def test_more_different_characters_than_ids_still_train():
+    han = "".join(map(chr, range(0x4E00, 0x4E00 + 900)))
+    tokenizer = train_tokenizer([han, *TEXTS], vocab=VOCAB, config=TokenizerConfig())
+    assert tokenizer.vocab_size == VOCAB
+    assert tokenizer.decode(tokenizer.encode(han)) == han
+
+
+@pytest.mark.parametrize("name", ["tool", "<|a b|>", "<|1|>", "a", "<|bos|>"])
+def test_extra_specials_that_text_could_contain_or_that_exist_are_refused(name):
+    with pytest.raises(ValueError, match="extra_specials"):
+        TokenizerConfig(extra_specials=(name,))
+
+
+def test_ids_outside_the_vocabulary_are_refused(bpe):
+    for wrong in (-1, VOCAB):
+        with pytest.raises(ValueError, match=rf"{wrong} is not in 0\.\.{VOCAB - 1}"):
+            bpe.decode([5, wrong])
+
+
+def test_half_a_character_decodes_to_a_replacement(bpe):
+    ids = bpe.encode("🧶")
+    assert len(ids) == 4
+    assert bpe.decode(ids[:2]) == "\ufffd"
+    assert bpe.decode_bytes(ids[:2]) == "🧶".encode()[:2]
+
+
+def test_surrogates_from_json_become_text(bpe):
+    assert bpe.decode(bpe.encode("a\ud83e\uddf6b")) == "a🧶b"
+    assert bpe.decode(bpe.encode("a\ud800 b")) == "a\ufffd b"
+
+
+def test_batches_equal_single_texts(bpe):
+    assert bpe.encode_batch(TEXTS) == [bpe.encode(text) for text in TEXTS]
+
+
+def test_long_texts_and_a_full_cache_encode_as_short_ones(bpe, monkeypatch):
+    monkeypatch.setattr("jaxchat.tokenizer.sentencepiece._CACHED_CHUNKS", 5)
+    small = pickle.loads(pickle.dumps(bpe))
+    words = [*" ".join(TEXTS).split(" "), "\u2581", "x" * 300]
+    text = " ".join(random.Random(0).choices(words, k=12_000))
+    assert len(text) > 60_000
+    assert small.encode(text) == bpe.encode(text)
+    assert len(small._chunk_ids) <= 5
+    unbroken = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz.,\n학교에", k=1_000_000))
+    assert bpe.decode(bpe.encode(unbroken)) == unbroken
+
+
+def test_a_sample_is_spread_evenly_and_keeps_its_budget():
+    texts = [f"document {i} " + "word " * 3000 for i in range(100)]
+    blocks = sample(texts, 300_000, seed=0)
+    size = sum(map(len, blocks))
+    assert 300_000 <= size < 303_000
+    starts = [int(found.group(1)) for block in blocks if (found := re.match(r"document (\d+) ", block))]
+    assert starts == sorted(starts)
+    assert min(starts) < 20 and max(starts) > 80
+    assert blocks == sample(iter(texts), 300_000, seed=0)
+    assert blocks != sample(texts, 300_000, seed=1)
+
+
+def test_the_report_counts_every_byte_and_token_by_script(bpe):
+    text = ENGLISH[0] + " 1867 " + KOREAN + "Привет 漢字"
+    found = report(bpe, [text, text])
+    assert found.total.bytes == 2 * len(text.encode("utf-8"))
+    assert found.total.tokens == pytest.approx(2 * len(bpe.encode(text)))
+    assert found.scripts["digits"].bytes_per_token == pytest.approx(1)
+    assert found.scripts["Han"] == (12, pytest.approx(12))
+    assert found.scripts["Hangul"].bytes_per_token > 3
+    letters = sum(c.isalpha() and c.isascii() for c in text)
+    assert found.scripts["Latin"].bytes == 2 * letters
+
+
+def test_a_script_that_falls_apart_into_bytes_is_warned_about(bpe):
+    warnings = report(bpe, [ENGLISH[0], "Привет, мир"]).warnings()
+    assert [warning.split()[0] for warning in warnings] == ["Cyrillic"]
+    assert report(bpe, [ENGLISH[0] * 200 + "Ж 12345"]).warnings() == []
+
+
+def test_the_peer_splits_and_counts_as_nanochat_does():
+    pytest.importorskip("rustbpe")
+    pytest.importorskip("tiktoken")
+    merges = 2  # a+b, then space+ab
+    found = peer_bytes_per_token(["ab ab ab ab 1234"], ["ab ab 12"], vocab=256 + merges + 9)
+    assert found == pytest.approx(8 / len(["ab", " ab", " ", "1", "2"]))
