@@ -35,7 +35,7 @@ def config(variant: str) -> NanoChatConfig:
         rms_norm_eps=1e-6,
         bos_token_id=0,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=None,  # torch would mask the gradient of its embedding
         attn_implementation="eager",
         **VARIANTS[variant],
     )
