@@ -1,0 +1,256 @@
+"""Documents to a tokenizer and to rows on disk, made once and kept in a cache that runs share.
+
+    <cache>/tokenizers/<key>/        tokenizer.model, tokenizer.json
+    <cache>/rows/<key>/              manifest.json, shard-00000.array_record, ...
+
+A key is a hash of everything that decides the content: the content of the sources, the tokenizer, the row length and
+the rules. So a change makes a new folder, and old rows are never met by accident.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxchat.config import UserError
+from jaxchat.data import cache, workers
+from jaxchat.data.batch import token_dtype
+from jaxchat.data.shards import Counts, Recipe, finished, plan
+from jaxchat.data.sources import Reading, Source, Split, documents, find
+from jaxchat.data.streams import Rows, open_rows
+from jaxchat.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+FORMAT = 1  # raise it when the same key would make other rows
+TOKENIZER_MARGIN = 8  # times its sample, on disk, is what a tokenizer's training reads at most
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Documents, and what is made of them."""
+
+    train: tuple[str, ...] = ("tinyworld:train",)
+    """Files, directories, globs, tinyworld:train or hub:NAME to train on."""
+    val: tuple[str, ...] = ()
+    """The same for validation; none holds out a share of the training documents."""
+    val_fraction: float = 0.01
+    """Share of documents held out where val is empty, chosen by a hash of each document's text."""
+    weights: tuple[float, ...] = ()
+    """Share of each entry of train in a batch; none takes every row once an epoch."""
+    vocab: int = 32768
+    row_length: int = 2048
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    packing: Literal["best_fit", "concatenate", "crop"] = "best_fit"
+    """best_fit and concatenate lose no token; crop is nanochat's loader, which throws the ends of documents away."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    workers: int = 0
+    """Processes that prepare data; 0 takes every core."""
+    cache: str | None = None
+    """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train is empty: name files, directories or tinyworld:train")
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} of data.train")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError(f"data.weights={self.weights} must be positive")
+        if not self.val and not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1 where data.val is empty")
+        if self.row_length < 2:
+            raise ValueError(f"data.row_length={self.row_length} must be at least 2")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} must be 0 or more")
+
+    @property
+    def held_out(self) -> float:
+        return 0.0 if self.val else self.val_fraction
+
+
+def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
+    """The saved tokenizer that `data` names, or the one trained on its training documents, made now if missing."""
+    config, cache_directory = data.tokenizer, Path(cache_directory)
+    if config.path is not None:
+        tokenizer = Tokenizer.load(config.path)
+        if tokenizer.vocab_size != data.vocab:
+            size = tokenizer.vocab_size
+            raise UserError(f"the tokenizer in {config.path} has {size} ids: set --data.vocab={size}")
+        return tokenizer
+    sources = [source for spec in data.train for source in _find(spec, "train", cache_directory, log)]
+    name = cache.key(
+        format=FORMAT,
+        vocab=data.vocab,
+        config=asdict(config),
+        seed=seed,
+        sources=_content(sources, cache_directory),
+        **_reading(data),
+    )
+    directory = cache_directory / "tokenizers" / name
+    if not (directory / "tokenizer.json").exists():
+        start = time.monotonic()
+        log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
+        texts = _training_texts(sources, data)
+        train_tokenizer(texts, vocab=data.vocab, config=config, seed=seed).save(directory)
+        log(f"tokenizer trained in {time.monotonic() - start:.1f} s: {directory}")
+    return Tokenizer.load(directory)
+
+
+def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
+    """The rows of each entry of train, or of validation, made now if missing.
+
+    Where val is empty, validation takes the held-out share of every entry of train, if there is a document in it.
+    """
+    cache_directory = Path(cache_directory)
+    own_val = split == "val" and bool(data.val)
+    specs = data.val if own_val else data.train
+    found = [_find(spec, "val" if own_val else "train", cache_directory, log) for spec in specs]
+    if own_val:
+        _check_disjoint(data, found, cache_directory, log)
+    rows = [
+        _ensure(data, tokenizer, split, spec=spec, sources=sources, cache_directory=cache_directory, log=log)
+        for spec, sources in zip(specs, found)
+    ]
+    if split == "val" and not data.val:
+        if not any(map(len, rows)):
+            raise UserError(
+                f"--data.val_fraction={data.val_fraction} holds out no document of --data.train "
+                f"{' '.join(data.train)}: raise it, or name other documents with --data.val"
+            )
+        return [part for part in rows if len(part)]
+    for spec, part in zip(specs, rows):
+        if not len(part):
+            raise UserError(f"no document with text in --data.{split} {spec}")
+    return rows
+
+
+def summary(rows: Sequence[Rows]) -> dict[str, Any]:
+    """What preparation did, over all entries of a split; speed is of text, when the rows were made."""
+    manifests = [part.manifest for part in rows]
+    total = {
+        name: sum(manifest[name] for manifest in manifests) for name in (*asdict(Counts()), "seconds", "seconds_bytes")
+    }
+    ids = sum(manifest["rows"] * (manifest["row_length"] + 1) for manifest in manifests)
+    return {
+        "rows": total["rows"],
+        "tokens": total["tokens"],
+        "documents": total["documents"],
+        "bytes": total["bytes"],
+        "discarded_fraction": round(total["discarded"] / max(total["tokens"] + total["discarded"], 1), 6),
+        "padding_fraction": round(total["padding"] / max(ids, 1), 6),
+        "cut_documents": total["cut"],
+        "empty_documents": total["empty"],
+        "megabytes_per_second": round(total["seconds_bytes"] / 1e6 / max(total["seconds"], 1e-3), 3),
+        "paths": [str(part.directory) for part in rows],
+    }
+
+
+def _ensure(
+    data: Data,
+    tokenizer: Tokenizer,
+    split: Split,
+    *,
+    spec: str,
+    sources: Sequence[Source],
+    cache_directory: Path,
+    log: Log,
+) -> Rows:
+    recipe = _recipe(data, split)
+    content = _content(sources, cache_directory)
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, **asdict(recipe))
+    directory = cache_directory / "rows" / name
+    if not (directory / "manifest.json").exists():
+        with cache.locked(directory, log):
+            if not (directory / "manifest.json").exists():
+                log(f"preparing {split} rows of {data.row_length} tokens from {spec}")
+                made = _make(directory, sources, recipe, tokenizer, data.workers)
+                manifest = {
+                    "format": FORMAT,
+                    "spec": spec,
+                    "recipe": asdict(recipe),
+                    "row_length": data.row_length,
+                    "vocab": tokenizer.vocab_size,
+                    "dtype": token_dtype(tokenizer.vocab_size).name,
+                    "tokenizer": tokenizer.hash,
+                    "sources": [
+                        {"path": source.path, "bytes": source.size, "sha256": sha256}
+                        for source, (_, sha256) in zip(sources, content)
+                    ],
+                    **made,
+                }
+                cache.write_json(directory / "manifest.json", manifest)
+                log(_summary(manifest, directory))
+    return open_rows(directory, tokenizer_hash=tokenizer.hash)
+
+
+def _make(
+    directory: Path, sources: Sequence[Source], recipe: Recipe, tokenizer: Tokenizer, processes: int
+) -> dict[str, Any]:
+    """Makes the shards that are not there yet; their files and the counts of all."""
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink(missing_ok=True)
+    start = time.monotonic()
+    jobs = plan(sources)
+    counts = {job.shard: found for job in jobs if (found := finished(directory, job))}
+    kept = sum(found.bytes for found in counts.values())
+    pending = [job for job in jobs if job.shard not in counts]
+    counts |= workers.run(pending, directory, recipe, tokenizer, processes=processes)
+    total = Counts()
+    for job in jobs:
+        total.add(counts[job.shard])
+    return {
+        **asdict(total),
+        "seconds": round(time.monotonic() - start, 3),
+        "seconds_bytes": total.bytes - kept,
+        "shards": [{"file": job.file, "rows": counts[job.shard].rows} for job in jobs],
+    }
+
+
+def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
+    """Training documents for a tokenizer: all of them in order, or shards spread evenly over a large corpus."""
+    recipe = _recipe(data, "train")
+    parts = [(source, 0, 1) for source in sources]
+    step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
+    if step > 1:
+        parts = [part for job in plan(sources)[::step] for part in job.parts]
+    for source, part, of in parts:
+        yield from filter(recipe.takes, documents(source, Reading(data.text_column, data.encoding, part, of)))
+
+
+def _recipe(data: Data, split: Split) -> Recipe:
+    share: Split = split if data.held_out else "train"
+    return Recipe(data.row_length, data.packing, data.text_column, data.encoding, data.held_out, share)
+
+
+def _find(spec: str, split: Split, cache_directory: Path, log: Log) -> list[Source]:
+    return find(spec, split, hub_directory=cache_directory / "downloads", log=log)
+
+
+def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str, str]]:
+    return [(source.kind, sha256) for source, sha256 in zip(sources, cache.content_hashes(sources, cache_directory))]
+
+
+def _reading(data: Data) -> dict[str, Any]:
+    return {"text_column": data.text_column, "encoding": data.encoding, "held_out": data.held_out}
+
+
+def _check_disjoint(data: Data, val: Sequence[Sequence[Source]], cache_directory: Path, log: Log) -> None:
+    train = [source for spec in data.train for source in _find(spec, "train", cache_directory, log)]
+    trained = dict(zip(cache.content_hashes(train, cache_directory), train))
+    for sources in val:
+        for source, sha256 in zip(sources, cache.content_hashes(sources, cache_directory)):
+            if sha256 in trained:
+                raise UserError(
+                    f"{source.path} is in --data.val and, as {trained[sha256].path}, in --data.train; name other files"
+                )
+
+
+def _summary(manifest: dict[str, Any], directory: Path) -> str:
+    discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
+    padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
+    return (
+        f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {manifest['documents']:,} documents; "
+        f"{discarded:.2%} of tokens thrown away, {padding:.2%} padding, {manifest['cut']:,} documents cut; "
+        f"{manifest['seconds']:.1f} s: {directory}"
+    )

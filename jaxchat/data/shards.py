@@ -1,0 +1,219 @@
+"""Shards: the plan that deals sources to them, and the making of one; also the worker process, which makes many.
+
+A shard is one ArrayRecord file of rows with a JSON file of counts beside it, written last. So a shard with counts is
+finished, and one without is made again. The plan depends on the sources alone, never on the number of workers.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from jaxchat.config import UserError
+from jaxchat.data.batch import encode_row, token_dtype
+from jaxchat.data.cache import read_json, write_json
+from jaxchat.data.packing import Rule, pack
+from jaxchat.data.sources import Reading, Source, Split, documents, held_out
+from jaxchat.tokenizer import Tokenizer
+
+# Bytes on disk that make a shard, at most; a small corpus is dealt to more shards, so that every process has work.
+PART_BYTES = {"text": 32 << 20, "jsonl": 32 << 20, "jsonl.gz": 12 << 20, "parquet": 12 << 20, "tinyworld": 4 << 20}
+MOST_DEALT = 8  # readers of one compressed file: each unpacks all of it
+LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
+PACKED_TOKENS = 8_000_000  # packed at once; bounds the memory of a worker
+REPORT_SECONDS = 0.5
+
+Report = Callable[[float, int], None]
+"""Called with the share of a shard that is done and the bytes of text read since the last call."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What turns documents into rows, the tokenizer aside."""
+
+    row_length: int
+    packing: Rule
+    text_column: str
+    encoding: str
+    held_out: float = 0.0
+    """Share of documents held out by hash; 0 takes every document."""
+    split: Split = "train"
+    """With `held_out`, which of the two shares to take."""
+
+    def takes(self, text: str) -> bool:
+        return not self.held_out or held_out(text, self.held_out) == (self.split == "val")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to make: (source, part, parts) in order."""
+
+    shard: int
+    parts: tuple[tuple[Source, int, int], ...]
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.shard:05d}.array_record"
+
+    @property
+    def size(self) -> float:
+        """Bytes on disk of what it reads."""
+        return sum(source.size / parts for source, _, parts in self.parts)
+
+
+@dataclass
+class Counts:
+    """What became of documents; tokens are counted without BOS, padding in ids."""
+
+    rows: int = 0
+    documents: int = 0
+    empty: int = 0
+    cut: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    discarded: int = 0
+    padding: int = 0
+
+    def add(self, other: "Counts") -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def plan(sources: Sequence[Source]) -> list[Job]:
+    """Deals sources to shards of a bounded size: large files in parts, small files together."""
+    total = sum(source.size for source in sources)
+    shards: list[list[tuple[Source, int, int]]] = []
+    space = 0.0
+    for source in sources:
+        size = max(min(PART_BYTES[source.kind], total // SHARDS_OF_SMALL), total // MOST_SHARDS, LEAST_PART)
+        parts = 1 if source.kind == "text" else -(-source.size // size)
+        if source.kind == "jsonl.gz":
+            parts = min(parts, MOST_DEALT)
+        if parts > 1 or not shards or space < source.size / size:
+            shards.extend([(source, part, parts)] for part in range(parts))
+            space = 1 - source.size / size if parts == 1 else 0.0
+        else:
+            shards[-1].append((source, 0, 1))
+            space -= source.size / size
+    return [Job(i, tuple(parts)) for i, parts in enumerate(shards)]
+
+
+def finished(directory: Path, job: Job) -> Counts | None:
+    """The counts of a shard that is there already."""
+    counts = read_json(_counts_path(directory, job))
+    return None if counts is None or not (directory / job.file).exists() else Counts(**counts)
+
+
+def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
+    """Reads, tokenizes and packs documents and writes the shard, whole or not at all."""
+    path = directory / job.file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            counts = _write_rows(writer, job, recipe, tokenizer, report)
+        finally:
+            writer.close()
+        written = ArrayRecordReader(str(temporary)).num_records()
+        if written != counts.rows:
+            raise UserError(f"{temporary} holds {written} of {counts.rows} rows; is the disk full?")
+        temporary.replace(path)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(_counts_path(directory, job), asdict(counts))
+    return counts
+
+
+def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
+    counts = Counts()
+    dtype = token_dtype(tokenizer.vocab_size)
+    waiting: list[np.ndarray] = []
+    waiting_tokens = 0
+
+    def write() -> None:
+        packed = pack(waiting, recipe.row_length, recipe.packing, bos=tokenizer.bos, dtype=dtype)
+        for ids_S, flags_S in zip(packed.ids_RS, packed.flags_RS):
+            writer.write(encode_row(ids_S, flags_S, dtype))
+        counts.add(
+            Counts(
+                rows=len(packed.ids_RS),
+                cut=packed.cut,
+                tokens=packed.tokens,
+                discarded=packed.discarded,
+                padding=packed.padding,
+            )
+        )
+        waiting.clear()
+
+    reported, reported_bytes = time.monotonic(), 0
+    for i, (source, part, parts) in enumerate(job.parts):
+        reading = Reading(recipe.text_column, recipe.encoding, part, parts)
+        for text in documents(source, reading):
+            if not recipe.takes(text):
+                continue
+            if not text:
+                counts.empty += 1
+                continue
+            counts.documents += 1
+            counts.bytes += len(text.encode())
+            waiting.append(np.array(tokenizer.encode(text), dtype))
+            waiting_tokens += len(waiting[-1])
+            if waiting_tokens >= PACKED_TOKENS:
+                write()
+                waiting_tokens = 0
+            if time.monotonic() - reported > REPORT_SECONDS:
+                report((i + reading.fraction[0]) / len(job.parts), counts.bytes - reported_bytes)
+                reported, reported_bytes = time.monotonic(), counts.bytes
+    write()
+    report(1.0, counts.bytes - reported_bytes)
+    return counts
+
+
+def _counts_path(directory: Path, job: Job) -> Path:
+    return directory / f"shard-{job.shard:05d}.json"
+
+
+def _report(answer: Callable[..., None], shard: int, done: float, read: int) -> None:
+    answer(shard=shard, done=done, read=read)
+
+
+def work() -> None:
+    """A worker process: reads its task and then one job a line from stdin, answers in lines of JSON on stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    sys.stdout = sys.stderr
+
+    def answer(**message: Any) -> None:
+        try:
+            print(json.dumps(message), file=answers)
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone
+
+    task = json.loads(sys.stdin.readline())
+    recipe, directory = Recipe(**task["recipe"]), Path(task["directory"])
+    tokenizer = Tokenizer.load(task["tokenizer"])
+    for line in sys.stdin:
+        shard, parts = json.loads(line)
+        job = Job(shard, tuple((Source(**source), part, of) for source, part, of in parts))
+        try:
+            report = functools.partial(_report, answer, shard)
+            counts = make_shard(job, directory, recipe, tokenizer, report)
+        except UserError as error:
+            answer(shard=shard, error=str(error))
+        else:
+            answer(shard=shard, counts=asdict(counts))
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,27 @@
+"""Makes a configuration's tokenizer and rows: python -m launch.prepare --config=configs/tiny.py [--field=value ...]
+
+Training does this by itself; here it is alone, for a machine with many cores, or to see what packing costs.
+"""
+
+import sys
+
+from jaxchat import config
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    experiment = config.load(argv)
+    from jaxchat.data import prepare
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    tokenizer = prepare.ensure_tokenizer(experiment.data, experiment.cache_directory, seed=experiment.seed, log=log)
+    rows = {
+        split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=log)
+        for split in ("train", "val")
+    }
+    return prepare.summary(rows["train"]) | {"val": prepare.summary(rows["val"])}
+
+
+if __name__ == "__main__":
+    config.run(main)
