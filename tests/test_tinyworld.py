@@ -21,8 +21,8 @@ from jaxchat.data.tinyworld.english import HE, SHE, number_word, with_article
 from jaxchat.data.tinyworld.problems import KINDS, Step, spelling_words
 
 # SHA-256 of the sample below. Any change of the world changes it: read some documents, then renew it with
-#   python tests/test_tinyworld.py
-GOLDEN = ""
+#   python -m tests.test_tinyworld
+GOLDEN = "1cf8c6ea8972e135fe3cbc1c22a294b4eea6bcfa94266417349774f1915313ff"
 
 PEOPLE = tuple(world.PEOPLE)
 COLOURS = {thing.colour for thing in world.THINGS.values()} | {food.colour for food in world.FOODS.values()}
