@@ -1,0 +1,249 @@
+"""Data sets of the Hugging Face hub by name: downloads that resume, with checksums.
+
+    hub:fineweb-edu[:N]         FineWeb-Edu, sample of 10 billion tokens
+    hub:fineweb-edu-100bt[:N]   its sample of 100 billion tokens
+    hub:climbmix[:N]            karpathy/climbmix-400b-shuffle, what nanochat trains on
+    hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
+
+N is the number of shards, 8 by default, from the first. The last shard of a data set is never trained on: it is what
+the same name means for validation. The list of files is kept at the commit of the first download, so a data set does
+not change under a run, and files that are there need no network.
+"""
+
+import hashlib
+import http.client
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from jaxchat.config import UserError
+from jaxchat.data.cache import locked, read_json, write_json
+
+DEFAULT_SHARDS = 8
+AT_ONCE = 4
+ATTEMPTS = 6
+BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
+TIMEOUT_SECONDS = 30.0
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class DataSet:
+    repository: str
+    folder: str = ""
+
+
+DATA_SETS = {
+    "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample/10BT"),
+    "fineweb-edu-100bt": DataSet("HuggingFaceFW/fineweb-edu", "sample/100BT"),
+    "climbmix": DataSet("karpathy/climbmix-400b-shuffle"),
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a data set; sha256 where the hub gives one."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.replace("/", "--")
+
+
+def download(
+    spec: str, split: str, directory: Path, *, log: Callable[[str], None] = print, endpoint: str | None = None
+) -> list[Path]:
+    """The files that a spec names for a split, downloaded where they are missing."""
+    name, data_set, count = _parse(spec)
+    place = directory / re.sub(r"[^\w.-]+", "--", name)
+    with locked(place, log):
+        index = _index(name, data_set, place, endpoint, log)
+        shards = [Shard(**shard) for shard in index["shards"]]
+        if split == "val":
+            chosen = shards[-1:]
+        elif count is not None and count > len(shards) - 1:
+            raise UserError(f"{spec} asks for {count} shards; {data_set.repository} has {len(shards) - 1} to train on")
+        else:
+            chosen = shards[: min(count or DEFAULT_SHARDS, len(shards) - 1)]
+        missing = [shard for shard in chosen if not _is_there(place / shard.name, shard)]
+        if missing:
+            size = sum(shard.size for shard in missing) / 1e9
+            log(f"downloading {len(missing)} shards of {data_set.repository} ({size:.2f} GB) to {place}")
+            _fetch_all(missing, data_set, index["commit"], place, endpoint)
+    return [place / shard.name for shard in chosen]
+
+
+def _parse(spec: str) -> tuple[str, DataSet, int | None]:
+    match = re.fullmatch(r"hub:([^:]+?)(?::([1-9]\d*))?", spec)
+    if not match:
+        raise UserError(f"{spec} is not hub:NAME or hub:NAME:SHARDS, such as hub:climbmix:8")
+    name = match[1]
+    if name not in DATA_SETS and not re.fullmatch(r"[\w.-]+/[\w.-]+(/.+)?", name):
+        raise UserError(f"no data set {name!r}: name one of {', '.join(DATA_SETS)}, or hub:OWNER/NAME")
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    data_set = DATA_SETS.get(name) or DataSet(f"{owner}/{repository}", folder)
+    return name, data_set, int(match[2]) if match[2] else None
+
+
+def _index(
+    name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Commit and shards of a data set, in order: as kept from the first download, or asked of the hub."""
+    known = read_json(place / "index.json")
+    if known is not None:
+        return known
+    huggingface_hub = _library()
+    api = huggingface_hub.HfApi(endpoint=endpoint)
+
+    def ask() -> dict[str, Any]:
+        commit = api.dataset_info(data_set.repository).sha
+        tree = api.list_repo_tree(
+            data_set.repository,
+            data_set.folder or None,
+            repo_type="dataset",
+            revision=commit,
+            recursive=name not in DATA_SETS,
+        )
+        files = [file for file in tree if file.path.endswith(".parquet")]
+        shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
+        return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
+
+    index = _patiently(ask, data_set.repository, threading.Event())
+    if len(index["shards"]) < 2:
+        raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; one to train on and one for validation")
+    log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
+    write_json(place / "index.json", index)
+    return index
+
+
+def _fetch_all(shards: Sequence[Shard], data_set: DataSet, commit: str, place: Path, endpoint: str | None) -> None:
+    library = _library()
+    headers = library.utils.build_hf_headers()
+    console = Console(stderr=True)
+    columns = TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    stop = threading.Event()  # set when one download fails for good, so that the others end too
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=sum(shard.size for shard in shards))
+
+        def fetch(shard: Shard) -> None:
+            url = library.hf_hub_url(
+                data_set.repository, shard.path, repo_type="dataset", revision=commit, endpoint=endpoint
+            )
+            show = lambda size: progress.advance(bar, size)  # noqa: E731
+            try:
+                _patiently(lambda: _fetch(url, headers, shard, place, show, stop), url, stop)
+            except BaseException:
+                stop.set()
+                raise
+
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            for _ in pool.map(fetch, shards):
+                pass
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fetch(
+    url: str,
+    headers: dict[str, str],
+    shard: Shard,
+    place: Path,
+    show: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
+    """One attempt: continues a partial file, checks the whole, and gives it its name."""
+    partial = place / f"{shard.name}.{(shard.sha256 or 'unknown')[:12]}.partial"
+    have = partial.stat().st_size if partial.exists() else 0
+    if have < shard.size:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        for name, value in headers.items():
+            # The hub redirects to a store that signs its addresses and must not see the token.
+            request.add_unredirected_header(name, value)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            resumed = have > 0 and answer.status == http.HTTPStatus.PARTIAL_CONTENT
+            show(have if resumed else 0)
+            with partial.open("ab" if resumed else "wb") as file:
+                while block := answer.read(CHUNK):
+                    if stop.is_set():
+                        raise UserError("download stopped; start again to continue it")
+                    file.write(block)
+                    show(len(block))
+    have = partial.stat().st_size
+    if have < shard.size:
+        raise http.client.IncompleteRead(b"", shard.size - have)
+    if have > shard.size or (shard.sha256 and _sha256(partial) != shard.sha256):
+        partial.unlink()
+        raise _Corrupt(f"{shard.path} arrived with another checksum than the hub states")
+    partial.replace(place / shard.name)
+
+
+class _Corrupt(Exception):
+    """What arrived is not what the hub has; worth another attempt."""
+
+
+def _patiently(attempt: Callable[[], Any], what: str, stop: threading.Event) -> Any:
+    """Runs an attempt until it succeeds, with growing pauses; a refusal, and the last failure, is a `UserError`."""
+    # The library's own errors are, by version, those of requests or of one of two httpx.
+    library_errors = _library().errors.HfHubHTTPError.__bases__
+    transient = (OSError, http.client.HTTPException, _Corrupt, *library_errors)
+    for i in range(ATTEMPTS):
+        try:
+            return attempt()
+        except transient as error:
+            status = _status(error)
+            if status is not None and 400 <= status < 500 and status not in (408, 429):
+                raise UserError(f"{what} was refused by the hub ({status}): {_hint(status)}") from None
+            if i == ATTEMPTS - 1:
+                raise UserError(
+                    f"{what} could not be fetched in {ATTEMPTS} attempts ({error or type(error).__name__}); "
+                    "start again to continue, or name files that are there"
+                ) from None
+        if stop.wait(BACKOFF_SECONDS * 2**i):
+            raise UserError("download stopped; start again to continue it")
+    raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int | None:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return "set HF_TOKEN to a token that may read it, and accept its terms on its page"
+    return "check its name"
+
+
+def _is_there(path: Path, shard: Shard) -> bool:
+    return path.exists() and path.stat().st_size == shard.size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError:
+        raise UserError("data sets of the hub need huggingface_hub: pip install 'jaxchat[hub]'") from None
+    return huggingface_hub

@@ -1,0 +1,175 @@
+"""Downloads from the hub, against a small server that speaks as the hub does and fails on demand."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("huggingface_hub")
+
+from jaxchat.config import UserError
+from jaxchat.data import hub
+
+REPOSITORY = "owner/texts"
+FILES = {f"data/shard_{i}.parquet": bytes([65 + i]) * (70_000 + i) for i in range(4)}
+
+
+class FakeHub:
+    """Serves FILES; `faults` maps a path to what goes wrong with its next requests."""
+
+    def __init__(self):
+        self.requests: list[tuple[str, str | None]] = []
+        self.faults: dict[str, list[str]] = {}
+        self.wrong_sha: set[str] = set()
+        self.ranges = True
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                owner.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, handler):
+        path = handler.path.split("?")[0]
+        self.requests.append((path, handler.headers.get("Range")))
+        if path.startswith(f"/api/datasets/{REPOSITORY}/tree/"):
+            self.send(handler, 200, json.dumps([self.entry(name) for name in sorted(FILES, reverse=True)]).encode())
+        elif path == f"/api/datasets/{REPOSITORY}":
+            self.send(handler, 200, json.dumps({"id": REPOSITORY, "sha": "c0ffee"}).encode())
+        elif path.startswith(f"/datasets/{REPOSITORY}/resolve/c0ffee/"):
+            self.file(handler, path.split("/c0ffee/")[1])
+        else:
+            self.send(handler, 404, b"{}")
+
+    def entry(self, name):
+        sha256 = "0" * 64 if name in self.wrong_sha else hashlib.sha256(FILES[name]).hexdigest()
+        size = len(FILES[name])
+        lfs = {"oid": sha256, "size": size, "pointerSize": 100}
+        return {"type": "file", "path": name, "size": size, "oid": "a" * 40, "lfs": lfs}
+
+    def file(self, handler, name):
+        fault = self.faults.get(name, [])
+        fault = fault.pop(0) if fault else ""
+        body, asked = FILES[name], handler.headers.get("Range")
+        if fault.isdigit():
+            return self.send(handler, int(fault), b"")
+        if fault == "garbage":
+            body = b"?" * len(body)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.ranges else 0
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body) - start))
+        handler.end_headers()
+        handler.wfile.write(body[start : 50_000 if fault == "cut" else None])
+        if fault == "cut":
+            handler.wfile.flush()
+            handler.connection.close()
+        return None
+
+    def send(self, handler, status, body):
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(hub, "BACKOFF_SECONDS", 0.001)
+    fake = FakeHub()
+    yield fake
+    fake.close()
+
+
+def fetch(server, directory, spec=f"hub:{REPOSITORY}:2", split="train"):
+    return hub.download(spec, split, directory, log=lambda _: None, endpoint=server.endpoint)
+
+
+def test_the_first_shards_are_for_training_and_the_last_for_validation(server, tmp_path):
+    assert [path.name for path in fetch(server, tmp_path)] == ["data--shard_0.parquet", "data--shard_1.parquet"]
+    assert [path.name for path in fetch(server, tmp_path, split="val")] == ["data--shard_3.parquet"]
+    assert [path.read_bytes()[:1] for path in fetch(server, tmp_path)] == [b"A", b"B"]
+    assert len(fetch(server, tmp_path, f"hub:{REPOSITORY}")) == 3  # all but the last
+
+
+def test_files_that_are_there_need_no_network(server, tmp_path):
+    paths = fetch(server, tmp_path)
+    server.requests.clear()
+    assert fetch(server, tmp_path) == paths
+    assert server.requests == []
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(server, tmp_path):
+    server.faults["data/shard_0.parquet"] = ["cut"]
+    (path,) = fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
+    assert path.read_bytes() == FILES["data/shard_0.parquet"]
+    ranges = [asked for path, asked in server.requests if path.endswith("shard_0.parquet")]
+    assert ranges == [None, "bytes=50000-"]
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_a_partial_file_of_an_earlier_process_is_resumed(server, tmp_path):
+    server.faults["data/shard_0.parquet"] = ["cut", *["503"] * hub.ATTEMPTS]
+    with pytest.raises(UserError, match=r"could not be fetched in 6 attempts.*503"):
+        fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
+    server.faults.clear()
+    server.requests.clear()
+    (path,) = fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
+    assert path.read_bytes() == FILES["data/shard_0.parquet"]
+    assert [asked for _, asked in server.requests] == ["bytes=50000-"]
+
+
+def test_a_server_without_ranges_sends_the_file_again(server, tmp_path):
+    server.ranges = False
+    server.faults["data/shard_0.parquet"] = ["cut"]
+    (path,) = fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
+    assert path.read_bytes() == FILES["data/shard_0.parquet"]
+
+
+def test_a_wrong_checksum_is_fetched_again_and_in_the_end_refused(server, tmp_path):
+    server.faults["data/shard_0.parquet"] = ["garbage"]
+    (path,) = fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
+    assert path.read_bytes() == FILES["data/shard_0.parquet"]
+    server.wrong_sha.add("data/shard_0.parquet")
+    with pytest.raises(UserError, match="another checksum"):
+        fetch(server, tmp_path / "again", f"hub:{REPOSITORY}:1")
+    assert not list((tmp_path / "again").rglob("*.parquet"))
+
+
+def test_a_busy_hub_is_asked_again(server, tmp_path):
+    server.faults["data/shard_1.parquet"] = ["500", "429"]
+    assert len(fetch(server, tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("hub:nothing", "no data set 'nothing': name one of fineweb-edu, fineweb-edu-100bt, climbmix"),
+        ("hub:climbmix:0", "is not hub:NAME or hub:NAME:SHARDS"),
+        ("hub:owner/missing:1", r"was refused by the hub \(404\): check its name"),
+        (f"hub:{REPOSITORY}:4", "asks for 4 shards; owner/texts has 3 to train on"),
+    ],
+)
+def test_a_wrong_name_is_refused_in_one_sentence(server, tmp_path, spec, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fetch(server, tmp_path, spec)
+
+
+def test_a_forbidden_file_names_the_token(server, tmp_path):
+    server.faults["data/shard_0.parquet"] = ["403"]
+    with pytest.raises(UserError, match="HF_TOKEN"):
+        fetch(server, tmp_path)

@@ -1,0 +1,211 @@
+"""Sources: what a spec names, what is read from it, and the sentence for every broken file."""
+
+import gzip
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxchat.config import UserError
+from jaxchat.data.sources import DEAL, Reading, documents, find, held_out
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+
+
+def read(path, split="train", parts=1, **reading):
+    sources = find(str(path), split)
+    return [
+        text
+        for source in sources
+        for part in range(parts)
+        for text in documents(source, Reading(part=part, parts=parts, **reading))
+    ]
+
+
+def parquet(path, column, groups=2, name="text"):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({name: column}), path, row_group_size=max(1, len(column) // groups))
+    return path
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    text = "two\r\nlines \u2581 \U0001f600\n"
+    assert read(write(tmp_path / "a.txt", text)) == [text]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfword")) == ["word"]
+    assert read(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl("word").encode())) == ["word"]
+
+
+def test_json_lines_hold_a_document_each_and_blank_lines_none(tmp_path):
+    lines = jsonl("one", "") + "\n  \n" + jsonl("t\u00e9xt")
+    assert read(write(tmp_path / "a.jsonl", lines)) == ["one", "", "t\u00e9xt"]
+    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(lines.encode()))) == ["one", "", "t\u00e9xt"]
+    assert read(write(tmp_path / "no_newline.jsonl", lines.rstrip("\n"))) == ["one", "", "t\u00e9xt"]
+
+
+def test_another_column_can_hold_the_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"story": "once"}\n')
+    assert read(path, text_column="story") == ["once"]
+
+
+def test_a_parquet_row_is_a_document(tmp_path):
+    texts = [f"text {i}" for i in range(7)]
+    assert read(parquet(tmp_path / "a.parquet", texts)) == texts
+
+
+def test_surrogates_that_json_can_hold_become_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00 \\ud800."}\n')
+    assert read(path) == ["\U0001f600 \ufffd."]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_an_encoding_can_be_named(tmp_path, encoding):
+    text = "na\u00efve caf\u00e9\n"
+    assert read(write(tmp_path / "a.txt", text.encode(encoding)), encoding=encoding) == [text]
+    lines = '{"text": "caf\u00e9"}\n{"text": "two"}\n'
+    for name, data in (("a.jsonl", lines.encode(encoding)), ("a.jsonl.gz", gzip.compress(lines.encode(encoding)))):
+        assert read(write(tmp_path / name, data), encoding=encoding, parts=2) == ["caf\u00e9", "two"]
+
+
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=40), parts=st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_parts_of_json_lines_hold_every_document_once(tmp_path_factory, lengths, parts):
+    texts = [f"{i}:" + "x" * length for i, length in enumerate(lengths)]
+    path = write(tmp_path_factory.mktemp("parts") / "a.jsonl", jsonl(*texts))
+    assert read(path, parts=parts) == texts
+
+
+def test_parts_of_other_files_hold_every_document_once(tmp_path):
+    texts = [f"text {i}" for i in range(3 * DEAL + 5)]
+    for path in (
+        write(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(*texts).encode())),
+        parquet(tmp_path / "a.parquet", texts, groups=5),
+    ):
+        dealt = read(path, parts=3)
+        assert dealt != texts
+        assert sorted(dealt) == sorted(texts)
+    assert read(write(tmp_path / "a.txt", "one"), parts=3) == ["one"]
+
+
+def test_tiny_world_documents_are_dealt_without_loss():
+    assert sorted(read("tinyworld:val:5", parts=2)) == sorted(read("tinyworld:val:5"))
+    assert len(read("tinyworld:train:5")) == 5
+
+
+def test_a_directory_gives_train_files_to_training_and_val_files_to_validation(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl", "val.jsonl", "other.txt", "SOURCE.md", ".cache/train.txt"):
+        write(tmp_path / name, jsonl(name))
+    assert read(tmp_path) == ["train-0.jsonl", "train-1.jsonl"]
+    assert read(tmp_path, "val") == ["val.jsonl"]
+
+
+def test_a_directory_without_train_files_gives_everything_but_val_files(tmp_path):
+    for name in ("b/two.jsonl", "a.jsonl", "valid.jsonl"):
+        write(tmp_path / name, jsonl(name))
+    assert read(tmp_path) == ["a.jsonl", "b/two.jsonl"]
+    assert read(tmp_path / "b", "val") == ["b/two.jsonl"]
+
+
+def test_a_glob_names_files_in_a_fixed_order(tmp_path):
+    for name in ("x/2.jsonl", "x/10.jsonl", "1.jsonl", "1.txt"):
+        write(tmp_path / name, jsonl(name))
+    assert read(tmp_path / "**" / "*.jsonl") == ["1.jsonl", "x/10.jsonl", "x/2.jsonl"]
+
+
+def test_holding_out_depends_on_the_text_alone():
+    texts = [f"document {i}" for i in range(4000)]
+    chosen = [text for text in texts if held_out(text, 0.1)]
+    assert chosen == [text for text in reversed(texts) if held_out(text, 0.1)][::-1]
+    assert 300 < len(chosen) < 500
+    assert {text for text in texts if held_out(text, 0.05)} < set(chosen)
+
+
+BROKEN = {
+    "missing.txt": (None, r"--data.train .*missing.txt does not exist"),
+    "none/*.txt": (None, r"no file matches --data.train .*none/\*.txt"),
+    "empty.jsonl": (b"", r"empty.jsonl is empty"),
+    "picture.png": (b"x", r"picture.png is none of .txt, .jsonl, .jsonl.gz, .parquet"),
+    "latin.txt": ("caf\u00e9".encode("latin-1"), r"latin.txt is not UTF-8 at byte 3 \(0xe9\).*--data.encoding=latin-1"),
+    "latin.jsonl": (jsonl("one").encode() + b'{"text": "\xe9"}', r"latin.jsonl is not UTF-8 at byte 35 \(0xe9\)"),
+    "binary.txt": (b"\x7fELF\0\0", r"binary.txt looks like a binary file \(a zero at byte 4\)"),
+    "binary.jsonl": (b"\x7fELF\0\xff\n", r"binary.jsonl looks like a binary file"),
+    "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not JSON \(Expecting"),
+    "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is no object with a text column 'text'"),
+    "number.jsonl": ("7\n", r"number.jsonl line 1 is no object"),
+    "column.jsonl": (jsonl("one") + '{"id": 2, "body": "x"}\n', r"line 2 has no column 'text' \(it has id, body\)"),
+    "null.jsonl": ('{"text": null}\n', r"null.jsonl line 1 has no text in column 'text'"),
+    "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text'"),
+    "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a whole gzip file \(Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(jsonl("one").encode())[:-9], r"cut.jsonl.gz is not a whole gzip file"),
+    "flipped.jsonl.gz": (gzip.compress(b"x" * 99)[:-8] + b"\0" * 8, r"flipped.jsonl.gz is not a whole gzip file"),
+    "text.parquet": (b"this is text", r"text.parquet is not a whole parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_in_one_sentence(tmp_path, name):
+    data, sentence = BROKEN[name]
+    if data is not None:
+        write(tmp_path / name, data)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_documents_is_refused(tmp_path):
+    write(tmp_path / "README.md", "x")
+    with pytest.raises(UserError, match=r"no .txt, .jsonl, .jsonl.gz, .parquet file in --data.train"):
+        read(tmp_path)
+    write(tmp_path / "val.txt", "x")
+    with pytest.raises(UserError, match=r"only validation files in --data.train"):
+        read(tmp_path)
+
+
+def test_a_broken_line_is_named_in_every_part(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl(*map(str, range(50))) + "oops\n")
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+        read(path, parts=3)
+
+
+def test_a_parquet_file_without_the_column_or_a_text_is_refused(tmp_path):
+    path = parquet(tmp_path / "a.parquet", ["x", "y"], name="body")
+    with pytest.raises(UserError, match=r"has no column 'text' \(it has body\); name the text with --data.text_column"):
+        read(path)
+    with pytest.raises(UserError, match=r"row 4 has no text in column 'text'"):
+        read(parquet(tmp_path / "b.parquet", ["a", "b", "c", None]))
+    whole = parquet(tmp_path / "c.parquet", [f"some text {i}" for i in range(99)]).read_bytes()
+    with pytest.raises(UserError, match=r"cut.parquet is not a whole parquet file"):
+        read(write(tmp_path / "cut.parquet", whole[:-50]))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", ["x"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'jaxchat\[hub\]'"):
+        read(path)
+
+
+@pytest.mark.parametrize("spec", ["tinyworld:test", "tinyworld:train:0", "tinyworld:train:x"])
+def test_a_wrong_tiny_world_is_refused(spec):
+    with pytest.raises(UserError, match="is not tinyworld:train or tinyworld:val"):
+        read(spec)
+
+
+def test_an_unknown_encoding_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--data.encoding=latin-99 is not an encoding"):
+        read(write(tmp_path / "a.txt", "x"), encoding="latin-99")
+    with pytest.raises(UserError, match=r"a.txt is not ascii.*correct --data.encoding"):
+        read(write(tmp_path / "a.txt", "\u00e9"), encoding="ascii")
