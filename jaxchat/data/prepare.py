@@ -160,9 +160,9 @@ def _ensure(
     content = _content(sources, cache_directory)
     name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, **asdict(recipe))
     directory = cache_directory / "rows" / name
-    if not (directory / "manifest.json").exists():
+    if not _is_whole(directory):
         with cache.locked(directory, log):
-            if not (directory / "manifest.json").exists():
+            if not _is_whole(directory):
                 log(f"preparing {split} rows of {data.row_length} tokens from {spec}")
                 made = _make(directory, sources, recipe, tokenizer, data.workers)
                 manifest = {
@@ -182,6 +182,11 @@ def _ensure(
                 cache.write_json(directory / "manifest.json", manifest)
                 log(_summary(manifest, directory))
     return open_rows(directory, tokenizer_hash=tokenizer.hash)
+
+
+def _is_whole(directory: Path) -> bool:
+    manifest = cache.read_json(directory / "manifest.json")
+    return manifest is not None and all((directory / shard["file"]).exists() for shard in manifest["shards"])
 
 
 def _make(

@@ -68,6 +68,8 @@ class Rows:
             self._readers.popitem(last=False)[1].close()
         path = self.directory / self.manifest["shards"][shard]["file"]
         rows = self.manifest["shards"][shard]["rows"]
+        if not path.exists():  # which the reader would take for a file without rows
+            raise UserError(f"{path} is missing; delete {self.directory} and prepare it again")
         try:
             reader = ArrayRecordReader(str(path), RANDOM_ACCESS)
             found = reader.num_records()

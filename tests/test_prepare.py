@@ -1,0 +1,385 @@
+"""Preparation: documents to rows without loss, restarted after a kill, never stale."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxchat
+from jaxchat.config import UserError
+from jaxchat.data import cache, prepare, shards, workers
+from jaxchat.data.prepare import Data, ensure_rows, ensure_tokenizer, summary
+from jaxchat.data.sources import find
+from jaxchat.data.streams import every_row_once
+from jaxchat.tokenizer import TokenizerConfig
+
+SENTENCE = (
+    "the fox saw a bear near old trees and quiet water while small birds sang 17 songs \u2014 na\u00efve \u2581 ones"
+)
+WORDS = SENTENCE.split(" ")
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, n)) + f" {i}." for i, n in enumerate(rng.integers(1, 90, count))]
+
+
+def write(path, documents):
+    data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write(tmp_path / "train.jsonl", texts(300))
+
+
+def settings(*train, **fields):
+    return Data(**{"train": tuple(map(str, train)), "vocab": 300, "row_length": 32, "workers": 1} | fields)
+
+
+def silent(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizer")
+    return ensure_tokenizer(settings(write(place / "t.jsonl", texts(300))), place / "cache", 0, silent)
+
+
+def documents_of(rows, tokenizer):
+    """The texts in rows that hold whole documents."""
+    found = []
+    for part in rows:
+        for i in range(len(part)):
+            ids = [*part[i].ids_S.tolist(), tokenizer.bos]
+            starts = [place for place, token in enumerate(ids) if token == tokenizer.bos]
+            found += [tokenizer.decode(ids[a + 1 : b]) for a, b in pairwise(starts) if b > a + 1]
+    return found
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_every_byte_of_validation_is_a_target_once(tmp_path, tokenizer, packing):
+    val = [*texts(150, seed=1), "", "x", "word " * 400]
+    data = settings(
+        write(tmp_path / "a.jsonl", texts(20)), val=(str(write(tmp_path / "v.jsonl", val)),), packing=packing
+    )
+    rows = ensure_rows(data, tokenizer, "val", tmp_path / "cache", silent)
+    scored = sum(
+        int((tokenizer.bytes_per_token[batch["targets"]] * (batch["weights"] > 0)).sum())
+        for batch in every_row_once(rows, 8)
+    )
+    assert scored == sum(len(text.encode()) for text in val)
+    assert rows[0].manifest["empty"] == 1
+
+
+def test_rows_hold_the_documents(tmp_path, corpus, tokenizer):
+    rows = ensure_rows(settings(corpus, row_length=512), tokenizer, "train", tmp_path / "cache", silent)
+    val = ensure_rows(settings(corpus, row_length=512), tokenizer, "val", tmp_path / "cache", silent)
+    train_texts, val_texts = documents_of(rows, tokenizer), documents_of(val, tokenizer)
+    assert Counter(train_texts + val_texts) == Counter(texts(300))
+    assert not set(train_texts) & set(val_texts)
+
+
+def test_the_manifest_says_what_was_made(tmp_path, corpus, tokenizer):
+    data = settings(corpus, val=(str(write(tmp_path / "v.jsonl", ["x"])),))
+    (rows,) = ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
+    tokens = [len(tokenizer.encode(text)) for text in texts(300)]
+    manifest = rows.manifest
+    assert manifest["documents"] == 300
+    assert manifest["tokens"] == sum(tokens)
+    assert manifest["bytes"] == sum(len(text.encode()) for text in texts(300))
+    assert manifest["discarded"] == 0
+    assert manifest["cut"] == sum(n + 1 > 33 for n in tokens)
+    assert manifest["rows"] == len(rows) == sum(shard["rows"] for shard in manifest["shards"])
+    assert manifest["tokenizer"] == tokenizer.hash
+    assert [source["path"] for source in manifest["sources"]] == [str(corpus)]
+    assert manifest["sources"][0]["sha256"] == find(str(corpus), "train")[0].hash()
+    assert summary([rows])["tokens"] == sum(tokens)
+
+
+def test_crop_reports_what_it_throws_away(tmp_path, corpus, tokenizer):
+    said = []
+    rows = ensure_rows(settings(corpus, packing="crop"), tokenizer, "train", tmp_path / "cache", said.append)
+    result = summary(rows)
+    assert 0.1 < result["discarded_fraction"] < 0.9
+    assert f"{result['discarded_fraction']:.2%} of tokens thrown away" in said[-1]
+
+
+def test_held_out_documents_do_not_depend_on_files_or_order(tmp_path, tokenizer):
+    whole = settings(write(tmp_path / "a.jsonl", texts(300)), row_length=512, val_fraction=0.2)
+    halves = write(tmp_path / "b.jsonl", texts(300)[:120:-1]), write(tmp_path / "c.jsonl.gz", texts(300)[:121])
+    split = settings(*halves, row_length=512, val_fraction=0.2)
+    held = [
+        set(documents_of(ensure_rows(data, tokenizer, "val", tmp_path / "cache", silent), tokenizer))
+        for data in (whole, split)
+    ]
+    assert held[0] == held[1]
+    assert 30 < len(held[0]) < 90
+
+
+def test_prepared_rows_are_used_again(tmp_path, corpus, tokenizer, monkeypatch):
+    (first,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    monkeypatch.setattr(workers, "run", None)
+    moved = corpus.rename(tmp_path / "moved.jsonl")
+    (second,) = ensure_rows(settings(moved, workers=2), tokenizer, "train", tmp_path / "cache", silent)
+    assert second.directory == first.directory
+
+
+def test_any_change_that_matters_makes_other_rows(tmp_path, corpus, tokenizer):
+    def place(data, tokenizer=tokenizer, split="train"):
+        return ensure_rows(data, tokenizer, split, tmp_path / "cache", silent)[0].directory
+
+    val = (str(write(tmp_path / "v.jsonl", ["x"])),)
+    other = ensure_tokenizer(settings(corpus, vocab=310), tmp_path / "cache", 0, silent)
+    places = [
+        place(settings(corpus)),
+        place(settings(corpus), split="val"),
+        place(settings(corpus, row_length=16)),
+        place(settings(corpus, packing="crop")),
+        place(settings(corpus, val_fraction=0.02)),
+        place(settings(corpus, val=val)),
+        place(settings(corpus, encoding="latin-1")),
+        place(settings(corpus), tokenizer=other),
+    ]
+    stat = corpus.stat()
+    corpus.write_bytes(corpus.read_bytes().replace(b"fox", b"cat"))
+    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same date
+    places.append(place(settings(corpus)))
+    assert len(set(places)) == len(places)
+
+
+def test_a_file_changed_behind_its_date_is_read_again(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)  # remember at once
+    source = find(str(corpus), "train")
+    before, stat = cache.content_hashes(source, tmp_path), corpus.stat()
+    assert json.loads((tmp_path / "hashes.json").read_text())[str(corpus)][-1] == before[0]
+    time.sleep(0.02)  # a tick of the file system's clock
+    corpus.write_bytes(corpus.read_bytes()[::-1])
+    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache.content_hashes(source, tmp_path) != before
+
+
+def test_a_fresh_file_is_not_remembered(tmp_path, corpus):
+    cache.content_hashes(find(str(corpus), "train"), tmp_path)
+    assert not (tmp_path / "hashes.json").exists()
+
+
+def test_lost_shards_are_made_again(tmp_path, corpus, tokenizer):
+    (rows,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    shard = rows.directory / rows.manifest["shards"][0]["file"]
+    before = shard.read_bytes()
+    shard.unlink()
+    ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    assert shard.read_bytes() == before
+
+
+def test_processes_make_the_same_rows_as_one(tmp_path, tokenizer, monkeypatch):
+    files = [write(tmp_path / f"{i}.jsonl.gz", texts(60, seed=i)) for i in range(3)]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for job_directory, processes in ((one, 1), (two, 2)):
+        monkeypatch.setattr(workers, "SMALL", 0)
+        monkeypatch.setattr(shards, "LEAST_PART", 1)
+        data = settings(*files, packing="best_fit", workers=processes)
+        rows = ensure_rows(data, tokenizer, "train", job_directory, silent)
+        assert len(rows) == 3
+    names = sorted(path.relative_to(one) for path in one.rglob("shard-*"))
+    assert len(names) > 20
+    assert [(one / name).read_bytes() for name in names] == [(two / name).read_bytes() for name in names]
+
+
+def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(workers, "SMALL", 0)
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+    path = write(tmp_path / "a.jsonl", texts(50))
+    with path.open("a") as file:
+        file.write("oops\n")
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+        ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
+
+
+def test_worker_processes_start_without_jax():
+    code = "import sys, jaxchat.data.shards as s; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+KILLED = """
+import sys
+from jaxchat.data import prepare, shards, workers
+from jaxchat.tokenizer import Tokenizer
+workers.SMALL, shards.LEAST_PART = 0, 1
+data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=32, workers=2)
+prepare.ensure_rows(data, Tokenizer.load(sys.argv[2]), "train", sys.argv[3], print)
+"""
+
+
+def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+    path = write(tmp_path / "a.jsonl", texts(6000) * 2)
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", KILLED, path, tmp_path / "tokenizer", tmp_path / "cache"]
+    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = []
+    while process.poll() is None and len(done) < 2:
+        time.sleep(0.01)
+        done = list((tmp_path / "cache").rglob("shard-*.json"))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+    (directory,) = (tmp_path / "cache" / "rows").iterdir()
+    finished = {path.name: path.stat().st_mtime_ns for path in done}
+
+    made = []
+    monkeypatch.setattr(workers, "run", _counting(workers.run, made))
+    (rows,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "cache", silent)
+    assert rows.directory == directory
+    assert 0 < len(made) <= len(rows.manifest["shards"]) - len(finished)
+    assert {name: (directory / name).stat().st_mtime_ns for name in finished} == finished
+    (fresh,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "other", silent)
+    same = ("rows", "tokens", "documents", "bytes", "padding", "cut")
+    assert {name: rows.manifest[name] for name in same} == {name: fresh.manifest[name] for name in same}
+
+
+def _counting(run, made):
+    def counted(jobs, *arguments, **options):
+        made.extend(jobs)
+        return run(jobs, *arguments, **options)
+
+    return counted
+
+
+def test_a_worker_that_dies_is_reported_and_its_shard_made_next_time(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(workers, "SMALL", 0)
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+    start = subprocess.Popen
+
+    def start_and_kill(*arguments, **options):
+        process = start(*arguments, **options)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start_and_kill)
+    data = settings(corpus, workers=2)
+    with pytest.raises(UserError, match=r"a worker ended with signal 9.*--data.workers"):
+        ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    assert ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)[0].manifest["documents"] > 280
+
+
+def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
+    small = [shards.Source("text", f"{i}.txt", 100_000) for i in range(100)]
+    assert len(shards.plan(small)) == 10
+    large = [shards.Source("jsonl", "a.jsonl", 10 << 30), shards.Source("jsonl.gz", "b.jsonl.gz", 1 << 30)]
+    plan = shards.plan(large)
+    assert 200 < len(plan) <= shards.MOST_SHARDS + 1
+    assert {(source.path, part, parts) for job in plan for source, part, parts in job.parts} == {
+        (source.path, part, parts)
+        for source in large
+        for parts in [max(p[2] for job in plan for p in job.parts if p[0] == source)]
+        for part in range(parts)
+    }
+    assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == shards.MOST_DEALT
+
+
+def test_a_document_of_many_rows_and_many_of_none_are_prepared(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards, "PACKED_TOKENS", 500)  # packed in many blocks
+    val = (str(write(tmp_path / "v.jsonl", ["x"])),)
+    documents = [*[""] * 50, "long " * 5000, *texts(30)]
+    (rows,) = ensure_rows(
+        settings(write(tmp_path / "a.jsonl", documents), val=val), tokenizer, "train", tmp_path, silent
+    )
+    assert (rows.manifest["empty"], rows.manifest["documents"], rows.manifest["discarded"]) == (50, 31, 0)
+    assert rows.manifest["tokens"] == sum(len(tokenizer.encode(text)) for text in documents)
+
+
+def test_the_tokenizer_is_trained_once_on_training_documents_only(tmp_path, corpus):
+    said = []
+    data = settings(corpus, val_fraction=0.5)
+    first = ensure_tokenizer(data, tmp_path / "cache", 0, said.append)
+    assert "training a bpe tokenizer of 300 ids" in said[0]
+    count = len(said)
+    assert ensure_tokenizer(data, tmp_path / "cache", 0, said.append).hash == first.hash
+    assert len(said) == count
+    held = {text for text in texts(300) if prepare.Recipe(32, "best_fit", "text", "utf-8", 0.5, "val").takes(text)}
+    seen = set(prepare._training_texts(find(str(corpus), "train"), data))
+    assert 100 < len(held) < 200
+    assert seen == set(texts(300)) - held
+
+
+def test_a_large_corpus_is_sampled_evenly_for_the_tokenizer(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+    data = settings(corpus, tokenizer=TokenizerConfig(sample_bytes=1000), val_fraction=1e-9)
+    seen = list(prepare._training_texts(find(str(corpus), "train"), data))
+    assert 0 < sum(map(len, seen)) < corpus.stat().st_size / 2
+    places = [texts(300).index(text) for text in seen]
+    assert places == sorted(places)
+    assert places[0] < 20
+    assert places[-1] > 150
+
+
+def test_a_saved_tokenizer_can_be_named(tmp_path, corpus, tokenizer):
+    tokenizer.save(tmp_path / "saved")
+    config = TokenizerConfig(path=str(tmp_path / "saved"))
+    assert ensure_tokenizer(settings(corpus, tokenizer=config), tmp_path, 0, silent).hash == tokenizer.hash
+    with pytest.raises(UserError, match=r"has 300 ids: set --data.vocab=300"):
+        ensure_tokenizer(settings(corpus, tokenizer=config, vocab=400), tmp_path, 0, silent)
+
+
+def test_too_little_to_hold_out_names_the_remedy(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(UserError, match=r"--data.val_fraction=0.01 holds out no document.*--data.val"):
+        ensure_rows(settings(path), tokenizer, "val", tmp_path / "cache", silent)
+    with pytest.raises(UserError, match=r"no document with text in --data.train"):
+        ensure_rows(settings(write(tmp_path / "b.jsonl", ["", ""])), tokenizer, "train", tmp_path / "cache", silent)
+
+
+def test_a_file_in_both_train_and_val_is_refused(tmp_path, corpus, tokenizer):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    with pytest.raises(UserError, match=r"copy.jsonl is in --data.val and, as .*train.jsonl, in --data.train"):
+        ensure_rows(settings(corpus, val=(str(copy),)), tokenizer, "val", tmp_path / "cache", silent)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"train": ()}, "data.train is empty"),
+        ({"weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 of data.train"),
+        ({"weights": (0.0,)}, "must be positive"),
+        ({"val_fraction": 0.0}, "data.val_fraction=0.0 must lie between 0 and 1"),
+        ({"row_length": 1}, "data.row_length=1 must be at least 2"),
+        ({"workers": -1}, "data.workers=-1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(Data(), **fields)
+
+
+def test_a_second_process_waits_for_the_first(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom jaxchat.data.cache import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), print): print('in')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    with cache.locked(tmp_path, silent):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert "waiting for it" in other.stdout.readline()
+    assert other.communicate()[0] == "in\n"
+    assert other.returncode == 0

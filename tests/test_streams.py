@@ -1,0 +1,192 @@
+"""Streams: which rows a step reads, on any number of hosts, and what of it is scored."""
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxchat.config import UserError
+from jaxchat.data import streams
+from jaxchat.data.batch import START, TARGET, encode_row, token_dtype
+from jaxchat.data.cache import write_json
+from jaxchat.data.streams import RowStream, every_row_once, open_rows
+
+T = 3
+
+
+def make_rows(directory, shards, first=0):
+    """Rows that are numbered by all their tokens."""
+    directory.mkdir(parents=True)
+    number = first
+    for i, rows in enumerate(shards):
+        writer = ArrayRecordWriter(str(directory / f"{i}.array_record"), "group_size:1")
+        for _ in range(rows):
+            flags = np.array([START, *[TARGET] * T], np.uint8)
+            writer.write(encode_row(np.full(T + 1, number), flags, token_dtype(1000)))
+            number += 1
+        writer.close()
+    manifest = {
+        "row_length": T,
+        "dtype": "uint16",
+        "tokenizer": "abc",
+        "shards": [{"file": f"{i}.array_record", "rows": rows} for i, rows in enumerate(shards)],
+    }
+    write_json(directory / "manifest.json", manifest)
+    return open_rows(directory)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return [make_rows(tmp_path / "a", [5, 0, 7, 1]), make_rows(tmp_path / "b", [4], first=100)]
+
+
+def numbers(batch):
+    return batch["tokens"][:, 0].tolist()
+
+
+def stream(rows, weights=(), seed=0, batch_rows=4, **hosts):
+    return RowStream(rows, weights, seed=seed, batch_rows=batch_rows, **hosts)
+
+
+def test_a_row_is_found_in_its_shard(rows):
+    assert [int(rows[0][i].ids_S[0]) for i in range(13)] == list(range(13))
+    assert rows[0].read([12, 0, 5])[0][:, 0].tolist() == [12, 0, 5]
+    assert len(rows[0]) == 13
+    for i in (-1, 13):
+        with pytest.raises(IndexError):
+            rows[0][i]
+
+
+def test_more_shards_than_open_files_are_read(rows, monkeypatch):
+    monkeypatch.setattr(streams, "OPEN_SHARDS", 1)
+    assert rows[0].read([0, 12, 5, 1, 6])[0][:, 0].tolist() == [0, 12, 5, 1, 6]
+
+
+def test_a_batch_has_fixed_names_shapes_and_types(rows):
+    batch = stream(rows).batch(0)
+    assert {name: (column.shape, column.dtype.name) for name, column in batch.items()} == {
+        "tokens": ((4, T), "int32"),
+        "targets": ((4, T), "int32"),
+        "weights": ((4, T), "float32"),
+        "segments": ((4, T), "int32"),
+    }
+
+
+def test_a_step_reads_the_same_rows_whatever_was_read_before(rows):
+    forward = [numbers(stream(rows).batch(step)) for step in range(20)]
+    one = stream(rows)
+    assert [numbers(one.batch(step)) for step in reversed(range(20))] == forward[::-1]
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order(rows):
+    one = stream(rows, batch_rows=1)
+    order = [numbers(one.batch(i))[0] for i in range(3 * 17)]
+    epochs = [order[i : i + 17] for i in (0, 17, 34)]
+    assert one.rows_per_epoch == 17
+    for epoch in epochs:
+        assert sorted(epoch) == [*range(13), 100, 101, 102, 103]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_another_seed_makes_another_order(rows):
+    assert numbers(stream(rows, seed=0, batch_rows=16).batch(0)) != numbers(
+        stream(rows, seed=1, batch_rows=16).batch(0)
+    )
+
+
+def test_the_batch_size_does_not_change_the_order_of_rows(rows):
+    small, large = stream(rows, batch_rows=2), stream(rows, batch_rows=8)
+    for step in range(2):
+        assert [n for i in range(4) for n in numbers(small.batch(4 * step + i))] == numbers(large.batch(step))
+
+
+@pytest.mark.parametrize("weights", [(), (0.25, 0.75)])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_slices_of_all_hosts_are_the_global_batch(rows, weights, hosts):
+    whole = stream(rows, weights, batch_rows=8)
+    parts = [stream(rows, weights, batch_rows=8, host=host, hosts=hosts) for host in range(hosts)]
+    for step in range(5):
+        expected = whole.batch(step)
+        for name in expected:
+            joined = np.concatenate([part.batch(step)[name] for part in parts])
+            np.testing.assert_array_equal(joined, expected[name])
+
+
+def test_weights_give_each_source_its_share_of_every_stretch(rows):
+    one = stream(rows, (0.25, 0.75), batch_rows=8)
+    for step in range(3):
+        assert Counter(number >= 100 for number in numbers(one.batch(step))) == {True: 6, False: 2}
+    seen = Counter(number for step in range(13) for number in numbers(one.batch(step)))
+    assert {count for number, count in seen.items() if number < 100} == {2}  # 26 draws of 13 rows
+    assert sorted(count for number, count in seen.items() if number >= 100) == [19, 19, 20, 20]  # 78 draws of 4 rows
+
+
+def test_prefetch_gives_the_batches_of_its_steps_and_ends_its_thread(rows):
+    one = stream(rows)
+    found = [(step, numbers(batch)) for step, batch in one.prefetch(3, 9)]
+    assert found == [(step, numbers(one.batch(step))) for step in range(3, 9)]
+    ahead = one.prefetch(0, 10**9)
+    assert next(ahead)[0] == 0
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rows"]
+
+
+def test_prefetch_raises_what_its_thread_met(rows):
+    (rows[0].directory / "0.array_record").unlink()
+    with pytest.raises(UserError, match=r"0.array_record is missing; .* prepare it again"):
+        list(stream(rows).prefetch(0, 20))
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("limit", [None, 5, 100])
+def test_every_row_is_scored_once(rows, hosts, limit):
+    seen, shapes = [], set()
+    for host in range(hosts):
+        for batch in every_row_once(rows, 4, host=host, hosts=hosts, limit=limit):
+            shapes.add(batch["tokens"].shape)
+            kept = batch["weights"].any(axis=1)
+            seen += batch["tokens"][kept, 0].tolist()
+    assert shapes == {(4 // hosts, T)}
+    every = [*range(13), 100, 101, 102, 103]
+    assert sorted(seen) == (every if limit != 5 else [every[i * 17 // 5] for i in range(5)])
+
+
+def test_hosts_make_equally_many_batches_to_score(rows):
+    assert {len(list(every_row_once(rows, 4, host=host, hosts=4))) for host in range(4)} == {5}
+
+
+def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
+    with pytest.raises(UserError, match="a batch of 5 rows does not divide among 2 hosts"):
+        stream(rows, batch_rows=5, hosts=2)
+    with pytest.raises(UserError, match=r"--data.weights has 1 entries for 2 entries of --data.train"):
+        stream(rows, (1.0,))
+    with pytest.raises(UserError, match=r"no rows in .*empty"):
+        stream([make_rows(tmp_path / "empty", [0])])
+    with pytest.raises(UserError, match="no rows to read"):
+        stream([])
+    rows[1].row_length = 7
+    with pytest.raises(UserError, match=r"rows of length 7 .* do not go with rows of length 3"):
+        stream(rows)
+
+
+def test_rows_of_another_tokenizer_are_refused(rows):
+    assert len(open_rows(rows[0].directory, tokenizer_hash="abc")) == 13
+    with pytest.raises(UserError, match=r"were made with tokenizer abc, not xyz; prepare them again"):
+        open_rows(rows[0].directory, tokenizer_hash="xyz")
+
+
+def test_missing_and_damaged_rows_are_refused(rows, tmp_path):
+    with pytest.raises(UserError, match=r"no rows in .*make them with python -m launch.prepare"):
+        open_rows(tmp_path / "nowhere")
+    (rows[1].directory / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+        open_rows(rows[1].directory)
+    path = rows[0].directory / "2.array_record"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"2.array_record"):
+        rows[0].read([6])
+    rows[0].row_length = 4
+    with pytest.raises(UserError, match="a row has 12 bytes where row_length=4 makes 15"):
+        rows[0].read([0])
