@@ -1,9 +1,8 @@
 """A lossless subword tokenizer on sentencepiece: train, encode, decode, save, load.
 
-sentencepiece segments; what is lossy in it is not used. Text is cut at spaces before it is encoded, which changes no
-segmentation (no piece crosses a border between a word and the space after it) and lets repeated words come from a
-cache; U+2581, which sentencepiece reads as a space, is encoded as its three bytes; and ids are decoded through a
-table of the bytes of every id.
+sentencepiece segments; what is lossy in it is not used. Text is cut where no piece can cross, before spaces and between
+letters and punctuation, which changes no segmentation and lets repeated words come from a cache; U+2581, which
+sentencepiece reads as a space, is encoded as its three bytes; ids are decoded through a table of the bytes of each.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -42,11 +41,14 @@ FORMAT = "jaxchat-tokenizer-1"
 MODEL_FILE, METADATA_FILE = "tokenizer.model", "tokenizer.json"
 
 SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
-_CHUNK = re.compile(r" +[^ \u2581]*|[^ \u2581]+|\u2581")
+_RUN_OF_SPACES = re.compile(r"(?<! ) ")
+# Spaces with ASCII letters, or with ASCII that is no letter, or with anything: pieces hold one script, so none crosses.
+_PART = re.compile(r" *+(?:[A-Za-z]++(?![^\0-\x7f])|[\0-\x1f!-@\[-`{-\x7f]++(?![^\0-\x7f])|[^ ]++)| ++")
+_CROSSING = re.compile(r"[^\u2581]\u2581|[A-Za-z][\0-\x1f!-@\[-`{-\x7f]|[\0-\x1f!-@\[-`{-\x7f][A-Za-z]")
 _UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips, or misreads, a sentence that holds one of these
 _BLOCK_CHARACTERS = 2000
 _COVERAGE = 0.9995
-_CACHED_CHUNK, _CACHED_CHUNKS = 64, 1 << 18
+_CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,19 @@ class TokenizerConfig:
             raise ValueError(f"sample_bytes={self.sample_bytes} must be positive")
 
 
-class _ChunkIds(dict[str, tuple[int, ...]]):
-    """The ids of every chunk met so far; a new one is segmented on the way."""
+class _Cache(dict[str, tuple[int, ...]]):
+    """Ids of texts met before; an unknown text is segmented on the way, and kept if it is short."""
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, space_mark: tuple[int, ...]) -> None:
-        super().__init__({SPACE_MARK: space_mark})
-        self._processor, self._space_mark = processor, space_mark
+    def __init__(self, segment: Callable[[str], Iterable[int]]) -> None:
+        super().__init__()
+        self._segment = segment
 
-    def __missing__(self, chunk: str) -> tuple[int, ...]:
-        ids = tuple(self._processor.encode(chunk, num_threads=1))
-        if len(chunk) <= _CACHED_CHUNK:
-            if len(self) >= _CACHED_CHUNKS:
+    def __missing__(self, text: str) -> tuple[int, ...]:
+        ids = tuple(self._segment(text))
+        if len(text) <= _CACHED_CHARACTERS:
+            if len(self) >= _CACHED_ENTRIES:
                 self.clear()
-                self[SPACE_MARK] = self._space_mark
-            self[chunk] = ids
+            self[text] = ids
         return ids
 
 
@@ -105,10 +106,9 @@ class Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = range(processor.get_piece_size())
         pieces = [processor.id_to_piece(i) for i in ids]
-        if sum(map(processor.is_byte, ids)) != 256 or any(re.search("[^\u2581]\u2581", piece) for piece in pieces):
-            raise UserError(
-                "a sentencepiece model without byte pieces, or with pieces of many words, is not lossless here"
-            )
+        ordinary = [pieces[i] for i in ids if not (processor.is_control(i) or processor.is_byte(i))]
+        if sum(map(processor.is_byte, ids)) != 256 or any(map(_CROSSING.search, ordinary[1:])):
+            raise UserError("a sentencepiece model needs byte pieces, and no piece may cross words or scripts")
         self.model = model
         self.vocab_size = len(pieces)
         self.specials = {pieces[i]: i for i in ids if processor.is_control(i)}
@@ -120,8 +120,9 @@ class Tokenizer:
         self._bytes = [_piece_bytes(processor, i, pieces[i]) for i in ids]
         self.bytes_per_token = np.array([len(piece) for piece in self._bytes], np.int32)
         self.bytes_per_token.flags.writeable = False
-        space_mark = tuple(processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode())
-        self._chunk_ids = _ChunkIds(processor, space_mark)
+        self._space_mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._parts = _Cache(processor.encode)
+        self._words = _Cache(lambda word: self._segment(" " + word))
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.model,)
@@ -130,7 +131,14 @@ class Tokenizer:
         """Ids of a text, with no `<|bos|>`; a lone surrogate, which is not text, reads as U+FFFD."""
         if not text.isascii():
             text = _scalar_values(text)
-        return list(chain.from_iterable(map(self._chunk_ids.__getitem__, _CHUNK.findall(text))))
+            if SPACE_MARK in text:
+                first, *others = text.split(SPACE_MARK)
+                return self.encode(first) + [i for other in others for i in self._space_mark + self.encode(other)]
+        first, *words = _RUN_OF_SPACES.split(text) if "  " in text else text.split(" ")
+        return list(chain(self._segment(first), chain.from_iterable(map(self._words.__getitem__, words))))
+
+    def _segment(self, text: str) -> Iterator[int]:
+        return chain.from_iterable(map(self._parts.__getitem__, _PART.findall(text)))
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of every text."""
