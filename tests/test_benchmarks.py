@@ -1,0 +1,58 @@
+import sys
+
+import jax
+import numpy as np
+import pytest
+from outside import OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
+
+from configs import recipe
+from jaxchat.benchmarks import train
+from jaxchat.config import UserError
+from jaxchat.experiment import Experiment
+from launch import bench
+
+DIAL = recipe.Dial(
+    depth=1, family="october2025", steps=10, batch_tokens=32, vocab=64, row_length=16, head_dim=32, windows="L"
+)
+
+
+def experiment(dial: recipe.Dial = DIAL) -> Experiment:
+    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",), micro_rows=2, dtype="float32")
+
+
+def test_peer_gets_the_weights_under_its_own_names() -> None:
+    golden = read("nanochat_v1_gqa")
+    config = october_model(golden.config)
+    state = train.state_dict(config, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    assert state.keys() == golden.weights.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)
+
+
+def test_benchmark_reports_speed_beside_the_matmul_peak() -> None:
+    result = train.run(experiment(), train.Bench(blocks=2, block_steps=2, pause=0.0))
+    assert result["steps"] == 4
+    assert result["tokens_per_second"] > 0
+    assert result["roofline_fraction"] == pytest.approx(
+        result["tokens_per_second"] * result["flops_per_token"] / result["peak_flops_per_second"], abs=1e-4
+    )
+    assert result["ratio"] is None
+    assert 0 < result["loss"] < 2 * np.log(64)
+    assert result["machine"]["devices"] == jax.device_count()
+
+
+def test_peer_of_another_architecture_is_refused() -> None:
+    newest = recipe.Dial(depth=1, steps=10, batch_tokens=32, vocab=64, row_length=16, head_dim=32)
+    with pytest.raises(UserError, match="October 2025"):
+        train.run(experiment(newest), train.Bench(peer="transformers"))
+
+
+def test_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"jaxchat\[interop\]"):
+        train.run(experiment(), train.Bench(peer="transformers"))
+
+
+def test_unknown_benchmark_is_refused() -> None:
+    with pytest.raises(UserError, match="train"):
+        bench.main(["trian"])
