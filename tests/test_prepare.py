@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -278,6 +279,18 @@ def test_a_worker_that_dies_is_reported_and_its_shard_made_next_time(tmp_path, c
         ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
     monkeypatch.setattr(workers.subprocess, "Popen", start)
     assert ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)[0].manifest["documents"] > 280
+
+
+def test_a_full_disk_is_the_users_sentence_and_leaves_no_half_shard(tmp_path, corpus, tokenizer):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"shard-00000.array_record cannot be made .*File too large.*disk full"):
+            ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"lock"}
+    assert len(ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)[0])
 
 
 def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():

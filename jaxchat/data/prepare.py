@@ -158,7 +158,8 @@ def _ensure(
 ) -> Rows:
     recipe = _recipe(data, split)
     content = _content(sources, cache_directory)
-    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, **asdict(recipe))
+    dealt = [[(sources.index(source), part, parts) for source, part, parts in job.parts] for job in plan(sources)]
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **asdict(recipe))
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
         with cache.locked(directory, log):

@@ -127,12 +127,14 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
         if written != counts.rows:
             raise UserError(f"{temporary} holds {written} of {counts.rows} rows; is the disk full?")
         temporary.replace(path)
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
+        write_json(_counts_path(directory, job), asdict(counts))
+        return counts
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be made ({error}); is the disk full? start again: finished shards are kept"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(_counts_path(directory, job), asdict(counts))
-    return counts
 
 
 def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
