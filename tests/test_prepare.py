@@ -360,6 +360,15 @@ def test_too_little_to_hold_out_names_the_remedy(tmp_path, tokenizer):
         ensure_rows(settings(write(tmp_path / "b.jsonl", ["", ""])), tokenizer, "train", tmp_path / "cache", silent)
 
 
+def test_a_run_without_documents_names_the_option(tmp_path, tokenizer):
+    for make in (
+        lambda: ensure_tokenizer(settings(), tmp_path, 0, silent),
+        lambda: ensure_rows(settings(), tokenizer, "train", tmp_path, silent),
+    ):
+        with pytest.raises(UserError, match=r"no documents to train on: .*--data.train"):
+            make()
+
+
 def test_a_file_in_both_train_and_val_is_refused(tmp_path, corpus, tokenizer):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(corpus.read_bytes())
@@ -370,7 +379,6 @@ def test_a_file_in_both_train_and_val_is_refused(tmp_path, corpus, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"train": ()}, "data.train is empty"),
         ({"weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 of data.train"),
         ({"weights": (0.0,)}, "must be positive"),
         ({"val_fraction": 0.0}, "data.val_fraction=0.0 must lie between 0 and 1"),

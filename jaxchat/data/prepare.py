@@ -51,8 +51,6 @@ class Data:
     """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
 
     def __post_init__(self) -> None:
-        if not self.train:
-            raise ValueError("data.train is empty: name files, directories or tinyworld:train")
         if self.weights and len(self.weights) != len(self.train):
             raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} of data.train")
         if any(weight <= 0 for weight in self.weights):
@@ -78,7 +76,7 @@ def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Lo
             size = tokenizer.vocab_size
             raise UserError(f"the tokenizer in {config.path} has {size} ids: set --data.vocab={size}")
         return tokenizer
-    sources = [source for spec in data.train for source in _find(spec, "train", cache_directory, log)]
+    sources = [source for found in _find_train(data, cache_directory, log) for source in found]
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -105,9 +103,11 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
     cache_directory = Path(cache_directory)
     own_val = split == "val" and bool(data.val)
     specs = data.val if own_val else data.train
-    found = [_find(spec, "val" if own_val else "train", cache_directory, log) for spec in specs]
     if own_val:
+        found = [_find(spec, "val", cache_directory, log) for spec in specs]
         _check_disjoint(data, found, cache_directory, log)
+    else:
+        found = _find_train(data, cache_directory, log)
     rows = [
         _ensure(data, tokenizer, split, spec=spec, sources=sources, cache_directory=cache_directory, log=log)
         for spec, sources in zip(specs, found)
@@ -229,6 +229,13 @@ def _recipe(data: Data, split: Split) -> Recipe:
     return Recipe(data.row_length, data.packing, data.text_column, data.encoding, data.held_out, share)
 
 
+def _find_train(data: Data, cache_directory: Path, log: Log) -> list[list[Source]]:
+    """The sources of each entry of train; a configuration may leave it empty, a run may not."""
+    if not data.train:
+        raise UserError("no documents to train on: name files, directories or tinyworld:train with --data.train")
+    return [_find(spec, "train", cache_directory, log) for spec in data.train]
+
+
 def _find(spec: str, split: Split, cache_directory: Path, log: Log) -> list[Source]:
     return find(spec, split, hub_directory=cache_directory / "downloads", log=log)
 
@@ -242,7 +249,7 @@ def _reading(data: Data) -> dict[str, Any]:
 
 
 def _check_disjoint(data: Data, val: Sequence[Sequence[Source]], cache_directory: Path, log: Log) -> None:
-    train = [source for spec in data.train for source in _find(spec, "train", cache_directory, log)]
+    train = [source for found in _find_train(data, cache_directory, log) for source in found]
     trained = dict(zip(cache.content_hashes(train, cache_directory), train))
     for sources in val:
         for source, sha256 in zip(sources, cache.content_hashes(sources, cache_directory)):
