@@ -77,6 +77,8 @@ def test_seeds_give_different_documents():
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'test' is neither 'train' nor 'val'"):
         tinyworld.document("test", 0)
+    with pytest.raises(ValueError, match="'test' is neither 'train' nor 'val'"):
+        documents("test")
 
 
 def test_val_and_train_share_no_document_whatever_the_seed(train, val):

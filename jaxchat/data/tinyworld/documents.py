@@ -131,7 +131,7 @@ def belongs_to(text: str) -> str:
 
 def document(split: str, index: int, seed: int = 0) -> str:
     """Document `index` of `train` or `val`: written again until its text falls on that side."""
-    if split not in ("train", "val"):
+    if split not in DOCUMENTS:
         raise ValueError(f"split={split!r} is neither 'train' nor 'val'")
     rng = seeded("document", seed, split, index)
     writer = pick(rng, _WRITERS)
@@ -143,5 +143,6 @@ def document(split: str, index: int, seed: int = 0) -> str:
 
 def documents(split: str, count: int | None = None, seed: int = 0) -> Iterator[str]:
     """`count` documents, without it DOCUMENTS[split]; a longer stream begins with a shorter one."""
-    for index in range(DOCUMENTS[split] if count is None else count):
-        yield document(split, index, seed)
+    if split not in DOCUMENTS:
+        raise ValueError(f"split={split!r} is neither 'train' nor 'val'")
+    return (document(split, index, seed) for index in range(DOCUMENTS[split] if count is None else count))
