@@ -30,6 +30,8 @@ from jaxchat.model.transformer import flops_per_token, parameter_counts
 from jaxchat.objectives.likelihood import likelihood
 from jaxchat.objectives.logprobs import weighted_nll
 
+WARMUP = 2  # of the whole optimizer step: at nanochat's 40 the first updates are too small to tell apart
+
 
 class Results(NamedTuple):
     logits: Any
@@ -70,6 +72,30 @@ def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     assert np.abs(ours.logits - golden.arrays["logits"]).max() < 1e-4
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-6)
     assert_tree_close(ours.gradients, to_params(config, golden.gradients, OCTOBER_LAYER, OCTOBER_ENDS), 1e-4)
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa"])
+def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant: str) -> None:
+    golden = read(f"nanochat_v1_{variant}")
+    config = october_model(golden.config)
+    model = Transformer(config)
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    params = model.unstack(params)
+    expected = golden.arrays["generated"]
+    prompt = len(expected) - 32
+
+    @jax.jit
+    def extend(cache: Any, tokens_1T: jax.Array, positions_1T: jax.Array) -> Any:
+        hidden_1TM, cache = model.apply(params, tokens_1T, positions_BT=positions_1T, cache=cache)
+        return model.logits(params, hidden_1TM)[0, -1].argmax(), cache
+
+    cache = model.empty_cache(1, len(expected), write=prompt)
+    token, cache = extend(cache, expected[None, :prompt], np.arange(prompt)[None])
+    tokens = [*expected[:prompt], token]
+    for position in range(prompt, len(expected) - 1):
+        token, cache = extend(cache, token[None, None], np.array([[position]]))
+        tokens.append(token)
+    np.testing.assert_array_equal(tokens, expected)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
@@ -179,7 +205,7 @@ def test_orthogonalisation_equals_optax(name: str, shape: tuple[int, int]) -> No
         assert np.abs(one - theirs).max() < 1e-5
 
 
-def head_optimizer(scale: float, width: int, decay: float) -> optim.Optimizer:
+def head_optimizer(scale: float, width: int, decay: float, warmup: int = 40) -> optim.Optimizer:
     """nanochat HEAD's groups as reference.GROUPS states them, at a batch factor and width."""
 
     def group(name: str) -> optim.AdamW:
@@ -188,7 +214,7 @@ def head_optimizer(scale: float, width: int, decay: float) -> optim.Optimizer:
         return optim.AdamW(rate, *g.betas, g.decay)
 
     names = ("lm_head", "wte", "value_embeds", "resid_lambdas", "x0_lambdas", "smear_gate")
-    return optim.Optimizer(optim.Muon(reference.MUON_RATE * scale, decay), *map(group, names))
+    return optim.Optimizer(optim.Muon(reference.MUON_RATE * scale, decay), *map(group, names), warmup_steps=warmup)
 
 
 def reference_steps(
@@ -203,7 +229,7 @@ def reference_steps(
     """The weights after as many steps of MuonAdamW as there are gradients."""
     values, states = {name: value.astype(np.float64) for name, value in state.items()}, {}
     for t, gradient in enumerate(gradients):
-        rate = scale * reference.learning_rate_factor(t, steps)
+        rate = scale * reference.learning_rate_factor(t, steps, WARMUP)
         for name, g in gradient.items():
             if name.startswith("transformer.h."):
                 before = states.get(name) or reference.muon_init(g)
@@ -236,7 +262,7 @@ def test_whole_optimizer_step_equals_the_reference() -> None:
     theirs = reference_steps(golden.weights, gradients, width=width, scale=scale, decay=decay, steps=steps)
     with jax.enable_x64(True):
         transformer = Transformer(config, jnp.float64)
-        tx = optim.make(head_optimizer(scale, width, decay), transformer.axes(), steps=steps, dtype=jnp.float64)
+        tx = optim.make(head_optimizer(scale, width, decay, WARMUP), transformer.axes(), steps=steps, dtype=jnp.float64)
 
         @jax.jit
         def step(params: Any, state: Any, grads: Any) -> Any:
@@ -281,6 +307,20 @@ def test_dial_gives_nanochats_sizes(size: reference.Size) -> None:
     assert heads == {size.heads}
     scaling = recipe.scaling_parameters(dial)
     assert reference.Size(dial.depth, config.width, size.heads, counts["total"], scaling, flops) == size
+
+
+@pytest.mark.parametrize(
+    ("depth", "windows", "value_embeddings"),
+    [(5, "SSSLL", "*-*-*"), (6, "SSSLSL", "-*-*-*"), (8, "SSSLSSSL", "-*-*-*-*")],
+    ids=lambda value: str(value),
+)
+def test_dial_puts_windows_and_value_embeddings_where_nanochat_does(
+    depth: int, windows: str, value_embeddings: str
+) -> None:
+    config = recipe.model(Dial(depth=depth))
+    mixers = [config.pattern[i % len(config.pattern)] for i in range(depth)]
+    assert [mixer.window for mixer in mixers] == [{"S": 512, "L": None}[letter] for letter in windows]
+    assert "".join("-" if mixer.value_embedding is None else "*" for mixer in mixers) == value_embeddings
 
 
 @pytest.mark.parametrize("row", reference.HORIZONS, ids=lambda row: f"d{row.depth}-ratio{row.ratio}")
