@@ -71,7 +71,7 @@ def documents_of(rows, tokenizer):
     return found
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate", "crop"])
 def test_every_byte_of_validation_is_a_target_once(tmp_path, tokenizer, packing):
     val = [*texts(150, seed=1), "", "x", "word " * 400]
     data = settings(

@@ -35,6 +35,8 @@ BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further 
 TIMEOUT_SECONDS = 30.0
 CHUNK = 1 << 20
 
+Log = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -62,9 +64,7 @@ class Shard:
         return self.path.replace("/", "--")
 
 
-def download(
-    spec: str, split: str, directory: Path, *, log: Callable[[str], None] = print, endpoint: str | None = None
-) -> list[Path]:
+def download(spec: str, split: str, directory: Path, *, log: Log = print, endpoint: str | None = None) -> list[Path]:
     """The files that a spec names for a split, downloaded where they are missing."""
     name, data_set, count = _parse(spec)
     place = directory / re.sub(r"[^\w.-]+", "--", name)
@@ -81,7 +81,7 @@ def download(
         if missing:
             size = sum(shard.size for shard in missing) / 1e9
             log(f"downloading {len(missing)} shards of {data_set.repository} ({size:.2f} GB) to {place}")
-            _fetch_all(missing, data_set, index["commit"], place, endpoint)
+            _fetch_all(missing, data_set, index["commit"], place, endpoint, log)
     return [place / shard.name for shard in chosen]
 
 
@@ -98,9 +98,7 @@ def _parse(spec: str) -> tuple[str, DataSet, int | None]:
     return name, data_set, int(match[2]) if match[2] else None
 
 
-def _index(
-    name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Callable[[str], None]
-) -> dict[str, Any]:
+def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Log) -> dict[str, Any]:
     """Commit and shards of a data set, in order: as kept from the first download, or asked of the hub."""
     known = read_json(place / "index.json")
     if known is not None:
@@ -121,7 +119,7 @@ def _index(
         shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
         return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
 
-    index = _patiently(ask, data_set.repository, threading.Event())
+    index = _patiently(ask, data_set.repository, threading.Event(), log)
     if len(index["shards"]) < 2:
         raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; one to train on and one for validation")
     log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
@@ -129,7 +127,9 @@ def _index(
     return index
 
 
-def _fetch_all(shards: Sequence[Shard], data_set: DataSet, commit: str, place: Path, endpoint: str | None) -> None:
+def _fetch_all(
+    shards: Sequence[Shard], data_set: DataSet, commit: str, place: Path, endpoint: str | None, log: Log
+) -> None:
     library = _library()
     headers = library.utils.build_hf_headers()
     console = Console(stderr=True)
@@ -144,7 +144,7 @@ def _fetch_all(shards: Sequence[Shard], data_set: DataSet, commit: str, place: P
             )
             show = lambda size: progress.advance(bar, size)  # noqa: E731
             try:
-                _patiently(lambda: _fetch(url, headers, shard, place, show, stop), url, stop)
+                _patiently(lambda: _fetch(url, headers, shard, place, show, stop), url, stop, log)
             except BaseException:
                 stop.set()
                 raise
@@ -196,7 +196,7 @@ class _Corrupt(Exception):
     """What arrived is not what the hub has; worth another attempt."""
 
 
-def _patiently(attempt: Callable[[], Any], what: str, stop: threading.Event) -> Any:
+def _patiently(attempt: Callable[[], Any], what: str, stop: threading.Event, log: Log) -> Any:
     """Runs an attempt until it succeeds, with growing pauses; a refusal, and the last failure, is a `UserError`."""
     # The library's own errors are, by version, those of requests or of one of two httpx.
     library_errors = _library().errors.HfHubHTTPError.__bases__
@@ -213,7 +213,9 @@ def _patiently(attempt: Callable[[], Any], what: str, stop: threading.Event) -> 
                     f"{what} could not be fetched in {ATTEMPTS} attempts ({error or type(error).__name__}); "
                     "start again to continue, or name files that are there"
                 ) from None
-        if stop.wait(BACKOFF_SECONDS * 2**i):
+            pause = BACKOFF_SECONDS * 2**i
+            log(f"{what}: {error or type(error).__name__}; trying again in {pause:g} s")
+        if stop.wait(pause):
             raise UserError("download stopped; start again to continue it")
     raise AssertionError("unreachable")
 

@@ -10,6 +10,7 @@ the rules. So a change makes a new folder, and old rows are never met by acciden
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ class Data:
     text_column: str = "text"
     encoding: str = "utf-8"
     packing: Literal["best_fit", "concatenate", "crop"] = "best_fit"
-    """best_fit and concatenate lose no token; crop is nanochat's loader, which throws the ends of documents away."""
+    """best_fit and concatenate lose no token; crop is nanochat's loader, which throws the ends of documents away (of
+    training documents: validation is always scored whole)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     workers: int = 0
     """Processes that prepare data; 0 takes every core."""
@@ -69,13 +71,19 @@ class Data:
 
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
     """The saved tokenizer that `data` names, or the one trained on its training documents, made now if missing."""
+    directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size != data.vocab:
+        size = tokenizer.vocab_size
+        raise UserError(f"the tokenizer in {directory} has {size} ids: set --data.vocab={size}")
+    return tokenizer
+
+
+def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Path:
+    """Where that tokenizer is saved, made now if missing."""
     config, cache_directory = data.tokenizer, Path(cache_directory)
     if config.path is not None:
-        tokenizer = Tokenizer.load(config.path)
-        if tokenizer.vocab_size != data.vocab:
-            size = tokenizer.vocab_size
-            raise UserError(f"the tokenizer in {config.path} has {size} ids: set --data.vocab={size}")
-        return tokenizer
+        return Path(config.path)
     sources = [source for found in _find_train(data, cache_directory, log) for source in found]
     name = cache.key(
         format=FORMAT,
@@ -89,10 +97,23 @@ def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Lo
     if not (directory / "tokenizer.json").exists():
         start = time.monotonic()
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
-        texts = _training_texts(sources, data)
-        train_tokenizer(texts, vocab=data.vocab, config=config, seed=seed).save(directory)
+        train_tokenizer(_training_texts(sources, data), vocab=data.vocab, config=config, seed=seed).save(directory)
         log(f"tokenizer trained in {time.monotonic() - start:.1f} s: {directory}")
-    return Tokenizer.load(directory)
+    return directory
+
+
+def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> Iterator[str]:
+    """The documents that a tokenizer is trained on, or the held-out ones."""
+    cache_directory = Path(cache_directory)
+    if split == "val" and data.val:
+        found = [_find(spec, "val", cache_directory, log) for spec in data.val]
+    else:
+        found = _find_train(data, cache_directory, log)
+    sources = [source for part in found for source in part]
+    if split == "train":
+        return _training_texts(sources, data)
+    read = Reading(data.text_column, data.encoding)
+    return filter(_recipe(data, "val").takes, chain.from_iterable(documents(source, read) for source in sources))
 
 
 def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
@@ -226,7 +247,8 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
 
 def _recipe(data: Data, split: Split) -> Recipe:
     share: Split = split if data.held_out else "train"
-    return Recipe(data.row_length, data.packing, data.text_column, data.encoding, data.held_out, share)
+    packing = "best_fit" if split == "val" and data.packing == "crop" else data.packing
+    return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share)
 
 
 def _find_train(data: Data, cache_directory: Path, log: Log) -> list[list[Source]]:
