@@ -1,3 +1,4 @@
+import json
 import pickle
 import random
 import re
@@ -16,6 +17,7 @@ from jaxchat.config import UserError
 from jaxchat.tokenizer import SPECIALS, Tokenizer, TokenizerConfig, report, train_tokenizer
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 from jaxchat.tokenizer.sentencepiece import sample
+from launch import tokenizer as tokenizer_launcher
 
 ENGLISH = (
     "The old miller walked to the village with three heavy sacks of flour. It was raining, and the road was long.",
@@ -33,6 +35,7 @@ def _invented_words(count):
 
 
 TEXTS = [
+    "Le café était fermé; café, café. 1867 1867 " * 20,
     *(text * 4 for text in ENGLISH),
     KOREAN * 8,
     unicodedata.normalize("NFD", KOREAN) * 8,
@@ -89,7 +92,8 @@ def test_decode_undoes_encode_and_bytes_per_token_adds_up(tokenizer, text):
 @settings(deadline=None, max_examples=100)
 @given(text=st.one_of(st.text(), with_words))
 @example(text="   indented   words ")
-def test_cutting_at_spaces_changes_no_segmentation(tokenizer, text):
+@example(text="café. Le café! (café)")
+def test_cutting_texts_changes_no_segmentation(tokenizer, text):
     text = text.replace("\u2581", "")
     whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     assert tokenizer.encode(text) == whole.encode(text)
@@ -313,3 +317,26 @@ def test_the_peer_splits_and_counts_as_nanochat_does():
     merges = 2  # a+b, then space+ab
     found = peer_bytes_per_token(["ab ab ab ab 1234"], ["ab ab 12"], vocab=256 + merges + 9)
     assert found == pytest.approx(8 / len(["ab", " ab", " ", "1", "2"]))
+
+
+def test_the_launcher_trains_once_and_reports(tmp_path, capsys):
+    for name, texts in (("train.jsonl", TEXTS), ("val.jsonl", [ENGLISH[0] + " Привет"])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    arguments = [
+        f"--config={Path(__file__).parents[1] / 'configs/d4.py'}",
+        f"--directory={tmp_path / 'runs'}",
+        f"--data.vocab={VOCAB}",
+        *("--data.train", str(tmp_path / "train.jsonl")),
+        *("--data.val", str(tmp_path / "val.jsonl")),
+    ]
+    result = tokenizer_launcher.main(arguments)
+    assert {"vocab", "bytes_per_token", "seconds", "path"} <= set(result) <= {*result, "peer_bytes_per_token"}
+    saved = Tokenizer.load(result["path"])
+    assert result["vocab"] == saved.vocab_size == VOCAB
+    tokens = len(saved.encode(ENGLISH[0] + " Привет"))
+    assert result["bytes_per_token"] == pytest.approx(len((ENGLISH[0] + " Привет").encode()) / tokens, abs=1e-4)
+    first = capsys.readouterr().err
+    assert "training a bpe tokenizer" in first
+    assert "Cyrillic takes 1.00 bytes per token" in first
+    assert tokenizer_launcher.main(arguments)["path"] == result["path"]
+    assert "training a" not in capsys.readouterr().err

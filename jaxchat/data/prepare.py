@@ -20,7 +20,7 @@ from jaxchat.data.batch import token_dtype
 from jaxchat.data.shards import Counts, Recipe, finished, plan
 from jaxchat.data.sources import Reading, Source, Split, documents, find
 from jaxchat.data.streams import Rows, open_rows
-from jaxchat.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
 
 FORMAT = 1  # raise it when the same key would make other rows
 TOKENIZER_MARGIN = 8  # times its sample, on disk, is what a tokenizer's training reads at most
@@ -81,7 +81,7 @@ def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Lo
 
 def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Path:
     """Where that tokenizer is saved, made now if missing."""
-    config, cache_directory = data.tokenizer, Path(cache_directory)
+    config, cache_directory = data.tokenizer, _local(cache_directory)
     if config.path is not None:
         return Path(config.path)
     sources = [source for found in _find_train(data, cache_directory, log) for source in found]
@@ -97,7 +97,11 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
     if not (directory / "tokenizer.json").exists():
         start = time.monotonic()
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
-        train_tokenizer(_training_texts(sources, data), vocab=data.vocab, config=config, seed=seed).save(directory)
+        blocks = sample(_training_texts(sources, data), config.sample_bytes, seed=seed)
+        tokenizer = train_tokenizer(blocks, vocab=data.vocab, config=config, seed=seed)
+        for warning in report(tokenizer, blocks[:: 1 + len(blocks) // 500]).warnings():
+            log(f"warning: {warning}")
+        tokenizer.save(directory)
         log(f"tokenizer trained in {time.monotonic() - start:.1f} s: {directory}")
     return directory
 
@@ -121,7 +125,7 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
 
     Where val is empty, validation takes the held-out share of every entry of train, if there is a document in it.
     """
-    cache_directory = Path(cache_directory)
+    cache_directory = _local(cache_directory)
     own_val = split == "val" and bool(data.val)
     specs = data.val if own_val else data.train
     if own_val:
@@ -185,7 +189,7 @@ def _ensure(
     if not _is_whole(directory):
         with cache.locked(directory, log):
             if not _is_whole(directory):
-                log(f"preparing {split} rows of {data.row_length} tokens from {spec}")
+                log(f"preparing {split} rows of {data.row_length} tokens from {spec} ({len(sources)} sources)")
                 made = _make(directory, sources, recipe, tokenizer, data.workers)
                 manifest = {
                     "format": FORMAT,
@@ -208,7 +212,10 @@ def _ensure(
 
 def _is_whole(directory: Path) -> bool:
     manifest = cache.read_json(directory / "manifest.json")
-    return manifest is not None and all((directory / shard["file"]).exists() for shard in manifest["shards"])
+    if manifest is None:
+        return False
+    files = {path.name: path.stat().st_size for path in directory.iterdir()}
+    return all(files.get(shard["file"]) == shard["bytes"] for shard in manifest["shards"])
 
 
 def _make(
@@ -230,7 +237,10 @@ def _make(
         **asdict(total),
         "seconds": round(time.monotonic() - start, 3),
         "seconds_bytes": total.bytes - kept,
-        "shards": [{"file": job.file, "rows": counts[job.shard].rows} for job in jobs],
+        "shards": [
+            {"file": job.file, "rows": counts[job.shard].rows, "bytes": (directory / job.file).stat().st_size}
+            for job in jobs
+        ],
     }
 
 
@@ -260,6 +270,12 @@ def _find_train(data: Data, cache_directory: Path, log: Log) -> list[list[Source
 
 def _find(spec: str, split: Split, cache_directory: Path, log: Log) -> list[Source]:
     return find(spec, split, hub_directory=cache_directory / "downloads", log=log)
+
+
+def _local(directory: str | Path) -> Path:
+    if "://" in str(directory):
+        raise UserError(f"rows cannot be kept at {directory}: name a directory of this machine with --data.cache")
+    return Path(directory)
 
 
 def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,57 @@
+"""Trains a configuration's tokenizer and compares it: python -m launch.tokenizer --config=configs/tiny.py [--field=...]
+
+Training a model does this by itself; here it is alone, with the bytes that a token holds on held-out text, by script,
+and beside rustbpe with nanochat's pattern on the same text at the same size, where the extra `peers` is installed.
+"""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat import config
+from jaxchat.tokenizer import Report, Tokenizer, report, sample
+from jaxchat.tokenizer.compare import peer_bytes_per_token
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    experiment = config.load(argv)
+    from jaxchat.data import prepare
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    data, cache, seed = experiment.data, experiment.cache_directory, experiment.seed
+    start = time.monotonic()
+    path = prepare.ensure_tokenizer_directory(data, cache, seed, log)
+    seconds = time.monotonic() - start
+    tokenizer = Tokenizer.load(path)
+    held_out = list(prepare.texts(data, "val", cache, log))
+    found = report(tokenizer, held_out)
+    result = {
+        "vocab": tokenizer.vocab_size,
+        "bytes_per_token": round(found.total.bytes_per_token, 4),
+        "seconds": round(seconds, 2),
+        "path": str(path),
+    }
+    trained_on = sample(prepare.texts(data, "train", cache, log), data.tokenizer.sample_bytes, seed=seed)
+    peer = peer_bytes_per_token(trained_on, held_out, vocab=tokenizer.vocab_size)
+    show(found, peer)
+    return result | ({} if peer is None else {"peer_bytes_per_token": round(peer, 4)})
+
+
+def show(found: Report, peer: float | None) -> None:
+    """A table for people, and the warnings."""
+    table = Table("script", "bytes", "bytes per token", title="held-out text")
+    for name, share in [*found.scripts.items(), ("all", found.total)]:
+        table.add_row(name, f"{share.bytes:,}", f"{share.bytes_per_token:.3f}")
+    table.add_row("rustbpe, all", f"{found.total.bytes:,}", "not installed" if peer is None else f"{peer:.3f}")
+    console = Console(stderr=True)
+    console.print(table)
+    for warning in found.warnings():
+        console.print(f"warning: {warning}", style="yellow")
+
+
+if __name__ == "__main__":
+    config.run(main)
