@@ -58,7 +58,9 @@ class Dial:
         if self.depth < 1:
             raise ValueError(f"depth={self.depth} must be at least 1")
         if self.steps < 0 or self.batch_tokens < 0:
-            raise ValueError(f"steps={self.steps} and batch_tokens={self.batch_tokens} must be positive, or 0 to derive")
+            raise ValueError(
+                f"steps={self.steps} and batch_tokens={self.batch_tokens} must be positive, or 0 to derive"
+            )
 
 
 def width(dial: Dial) -> int:
@@ -121,7 +123,9 @@ def optimizer(dial: Dial) -> Optimizer:
     )
 
 
-def pretrain(dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object) -> Experiment:
+def pretrain(
+    dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
+) -> Experiment:
     """The pretraining experiment of a dial; `fields` are further fields of Experiment."""
     experiment = Experiment(
         model=model(dial),

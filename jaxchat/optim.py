@@ -135,9 +135,11 @@ def group_labels(axes: Any) -> Any:
     """Each parameter's group, by its logical axes: a matrix of a layer, a table by token, the head, or a scalar."""
 
     def label(path: Any, names: tuple[str, ...]) -> str:
+        if "tokens" in names:
+            return "value_embeddings"
         if "vocab" in names:
-            return "value_embeddings" if "layers" in names else "head" if names[-1] == "vocab" else "embed"
-        if len(names) > 2 and names[0] == "layers":
+            return "head" if names[-1] == "vocab" else "embed"
+        if _is_matrix(names):
             return "matrices"
         name = path[-1].key
         return name if name in ("resid_scale", "x0_scale") else "scalars"
@@ -198,7 +200,9 @@ def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.Gradi
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalise(x_NRC: jax.Array, triples: Sequence[tuple[float, float, float]], *, margin: float = 1.01) -> jax.Array:
+def orthogonalise(
+    x_NRC: jax.Array, triples: Sequence[tuple[float, float, float]], *, margin: float = 1.01
+) -> jax.Array:
     """Newton-Schulz towards the nearest semi-orthogonal matrix: X <- a X + (b A + c A A) X, with A = X X^T.
 
     X is divided by `margin` times its Frobenius norm first, so that no singular value exceeds one.
@@ -282,4 +286,4 @@ def _is_axes(x: Any) -> bool:
 
 
 def _is_matrix(names: tuple[str, ...]) -> bool:
-    return len(names) > 2 and names[0] == "layers" and "vocab" not in names
+    return len(names) > 2 and names[0] == "layers" and "tokens" not in names

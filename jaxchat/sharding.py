@@ -23,6 +23,7 @@ TRAIN_RULES: Rules = {
     # parameters
     "embed": "fsdp",
     "vocab": "tensor",
+    "tokens": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "hidden": "tensor",

@@ -36,6 +36,4 @@ def write(cache: KVCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: ja
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows, slot_BT].set(new.astype(old.dtype), mode="drop")
 
-    return KVCache(
-        put(cache.k_BSKD, k_BTKD), put(cache.v_BSKD, v_BTKD), put(cache.positions_BS, positions_BT)
-    )
+    return KVCache(put(cache.k_BSKD, k_BTKD), put(cache.v_BSKD, v_BTKD), put(cache.positions_BS, positions_BT))

@@ -26,9 +26,7 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def param(
-    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], init: Initializer
-) -> jax.Array:
+def param(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], init: Initializer) -> jax.Array:
     """A float32 parameter whose logical axes stand beside its shape; sharding and optimizer groups read the axes."""
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} has {len(axes)} axes and {len(shape)} dimensions")

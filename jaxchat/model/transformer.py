@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
-from jaxchat.model.attention import GATE_INIT, GQA, MIXERS, Context
+from jaxchat.model.attention import GATE_INIT, GQA, MIXERS, Context, rotation
 from jaxchat.model.cache import KVCache
 from jaxchat.model.layers import RMSNorm, param, rms_norm, uniform_between
 from jaxchat.model.mlp import MLPS, ReluSquared, SwiGLU
@@ -99,9 +99,7 @@ class Block(nn.Module):
     mixer: GQA
 
     @nn.compact
-    def __call__(
-        self, x_BTM: jax.Array, context: Context, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
+    def __call__(self, x_BTM: jax.Array, context: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         c = self.config
         mixer = MIXERS[type(self.mixer)](self.mixer, c.width, c.padded_vocab, name="mixer")
         y_BTM, cache = mixer(rms_norm(x_BTM, c.norm.eps), context, cache)
@@ -253,6 +251,15 @@ class Transformer:
         gate_BT = jnp.where(context.positions_BT > 0, gate_BT * ends["smear_scale"].astype(self.dtype), 0)
         return x_BTM + gate_BT[..., None] * previous_BTM
 
+    def _contexts(self, context: Context) -> list[Context]:
+        """The context of each layer of the pattern; equal rotary positions share their cosines and sines."""
+        made: dict[Any, Any] = {}
+        for mixer in self.config.pattern:
+            if mixer.rope is not None and (mixer.rope, mixer.head_dim) not in made:
+                angles = rotation(context.positions_BT, mixer.rope, mixer.head_dim, self.dtype)
+                made[mixer.rope, mixer.head_dim] = angles
+        return [context._replace(rotation=made.get((mixer.rope, mixer.head_dim))) for mixer in self.config.pattern]
+
     def _layer(
         self, i: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, scales: Any, context: Context, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
@@ -278,11 +285,11 @@ class Transformer:
         self, params: Params, x_BTM: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
         c, x0_BTM, middle_BTM, caches = self.config, x_BTM, x_BTM, []
-        scales = self._scales(params)
+        scales, contexts = self._scales(params), self._contexts(context)
         for i, p in enumerate(self._layers(params)):
             own = None if scales is None else (scales[0][i], scales[1][i])
             before = None if cache is None else cache.layers[i]
-            x_BTM, after = self._layer(i, p, x_BTM, x0_BTM, own, context, before)
+            x_BTM, after = self._layer(i, p, x_BTM, x0_BTM, own, contexts[i % len(contexts)], before)
             caches.append(after)
             if i == c.depth // 2:
                 middle_BTM = x_BTM
@@ -291,7 +298,7 @@ class Transformer:
     def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """The same layers as a scan over repeats of the pattern: compiles in constant time, in any depth."""
         c, P, x0_BTM = self.config, len(self.config.pattern), x_BTM
-        scales = self._scales(params)
+        scales, contexts = self._scales(params), self._contexts(context)
         rows = None if scales is None else tuple(s.reshape(c.repeats, P) for s in scales)
 
         def turn(carry: Any, xs: Any) -> Any:
@@ -299,7 +306,7 @@ class Transformer:
             turn_index, layers, rows = xs
             for j in range(P):
                 own = None if rows is None else (rows[0][j], rows[1][j])
-                x_BTM, _ = self._layer(j, layers[j], x_BTM, x0_BTM, own, context, None)
+                x_BTM, _ = self._layer(j, layers[j], x_BTM, x0_BTM, own, contexts[j], None)
                 if c.backout is not None and j == (c.depth // 2) % P:
                     middle_BTM = jnp.where(turn_index == (c.depth // 2) // P, x_BTM, middle_BTM)
             return (x_BTM, middle_BTM), None

@@ -1,0 +1,170 @@
+"""Numbers of a run: peak FLOPs, and the writers of metrics."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+# Dense bfloat16 FLOPs a second of one device, from the vendors' data sheets; a prefix of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak FLOPs a second of one device: from the table, None where the kind is unknown, measured on a CPU."""
+    if device.platform == "cpu":
+        return _measured_peak() / jax.local_device_count()
+    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def _measured_peak(size: int = 1024, repeats: int = 4) -> float:
+    """Float32 FLOPs a second of the whole CPU: the best of a few square products, one on each device at once."""
+    devices = jax.local_devices()
+    xs = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in devices]
+    product = jax.jit(jnp.matmul)
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready([product(x, x) for x in xs])
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 * len(devices) / best
+
+
+def memory_bytes() -> int:
+    """Peak memory so far: of one device where it tells, otherwise of this process."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats:
+        return int(stats.get("peak_bytes_in_use", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_limit(device: Any) -> int:
+    """Bytes that one device may use."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+class Writer(Protocol):
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line. Lines after `resumed_step` are cut off first."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a crash cut short counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Terminal:
+    """Lines for a person, on standard error: a training step every few seconds, every evaluation."""
+
+    def __init__(self, steps: int, every_seconds: float = 5.0) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._steps, self._every, self._last = steps, every_seconds, 0.0
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def write(self, record: dict[str, Any]) -> None:
+        now, step = time.monotonic(), record["step"]
+        if "loss" in record:
+            if now - self._last < self._every and step != self._steps:
+                return
+            self._last = now
+            left = (self._steps - step) * record["seconds"]
+            mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
+            skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
+            self.say(
+                f"step {step:>6,}/{self._steps:,}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{skipped}  {_clock(left)} left"
+            )
+        else:
+            told = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
+            self.say(f"step {step:>6,}/{self._steps:,}  {told}")
+
+    def close(self) -> None:
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class TensorBoard:
+    """Scalars for TensorBoard (extra `tensorboard`)."""
+
+    def __init__(self, directory: Path) -> None:
+        from tensorboard.summary import Writer as SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, float(value), int(record["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars for wandb (extra `wandb`)."""
+
+    def __init__(self, name: str, config: Any) -> None:
+        import wandb
+
+        self._run = wandb.init(project="jaxchat", name=name, config=config, resume="allow", id=name.replace("/", "-"))
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,187 @@
+"""The training loop: one state, one step, one `fit`, for every stage."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxchat import sharding
+from jaxchat.config import UserError
+from jaxchat.model.transformer import Params, Transformer
+from jaxchat.objectives.likelihood import Objective
+
+MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
+
+
+class State(NamedTuple):
+    """What training carries: steps taken, parameters, optimizer state, non-finite steps in a row and in all."""
+
+    step: jax.Array
+    params: Params
+    optimizer: Any
+    skipped_in_row: jax.Array
+    skipped: jax.Array
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; the state has been saved."""
+
+
+def init_state(transformer: Transformer, tx: optax.GradientTransformation, key: jax.Array) -> State:
+    """A fresh state; call it under jit with output shardings, so that it is never whole on one device."""
+    params = transformer.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, tx.init(params), zero, zero)
+
+
+def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
+    """Shardings of an abstract state: parameters by their logical axes, optimizer moments like their parameters."""
+    placed = sharding.placements(mesh, state.params, axes)
+    by_shape: dict[tuple[str, tuple[int, ...]], Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
+        shape = _at(state.params, path).shape
+        by_shape[(jax.tree_util.keystr(path), shape)] = leaf
+
+    def like_parameter(path: Any, leaf: Any) -> Any:
+        # A moment's path ends in its parameter's path: find the longest tail that names one of the same shape.
+        for start in range(len(path)):
+            found = by_shape.get((jax.tree_util.keystr(path[start:]), leaf.shape))
+            if found is not None:
+                return found
+        return sharding.replicated(mesh)
+
+    optimizer = jax.tree_util.tree_map_with_path(like_parameter, state.optimizer)
+    whole = sharding.replicated(mesh)
+    return State(whole, placed, optimizer, whole, whole)
+
+
+def train_step(
+    state: State, batch: Mapping[str, jax.Array], *, objective: Objective, tx: optax.GradientTransformation
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update from a batch of (micro-batches, rows, ...) columns.
+
+    Totals, weights and gradients are added over micro-batches and divided once by the batch's whole weight, so the
+    result does not depend on how the batch is cut. A step whose loss or gradient is not finite changes nothing but the
+    counters.
+    """
+
+    def gradient(columns: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
+        def total(params: Params) -> tuple[jax.Array, jax.Array]:
+            return objective(params, columns)
+
+        (value, weight), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+        return value, weight, grads
+
+    if next(iter(batch.values())).shape[0] == 1:
+        total, weight, grads = gradient({name: column[0] for name, column in batch.items()})
+    else:
+
+        def add(carry: Any, columns: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradient(columns)), None
+
+        first = {name: column[0] for name, column in batch.items()}
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
+        (total, weight, grads), _ = jax.lax.scan(add, zero, dict(batch))
+    share = 1 / jnp.maximum(weight, 1e-9)
+    grads = jax.tree.map(lambda g: g * share, grads)
+    loss, norm = total * share, optax.global_norm(grads)
+    updates, optimizer = tx.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    bad = jnp.where(finite, 0, 1)
+    after = State(
+        state.step + 1,
+        jax.tree.map(keep, params, state.params),
+        jax.tree.map(keep, optimizer, state.optimizer),
+        (state.skipped_in_row + 1) * bad,
+        state.skipped + bad,
+    )
+    metrics = {
+        "loss": loss,
+        "weight": weight,
+        "grad_norm": norm,
+        "skipped_in_row": after.skipped_in_row,
+        "skipped": after.skipped,
+    }
+    return after, metrics
+
+
+class Hooks(NamedTuple):
+    """What `fit` calls: `log(step, metrics, seconds)`, and `save`, `evaluate`, `sample` (step, state) when due."""
+
+    log: Callable[[int, dict[str, float], float], None]
+    save: Callable[[int, State], None]
+    evaluate: Callable[[int, State, bool], None]
+    sample: Callable[[int, State], None]
+    interrupted: Callable[[], bool]
+
+
+class Cadence(NamedTuple):
+    """Every how many steps; 0 means only after the last."""
+
+    save: int
+    evaluate: int
+    sample: int
+
+
+def fit(
+    state: State,
+    step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
+    batches: Iterable[tuple[int, Any]],
+    *,
+    steps: int,
+    cadence: Cadence,
+    hooks: Hooks,
+) -> State:
+    """Trains to `steps`. A step's metrics are fetched after the next one is dispatched, so the device never waits.
+
+    A checkpoint is written before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
+    `UserError` when ten steps in a row were not finite (the last checkpoint stays as it is).
+    """
+    waiting: tuple[int, dict[str, jax.Array]] | None = None
+    clock = time.perf_counter()
+
+    def flush() -> None:
+        nonlocal waiting, clock
+        if waiting is None:
+            return
+        number, metrics = waiting
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        hooks.log(number, values, now - clock)
+        waiting, clock = None, now
+        if values["skipped_in_row"] >= MOST_SKIPPED:
+            raise UserError(
+                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite: lower the learning rates or change "
+                "--seed, then start again from the last checkpoint, which is intact"
+            )
+
+    for index, batch in batches:
+        number, last = index + 1, index + 1 == steps
+        state, metrics = step(state, batch)
+        flush()
+        waiting = (number, metrics)
+        due = {name: last or (every > 0 and number % every == 0) for name, every in cadence._asdict().items()}
+        stop = not last and hooks.interrupted()
+        if stop or any(due.values()):
+            flush()
+            if due["save"] or due["evaluate"] or stop:
+                hooks.save(number, state)
+            if stop:
+                raise Interrupted
+            if due["evaluate"]:
+                hooks.evaluate(number, state, last)
+            if due["sample"]:
+                hooks.sample(number, state)
+            clock = time.perf_counter()
+    return state
+
+
+def _at(tree: Any, path: Any) -> Any:
+    for key in path:
+        tree = tree[key.idx] if isinstance(key, jax.tree_util.SequenceKey) else tree[key.key]
+    return tree

@@ -1,0 +1,26 @@
+"""Trains one stage of a configuration: python -m launch.train --config=configs/tiny.py [--field=value ...]
+
+Makes the tokenizer and the rows where they are missing, continues from the newest checkpoint where there is one, and
+saves and exits with status 75 on SIGTERM, so that a scheduler starts it again.
+"""
+
+import sys
+
+from jaxchat import config
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    experiment = config.load(argv)
+    from jaxchat import stages
+    from jaxchat.train import Interrupted
+
+    stages.prepare_backend(experiment)
+    try:
+        return stages.run(experiment)
+    except Interrupted:
+        print("stopped by a signal; saved: start again to continue", file=sys.stderr)
+        raise SystemExit(75) from None
+
+
+if __name__ == "__main__":
+    config.run(main)
