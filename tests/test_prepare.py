@@ -1,57 +1,24 @@
-"""Preparation: documents to rows without loss, restarted after a kill, never stale."""
+"""Preparation: documents to rows without loss, never stale."""
 
 import dataclasses
-import gzip
-import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import pytest
+from documents import settings, silent, texts, write
 
-import jaxchat
 from jaxchat.config import UserError
-from jaxchat.data import cache, prepare, shards, workers
+from jaxchat.data import prepare, shards, workers
 from jaxchat.data.prepare import Data, ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.sources import find
 from jaxchat.data.streams import every_row_once
 from jaxchat.tokenizer import TokenizerConfig
 
-SENTENCE = (
-    "the fox saw a bear near old trees and quiet water while small birds sang 17 songs \u2014 na\u00efve \u2581 ones"
-)
-WORDS = SENTENCE.split(" ")
-
-
-def texts(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, n)) + f" {i}." for i, n in enumerate(rng.integers(1, 90, count))]
-
-
-def write(path, documents):
-    data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
 
 @pytest.fixture
 def corpus(tmp_path):
     return write(tmp_path / "train.jsonl", texts(300))
-
-
-def settings(*train, **fields):
-    return Data(**{"train": tuple(map(str, train)), "vocab": 300, "row_length": 32, "workers": 1} | fields)
-
-
-def silent(_):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -162,150 +129,19 @@ def test_any_change_that_matters_makes_other_rows(tmp_path, corpus, tokenizer):
     assert len(set(places)) == len(places)
 
 
-def test_a_file_changed_behind_its_date_is_read_again(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)  # remember at once
-    source = find(str(corpus), "train")
-    before, stat = cache.content_hashes(source, tmp_path), corpus.stat()
-    assert json.loads((tmp_path / "hashes.json").read_text())[str(corpus)][-1] == before[0]
-    time.sleep(0.02)  # a tick of the file system's clock
-    corpus.write_bytes(corpus.read_bytes()[::-1])
-    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache.content_hashes(source, tmp_path) != before
-
-
-def test_a_fresh_file_is_not_remembered(tmp_path, corpus):
-    cache.content_hashes(find(str(corpus), "train"), tmp_path)
-    assert not (tmp_path / "hashes.json").exists()
-
-
-def test_lost_shards_are_made_again(tmp_path, corpus, tokenizer):
+def test_lost_and_broken_shards_are_made_again(tmp_path, corpus, tokenizer):
     (rows,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
     shard = rows.directory / rows.manifest["shards"][0]["file"]
     before = shard.read_bytes()
-    shard.unlink()
-    ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
-    assert shard.read_bytes() == before
+    for damage in (shard.unlink, lambda: shard.write_bytes(before[:-1])):
+        damage()
+        ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+        assert shard.read_bytes() == before
 
 
-def test_processes_make_the_same_rows_as_one(tmp_path, tokenizer, monkeypatch):
-    files = [write(tmp_path / f"{i}.jsonl.gz", texts(60, seed=i)) for i in range(3)]
-    one, two = (tmp_path / name for name in ("one", "two"))
-    for job_directory, processes in ((one, 1), (two, 2)):
-        monkeypatch.setattr(workers, "SMALL", 0)
-        monkeypatch.setattr(shards, "LEAST_PART", 1)
-        data = settings(*files, packing="best_fit", workers=processes)
-        rows = ensure_rows(data, tokenizer, "train", job_directory, silent)
-        assert len(rows) == 3
-    names = sorted(path.relative_to(one) for path in one.rglob("shard-*"))
-    assert len(names) > 20
-    assert [(one / name).read_bytes() for name in names] == [(two / name).read_bytes() for name in names]
-
-
-def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(shards, "LEAST_PART", 1)
-    path = write(tmp_path / "a.jsonl", texts(50))
-    with path.open("a") as file:
-        file.write("oops\n")
-    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
-        ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
-
-
-def test_worker_processes_start_without_jax():
-    code = "import sys, jaxchat.data.shards as s; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-KILLED = """
-import sys
-from jaxchat.data import prepare, shards, workers
-from jaxchat.tokenizer import Tokenizer
-workers.SMALL, shards.LEAST_PART = 0, 1
-data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=32, workers=2)
-prepare.ensure_rows(data, Tokenizer.load(sys.argv[2]), "train", sys.argv[3], print)
-"""
-
-
-def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(shards, "LEAST_PART", 1)
-    path = write(tmp_path / "a.jsonl", texts(6000) * 2)
-    tokenizer.save(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", KILLED, path, tmp_path / "tokenizer", tmp_path / "cache"]
-    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    done = []
-    while process.poll() is None and len(done) < 2:
-        time.sleep(0.01)
-        done = list((tmp_path / "cache").rglob("shard-*.json"))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not list((tmp_path / "cache").rglob("manifest.json"))
-    (directory,) = (tmp_path / "cache" / "rows").iterdir()
-    finished = {path.name: path.stat().st_mtime_ns for path in done}
-
-    made = []
-    monkeypatch.setattr(workers, "run", _counting(workers.run, made))
-    (rows,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "cache", silent)
-    assert rows.directory == directory
-    assert 0 < len(made) <= len(rows.manifest["shards"]) - len(finished)
-    assert {name: (directory / name).stat().st_mtime_ns for name in finished} == finished
-    (fresh,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "other", silent)
-    same = ("rows", "tokens", "documents", "bytes", "padding", "cut")
-    assert {name: rows.manifest[name] for name in same} == {name: fresh.manifest[name] for name in same}
-
-
-def _counting(run, made):
-    def counted(jobs, *arguments, **options):
-        made.extend(jobs)
-        return run(jobs, *arguments, **options)
-
-    return counted
-
-
-def test_a_worker_that_dies_is_reported_and_its_shard_made_next_time(tmp_path, corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(shards, "LEAST_PART", 1)
-    start = subprocess.Popen
-
-    def start_and_kill(*arguments, **options):
-        process = start(*arguments, **options)
-        process.kill()
-        return process
-
-    monkeypatch.setattr(workers.subprocess, "Popen", start_and_kill)
-    data = settings(corpus, workers=2)
-    with pytest.raises(UserError, match=r"a worker ended with signal 9.*--data.workers"):
-        ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
-    monkeypatch.setattr(workers.subprocess, "Popen", start)
-    assert ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)[0].manifest["documents"] > 280
-
-
-def test_a_full_disk_is_the_users_sentence_and_leaves_no_half_shard(tmp_path, corpus, tokenizer):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"shard-00000.array_record cannot be made .*File too large.*disk full"):
-            ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"lock"}
-    assert len(ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)[0])
-
-
-def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
-    small = [shards.Source("text", f"{i}.txt", 100_000) for i in range(100)]
-    assert len(shards.plan(small)) == 10
-    large = [shards.Source("jsonl", "a.jsonl", 10 << 30), shards.Source("jsonl.gz", "b.jsonl.gz", 1 << 30)]
-    plan = shards.plan(large)
-    assert 200 < len(plan) <= shards.MOST_SHARDS + 1
-    assert {(source.path, part, parts) for job in plan for source, part, parts in job.parts} == {
-        (source.path, part, parts)
-        for source in large
-        for parts in [max(p[2] for job in plan for p in job.parts if p[0] == source)]
-        for part in range(parts)
-    }
-    assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == shards.MOST_DEALT
+def test_rows_are_kept_on_this_machine(tokenizer, corpus):
+    with pytest.raises(UserError, match=r"rows cannot be kept at gs://bucket/cache.*--data.cache"):
+        ensure_rows(settings(corpus), tokenizer, "train", "gs://bucket/cache", silent)
 
 
 def test_a_document_of_many_rows_and_many_of_none_are_prepared(tmp_path, tokenizer, monkeypatch):
@@ -389,18 +225,3 @@ def test_a_file_in_both_train_and_val_is_refused(tmp_path, corpus, tokenizer):
 def test_settings_that_make_no_sense_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(Data(), **fields)
-
-
-def test_a_second_process_waits_for_the_first(tmp_path):
-    code = (
-        "import sys, pathlib\nfrom jaxchat.data.cache import locked\n"
-        "with locked(pathlib.Path(sys.argv[1]), print): print('in')"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
-    with cache.locked(tmp_path, silent):
-        other = subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        assert "waiting for it" in other.stdout.readline()
-    assert other.communicate()[0] == "in\n"
-    assert other.returncode == 0

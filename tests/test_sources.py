@@ -81,7 +81,7 @@ def test_an_encoding_can_be_named(tmp_path, encoding):
 
 
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=40), parts=st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_parts_of_json_lines_hold_every_document_once(tmp_path_factory, lengths, parts):
     texts = [f"{i}:" + "x" * length for i, length in enumerate(lengths)]
     path = write(tmp_path_factory.mktemp("parts") / "a.jsonl", jsonl(*texts))
@@ -106,17 +106,26 @@ def test_tiny_world_documents_are_dealt_without_loss():
 
 
 def test_a_directory_gives_train_files_to_training_and_val_files_to_validation(tmp_path):
-    for name in ("train-0.jsonl", "train-1.jsonl", "val.jsonl", "other.txt", "SOURCE.md", ".cache/train.txt"):
+    for name in (
+        "train-0.jsonl",
+        "x/TRAIN.jsonl",
+        "val.jsonl",
+        "y/dev_1.jsonl",
+        "other.txt",
+        "SOURCE.md",
+        ".cache/train.txt",
+    ):
         write(tmp_path / name, jsonl(name))
-    assert read(tmp_path) == ["train-0.jsonl", "train-1.jsonl"]
-    assert read(tmp_path, "val") == ["val.jsonl"]
+    assert read(tmp_path) == ["train-0.jsonl", "x/TRAIN.jsonl"]
+    assert read(tmp_path, "val") == ["val.jsonl", "y/dev_1.jsonl"]
 
 
-def test_a_directory_without_train_files_gives_everything_but_val_files(tmp_path):
-    for name in ("b/two.jsonl", "a.jsonl", "valid.jsonl"):
+def test_a_directory_without_train_files_gives_everything_but_val_and_test_files(tmp_path):
+    for name in ("b/valley.jsonl", "a.jsonl", "valid.jsonl", "my-test.jsonl", "val/1.jsonl"):
         write(tmp_path / name, jsonl(name))
-    assert read(tmp_path) == ["a.jsonl", "b/two.jsonl"]
-    assert read(tmp_path / "b", "val") == ["b/two.jsonl"]
+    assert read(tmp_path) == ["a.jsonl", "b/valley.jsonl"]
+    assert read(tmp_path, "val") == ["val/1.jsonl", "valid.jsonl"]
+    assert read(tmp_path / "b", "val") == ["b/valley.jsonl"]
 
 
 def test_a_glob_names_files_in_a_fixed_order(tmp_path):
@@ -170,7 +179,7 @@ def test_a_directory_without_documents_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no .txt, .jsonl, .jsonl.gz, .parquet file in --data.train"):
         read(tmp_path)
     write(tmp_path / "val.txt", "x")
-    with pytest.raises(UserError, match=r"only validation files in --data.train"):
+    with pytest.raises(UserError, match=r"only validation and test files in --data.train"):
         read(tmp_path)
 
 

@@ -108,9 +108,11 @@ def plan(sources: Sequence[Source]) -> list[Job]:
 
 
 def finished(directory: Path, job: Job) -> Counts | None:
-    """The counts of a shard that is there already."""
-    counts = read_json(_counts_path(directory, job))
-    return None if counts is None or not (directory / job.file).exists() else Counts(**counts)
+    """The counts of a shard that is there already, whole."""
+    path, found = directory / job.file, read_json(_counts_path(directory, job))
+    if found is None or not path.exists() or path.stat().st_size != found["file_bytes"]:
+        return None
+    return Counts(**found["counts"])
 
 
 def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
@@ -127,7 +129,7 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
         if written != counts.rows:
             raise UserError(f"{temporary} holds {written} of {counts.rows} rows; is the disk full?")
         temporary.replace(path)
-        write_json(_counts_path(directory, job), asdict(counts))
+        write_json(_counts_path(directory, job), {"file_bytes": path.stat().st_size, "counts": asdict(counts)})
         return counts
     except (RuntimeError, OSError) as error:
         raise UserError(

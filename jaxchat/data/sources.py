@@ -3,8 +3,9 @@
     notes.txt               one document, the whole file
     pages.jsonl[.gz]        one document a line, the text column of its object
     pages.parquet           one document a row
-    corpus/                 every such file in it; files named train* are for training and val*, valid* or dev* for
-                            validation; where there are train files, files of other names are left out
+    corpus/                 every such file in it, but for training none whose name or folder says val, valid,
+                            validation, dev or test, and only those that say train where one does; for validation
+                            those that say val, valid, validation or dev where one does
     "corpus/*.jsonl.gz"     every file that matches, ** included
     tinyworld:train[:N]     N documents of the tiny world, also tinyworld:val
     hub:fineweb-edu[:N]     N shards of a data set of the Hugging Face hub, see hub.py
@@ -30,7 +31,7 @@ from jaxchat.config import UserError
 Split = Literal["train", "val"]
 TINYWORLD_BYTES = 330  # of a document, about
 DEAL = 256  # lines of a compressed file dealt to one part at a time
-_TRAIN, _VAL = re.compile(r"train", re.IGNORECASE), re.compile(r"(val|dev)", re.IGNORECASE)
+TRAIN, VAL, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test"}  # words in file names
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,19 @@ def _find_in_directory(directory: Path, split: Split) -> list[Source]:
     ]
     if not known:
         raise UserError(f"no {', '.join(SUFFIXES)} file in --data.{split} {directory}")
-    train = [path for path in known if _TRAIN.match(path.name)]
-    val = [path for path in known if _VAL.match(path.name)]
-    chosen = val or known if split == "val" else train or [path for path in known if path not in val]
+    words = {path: _words(path.relative_to(directory)) for path in known}
+    if split == "val":
+        chosen = [path for path in known if words[path] & VAL] or known
+    else:
+        free = [path for path in known if not words[path] & (VAL | TEST)]
+        chosen = [path for path in free if words[path] & TRAIN] or free
     if not chosen:
-        raise UserError(f"only validation files in --data.train {directory}, such as {val[0].name}")
+        raise UserError(f"only validation and test files in --data.train {directory}, such as {known[0].name}")
     return [_source(path) for path in chosen]
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split("[^a-z]+", str(path).lower()))
 
 
 def _kind(path: Path) -> str | None:

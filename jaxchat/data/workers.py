@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +28,7 @@ from jaxchat.data.shards import Counts, Job, Recipe, make_shard
 from jaxchat.tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes on disk; starting processes takes longer than preparing less
+SAID_EVERY_SECONDS = 30.0
 
 
 def cores() -> int:
@@ -50,32 +52,34 @@ def run(
 
 
 class _Bar:
-    """Progress on stderr: shards, megabytes of text, time left."""
+    """Progress on stderr: shards, megabytes of text, time left; a line now and then where that is no terminal."""
 
     def __init__(self, jobs: Sequence[Job]):
         self._sizes = {job.shard: max(job.size, 1.0) for job in jobs}
         self._done = dict.fromkeys(self._sizes, 0.0)
         self._megabytes = 0.0
-        console = Console(stderr=True)
+        self._said = time.monotonic()
+        self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("preparing"),
             BarColumn(),
-            TextColumn("{task.percentage:.0f}% {task.fields[text]}"),
+            TextColumn("{task.percentage:.0f}%, {task.fields[text]}"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=sum(self._sizes.values()), text="")
 
     def show(self, shard: int, done: float, read: int) -> None:
         self._done[shard] = done
         self._megabytes += read / 1e6
+        completed = sum(size * self._done[shard] for shard, size in self._sizes.items())
         shards = sum(part == 1.0 for part in self._done.values())
-        self._progress.update(
-            self._task,
-            completed=sum(size * self._done[shard] for shard, size in self._sizes.items()),
-            text=f"{shards}/{len(self._sizes)} shards, {self._megabytes:,.0f} MB",
-        )
+        text = f"{shards}/{len(self._sizes)} shards, {self._megabytes:,.0f} MB"
+        self._progress.update(self._task, completed=completed, text=text)
+        if not self._console.is_terminal and time.monotonic() - self._said > SAID_EVERY_SECONDS:
+            self._said = time.monotonic()
+            print(f"preparing: {completed / sum(self._sizes.values()):.0%}, {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "_Bar":
         self._progress.start()

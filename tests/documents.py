@@ -1,0 +1,40 @@
+"""Small corpora for the tests of data."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import jaxchat
+from jaxchat.data.prepare import Data
+
+SENTENCE = (
+    "the fox saw a bear near old trees and quiet water while small birds sang 17 songs \u2014 na\u00efve \u2581 ones"
+)
+WORDS = SENTENCE.split(" ")
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, n)) + f" {i}." for i, n in enumerate(rng.integers(1, 90, count))]
+
+
+def write(path, documents):
+    data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def settings(*train, **fields):
+    return Data(**{"train": tuple(map(str, train)), "vocab": 300, "row_length": 32, "workers": 1} | fields)
+
+
+def silent(_):
+    pass
+
+
+def environment():
+    """For a process that imports this jaxchat."""
+    return os.environ | {"PYTHONPATH": str(Path(jaxchat.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}

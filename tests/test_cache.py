@@ -1,0 +1,48 @@
+"""The cache: what it takes for the same content, and one process at a time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from documents import environment, silent, texts, write
+
+from jaxchat.data import cache
+from jaxchat.data.sources import find
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write(tmp_path / "train.jsonl", texts(300))
+
+
+def test_a_file_changed_behind_its_date_is_read_again(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)  # remember at once
+    source = find(str(corpus), "train")
+    before, stat = cache.content_hashes(source, tmp_path), corpus.stat()
+    assert json.loads((tmp_path / "hashes.json").read_text())[str(corpus)][-1] == before[0]
+    time.sleep(0.02)  # a tick of the file system's clock
+    corpus.write_bytes(corpus.read_bytes()[::-1])
+    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache.content_hashes(source, tmp_path) != before
+
+
+def test_a_fresh_file_is_not_remembered(tmp_path, corpus):
+    cache.content_hashes(find(str(corpus), "train"), tmp_path)
+    assert not (tmp_path / "hashes.json").exists()
+
+
+def test_a_second_process_waits_for_the_first(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom jaxchat.data.cache import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), print): print('in')"
+    )
+    with cache.locked(tmp_path, silent):
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path], env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        assert "waiting for it" in other.stdout.readline()
+    assert other.communicate()[0] == "in\n"
+    assert other.returncode == 0

@@ -1,0 +1,149 @@
+"""Shards: the plan, worker processes, and a start after a kill."""
+
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from documents import environment, settings, silent, texts, write
+
+from jaxchat.config import UserError
+from jaxchat.data import shards, workers
+from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
+
+
+@pytest.fixture
+def many_shards(monkeypatch):
+    """Small corpora are dealt to many shards and to processes."""
+    monkeypatch.setattr(workers, "SMALL", 0)
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write(tmp_path / "train.jsonl", texts(300))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizer")
+    return ensure_tokenizer(settings(write(place / "t.jsonl", texts(300))), place / "cache", 0, silent)
+
+
+def test_processes_make_the_same_rows_as_one(tmp_path, tokenizer, many_shards):
+    files = [write(tmp_path / f"{i}.jsonl.gz", texts(60, seed=i)) for i in range(3)]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for directory, processes in ((one, 1), (two, 2)):
+        assert len(ensure_rows(settings(*files, workers=processes), tokenizer, "train", directory, silent)) == 3
+    names = sorted(path.relative_to(one) for path in one.rglob("shard-*"))
+    assert len(names) > 20
+    assert [(one / name).read_bytes() for name in names] == [(two / name).read_bytes() for name in names]
+
+
+def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, many_shards):
+    path = write(tmp_path / "a.jsonl", texts(50))
+    with path.open("a") as file:
+        file.write("oops\n")
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+        ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
+
+
+def test_worker_processes_start_without_jax():
+    code = "import sys, jaxchat.data.shards as s; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+KILLED_AFTER_TWO_SHARDS = """
+import os, signal, sys
+from jaxchat.data import prepare, shards, workers
+from jaxchat.tokenizer import Tokenizer
+
+workers.SMALL, shards.LEAST_PART = 0, 1
+send, sent = workers._Pool._send, []
+
+def send_or_die(pool, *message):
+    sent.append(message)
+    if len(sent) > 2 + 2 + 2:  # two tasks, a shard for each of two workers, and after each of two shards another
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(pool, *message)
+
+workers._Pool._send = send_or_die
+data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=32, workers=2)
+prepare.ensure_rows(data, Tokenizer.load(sys.argv[2]), "train", sys.argv[3], print)
+"""
+
+
+def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokenizer, many_shards, monkeypatch):
+    path = write(tmp_path / "a.jsonl", texts(300))
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", KILLED_AFTER_TWO_SHARDS, path, tmp_path / "tokenizer", tmp_path / "cache"]
+    # Its workers hold stderr too: when that ends, so have they.
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    (directory,) = (tmp_path / "cache" / "rows").iterdir()
+    finished = {path: path.stat().st_mtime_ns for path in directory.glob("shard-*.json")}
+    assert 2 <= len(finished) <= 5
+    assert not (directory / "manifest.json").exists()
+
+    made = []
+    monkeypatch.setattr(workers, "run", _counting(workers.run, made))
+    (rows,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "cache", silent)
+    assert rows.directory == directory
+    assert len(made) == len(rows.manifest["shards"]) - len(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    (fresh,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "other", silent)
+    for name in ("rows", "tokens", "documents", "bytes", "padding", "cut", "shards"):
+        assert rows.manifest[name] == fresh.manifest[name]
+
+
+def _counting(run, made):
+    def counted(jobs, *arguments, **options):
+        made.extend(jobs)
+        return run(jobs, *arguments, **options)
+
+    return counted
+
+
+def test_a_worker_that_dies_is_reported_and_its_shard_made_next_time(
+    tmp_path, corpus, tokenizer, many_shards, monkeypatch
+):
+    start = subprocess.Popen
+
+    def start_and_kill(*arguments, **options):
+        process = start(*arguments, **options)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start_and_kill)
+    data = settings(corpus, workers=2)
+    with pytest.raises(UserError, match=r"a worker ended with signal 9.*--data.workers"):
+        ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    assert ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)[0].manifest["documents"] > 280
+
+
+def test_a_full_disk_is_the_users_sentence_and_leaves_no_half_shard(tmp_path, corpus, tokenizer):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"shard-00000.array_record cannot be made .*File too large.*disk full"):
+            ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"lock"}
+    assert len(ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)[0])
+
+
+def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
+    small = [shards.Source("text", f"{i}.txt", 100_000) for i in range(100)]
+    assert len(shards.plan(small)) == 10
+    large = [shards.Source("jsonl", "a.jsonl", 10 << 30), shards.Source("jsonl.gz", "b.jsonl.gz", 1 << 30)]
+    plan = shards.plan(large)
+    assert 200 < len(plan) <= shards.MOST_SHARDS + 1
+    assert {(source.path, part, parts) for job in plan for source, part, parts in job.parts} == {
+        (source.path, part, parts)
+        for source in large
+        for parts in [max(p[2] for job in plan for p in job.parts if p[0] == source)]
+        for part in range(parts)
+    }
+    assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == shards.MOST_DEALT
