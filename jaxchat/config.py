@@ -45,18 +45,18 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
 
 def parse(cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None) -> Any:
     """Reads `--field=value` arguments into dataclass `cls`; a mistake becomes a `UserError`, `--help` exits with 0."""
-    default = cls() if default is None else default
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     text = io.StringIO()
     try:
         with redirect_stderr(text):
+            known = {} if default is None else {"default": default}
             return tyro.cli(
-                cls, default=default, args=list(argv), description=description, config=options, use_underscores=True
+                cls, args=list(argv), description=description, config=options, use_underscores=True, **known
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_mistake(text.getvalue(), default)) from None
+        raise UserError(_mistake(text.getvalue(), _names(cls, default))) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -208,13 +208,18 @@ def _read_dial(default: Any, argv: Sequence[str]) -> Any:
                 type(default), default=default, args=list(argv), return_unknown_args=True, use_underscores=True
             )
     except SystemExit:
-        raise UserError(_mistake(text.getvalue(), default)) from None
+        raise UserError(_mistake(text.getvalue(), list(flags(default)))) from None
     except ValueError as error:
         raise UserError(str(error)) from None
     return dial
 
 
-def _mistake(report: str, default: Any) -> str:
+def _names(cls: type, default: Any) -> list[str]:
+    """The dotted names of every field."""
+    return [field.name for field in dataclasses.fields(cls)] if default is None else list(flags(default))
+
+
+def _mistake(report: str, names: list[str]) -> str:
     """One sentence out of tyro's framed report."""
     lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
@@ -222,6 +227,6 @@ def _mistake(report: str, default: Any) -> str:
     unknown = re.search(r"Unrecognized (?:options|arguments)\S*\s*(--[\w.\-]+)", report.replace("│", " "))
     if unknown:
         name = unknown.group(1).removeprefix("--").replace("-", "_")
-        guess = difflib.get_close_matches(name, list(flags(default)), n=1, cutoff=0.5)
+        guess = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         return f"there is no field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
     return re.sub(r"\s*For full helptext.*$", "", text) or "the arguments could not be read; see --help"

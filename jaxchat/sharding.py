@@ -89,11 +89,15 @@ def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpe
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> jax.Array:
-    """Places an array inside jit by its logical axes, where a mesh is set; otherwise leaves it alone."""
+    """Places an array inside jit by its logical axes, where a mesh is set; otherwise leaves it alone.
+
+    A dimension that its mesh axes do not divide stays whole: one row being decoded, say.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, rules))
+    entries = [entry if size % _ways(mesh, entry) == 0 else None for size, entry in zip(x.shape, spec(axes, rules))]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def batch_shards() -> int:
@@ -114,12 +118,17 @@ def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = T
     def place(path: Any, shape: Any, names: Sequence[str]) -> NamedSharding:
         placed = spec(names, rules)
         for size, name, entry in zip(shape.shape, names, placed, strict=True):
-            ways = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            ways = _ways(mesh, entry)
             if size % ways:
                 raise ValueError(f"{jax.tree_util.keystr(path)}: {name}={size} is not a multiple of {entry}={ways}")
         return NamedSharding(mesh, placed)
 
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
+
+
+def _ways(mesh: Any, entry: str | Sequence[str] | None) -> int:
+    """In how many parts an entry of a placement splits its dimension."""
+    return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -89,7 +89,7 @@ def make_setup(experiment: Experiment, tokenizer: Tokenizer, say: Callable[[str]
         mesh = sharding.make_mesh(experiment.mesh, rows=rows)
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
-        shapes = jax.eval_shape(lambda key: init_state(transformer, tx, key), jax.random.key(0))
+        shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
         abstract = checkpoint.abstract_like(shapes, state_placements(mesh, shapes, axes))
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -150,9 +150,13 @@ class Transformer:
         """Float32 parameters; the same for every sharding and every layer loop."""
         return nn.meta.unbox(self._boxed(key))
 
+    def shapes(self) -> Any:
+        """Shapes and types of the parameters. Starts no backend."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
     def axes(self) -> Any:
         """The logical axes of every parameter: the tree of `init` with tuples of names for leaves."""
-        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        boxed = jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
         return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
     def _boxed(self, key: jax.Array) -> Params:
@@ -328,7 +332,7 @@ def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax
 
 def parameter_counts(config: Model) -> dict[str, int]:
     """Parameters by part: embed, value_embeddings, head, matrices (those of the layers), scalars, total."""
-    params = jax.eval_shape(Transformer(config).init, jax.random.key(0))
+    params = Transformer(config).shapes()
     counts = dict.fromkeys(("embed", "value_embeddings", "head", "matrices", "scalars"), 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
