@@ -138,6 +138,7 @@ def test_a_server_without_ranges_sends_the_file_again(server, tmp_path):
     server.faults["data/shard_0.parquet"] = ["cut"]
     (path,) = fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
     assert path.read_bytes() == FILES["data/shard_0.parquet"]
+    assert sum(asked.endswith("shard_0.parquet") for asked, _ in server.requests) == 2
 
 
 def test_a_wrong_checksum_is_fetched_again_and_in_the_end_refused(server, tmp_path):

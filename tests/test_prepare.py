@@ -205,11 +205,17 @@ def test_a_run_without_documents_names_the_option(tmp_path, tokenizer):
             make()
 
 
-def test_a_file_in_both_train_and_val_is_refused(tmp_path, corpus, tokenizer):
+def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_path, corpus, tokenizer):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(corpus.read_bytes())
-    with pytest.raises(UserError, match=r"copy.jsonl is in --data.val and, as .*train.jsonl, in --data.train"):
-        ensure_rows(settings(corpus, val=(str(copy),)), tokenizer, "val", tmp_path / "cache", silent)
+    data = settings(corpus, val=(str(copy),))
+    for make in (
+        lambda: ensure_tokenizer(data, tmp_path / "cache", 0, silent),
+        lambda: ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent),
+    ):
+        with pytest.raises(UserError, match=r"copy.jsonl is in --data.val and, as .*train.jsonl, in --data.train"):
+            make()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
     config, cache_directory = data.tokenizer, _local(cache_directory)
     if config.path is not None:
         return Path(config.path)
-    sources = [source for found in _find_train(data, cache_directory, log) for source in found]
+    sources = list(chain.from_iterable(_find_all(data, cache_directory, log)["train"]))
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -94,7 +94,11 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
         **_reading(data),
     )
     directory = cache_directory / "tokenizers" / name
-    if not (directory / "tokenizer.json").exists():
+    if (directory / "tokenizer.json").exists():
+        return directory
+    with cache.locked(directory.parent, log):
+        if (directory / "tokenizer.json").exists():
+            return directory
         start = time.monotonic()
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
         blocks = sample(_training_texts(sources, data), config.sample_bytes, seed=seed)
@@ -108,12 +112,8 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
 
 def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> Iterator[str]:
     """The documents that a tokenizer is trained on, or the held-out ones."""
-    cache_directory = Path(cache_directory)
-    if split == "val" and data.val:
-        found = [_find(spec, "val", cache_directory, log) for spec in data.val]
-    else:
-        found = _find_train(data, cache_directory, log)
-    sources = [source for part in found for source in part]
+    found = _find_all(data, _local(cache_directory), log)
+    sources = list(chain.from_iterable(found[_origin(data, split)]))
     if split == "train":
         return _training_texts(sources, data)
     read = Reading(data.text_column, data.encoding)
@@ -126,18 +126,14 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
     Where val is empty, validation takes the held-out share of every entry of train, if there is a document in it.
     """
     cache_directory = _local(cache_directory)
-    own_val = split == "val" and bool(data.val)
-    specs = data.val if own_val else data.train
-    if own_val:
-        found = [_find(spec, "val", cache_directory, log) for spec in specs]
-        _check_disjoint(data, found, cache_directory, log)
-    else:
-        found = _find_train(data, cache_directory, log)
+    origin = _origin(data, split)
+    specs = data.train if origin == "train" else data.val
+    found = _find_all(data, cache_directory, log)[origin]
     rows = [
         _ensure(data, tokenizer, split, spec=spec, sources=sources, cache_directory=cache_directory, log=log)
         for spec, sources in zip(specs, found)
     ]
-    if split == "val" and not data.val:
+    if split != origin:
         if not any(map(len, rows)):
             raise UserError(
                 f"--data.val_fraction={data.val_fraction} holds out no document of --data.train "
@@ -183,7 +179,8 @@ def _ensure(
 ) -> Rows:
     recipe = _recipe(data, split)
     content = _content(sources, cache_directory)
-    dealt = [[(sources.index(source), part, parts) for source, part, parts in job.parts] for job in plan(sources)]
+    number = {source: i for i, source in enumerate(sources)}
+    dealt = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
     name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **asdict(recipe))
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
@@ -214,8 +211,9 @@ def _is_whole(directory: Path) -> bool:
     manifest = cache.read_json(directory / "manifest.json")
     if manifest is None:
         return False
-    files = {path.name: path.stat().st_size for path in directory.iterdir()}
-    return all(files.get(shard["file"]) == shard["bytes"] for shard in manifest["shards"])
+    paths = [directory / shard["file"] for shard in manifest["shards"]]
+    sizes = [path.stat().st_size if path.exists() else None for path in paths]
+    return sizes == [shard["bytes"] for shard in manifest["shards"]]
 
 
 def _make(
@@ -261,15 +259,27 @@ def _recipe(data: Data, split: Split) -> Recipe:
     return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share)
 
 
-def _find_train(data: Data, cache_directory: Path, log: Log) -> list[list[Source]]:
-    """The sources of each entry of train; a configuration may leave it empty, a run may not."""
-    if not data.train:
+def _origin(data: Data, split: Split) -> Split:
+    """Which of the two options names the documents of a split."""
+    return "val" if split == "val" and data.val else "train"
+
+
+def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[list[Source]]]:
+    """The sources of each entry of train and of val; refuses a file that is in both."""
+    if not data.train:  # a configuration may leave it empty, a run may not
         raise UserError("no documents to train on: name files, directories or tinyworld:train with --data.train")
-    return [_find(spec, "train", cache_directory, log) for spec in data.train]
-
-
-def _find(spec: str, split: Split, cache_directory: Path, log: Log) -> list[Source]:
-    return find(spec, split, hub_directory=cache_directory / "downloads", log=log)
+    downloads = cache_directory / "downloads"
+    train = [find(spec, "train", hub_directory=downloads, log=log) for spec in data.train]
+    val = [find(spec, "val", hub_directory=downloads, log=log) for spec in data.val]
+    every_train, every_val = list(chain.from_iterable(train)), list(chain.from_iterable(val))
+    hashes = cache.content_hashes([*every_train, *every_val], cache_directory)
+    trained = dict(zip(hashes, every_train))
+    for source, sha256 in zip(every_val, hashes[len(every_train) :]):
+        if sha256 in trained:
+            raise UserError(
+                f"{source.path} is in --data.val and, as {trained[sha256].path}, in --data.train; name other files"
+            )
+    return {"train": train, "val": val}
 
 
 def _local(directory: str | Path) -> Path:
@@ -284,17 +294,6 @@ def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str
 
 def _reading(data: Data) -> dict[str, Any]:
     return {"text_column": data.text_column, "encoding": data.encoding, "held_out": data.held_out}
-
-
-def _check_disjoint(data: Data, val: Sequence[Sequence[Source]], cache_directory: Path, log: Log) -> None:
-    train = [source for found in _find_train(data, cache_directory, log) for source in found]
-    trained = dict(zip(cache.content_hashes(train, cache_directory), train))
-    for sources in val:
-        for source, sha256 in zip(sources, cache.content_hashes(sources, cache_directory)):
-            if sha256 in trained:
-                raise UserError(
-                    f"{source.path} is in --data.val and, as {trained[sha256].path}, in --data.train; name other files"
-                )
 
 
 def _summary(manifest: dict[str, Any], directory: Path) -> str:
