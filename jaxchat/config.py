@@ -43,8 +43,13 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         print(json.dumps(result, separators=(",", ":"), ensure_ascii=False), flush=True)
 
 
-def parse(cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None) -> Any:
-    """Reads `--field=value` arguments into dataclass `cls`; a mistake becomes a `UserError`, `--help` exits with 0."""
+def parse(
+    cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None, more: Sequence[str] = ()
+) -> Any:
+    """Reads `--field=value` arguments into dataclass `cls`; a mistake becomes a `UserError`, `--help` exits with 0.
+
+    `more` are names beside the fields that a misspelt name may have meant.
+    """
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     text = io.StringIO()
     try:
@@ -56,7 +61,7 @@ def parse(cls: type, argv: Sequence[str], *, default: Any = None, description: s
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_mistake(text.getvalue(), _names(cls, default))) from None
+        raise UserError(_mistake(text.getvalue(), [*_names(cls, default), *more])) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -65,14 +70,19 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
     """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns."""
     path, stage, rest = _config_argument(argv)
     module = _import(path)
-    known = {} if stage is None else {"stage": stage}
+    known: dict[str, Any] = {} if stage is None else {"stage": stage}
+    dial: dict[str, Any] = {}
+    about = description or (module.__doc__ or "").strip()
     if hasattr(module, "DIAL"):
-        known["dial"] = _read_dial(module.DIAL, rest)
+        known["dial"], rest = _read_dial(module.DIAL, rest)
+        dial = _dial_flags(module.DIAL)
+        told = " ".join(f"--{name}={value}" for name, value in dial.items())
+        about += f"\n\nRead first, and what is derived follows: {told}"
     try:
         default = module.get_config(**known)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return parse(type(default), rest, default=default, description=description or (module.__doc__ or "").strip())
+    return parse(type(default), rest, default=default, description=about, more=list(dial))
 
 
 def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
@@ -198,20 +208,27 @@ def _import(path: Path) -> types.ModuleType:
     return module
 
 
-def _read_dial(default: Any, argv: Sequence[str]) -> Any:
+def _read_dial(default: Any, argv: list[str]) -> tuple[Any, list[str]]:
+    """The dial with its overrides, and the arguments that are not the dial's."""
     if "--help" in argv or "-h" in argv:
-        return default
+        return default, argv
     text = io.StringIO()
     try:
         with redirect_stderr(text):
-            dial, _ = tyro.cli(
-                type(default), default=default, args=list(argv), return_unknown_args=True, use_underscores=True
-            )
+            return tyro.cli(type(default), default=default, args=argv, return_unknown_args=True, use_underscores=True)
     except SystemExit:
         raise UserError(_mistake(text.getvalue(), list(flags(default)))) from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    return dial
+
+
+def _dial_flags(dial: Any) -> dict[str, Any]:
+    """The dial's flags and values; an annotation may give a field another name on the command line."""
+    named = {}
+    for field, hint in typing.get_type_hints(type(dial), include_extras=True).items():
+        given = [note.name for note in typing.get_args(hint)[1:] if getattr(note, "name", None)]
+        named[given[0] if given else field] = getattr(dial, field)
+    return named
 
 
 def _names(cls: type, default: Any) -> list[str]:

@@ -248,7 +248,8 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], dtype: 
     if c.equilibrate:
         stack = equilibrate(stack)
     dtype = wide if wide == jnp.float64 else dtype
-    stack = orthogonalise(stack.astype(dtype), triples).astype(wide)
+    margin = 1.01 if c.polar_express else 1.0
+    stack = orthogonalise(stack.astype(dtype), triples, margin=margin).astype(wide)
     if c.renormalise:
         norm = jnp.linalg.norm(stack, axis=(-2, -1), keepdims=True)
         stack = stack * (math.sqrt(min(stack.shape[-2:])) / jnp.maximum(norm, 1e-6))

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,8 +47,10 @@ def prepare_backend(experiment: Experiment) -> None:
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     wanted = experiment.mesh.data * experiment.mesh.fsdp * experiment.mesh.tensor
     split = experiment.mesh.fsdp * experiment.mesh.tensor
-    with contextlib.suppress(RuntimeError):  # The backend runs already, in a notebook or a test.
+    try:
         jax.config.update("jax_num_cpu_devices", wanted or split * sharding.host_devices(max(1, rows // split)))
+    except RuntimeError:  # In a notebook or a test the backend may run already.
+        print(f"JAX runs already, with {jax.device_count()} devices", file=sys.stderr)
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
@@ -77,8 +80,9 @@ def run(experiment: Experiment) -> dict[str, Any]:
     setup = make_setup(experiment, tokenizer, terminal.say)
     checkpoint.write_experiment(experiment.stage_directory, experiment)
     write_manifests(experiment, rows)
+    peak = metrics.peak_flops(setup.mesh.devices.flat[0])
     with jax.set_mesh(setup.mesh):
-        return _train(setup, rows, terminal)
+        return _train(setup, rows, peak, terminal)
 
 
 def make_setup(experiment: Experiment, tokenizer: Tokenizer, say: Callable[[str], None]) -> Setup:
@@ -96,10 +100,9 @@ def make_setup(experiment: Experiment, tokenizer: Tokenizer, say: Callable[[str]
     return Setup(experiment, tokenizer, mesh, transformer, tx, abstract)
 
 
-def _train(setup: Setup, rows: dict[str, Any], terminal: metrics.Terminal) -> dict[str, Any]:
+def _train(setup: Setup, rows: dict[str, Any], peak: float | None, terminal: metrics.Terminal) -> dict[str, Any]:
     e = setup.experiment
     step, micro_rows, compile_seconds = compile_step(setup, terminal.say)
-    peak = metrics.peak_flops(setup.mesh.devices.flat[0])
     describe(setup, micro_rows, compile_seconds, peak, terminal.say)
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     start, state, facts = _start(setup, checkpoints, terminal.say)

@@ -87,7 +87,7 @@ def train_step(
         (total, weight, grads), _ = jax.lax.scan(add, zero, dict(batch))
     share = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * share, grads)
-    loss, norm = total * share, optax.global_norm(grads)
+    loss, norm = total * share, optax.tree.norm(grads)
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -294,7 +294,7 @@ def test_a_sample_is_spread_evenly_and_keeps_its_budget():
 
 
 def test_the_report_counts_every_byte_and_token_by_script(bpe):
-    text = ENGLISH[0] + " 1867 " + KOREAN + "Привет 漢字"
+    text = ENGLISH[0] + " 1867 " + KOREAN + "Привет café 漢字"
     found = report(bpe, [text, text])
     assert found.total.bytes == 2 * len(text.encode("utf-8"))
     assert found.total.tokens == pytest.approx(2 * len(bpe.encode(text)))
@@ -302,7 +302,7 @@ def test_the_report_counts_every_byte_and_token_by_script(bpe):
     assert found.scripts["Han"] == (12, pytest.approx(12))
     assert found.scripts["Hangul"].bytes_per_token > 3
     letters = sum(c.isalpha() and c.isascii() for c in text)
-    assert found.scripts["Latin"].bytes == 2 * letters
+    assert found.scripts["Latin"].bytes == 2 * (letters + len("é".encode()))
 
 
 def test_a_script_that_falls_apart_into_bytes_is_warned_about(bpe):
@@ -317,6 +317,7 @@ def test_the_peer_splits_and_counts_as_nanochat_does():
     merges = 2  # a+b, then space+ab
     found = peer_bytes_per_token(["ab ab ab ab 1234"], ["ab ab 12"], vocab=256 + merges + 9)
     assert found == pytest.approx(8 / len(["ab", " ab", " ", "1", "2"]))
+    assert peer_bytes_per_token(["123 " * 9], ["123"], vocab=256 + merges + 9) == pytest.approx(3 / len(["12", "3"]))
 
 
 def test_the_launcher_trains_once_and_reports(tmp_path, capsys):

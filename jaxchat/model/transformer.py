@@ -330,6 +330,7 @@ def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax
     return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
 
 
+@functools.cache
 def parameter_counts(config: Model) -> dict[str, int]:
     """Parameters by part: embed, value_embeddings, head, matrices (those of the layers), scalars, total."""
     params = Transformer(config).shapes()
