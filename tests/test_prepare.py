@@ -153,6 +153,7 @@ def test_a_document_of_many_rows_and_many_of_none_are_prepared(tmp_path, tokeniz
     )
     assert (rows.manifest["empty"], rows.manifest["documents"], rows.manifest["discarded"]) == (50, 31, 0)
     assert rows.manifest["tokens"] == sum(len(tokenizer.encode(text)) for text in documents)
+    assert rows.manifest["padding"] < 200  # a row's at most for every block, not for every document
 
 
 def test_the_tokenizer_is_trained_once_on_training_documents_only(tmp_path, corpus):

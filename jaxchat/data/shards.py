@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,46 +142,44 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
 def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
     counts = Counts()
     dtype = token_dtype(tokenizer.vocab_size)
-    waiting: list[np.ndarray] = []
-    waiting_tokens = 0
-
-    def write() -> None:
-        packed = pack(waiting, recipe.row_length, recipe.packing, bos=tokenizer.bos, dtype=dtype)
+    for block in _tokenized(job, recipe, tokenizer, counts, report):
+        packed = pack(block, recipe.row_length, recipe.packing, bos=tokenizer.bos, dtype=dtype)
         for ids_S, flags_S in zip(packed.ids_RS, packed.flags_RS):
             writer.write(encode_row(ids_S, flags_S, dtype))
-        counts.add(
-            Counts(
-                rows=len(packed.ids_RS),
-                cut=packed.cut,
-                tokens=packed.tokens,
-                discarded=packed.discarded,
-                padding=packed.padding,
-            )
-        )
-        waiting.clear()
+        counts.rows += len(packed.ids_RS)
+        counts.cut += packed.cut
+        counts.tokens += packed.tokens
+        counts.discarded += packed.discarded
+        counts.padding += packed.padding
+    return counts
 
-    reported, reported_bytes = time.monotonic(), 0
+
+def _tokenized(
+    job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report
+) -> Iterator[list[np.ndarray]]:
+    """Documents with text as ids, in blocks that are packed together; counts what was read."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    block: list[np.ndarray] = []
+    tokens = reported_bytes = 0
+    reported = time.monotonic()
     for i, (source, part, parts) in enumerate(job.parts):
         reading = Reading(recipe.text_column, recipe.encoding, part, parts)
-        for text in documents(source, reading):
-            if not recipe.takes(text):
-                continue
+        for text in filter(recipe.takes, documents(source, reading)):
             if not text:
                 counts.empty += 1
                 continue
             counts.documents += 1
             counts.bytes += len(text.encode())
-            waiting.append(np.array(tokenizer.encode(text), dtype))
-            waiting_tokens += len(waiting[-1])
-            if waiting_tokens >= PACKED_TOKENS:
-                write()
-                waiting_tokens = 0
+            block.append(np.array(tokenizer.encode(text), dtype))
+            tokens += len(block[-1])
+            if tokens >= PACKED_TOKENS:
+                yield block
+                block, tokens = [], 0
             if time.monotonic() - reported > REPORT_SECONDS:
                 report((i + reading.fraction[0]) / len(job.parts), counts.bytes - reported_bytes)
                 reported, reported_bytes = time.monotonic(), counts.bytes
-    write()
+    yield block
     report(1.0, counts.bytes - reported_bytes)
-    return counts
 
 
 def _counts_path(directory: Path, job: Job) -> Path:
