@@ -177,6 +177,7 @@ def _july2026(dial: Dial) -> Model:
         residual_scales=ResidualScales(),
         smear=Smear(),
         backout=Backout(),
+        layer_loop=_loop(dial),
     )
 
 
@@ -192,4 +193,10 @@ def _october2025(dial: Dial) -> Model:
         embed_std=1.0,
         head_std=0.0,
         isolate_documents=False,
+        layer_loop=_loop(dial),
     )
+
+
+def _loop(dial: Dial) -> Literal["scan", "unroll"]:
+    """Deep models scan their layers, which compiles in a fraction of the time."""
+    return "scan" if dial.depth >= 12 else "unroll"
