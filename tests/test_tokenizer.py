@@ -208,6 +208,8 @@ def test_a_missing_or_damaged_tokenizer_is_named(bpe, tmp_path):
         (directory / name).unlink()
         with pytest.raises(UserError, match=f"{name} is missing"):
             Tokenizer.load(directory)
+        bpe.save(directory)
+        assert Tokenizer.load(directory).hash == bpe.hash
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])

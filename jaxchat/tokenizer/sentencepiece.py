@@ -160,7 +160,7 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the tokenizer to a directory, whole or not at all; the same tokenizer there already is left alone."""
         directory = Path(directory)
-        if directory.exists() and _saved_hash(directory) == self.hash:
+        if _saved_hash(directory) == self.hash and _read(directory / MODEL_FILE) == self.model:
             return
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -316,9 +316,13 @@ def _replace(directory: Path, successor: Path) -> None:
     shutil.rmtree(old)
 
 
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
 def _saved_hash(directory: Path) -> str | None:
     try:
-        metadata = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        metadata = json.loads(_read(directory / METADATA_FILE) or b"")
+    except ValueError:
         return None
     return metadata.get("hash") if isinstance(metadata, dict) and metadata.get("format") == FORMAT else None
