@@ -38,7 +38,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts writing `state`, a named tuple with a field `params`, and a few plain `facts`, unless the step is there."""
+        """Starts writing `state`, a named tuple with a field `params`, and plain `facts`, unless the step is there."""
         self.wait()
         if step in self._manager.all_steps():
             return
@@ -75,9 +75,8 @@ class Checkpoints:
                 )
                 read = self._manager.restore(step, args=items)
             except DAMAGED as error:
-                warn(
-                    f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)}); trying the one before"
-                )
+                why = _first_line(error)
+                warn(f"checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
                 continue
             for later in [s for s in steps if s > step]:
                 self._manager.delete(later)

@@ -146,7 +146,7 @@ def from_json(hint: Any, value: Any, name: str = "config") -> Any:
 def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
     if value is None and type(None) in choices:
         return None
-    named = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+    named = {c.__name__: c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)}
     if isinstance(value, dict) and named:
         kind = value.get("type")
         if kind not in named:

@@ -150,7 +150,7 @@ def group_labels(axes: Any) -> Any:
 class MuonState(NamedTuple):
     """Steps taken; momentum in the parameters' shapes; mean squares along the shorter side of each matrix."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # Hides tuple.count, as in optax's own states.
     momentum: Any
     variance: Any
 
@@ -169,7 +169,8 @@ def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.Gradi
 
         leaves, tree = jax.tree.flatten(params)
         variance = [mean_squares(view, w) for view, w in zip(views, leaves, strict=True)]
-        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), tree.unflatten(variance))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return MuonState(jnp.zeros((), jnp.int32), zeros, jax.tree.unflatten(tree, variance))
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         leaves, tree = jax.tree.flatten(grads)
@@ -194,8 +195,8 @@ def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.Gradi
                 o = views[i].restore(stack[rows], weights[i].shape)
                 agree = (o * weights[i] >= 0).astype(o.dtype)
                 updates[i] = -scale * (o + wd * weights[i] * agree)
-        state = MuonState(state.count + 1, tree.unflatten(buffers), tree.unflatten(seconds))
-        return tree.unflatten(updates), state
+        state = MuonState(state.count + 1, jax.tree.unflatten(tree, buffers), jax.tree.unflatten(tree, seconds))
+        return jax.tree.unflatten(tree, updates), state
 
     return optax.GradientTransformation(init, update)
 

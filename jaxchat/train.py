@@ -54,7 +54,7 @@ def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
         return sharding.replicated(mesh)
 
     optimizer = jax.tree_util.tree_map_with_path(like_parameter, state.optimizer)
-    whole = sharding.replicated(mesh)
+    whole: Any = sharding.replicated(mesh)
     return State(whole, placed, optimizer, whole, whole)
 
 
@@ -156,8 +156,8 @@ def fit(
         waiting, clock = None, now
         if values["skipped_in_row"] >= MOST_SKIPPED:
             raise UserError(
-                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite: lower the learning rates or change "
-                "--seed, then start again from the last checkpoint, which is intact"
+                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite: lower the learning rates or "
+                "change --seed, then start again from the last checkpoint, which is intact"
             )
 
     for index, batch in batches:

@@ -1,6 +1,7 @@
 """Feed-forward layers; `MLPS` maps a configuration type to its module."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,4 +68,4 @@ class SwiGLULayer(nn.Module):
         return 3 * width * config.hidden
 
 
-MLPS = {ReluSquared: ReluSquaredLayer, SwiGLU: SwiGLULayer}
+MLPS: dict[type, Any] = {ReluSquared: ReluSquaredLayer, SwiGLU: SwiGLULayer}

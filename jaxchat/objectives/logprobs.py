@@ -1,7 +1,7 @@
 """Log-probabilities of targets, computed in chunks: no array of (B, T, V) ever exists.
 
-Chunks run along the tokens of a row, and rows stay apart by the mesh's batch shard, so that each device works on its own
-tokens and the gradient of the head is summed over devices once, after the last chunk.
+Chunks run along the tokens of a row, and rows stay apart by the mesh's batch shard, so that each device works on its
+own tokens and the gradient of the head is summed over devices once, after the last chunk.
 """
 
 import functools
@@ -80,7 +80,7 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
         e = jnp.exp(z - top)
         norm = jnp.sum(e, axis=-1, keepdims=True)
         nll = jnp.log(norm[..., 0]) + top[..., 0] - _pick(z, targets)
-        hit = targets[..., None] == jnp.arange(V)
+        hit = targets[..., None] == jnp.arange(V)[None, None, None]
         dz = (e * (weights[..., None] / norm) - jnp.where(hit, weights[..., None], 0)) * slope
         dz = dz.astype(h.dtype)
         dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
