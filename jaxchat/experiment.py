@@ -41,7 +41,8 @@ class Experiment:
         batch_tokens: tokens of one optimizer step, over all devices and hosts.
         micro_rows: rows of one forward and backward pass, over all devices; "auto" takes the most that fit in memory.
         dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
-        eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored.
+        eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
+            trains on.
         keep: how many checkpoints are kept.
     """
 

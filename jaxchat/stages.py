@@ -110,15 +110,19 @@ def _train(setup: Setup, rows: dict[str, Any], peak: float | None, terminal: met
     evaluate = Evaluation(setup, rows["val"], micro_rows)
     log = StepLog(setup, peak, writers)
     results: dict[str, Any] = {"val_bpb": facts.get("val_bpb")}
+    held_out = sum(map(len, rows["val"]))
 
     def save(number: int, state: State) -> None:
         checkpoints.save(number, state, {"val_bpb": results["val_bpb"], "tokens": number * e.batch_tokens})
 
     def score(number: int, state: State, last: bool) -> None:
         checkpoints.wait()
-        results["val_bpb"] = evaluate(state.params, None if last else e.eval_rows)
+        wanted = held_out if last or not e.eval_rows else min(e.eval_rows, held_out)
+        # Never more tokens than the run trains on, so that a trial of a large model ends soon.
+        results["val_rows"] = min(wanted, e.steps * e.batch_rows)
+        results["val_bpb"] = evaluate(state.params, results["val_rows"])
         for writer in writers:
-            writer.write({"step": number, "val_bpb": results["val_bpb"]})
+            writer.write({"step": number, "val_bpb": results["val_bpb"], "val_rows": results["val_rows"]})
 
     def sample(number: int, state: State) -> None:
         write_samples(setup, state, number, terminal.say)
@@ -147,6 +151,8 @@ def _train(setup: Setup, rows: dict[str, Any], peak: float | None, terminal: met
         "tokens": e.steps * e.batch_tokens,
         "loss": log.loss,
         "val_bpb": results["val_bpb"],
+        "val_rows": results["val_rows"],
+        "val_rows_in_all": held_out,
         "tokens_per_second": log.tokens_per_second,
         "mfu": log.mfu,
         "compile_seconds": round(compile_seconds, 2),
@@ -281,11 +287,11 @@ class Evaluation:
 
         self._score = jax.jit(score)
 
-    def __call__(self, params: Any, limit: int | None) -> float:
-        """Over the first `limit` rows, all of them for None or 0."""
+    def __call__(self, params: Any, limit: int) -> float:
+        """Over `limit` rows."""
         nats = length = 0.0
         batches = streams.every_row_once(
-            self._rows, self._micro_rows, host=jax.process_index(), hosts=jax.process_count(), limit=limit or None
+            self._rows, self._micro_rows, host=jax.process_index(), hosts=jax.process_count(), limit=limit
         )
         for batch in batches:
             placed = sharding.put_batch(self._setup.mesh, {name: column[None] for name, column in batch.items()})
