@@ -44,5 +44,7 @@ def test_a_second_process_waits_for_the_first(tmp_path):
             [sys.executable, "-c", code, tmp_path], env=environment(), stdout=subprocess.PIPE, text=True
         )
         assert "waiting for it" in other.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.5)
     assert other.communicate()[0] == "in\n"
     assert other.returncode == 0
