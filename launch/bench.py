@@ -32,7 +32,7 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 def train(argv: list[str]) -> dict[str, object]:
-    from jaxchat import stages
+    from jaxchat import compilation
     from jaxchat.benchmarks import train as benchmark
 
     own = {field.name for field in dataclasses.fields(benchmark.Bench)} | {"help"}
@@ -42,7 +42,7 @@ def train(argv: list[str]) -> dict[str, object]:
     given = {word.removeprefix("--").split("=")[0] for word in rest}
     rest += [f"--{name}={value}" for name, value in TRAIN_DEFAULTS.items() if name not in given]
     experiment = _october(config.load(rest))
-    stages.prepare_backend(experiment)
+    compilation.prepare_backend(experiment)
     benchmark.level_field(experiment, bench.threads)
     return benchmark.run(experiment, bench)
 

@@ -11,10 +11,10 @@ from jaxchat import config
 
 def main(argv: list[str]) -> dict[str, object]:
     experiment = config.load(argv)
-    from jaxchat import stages
+    from jaxchat import compilation, stages
     from jaxchat.train import Interrupted
 
-    stages.prepare_backend(experiment)
+    compilation.prepare_backend(experiment)
     try:
         return stages.run(experiment)
     except Interrupted:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxchat import metrics, sharding, stages
+from jaxchat import compilation, metrics, sharding
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Model, flops_per_token
@@ -145,14 +145,14 @@ def _race(sides: dict[str, Side], bench: Bench) -> tuple[dict[str, list[float]],
 
 def _our_side(experiment: Experiment, ids: np.ndarray) -> tuple[Side, dict[str, np.ndarray]]:
     """The training step as launch.train compiles it, its first step taken, and the weights it started from."""
-    setup = stages.make_setup(experiment, None, _say)  # type: ignore[arg-type]  # a step needs no tokenizer
+    setup = compilation.make_setup(experiment, _say)
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     with jax.set_mesh(setup.mesh):
         start = jax.jit(lambda key: init_state(setup.transformer, setup.tx, key), out_shardings=placed)
         state = start(jax.random.key(experiment.seed))
         weights = jax.device_get(state.params)
         begin = time.perf_counter()
-        step, rows, _ = stages.compile_step(setup, _say)
+        step, rows, _ = compilation.compile_step(setup, _say)
     shape = (experiment.batch_rows // rows, rows, experiment.data.row_length)
     batches = [
         sharding.put_batch(

@@ -1,0 +1,147 @@
+"""From an experiment to a compiled training step: devices, mesh, shapes, placements, and the micro-batch that fits."""
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxchat import checkpoint, metrics, optim, sharding
+from jaxchat.config import UserError
+from jaxchat.experiment import Experiment
+from jaxchat.model.transformer import Transformer
+from jaxchat.objectives.likelihood import likelihood
+from jaxchat.train import State, init_state, state_placements, train_step
+
+MEMORY_SHARE = 0.92  # Of a device's memory, what a compiled step may plan with.
+
+
+@dataclass
+class Setup:
+    """What is derived from an experiment and does not change during training."""
+
+    experiment: Experiment
+    mesh: jax.sharding.Mesh
+    transformer: Transformer
+    tx: optax.GradientTransformation
+    abstract: State
+
+
+def prepare_backend(experiment: Experiment) -> None:
+    """Before JAX starts: how many devices the CPU backend shows, and where compiled programs are kept."""
+    rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
+    wanted = experiment.mesh.data * experiment.mesh.fsdp * experiment.mesh.tensor
+    split = experiment.mesh.fsdp * experiment.mesh.tensor
+    try:
+        jax.config.update("jax_num_cpu_devices", wanted or split * sharding.host_devices(max(1, rows // split)))
+    except RuntimeError:  # In a notebook or a test the backend may run already.
+        print(f"JAX runs already, with {jax.device_count()} devices", file=sys.stderr)
+    jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
+
+
+def compute_dtype(experiment: Experiment, say: Callable[[str], None]) -> Any:
+    """bfloat16 on accelerators that have it, float32 elsewhere."""
+    if experiment.dtype != "auto":
+        return jnp.dtype(experiment.dtype)
+    device = jax.devices()[0]
+    if device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8.0:
+        say(f"{device.device_kind} has no fast bfloat16: computing in float32")
+        return jnp.dtype("float32")
+    return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
+
+
+def make_setup(experiment: Experiment, say: Callable[[str], None]) -> Setup:
+    """Mesh, model, optimizer, and the abstract state with its placements."""
+    rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
+    transformer = Transformer(experiment.model, compute_dtype(experiment, say))
+    try:
+        mesh = sharding.make_mesh(experiment.mesh, rows=rows)
+        axes = transformer.axes()
+        tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
+        shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
+        abstract = checkpoint.abstract_like(shapes, state_placements(mesh, shapes, axes))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return Setup(experiment, mesh, transformer, tx, abstract)
+
+
+def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, float]:
+    """The compiled step, the rows of a micro-batch, and the seconds it took.
+
+    With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
+    """
+    e = setup.experiment
+    limit = MEMORY_SHARE * metrics.memory_limit(setup.mesh.devices.flat[0])
+    start = time.perf_counter()
+    choices = _micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
+    for i, rows in enumerate(choices):
+        smaller = choices[i + 1] if i + 1 < len(choices) else None
+        try:
+            compiled = lower_step(setup, rows).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = math.inf
+        else:
+            needed = step_bytes(compiled)
+        if needed <= limit or (e.micro_rows != "auto" and needed < math.inf):
+            return _guarded(compiled, e, rows), rows, time.perf_counter() - start
+        if smaller is not None:
+            say(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {smaller}")
+    raise UserError(_out_of_memory(e, choices[-1]))
+
+
+def lower_step(setup: Setup, rows: int) -> Any:
+    """The training step lowered for micro-batches of `rows` rows."""
+    e = setup.experiment
+    step = functools.partial(train_step, objective=likelihood(setup.transformer), tx=setup.tx)
+    shape = (e.batch_rows // rows, rows, e.data.row_length)
+    placed = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH))
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in types.items()}
+    placements = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placements, None))
+    return jitted.lower(setup.abstract, batch)
+
+
+def step_bytes(compiled: Any) -> float:
+    """Bytes of one device that a compiled step needs: arguments, outputs that are not aliased, temporaries."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return 0.0
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def _micro_choices(setup: Setup) -> list[int]:
+    """Row counts that divide the batch and that the mesh divides, largest first."""
+    n, ways = setup.experiment.batch_rows, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
+
+
+def _out_of_memory(e: Experiment, rows: int) -> str:
+    if rows > 1:
+        smaller = max(n for n in range(1, rows) if e.batch_rows % n == 0)
+        return f"the step does not fit in memory with micro_rows={rows}: set --micro_rows={smaller}"
+    if e.model.remat != "full":
+        return "the step does not fit in memory with micro_rows=1: set --model.remat=full"
+    return "the step does not fit in memory with micro_rows=1 and remat=full: use more devices with --mesh.fsdp"
+
+
+def _guarded(compiled: Any, e: Experiment, rows: int) -> Callable[[State, Any], Any]:
+    """The compiled step; running out of memory while it runs names the next smaller setting."""
+
+    def step(state: State, batch: Any) -> Any:
+        try:
+            return compiled(state, batch)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise UserError(_out_of_memory(e, rows)) from error
+            raise
+
+    return step

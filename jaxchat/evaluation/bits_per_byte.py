@@ -1,0 +1,56 @@
+"""Bits per byte of held-out text, which does not depend on the tokenizer."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import sharding
+from jaxchat.data import streams
+from jaxchat.data.streams import Rows
+from jaxchat.model.transformer import Transformer
+from jaxchat.objectives.logprobs import weighted_nll
+
+
+class BitsPerByte:
+    """Nats over ln 2 times the bytes of the targets, on held-out rows; special tokens count for neither."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        mesh: jax.sharding.Mesh,
+        *,
+        rows: Sequence[Rows],
+        bytes_per_token: np.ndarray,
+        batch_rows: int,
+    ) -> None:
+        self._mesh, self._rows, self._batch_rows = mesh, rows, batch_rows
+        self._bytes = jax.device_put(jnp.asarray(bytes_per_token, jnp.float32), sharding.replicated(mesh))
+        c = transformer.config
+
+        def score(params: Any, batch: Any, bytes_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+            hidden_BTM, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
+            bytes_BT = bytes_V[batch["targets"]] * batch["weights"]
+            counted_BT = (bytes_BT > 0).astype(jnp.float32)
+            nats = weighted_nll(
+                hidden_BTM, transformer.head(params), batch["targets"], counted_BT, vocab=c.vocab, softcap=c.softcap
+            )
+            return nats, bytes_BT.sum()
+
+        self._score = jax.jit(score)
+
+    def __call__(self, params: Any, limit: int) -> float:
+        """Over `limit` rows, spread evenly."""
+        nats = length = 0.0
+        batches = streams.every_row_once(
+            self._rows, self._batch_rows, host=jax.process_index(), hosts=jax.process_count(), limit=limit
+        )
+        for batch in batches:
+            placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
+            one = {name: column[0] for name, column in placed.items()}
+            nats_here, bytes_here = self._score(params, one, self._bytes)
+            nats, length = nats + float(nats_here), length + float(bytes_here)
+        return nats / (math.log(2) * max(length, 1.0))
