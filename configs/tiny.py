@@ -1,16 +1,17 @@
 """tiny: a whole model in minutes on two CPU cores, from an embedded corpus, with no download.
 
-nanochat's July 2026 family at depth 4, width 128, vocabulary 1,024, rows of 256 tokens. The corpus is a small village
-of people, animals and things (jaxchat/data/tinyworld): stories, facts, small sums, spelling.
+nanochat's July 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 1,024, rows of 256 tokens; 2.1 million
+parameters, 300 steps of 4,096 tokens. The corpus is the small village of Pebble Bay (jaxchat/data/tinyworld): stories,
+facts, small sums, spelling.
 
     python -m launch.train --config=configs/tiny.py
-    python -m launch.chat --checkpoint=runs/tiny/pretrain --prompt="One day"
+    python -m launch.chat --checkpoint=runs/tiny/pretrain --prompt="One morning"
 """
 
 from configs.recipe import Dial, only_pretrain, pretrain
 from jaxchat.experiment import Experiment
 
-DIAL = Dial(depth=2, steps=300, batch_tokens=8_192, vocab=1_024, row_length=256, head_dim=32, windows="L")
+DIAL = Dial(depth=3, steps=300, batch_tokens=4_096, vocab=1_024, row_length=256, head_dim=64, windows="L")
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
@@ -22,5 +23,6 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         val=("tinyworld:val",),
         eval_every=100,
         save_every=100,
-        micro_rows=8,
+        micro_rows=16,
+        prompts=("One morning", "On Saturday", "Where does Mia live?", "What is 7 + 5?"),
     )
