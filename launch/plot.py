@@ -1,0 +1,25 @@
+"""Draws the curves of runs: python -m launch.plot --runs runs/tiny/pretrain [MORE ...] --out=curves.png"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxchat import config
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Which stage directories, and where the picture goes (the ending decides: .png, .svg, .pdf)."""
+
+    runs: tuple[str, ...]
+    out: str = "curves.png"
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    plot = config.parse(Plot, argv, description=__doc__)
+    from jaxchat.evaluation.curves import draw
+
+    return {"out": plot.out, "val_bpb": draw([Path(run) for run in plot.runs], Path(plot.out))}
+
+
+if __name__ == "__main__":
+    config.run(main)
