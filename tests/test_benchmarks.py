@@ -9,6 +9,7 @@ from configs import recipe
 from jaxchat.benchmarks import train
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.sharding import Mesh
 from launch import bench
 
 DIAL = recipe.Dial(
@@ -17,7 +18,7 @@ DIAL = recipe.Dial(
 
 
 def experiment(dial: recipe.Dial = DIAL) -> Experiment:
-    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",), micro_rows=2, dtype="float32")
+    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",), micro_rows=2, mesh=Mesh(1), dtype="float32")
 
 
 def test_peer_gets_the_weights_under_its_own_names() -> None:

@@ -79,7 +79,7 @@ def rotation(positions_BT: jax.Array, rope: RoPE, head_dim: int, dtype: Any) -> 
     """Cosine and sine of direction * position * base^(-2i/D), each (B, T, 1, D/2); angles in float32."""
     wide, half = jnp.promote_types(dtype, jnp.float32), head_dim // 2
     frequency_D = rope.base ** (-jnp.arange(half, dtype=wide) / half)
-    angle = positions_BT[:, :, None, None].astype(wide) * frequency_D * rope.direction
+    angle = positions_BT[:, :, None, None].astype(wide) * frequency_D[None, None, None] * rope.direction
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
