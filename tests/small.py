@@ -1,0 +1,97 @@
+"""Small models of both families, parameters that use every part of them, and batches, for tests."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxchat.model import (
+    GQA,
+    Backout,
+    Model,
+    ReluSquared,
+    ResidualScales,
+    RoPE,
+    Smear,
+    SwiGLU,
+    Transformer,
+    ValueEmbedding,
+)
+
+
+def july2026(**changes: Any) -> Model:
+    """Value embeddings, windows, smear, backout and residual scales; the pattern twice over."""
+    plain = {"heads": 4, "kv_heads": 2, "head_dim": 4, "qk_scale": 1.2}
+    pattern = (GQA(window=3, **plain), GQA(value_embedding=ValueEmbedding(gate_channels=4), **plain))
+    fields: dict[str, Any] = {
+        "vocab": 60,
+        "width": 16,
+        "depth": 4,
+        "pattern": pattern,
+        "mlp": ReluSquared(24),
+        "residual_scales": ResidualScales(),
+        "smear": Smear(channels=8),
+        "backout": Backout(),
+    }
+    return Model(**fields | changes)
+
+
+def october2025(**changes: Any) -> Model:
+    """The plain family, which lets documents see each other."""
+    fields: dict[str, Any] = {
+        "vocab": 60,
+        "width": 16,
+        "depth": 2,
+        "pattern": (GQA(heads=4, kv_heads=4, head_dim=4, init="normal"),),
+        "mlp": ReluSquared(24, init="normal", init_scale=1.0),
+        "isolate_documents": False,
+    }
+    return Model(**fields | changes)
+
+
+def mixed(**changes: Any) -> Model:
+    """One kv head, the narrowest window, a layer with neither rotation nor norm, SwiGLU, a tied head, no softcap."""
+    pattern = (
+        GQA(heads=4, kv_heads=1, head_dim=4, window=1, rope=RoPE(direction=1)),
+        GQA(heads=2, kv_heads=2, head_dim=8, window=4, rope=None, qk_norm=None),
+        GQA(heads=4, kv_heads=2, head_dim=4, window=None),
+    )
+    fields: dict[str, Any] = {
+        "vocab": 64,
+        "width": 16,
+        "depth": 3,
+        "pattern": pattern,
+        "mlp": SwiGLU(24),
+        "tied": True,
+        "softcap": None,
+    }
+    return Model(**fields | changes)
+
+
+def parameters(config: Model, dtype: Any = np.float32, scale: float = 0.3, seed: int = 0) -> Any:
+    """Random values for every parameter: the initial ones leave zeros that hide whole branches."""
+    generator = np.random.default_rng(seed)
+    draw = lambda leaf: (scale * generator.standard_normal(leaf.shape)).astype(dtype)  # noqa: E731
+    return jax.tree.map(draw, Transformer(config).shapes())
+
+
+def batch(rows: int, length: int, vocab: int, dtype: Any = np.float32, seed: int = 1) -> dict[str, np.ndarray]:
+    """Rows of two or three documents; weights of 0, 1 and between, unevenly spread over the rows."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    starts = generator.random((rows, length)) < 2 / length
+    weights = generator.random((rows, length)) * (generator.random((rows, length)) < np.linspace(0.3, 1, rows)[:, None])
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights.astype(dtype),
+        "segments": np.cumsum(starts, axis=1).astype(np.int32),
+    }
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
+    """Every leaf within `tolerance` of the largest value of the leaf it should equal."""
+    for (path, mine), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        mine, other = np.asarray(mine), np.asarray(other)
+        gap = np.abs(mine - other).max() / max(np.abs(other).max(), 1e-30)
+        assert gap <= tolerance, f"{jax.tree_util.keystr(path)} differs by {gap:.2e} of its largest value"

@@ -1,0 +1,175 @@
+"""Relations of the model: cached and full, scanned and unrolled, remat and not, packed and alone."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax import Array
+
+from jaxchat.model import GQA, Model, Transformer
+from jaxchat.model.attention import MIXERS
+from jaxchat.objectives.likelihood import likelihood
+
+PIECE = 4
+# What each row is given call by call, longest 4: rows stand at different positions, and the second waits once.
+PIECES = ((4, 3), (4, 0), (2, 4), *((1, 1),) * 5)
+LENGTH = 16
+
+# Each row of the table of mixers, by the small models that use it.
+MODELS = {GQA: (small.july2026, small.october2025, small.mixed)}
+
+
+def test_every_mixer_has_a_model_here() -> None:
+    assert MODELS.keys() == MIXERS.keys()
+
+
+@pytest.mark.parametrize(
+    "make", [make for models in MODELS.values() for make in models], ids=lambda make: make.__name__
+)
+def test_cached_decode_equals_the_full_forward(make: Any) -> None:
+    config = make()
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab, (2, LENGTH)).astype(np.int32)
+    with jax.enable_x64(True):
+        model = Transformer(config, jnp.float64)
+        params = jax.tree.map(jnp.asarray, small.parameters(config, np.float64))
+        expected_BTV = np.asarray(jax.jit(lambda p: model.logits(p, model.apply(p, tokens_BT)[0]))(params))
+        by_layer = model.unstack(params)
+
+        @jax.jit
+        def extend(tokens_BT: Array, positions_BT: Array, cache: Any) -> Any:
+            hidden_BTM, cache = model.apply(by_layer, tokens_BT, positions_BT=positions_BT, cache=cache)
+            return model.logits(by_layer, hidden_BTM), cache
+
+        cache = model.empty_cache(2, LENGTH, write=PIECE)
+        slots = [layer.positions_BS.shape[1] for layer in cache.layers]
+        seen = np.zeros(2, int)
+        for sizes in PIECES:
+            tokens = np.zeros((2, PIECE if max(sizes) > 1 else 1), np.int32)
+            positions = np.full(tokens.shape, -1, np.int32)
+            for row, size in enumerate(sizes):
+                tokens[row, :size] = tokens_BT[row, seen[row] : seen[row] + size]
+                positions[row, :size] = np.arange(seen[row], seen[row] + size)
+            logits_BTV, cache = extend(tokens, positions, cache)
+            for row, size in enumerate(sizes):
+                got, wanted = logits_BTV[row, :size], expected_BTV[row, seen[row] : seen[row] + size]
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11)
+            seen += sizes
+    assert seen.max() == 15
+    windows = [config.pattern[i % len(config.pattern)].window for i in range(config.depth)]
+    rings = [LENGTH if window is None else window + 1 + PIECE for window in windows]
+    assert slots == rings
+    assert all(ring < seen.min() for ring, window in zip(rings, windows) if window is not None), "no ring came round"
+
+
+@functools.cache
+def likelihood_and_gradient(config: Model) -> Any:
+    """The whole likelihood and its gradients, in float64."""
+    batch = small.batch(2, 12, config.vocab, np.float64)
+    with jax.enable_x64(True):
+        objective = likelihood(Transformer(config, jnp.float64))
+        loss = jax.jit(jax.value_and_grad(lambda params: objective(params, batch).total))
+        return jax.tree.map(np.asarray, loss(small.parameters(config, np.float64)))
+
+
+@pytest.mark.parametrize(
+    ("loop", "remat"),
+    [("scan", "none"), ("scan", "full"), ("scan", "dots"), ("scan", "attention"), ("unroll", "full")],
+)
+def test_layer_loop_and_remat_change_nothing(loop: str, remat: str) -> None:
+    plain = small.july2026()
+    config = dataclasses.replace(plain, layer_loop=loop, remat=remat)
+    small.assert_close(likelihood_and_gradient(config), likelihood_and_gradient(plain), 1e-12)
+
+
+def test_remat_saves_less() -> None:
+    """By policy, the bytes that the forward pass keeps for the backward pass; "attention" keeps what it names."""
+
+    def kept(remat: str) -> int:
+        config = small.july2026(remat=remat)
+        params, batch = small.parameters(config), small.batch(2, 12, config.vocab)
+        objective = likelihood(Transformer(config))
+        _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: objective(p, batch).total, p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    sizes = {remat: kept(remat) for remat in ("none", "full", "dots", "attention")}
+    config = small.july2026()
+    attention = config.depth * 2 * 12 * config.pattern[0].heads * config.pattern[0].head_dim
+    assert sizes["attention"] == sizes["full"] + attention
+    assert sizes["full"] < sizes["attention"] < sizes["dots"] < sizes["none"]
+
+
+FIRST, SECOND = slice(0, 20), slice(20, 40)  # ids of the first and the second document
+
+
+@functools.cache
+def gradient_of_second_document(isolate: bool) -> Any:
+    """The gradient, by parameter, of the second document's hidden states; its arguments are those."""
+    model = Transformer(small.july2026(isolate_documents=isolate))
+    segments_BT = jnp.asarray(np.repeat([[0, 1]], [7, 6], axis=1).astype(np.int32))
+    probe_BTM = np.random.default_rng(3).standard_normal((1, 13, 16)).astype(np.float32)
+
+    def total(params: Any, tokens_BT: Array) -> Array:
+        hidden_BTM, _ = model.apply(params, tokens_BT, segments_BT=segments_BT)
+        return jnp.sum((hidden_BTM * probe_BTM)[:, 7:])
+
+    return jax.jit(jax.grad(total))
+
+
+def documents() -> np.ndarray:
+    """A row of two documents that share no token id."""
+    generator = np.random.default_rng(2)
+    parts = [generator.choice(np.arange(60)[ids], size, replace=False) for ids, size in ((FIRST, 7), (SECOND, 6))]
+    return np.concatenate(parts)[None].astype(np.int32)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_gradient_across_documents_is_zero_where_they_are_isolated(isolate: bool) -> None:
+    params = small.parameters(small.july2026())
+    grads = gradient_of_second_document(isolate)(params, documents())
+    tables = [grads["ends"]["embed"], *grads["layers"][1]["mixer"]["value_embedding"]]
+    for table in tables:
+        assert np.any(table[SECOND])
+        assert np.any(table[FIRST]) != isolate
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_smear_alone_stops_at_the_boundary(isolate: bool) -> None:
+    config = small.july2026()
+    params = small.parameters(config)
+    for layer in params["layers"]:  # nothing else moves from token to token
+        layer["mixer"]["o"] *= 0
+    tokens_BT = documents()
+    table_VM = gradient_of_second_document(isolate)(params, tokens_BT)["ends"]["embed"]
+    assert np.any(table_VM[tokens_BT[0, 6]]) != isolate
+    assert not np.any(table_VM[tokens_BT[0, :6]])
+
+
+@pytest.mark.parametrize("make", [small.july2026, small.mixed], ids=lambda make: make.__name__)
+def test_a_packed_document_gives_the_logits_it_has_alone(make: Any) -> None:
+    config = make()
+    tokens_BT = np.random.default_rng(4).integers(0, config.vocab, (3, 5)).astype(np.int32)
+    with jax.enable_x64(True):
+        model, params = Transformer(config, jnp.float64), small.parameters(config, np.float64)
+        params = jax.tree.map(jnp.asarray, params)
+
+        @jax.jit
+        def logits(tokens_BT: Array, segments_BT: Array | None) -> Array:
+            return model.logits(params, model.apply(params, tokens_BT, segments_BT=segments_BT)[0])
+
+        alone_BTV = logits(tokens_BT, None)
+        packed_BTV = logits(tokens_BT.reshape(1, 15), np.repeat([[2, 5, 9]], 5, axis=1).astype(np.int32))
+    np.testing.assert_allclose(packed_BTV.reshape(alone_BTV.shape), alone_BTV, rtol=0, atol=1e-11)
+
+
+def test_documents_see_each_other_in_the_october_family() -> None:
+    config = small.october2025()
+    model, params = Transformer(config), jax.tree.map(jnp.asarray, small.parameters(config))
+    tokens_BT = np.random.default_rng(4).integers(0, config.vocab, (1, 10)).astype(np.int32)
+    segments_BT = np.repeat([[0, 1]], 5, axis=1).astype(np.int32)
+    hidden = jax.jit(lambda segments_BT: model.apply(params, tokens_BT, segments_BT=segments_BT)[0])
+    np.testing.assert_array_equal(hidden(segments_BT), hidden(None))
