@@ -136,6 +136,8 @@ def pretrain(
         batch_tokens=batch_tokens(dial),
         name=name,
     )
+    if isinstance(rows := fields.get("micro_rows"), int):  # A smaller batch needs a smaller micro-batch.
+        fields["micro_rows"] = math.gcd(rows, experiment.batch_rows)
     return dataclasses.replace(experiment, **fields)  # type: ignore[arg-type]
 
 

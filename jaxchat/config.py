@@ -8,6 +8,7 @@ read first and handed to `get_config(stage, dial)`, so that what is derived foll
 This module knows no field names.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -67,12 +68,17 @@ def parse(
 
 
 def load(argv: Sequence[str], *, description: str | None = None) -> Any:
-    """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns."""
+    """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns.
+
+    `description` is the launcher's own, for `--help` where no configuration says which fields there are.
+    """
+    if _asks_help(argv) and not any(word.partition("=")[0] == "--config" for word in argv):
+        _print_help(description)
     path, stage, rest = _config_argument(argv)
     module = _import(path)
     known: dict[str, Any] = {} if stage is None else {"stage": stage}
     dial: dict[str, Any] = {}
-    about = description or (module.__doc__ or "").strip()
+    about = "\n\n".join(text.strip() for text in (description, module.__doc__) if text)
     if hasattr(module, "DIAL"):
         known["dial"], rest = _read_dial(module.DIAL, rest)
         dial = _dial_flags(module.DIAL)
@@ -175,6 +181,26 @@ def _from_object(cls: Any, value: Any, name: str) -> Any:
         raise UserError(f"{name}: {error}") from None
 
 
+def _asks_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def _print_help(description: str | None) -> None:
+    """Which configurations there are, and how to see the fields of one; ends the program."""
+    print((description or "").strip())
+    print("\nusage: --config=FILE[:STAGE] [--field=value ...]; the fields of one: --config=FILE --help\n")
+    for path in _configs(Path("configs")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        print(f"  --config={path}  {about.splitlines()[0] if about else ''}")
+    raise SystemExit(0)
+
+
+def _configs(directory: Path) -> list[Path]:
+    """The Python files of a directory that define `get_config`."""
+    files = sorted(directory.glob("*.py"))
+    return [path for path in files if "def get_config(" in path.read_text(encoding="utf-8", errors="replace")]
+
+
 def _config_argument(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
     rest, spec = [], None
     words = iter(argv)
@@ -190,7 +216,7 @@ def _config_argument(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
     name, _, stage = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in ("recipe", "__init__"))
+        near = [str(file) for file in _configs(path.parent)]
         guess = difflib.get_close_matches(str(path), near, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(near) or 'none'} in {path.parent}/"
         raise UserError(f"no configuration file {path}: {hint}")
@@ -202,7 +228,10 @@ def _import(path: Path) -> types.ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config(stage)")
     return module
@@ -210,7 +239,7 @@ def _import(path: Path) -> types.ModuleType:
 
 def _read_dial(default: Any, argv: list[str]) -> tuple[Any, list[str]]:
     """The dial with its overrides, and the arguments that are not the dial's."""
-    if "--help" in argv or "-h" in argv:
+    if _asks_help(argv):
         return default, argv
     text = io.StringIO()
     try:
@@ -240,10 +269,30 @@ def _mistake(report: str, names: list[str]) -> str:
     """One sentence out of tyro's framed report."""
     lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
-    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error)\s*", "", text).strip()
-    unknown = re.search(r"Unrecognized (?:options|arguments)\S*\s*(--[\w.\-]+)", report.replace("│", " "))
-    if unknown:
-        name = unknown.group(1).removeprefix("--").replace("-", "_")
+    text = re.sub(
+        r"^(Parsing error|Unrecognized options|Required options|Value error|Missing argument|Invalid choice)\s*",
+        "",
+        text,
+    )
+    text = re.sub(r"\s*For full helptext.*$", "", text).strip()
+    unknown = re.search(r"^Unrecognized (?:options|arguments): (\S+?),?(?:\s|$)", text)
+    if unknown and unknown.group(1).startswith("--"):
+        name = unknown.group(1).removeprefix("--").split("=")[0].replace("-", "_")
         guess = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         return f"there is no field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
-    return re.sub(r"\s*For full helptext.*$", "", text) or "the arguments could not be read; see --help"
+    if unknown:
+        return f"{unknown.group(1)!r} belongs to no field: write --field=value; see --help"
+    missing = re.search(r"^Missing from \S+ (--\S+) (\S+)", text)
+    if missing:
+        return f"{missing.group(1)} is missing: give it as {missing.group(1)}={missing.group(2)}; see --help"
+    typed = re.search(r"^Error parsing (--[\w.]+): (.*?)(?: Got errors:.*)? Argument helptext:", text)
+    if typed:
+        name, reason = typed.groups()
+        value = re.search(r"'.*'", reason)
+        kind = next(line for line in lines if line.startswith(name + " ")).removeprefix(name + " ")
+        return f"{name} takes {kind}, not {value.group(0)}" if value else f"{name}: {reason}"
+    # A check of a dataclass: the name of the whole says nothing, that of a part says where.
+    return (
+        re.sub(r"^Error parsing (?:[A-Z]\w*: |(\w+): (?=\1\b))?", "", text)
+        or "the arguments could not be read; see --help"
+    )

@@ -24,6 +24,9 @@ TRAIN_DEFAULTS = {
 
 def main(argv: list[str]) -> dict[str, object]:
     benchmarks = {"train": train}
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nOne of {', '.join(benchmarks)}; its options: python -m launch.bench train --help")
+        raise SystemExit(0)
     if not argv or argv[0] not in benchmarks:
         raise UserError(
             f"which benchmark? name one of {', '.join(benchmarks)}: python -m launch.bench train --config=..."

@@ -9,7 +9,7 @@ from jaxchat import config
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv)
+    experiment = config.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
     def log(text: str) -> None:

@@ -16,7 +16,7 @@ from jaxchat.tokenizer.compare import peer_bytes_per_token
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv)
+    experiment = config.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
     def log(text: str) -> None:

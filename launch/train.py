@@ -10,7 +10,7 @@ from jaxchat import config
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv)
+    experiment = config.load(argv, description=__doc__)
     from jaxchat import compilation, stages
     from jaxchat.train import Interrupted
 

@@ -1,0 +1,292 @@
+"""The command line over dataclasses, and their JSON."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import launch.bench
+import launch.chat
+import launch.plot
+import launch.prepare
+import launch.tokenizer
+import launch.train
+from jaxchat import config
+from jaxchat.config import UserError
+from jaxchat.experiment import Experiment
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ("tiny", "d4", "d12", "d20", "d24", "d32")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@functools.cache
+def load(*argv, name="tiny"):
+    return config.load([f"--config=configs/{name}.py", *argv])
+
+
+def mistake(*argv, name="tiny"):
+    with pytest.raises(UserError) as caught:
+        load(*argv, name=name)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_json_reads_back_what_was_written(name):
+    experiment = load("--model.pattern.0.window=5", "--data.train", "a", "b", "--seed=7", name=name)
+    text = json.dumps(config.to_json(experiment))
+    assert config.from_json(Experiment, json.loads(text)) == experiment
+    assert '"window": 5' in text
+
+
+def test_an_unknown_key_in_json_is_named():
+    value = config.to_json(load())
+    value["model"]["mlp"]["gelu"] = 1
+    with pytest.raises(UserError, match=r"config\.model\.mlp\.gelu is not a field of ReluSquared"):
+        config.from_json(Experiment, value)
+
+
+@pytest.mark.parametrize(
+    "place, wrong, said",
+    [
+        ("steps", "many", r"config\.steps='many' is not of type int"),
+        ("steps", True, r"config\.steps=True is not of type int"),
+        ("dtype", "float8", r"config\.dtype='float8' is none of 'auto'"),
+        ("prompts", "one", r"config\.prompts='one' is not a list"),
+        ("mesh", 3, r"config\.mesh=3 is not an object of Mesh"),
+        ("micro_rows", "few", r"config\.micro_rows='few' fits none of its types"),
+        ("batch_tokens", 5, r"config: batch_tokens=5 is not a multiple"),
+    ],
+)
+def test_a_wrong_value_in_json_is_named(place, wrong, said):
+    with pytest.raises(UserError, match=said):
+        config.from_json(Experiment, config.to_json(load()) | {place: wrong})
+
+
+def test_a_missing_key_in_json_is_named():
+    value = config.to_json(load())
+    del value["depth"]
+    with pytest.raises(UserError, match="depth"):
+        config.from_json(Experiment, value)
+
+
+def test_json_knows_which_of_a_union_it_holds():
+    @dataclass(frozen=True)
+    class Circle:
+        radius: float = 1.0
+
+    @dataclass(frozen=True)
+    class Square:
+        side: float = 1.0
+
+    shape = Circle | Square | None
+    for value in (Circle(2.0), Square(3.0), None):
+        assert config.from_json(shape, json.loads(json.dumps(config.to_json(value)))) == value
+    with pytest.raises(UserError, match="'Line', which is none of Circle, Square"):
+        config.from_json(shape, {"type": "Line"})
+
+
+def test_the_dial_given_what_it_says_already_changes_nothing():
+    assert load(f"--steps={load().steps}", f"--data.vocab={load().data.vocab}") == load()
+
+
+@pytest.mark.parametrize("flags", [["--depth=5"], ["--depth", "5"]])
+def test_the_dial_decides_what_is_derived(flags):
+    before, after = load(name="d12"), load(*flags, name="d12")
+    assert (after.depth, after.model.depth, after.model.width) == (5, 5, 384)
+    assert after.batch_tokens < before.batch_tokens and after.steps < before.steps
+    assert after.optimizer.head.learning_rate != before.optimizer.head.learning_rate
+
+
+def test_the_vocabulary_of_the_data_is_the_models():
+    before, after = load(), load("--data.vocab=512", "--data.row_length=128")
+    assert (after.data.vocab, after.model.vocab, after.data.row_length) == (512, 512, 128)
+    assert after.optimizer.muon.weight_decay != before.optimizer.muon.weight_decay
+
+
+def test_a_smaller_batch_lowers_the_rates_and_the_decay_of_the_whole_horizon_stays():
+    before, after = (load("--steps=0", f"--batch_tokens={tokens}") for tokens in (8192, 2048))
+    assert after.optimizer.muon.learning_rate == pytest.approx(before.optimizer.muon.learning_rate / 2)
+    assert after.steps == pytest.approx(4 * before.steps, abs=4)
+    decay = [e.optimizer.muon.weight_decay * e.optimizer.muon.learning_rate * e.steps for e in (before, after)]
+    assert decay[1] == pytest.approx(decay[0], rel=0.01)
+
+
+def test_a_smaller_batch_has_a_smaller_micro_batch():
+    experiment = load("--batch_tokens=1024", "--data.row_length=256")
+    assert experiment.batch_rows == 4 and experiment.batch_rows % experiment.micro_rows == 0
+    assert load("--batch_tokens=1024", "--data.row_length=256", "--micro_rows=2").micro_rows == 2
+
+
+def test_an_explicit_leaf_wins_over_the_dial():
+    flags = ["--optimizer.muon.learning_rate=0.5", "--model.pattern.0.window=64"]
+    for argv in ([*flags, "--depth=3"], ["--depth=3", *flags]):
+        experiment = load(*argv)
+        assert experiment.model.depth == 3
+        assert experiment.optimizer.muon.learning_rate == 0.5
+        assert experiment.model.pattern[0].window == 64
+        assert experiment.optimizer.head == load("--depth=3").optimizer.head
+
+
+def test_steps_of_the_dial_reach_the_experiment():
+    assert load("--steps=7").steps == 7
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--save_evry=3"], "there is no field --save_evry: did you mean --save_every?"),
+        (
+            ["--model.pattern.0.windw=3"],
+            "there is no field --model.pattern.0.windw: did you mean --model.pattern.0.window?",
+        ),
+        (["--data.vocb=3"], "there is no field --data.vocb: did you mean --data.vocab?"),
+        (["--xyzzy=3"], "there is no field --xyzzy; see --help"),
+        (["--save_every=3", "hello"], "'hello' belongs to no field: write --field=value; see --help"),
+        (["--save_every=often"], "--save_every takes INT, not 'often'"),
+        (["--optimizer.muon.learning_rate=fast"], "--optimizer.muon.learning_rate takes FLOAT, not 'fast'"),
+        (["--steps=many"], "--steps takes INT, not 'many'"),
+        (["--micro_rows=few"], "--micro_rows takes INT|{auto}, not 'few'"),
+        (
+            ["--micro_rows=3", "--batch_tokens=8192", "--data.row_length=256"],
+            "micro_rows=3 does not divide the batch of 32 rows",
+        ),
+        (
+            ["--batch_tokens=1000", "--data.row_length=256"],
+            "batch_tokens=1000 is not a multiple of data.row_length=256",
+        ),
+        (["--depth=0"], "depth=0 must be at least 1"),
+        (["--data.weights", "1", "2"], "data.weights has 2 entries for 1 of data.train"),
+        (
+            ["--model.pattern.0.heads=3", "--model.pattern.0.kv_heads=2"],
+            "model.pattern.0: heads=3 is not a multiple of kv_heads=2",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(argv, said):
+    assert mistake(*argv) == said
+
+
+def test_a_choice_that_does_not_exist_lists_those_that_do():
+    assert "best_fit" in mistake("--data.packing=worst") and "--data.packing" in mistake("--data.packing=worst")
+
+
+def test_a_field_without_its_value_is_named():
+    assert "--save_every" in mistake("--save_every") and "\n" not in mistake("--save_every")
+
+
+def test_a_missing_configuration_suggests_one():
+    with pytest.raises(UserError, match=r"no configuration file configs/tinny\.py: did you mean configs/tiny\.py\?"):
+        config.load(["--config=configs/tinny.py"])
+    with pytest.raises(UserError, match="which configuration"):
+        config.load(["--steps=3"])
+
+
+def test_an_unknown_stage_lists_those_there_are():
+    with pytest.raises(UserError, match="there is no stage 'dessert': choose pretrain"):
+        config.load(["--config=configs/tiny.py:dessert"])
+
+
+def test_a_config_file_that_is_no_configuration_says_so(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("SIZE = 3\n")
+    with pytest.raises(UserError, match=r"mine\.py has no function get_config"):
+        config.load([f"--config={path}"])
+    path.write_text("def get_config(:\n")
+    with pytest.raises(UserError, match=r"mine\.py, line 1"):
+        config.load([f"--config={path}"])
+
+
+def test_difference_names_every_leaf():
+    before = load()
+    after = load("--model.pattern.0.window=9", "--seed=3")
+    assert config.difference(before, after) == {"model.pattern.0.window": (None, 9), "seed": (0, 3)}
+    assert config.difference(before, before) == {}
+
+
+def test_parts_that_are_gone_are_a_difference():
+    @dataclass(frozen=True)
+    class Part:
+        size: int = 1
+
+    @dataclass(frozen=True)
+    class Whole:
+        parts: tuple[Part, ...] = (Part(), Part(2))
+        part: Part | None = None
+        name: Literal["a", "b"] = "a"
+
+    found = config.difference(Whole(), Whole(parts=(Part(),), part=Part()))
+    assert found == {"parts.1.size": (2, None), "part.size": (None, 1)}
+
+
+HELP = {
+    "train": (
+        launch.train,
+        ["--config=configs/tiny.py"],
+        ["--save_every", "--data.train", "--optimizer.muon.learning_rate"],
+    ),
+    "prepare": (launch.prepare, ["--config=configs/tiny.py"], ["--data.train", "--data.tokenizer.path"]),
+    "tokenizer": (launch.tokenizer, ["--config=configs/tiny.py"], ["--data.vocab", "--data.tokenizer.algorithm"]),
+    "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
+    "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
+    "plot": (launch.plot, [], ["--runs", "--out"]),
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_names_the_fields(name, capsys):
+    module, argv, fields = HELP[name]
+    with pytest.raises(SystemExit) as stop:
+        module.main([*argv, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(field in out for field in fields)
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench"])
+def test_help_without_a_configuration_says_which_there_are(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        HELP[name][0].main(["--help"])
+    assert stop.value.code == 0
+    assert f"python -m launch.{name}" in capsys.readouterr().out
+
+
+def test_every_launcher_has_a_help_test():
+    assert {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")} == set(HELP)
+
+
+def test_reading_a_configuration_imports_no_backend():
+    code = "import jaxchat.config, sys; assert 'jax' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_result_is_the_last_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    config.run(lambda argv: {"loss": 1.5, "text": "né"})
+    assert capsys.readouterr().out == '{"loss":1.5,"text":"né"}\n'
+
+
+def test_a_mistake_exits_with_two_and_one_sentence(capsys, monkeypatch):
+    def main(argv):
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    with pytest.raises(SystemExit) as stop:
+        config.run(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: no such thing\n")
+
+
+def test_experiments_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load().steps = 3
