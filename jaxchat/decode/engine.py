@@ -31,7 +31,7 @@ class Completion:
 
 
 class Engine:
-    """Continues texts with one model. Shapes are fixed by `length`, so that requests of any kind share two programs."""
+    """Continues texts with one model. Shapes are fixed by `length`: requests of any kind share their programs."""
 
     def __init__(self, transformer: Transformer, params: Params, tokenizer: Tokenizer, *, length: int) -> None:
         self.tokenizer, self.length = tokenizer, length
@@ -40,6 +40,7 @@ class Engine:
         self._piece = min(PIECE, length)
         self._prefill = jax.jit(functools.partial(prefill, transformer), donate_argnums=3)
         self._decode = jax.jit(functools.partial(decode, transformer), donate_argnums=2)
+        self._sample = jax.jit(sample)
         ends = ("<|bos|>", "<|assistant_end|>")
         self._stops = {tokenizer.specials[name] for name in ends if name in tokenizer.specials}
 
@@ -50,9 +51,11 @@ class Engine:
             raise UserError(f"the prompt has {len(ids)} tokens and the context {self.length}: shorten it")
         start = time.perf_counter()
         logits_BV, cache = self._read(ids)
-        row = {name: jnp.asarray([getattr(sampling, name)]) for name in ("temperature", "top_k", "top_p")}
+        types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32}
+        row = {name: np.array([getattr(sampling, name)], dtype) for name, dtype in types.items()}
         key = jax.random.key(sampling.seed)
-        state = (sample(logits_BV, jax.random.fold_in(key, len(ids) - 1)[None], row), jnp.asarray([len(ids)]))
+        first_B = self._sample(logits_BV, jax.random.fold_in(key, len(ids) - 1)[None], row)
+        state = (first_B, jnp.asarray([len(ids)]))
         most = min(sampling.max_tokens, self.length - len(ids))
         out = [int(state[0][0])]
         while len(out) < most and out[-1] not in self._stops:
