@@ -58,14 +58,14 @@ def weighted_nll(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: Any) -> jax.Array:
-    def step(total: jax.Array, chunk: Any) -> Any:
+    def step(total_S: jax.Array, chunk: Any) -> Any:
         h, targets, weights = chunk
         z, _ = _logits(shape, h, w_MV)
         nll = jax.nn.logsumexp(z, axis=-1) - _pick(z, targets)
-        return total + jnp.sum(nll * weights), None
+        return total_S + jnp.sum(nll * weights, axis=(1, 2)), None
 
     chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
-    return jax.lax.scan(step, jnp.zeros((), _wide(h_SBTM)), chunks)[0]
+    return jnp.sum(jax.lax.scan(step, jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), chunks)[0])
 
 
 def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: Any) -> Any:
@@ -73,7 +73,7 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
     wide, V = _wide(h_SBTM), w_MV.shape[1]
 
     def step(carry: Any, chunk: Any) -> Any:
-        total, dw_SMV = carry
+        total_S, dw_SMV = carry
         h, targets, weights = chunk
         z, slope = _logits(shape, h, w_MV)
         top = jnp.max(z, axis=-1, keepdims=True)
@@ -86,13 +86,13 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
         dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
         dw_SMV = dw_SMV + jnp.einsum("SBTM,SBTV->SMV", h, dz, preferred_element_type=wide)
         dw_SMV = sharding.constrain(dw_SMV, ("shards", None, "vocab"))
-        return (total + jnp.sum(nll * weights), dw_SMV), dh
+        return (total_S + jnp.sum(nll * weights, axis=(1, 2)), dw_SMV), dh
 
     chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
-    start = (jnp.zeros((), wide), jnp.zeros((S, M, V), wide))
-    (total, dw_SMV), dh = jax.lax.scan(step, start, chunks)
+    start = (jnp.zeros(S, wide), jnp.zeros((S, M, V), wide))
+    (total_S, dw_SMV), dh = jax.lax.scan(step, start, chunks)
     dh_SBTM = jnp.moveaxis(dh, 0, 2).reshape(h_SBTM.shape)
-    return total, (dh_SBTM, jnp.sum(dw_SMV, axis=0).astype(w_MV.dtype))
+    return jnp.sum(total_S), (dh_SBTM, jnp.sum(dw_SMV, axis=0).astype(w_MV.dtype))
 
 
 def _nll_backward(shape: _Shape, saved: Any, g: jax.Array) -> Any:
