@@ -1,0 +1,57 @@
+"""What the README says of files, commands and sizes is so."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxchat.model.transformer import parameter_counts
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| (\w+) \| (\d.+) \|$", README, re.MULTILINE)
+
+
+def paths_in_tree() -> set[str]:
+    """Paths in the annotated tree: two spaces of indent a folder, names, then words."""
+    folders: list[str] = []
+    paths = set()
+    for line in README.split("## The repository")[1].split("```")[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in line.split():
+            if not re.fullmatch(r"\w+/|\w+\.py|\.ci/run", name):
+                break
+            del folders[depth:]
+            paths.add("".join(folders) + name)
+            folders += [name] if name.endswith("/") else []
+    return paths
+
+
+def test_every_configuration_is_in_the_table():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "recipe"}
+    assert {name for name, _ in TABLE} == files
+
+
+@pytest.mark.parametrize("name, cells", TABLE)
+def test_the_table_is_what_the_recipe_derives(name, cells):
+    e = importlib.import_module(f"configs.{name}").get_config()
+    derived = (e.depth, parameter_counts(e.model)["total"], e.steps * e.batch_tokens, e.data.vocab, e.data.row_length)
+    assert cells.split(" | ") == [f"{number:,}" for number in derived]
+
+
+def test_the_tree_is_the_repository():
+    written = paths_in_tree()
+    assert [path for path in written if not (ROOT / path).exists()] == []
+    rooms = {path.parent for path in (ROOT / "jaxchat").rglob("__init__.py")} - {ROOT / "jaxchat"}
+    files = {path for top in ("configs", "launch", "jaxchat") for path in (ROOT / top).glob("*.py")}
+    there = {f"{path.relative_to(ROOT)}/" for path in rooms}
+    there |= {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
+    assert there - written == set()
+
+
+def test_commands_name_what_exists():
+    modules = set(re.findall(r"python -m launch\.(\w+)", README))
+    configs = set(re.findall(r"--config=(configs/\w+\.py)", README))
+    assert modules and configs
+    assert [path for path in [*(f"launch/{name}.py" for name in modules), *configs] if not (ROOT / path).exists()] == []
