@@ -77,9 +77,8 @@ class Experiment:
         if self.micro_rows != "auto" and (self.micro_rows < 1 or self.batch_rows % self.micro_rows):
             raise ValueError(f"micro_rows={self.micro_rows} does not divide the batch of {self.batch_rows} rows")
         if self.model.vocab != self.data.vocab:
-            raise ValueError(
-                f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}: set --data.vocab, the model follows"
-            )
+            told = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
+            raise ValueError(f"{told}: set --data.vocab, the model follows")
         if min(self.save_every, self.eval_every, self.eval_rows, self.sample_every) < 0 or self.keep < 1:
             raise ValueError("save_every, eval_every, eval_rows and sample_every must not be negative, keep at least 1")
 

@@ -16,7 +16,7 @@ import optax
 
 from jaxchat import sharding
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], jax.Array]  # Of a step, traced or a plain number.
 Triples = tuple[tuple[float, float, float], ...]
 
 # Five steps of degree five; safety factor 2e-2, cushion 2 (arXiv:2505.16932, section 3).
