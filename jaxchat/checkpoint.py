@@ -1,7 +1,8 @@
 """Checkpoints: Orbax, asynchronous, atomic, restored under any mesh.
 
 A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; `params` stands alone, so that
-decoding reads nothing else. The tokenizer lies one directory up, so a run directory moves as one folder.
+decoding reads nothing else. The tokenizer lies one directory up, so a run directory moves as one folder. sizes.json
+keeps the sizes of each checkpoint's files, by which a damaged one is known before it is read.
 """
 
 import json
@@ -17,21 +18,22 @@ from jaxchat.config import UserError, difference, from_json, to_json
 
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
-
-# What reading a damaged checkpoint raises, in Orbax, TensorStore and JSON.
-DAMAGED = (ValueError, OSError, KeyError, TypeError)
+SIZES = "sizes.json"
 
 
 class Checkpoints:
     """The checkpoints of one stage directory; saving runs in the background, one at a time."""
 
     def __init__(self, directory: Path | str, *, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = epath.Path(directory) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(_absolute(self.directory), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(_absolute(self.directory), options=options)
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be written: {_first_line(error)}") from error
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
@@ -59,6 +61,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
+        if jax.process_index() == 0:
+            record_sizes(self.directory, self.steps())
 
     def restore(self, abstract: Any, warn: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest readable checkpoint in the shapes and shardings of `abstract`, None where there is none.
@@ -68,15 +72,16 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
+                check_sizes(self.directory, step)
                 items = ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
                     rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
                     facts=ocp.args.JsonRestore(),
                 )
                 read = self._manager.restore(step, args=items)
-            except DAMAGED as error:
+            except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
                 why = _first_line(error)
-                warn(f"checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
+                warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
                 continue
             for later in [s for s in steps if s > step]:
                 self._manager.delete(later)
@@ -88,7 +93,11 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what is being written; raises `UserError` when it could not be."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _unwritten(self, error: Exception) -> UserError:
         good = self.steps()
@@ -96,9 +105,55 @@ class Checkpoints:
         return UserError(f"the checkpoint could not be written to {self.directory} ({_first_line(error)}); {last}")
 
 
+def record_sizes(directory: epath.Path, steps: list[int]) -> None:
+    """Writes the sizes of the files of every checkpoint in `steps`; those known already are not measured again."""
+    known = _read_sizes(directory)
+    sizes = {str(step): known.get(str(step)) or _sizes(directory / str(step)) for step in steps}
+    if sizes != known:
+        temporary = directory.parent / (SIZES + ".tmp")
+        temporary.write_text(json.dumps(sizes, indent=1) + "\n")
+        temporary.replace(directory.parent / SIZES)
+
+
+def check_sizes(directory: epath.Path, step: int) -> None:
+    """Raises ValueError naming a file of a checkpoint that does not have its size any more."""
+    wanted = _read_sizes(directory).get(str(step))
+    if wanted is None:  # Killed after the checkpoint was finished and before its sizes were.
+        return
+    found = _sizes(directory / str(step))
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            raise ValueError(f"{name} has {found.get(name, 0)} bytes, not {size}")
+
+
+def _sizes(directory: epath.Path, inside: str = "") -> dict[str, int]:
+    """The size of every file below a directory, by its relative name."""
+    found: dict[str, int] = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            found |= _sizes(path, f"{inside}{path.name}/")
+        else:
+            found[inside + path.name] = path.stat().length
+    return found
+
+
+def _read_sizes(directory: epath.Path) -> dict[str, dict[str, int]]:
+    path = directory.parent / SIZES
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def finished_steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints in a stage directory, oldest first."""
+    return sorted(int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit())
+
+
 def locate(path: str) -> tuple[Path, int]:
     """The stage directory and step of `runs/tiny/pretrain` (its latest) or `runs/tiny/pretrain@300`."""
-    name, _, wanted = path.partition("@")
+    name, _, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
     directory = Path(name)
     if not (directory / EXPERIMENT).is_file():
         inside = [p.parent.name for p in sorted(directory.glob(f"*/{EXPERIMENT}"))] if directory.is_dir() else []
@@ -106,7 +161,7 @@ def locate(path: str) -> tuple[Path, int]:
             f"did you mean {directory / inside[-1]}?" if inside else "train first: python -m launch.train --config=..."
         )
         raise UserError(f"no checkpoint in {directory}: {hint}")
-    found = sorted(int(p.name) for p in (directory / CHECKPOINTS).glob("*") if p.name.isdigit())
+    found = finished_steps(directory)
     if not found:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
     if wanted and (not wanted.isdigit() or int(wanted) not in found):
@@ -116,13 +171,16 @@ def locate(path: str) -> tuple[Path, int]:
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
     """The parameters of one checkpoint, in the shapes and shardings of `abstract`."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    path = _absolute(epath.Path(directory) / CHECKPOINTS / str(step) / "params")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    checkpoints = epath.Path(directory) / CHECKPOINTS
     with ocp.StandardCheckpointer() as reader:
         try:
-            return reader.restore(path, abstract)
-        except DAMAGED as error:
-            raise UserError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}") from error
+            check_sizes(checkpoints, step)
+            return reader.restore(_absolute(checkpoints / str(step) / "params"), abstract)
+        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
+            others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
+            hint = f"; try {others[0]}" if others else ""
+            raise UserError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}{hint}") from error
 
 
 def write_experiment(directory: Path, experiment: Any) -> None:
@@ -154,7 +212,8 @@ def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> No
     }
     if changed:
         name, (old, new) = next(iter(changed.items()))
-        more = f" and {len(changed) - 1} more fields" if len(changed) > 1 else ""
+        others = len(changed) - 1
+        more = f" and {others} more field{'s' * (others > 1)}" if others else ""
         raise UserError(
             f"{directory} holds another experiment: {name} was {old!r} and is now {new!r}{more}; "
             "give this one its own --name, or remove that directory"

@@ -1,0 +1,257 @@
+"""Checkpoints: what is read back is what was written, or there is a sentence about it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from documents import environment
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxchat import checkpoint
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import UserError
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    optimizer: Any
+
+
+def state(number):
+    params = {"table": number + jnp.arange(1000, dtype=jnp.float32), "layers": ({"w": number * jnp.ones((8, 4))},)}
+    return State(jnp.asarray(number), params, {"moment": number * jnp.arange(1000.0), "count": jnp.asarray(number)})
+
+
+def abstract(sharding=None):
+    placed = sharding or SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), state(0))
+
+
+def write(directory, *numbers, keep=2):
+    checkpoints = Checkpoints(directory, keep=keep)
+    for number in numbers:
+        checkpoints.save(number, state(number), {"tokens": 10 * number})
+    checkpoints.close()
+    return directory
+
+
+def read(directory, wanted=None):
+    """The step, state and facts that a restore gives, and what it warned of."""
+    said: list[str] = []
+    checkpoints = Checkpoints(directory, keep=2)
+    try:
+        return *(checkpoints.restore(wanted or abstract(), said.append) or (None, None, None)), said
+    finally:
+        checkpoints.close()
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("written") / "stage", 1, 2, 3)
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "stage"))
+
+
+def files_of(directory, step):
+    return [path for path in sorted((directory / "checkpoints" / str(step)).rglob("*")) if path.is_file()]
+
+
+def test_the_newest_is_read_back_and_only_as_many_are_kept(written):
+    step, found, facts, said = read(written)
+    assert (step, facts, said) == (3, {"tokens": 30}, [])
+    assert same(found, state(3))
+    assert checkpoint.finished_steps(written) == [2, 3]
+
+
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
+    assert read(tmp_path) == (None, None, None, [])
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_a_checkpoint_is_read_on_any_number_of_devices(written, devices):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
+
+    def split(leaf):
+        spec = PartitionSpec("x") if leaf.ndim and leaf.shape[0] % devices == 0 else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    _, found, _, _ = read(written, jax.tree.map(split, state(0)))
+    assert same(found, state(3))
+    assert len(found.params["table"].sharding.device_set) == devices
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1), {})
+    checkpoints.save(1, state(5), {})
+    checkpoints.close()
+    assert same(read(tmp_path)[1], state(1))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
+def test_whichever_file_is_damaged_the_checkpoint_before_is_read(written, tmp_path, damage):
+    for i, file in enumerate(files_of(written, 3)):
+        directory = Path(shutil.copytree(written, tmp_path / str(i)))
+        path = directory / file.relative_to(written)
+        if damage == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        step, found, facts, said = read(directory)
+        assert (step, facts) == (2, {"tokens": 20}), path
+        assert same(found, state(2)), path
+        assert len(said) == 1 and said[0].startswith("warning: checkpoint 3 in ") and "\n" not in said[0]
+        assert checkpoint.finished_steps(directory) == [2]
+
+
+def test_after_falling_back_the_step_can_be_saved_again(copy):
+    files_of(copy, 3)[0].unlink()
+    checkpoints = Checkpoints(copy, keep=2)
+    checkpoints.restore(abstract(), lambda text: None)
+    checkpoints.save(3, state(7), {"tokens": 70})
+    checkpoints.close()
+    step, found, _, said = read(copy)
+    assert (step, said) == (3, []) and same(found, state(7))
+
+
+def test_without_its_sizes_a_checkpoint_is_read_all_the_same(copy):
+    (copy / "sizes.json").unlink()
+    assert read(copy)[0] == 3
+    (copy / "sizes.json").write_text("{")
+    assert read(copy)[0] == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_array_that_is_cut_off_without_its_sizes_is_noticed(copy):
+    (copy / "sizes.json").unlink()
+    largest = max(files_of(copy, 3), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    step, found, _, said = read(copy)
+    assert step == 2 and same(found, state(2)) and len(said) == 1
+
+
+def test_when_all_are_damaged_one_sentence_says_so(copy):
+    for step in (2, 3):
+        files_of(copy, step)[-1].unlink()
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* can be read: remove it to start again"):
+        read(copy)
+    assert checkpoint.finished_steps(copy) == [2, 3]
+
+
+def test_a_half_written_checkpoint_does_not_count(copy):
+    shutil.copytree(copy / "checkpoints/3", copy / "checkpoints/4.orbax-checkpoint-tmp")
+    assert read(copy)[0] == 3
+    (copy / "experiment.json").write_text("{}")
+    assert checkpoint.locate(str(copy)) == (copy, 3)
+
+
+def test_parameters_are_read_alone(written):
+    assert same(checkpoint.load_params(written, 2, abstract().params), state(2).params)
+
+
+def test_damaged_parameters_name_another_checkpoint(copy):
+    files_of(copy, 3)[-1].unlink()
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* cannot be read: .*; try .*stage@2"):
+        checkpoint.load_params(copy, 3, abstract().params)
+
+
+def test_a_checkpoint_is_located_by_its_stage_and_step(copy):
+    (copy / "experiment.json").write_text("{}")
+    assert checkpoint.locate(str(copy)) == (copy, 3)
+    assert checkpoint.locate(f"{copy}@2") == (copy, 2)
+    for wrong in ("1", "x"):
+        with pytest.raises(UserError, match=rf"no checkpoint {wrong} in .*: there are 2, 3"):
+            checkpoint.locate(f"{copy}@{wrong}")
+    with pytest.raises(UserError, match=r"no checkpoint in .*: did you mean .*/stage\?"):
+        checkpoint.locate(str(copy.parent))
+    with pytest.raises(UserError, match=r"no checkpoint in .*nothing: train first"):
+        checkpoint.locate(str(copy.parent / "nothing"))
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match="has not reached its first one yet"):
+        checkpoint.locate(str(copy))
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import numpy as np
+import test_checkpoint as t
+from jaxchat import config
+
+def main(argv):
+    checkpoints = t.Checkpoints(Path(argv[0]), keep=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # No file may be larger.
+    checkpoints.save(4, t.state(4), {{}})
+    checkpoints.wait()
+
+config.run(main)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(copy):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK.format(tests=str(Path(__file__).parent)), str(copy)],
+        env=environment() | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: the checkpoint could not be written to ")
+    assert "the last good one is step 3" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert read(copy)[0] == 3
+
+
+@dataclass(frozen=True)
+class Run:
+    steps: int = 10
+    seed: int = 0
+    mesh: "Mesh" = dataclasses.field(default_factory=lambda: Mesh())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int = 0
+
+
+def test_another_experiment_is_refused_by_name(tmp_path):
+    checkpoint.check_same(tmp_path, Run(), ("steps", "mesh."))
+    checkpoint.write_experiment(tmp_path, Run())
+    checkpoint.check_same(tmp_path, Run(steps=20, mesh=Mesh(4)), ("steps", "mesh."))
+    with pytest.raises(UserError, match=r"seed was 0 and is now 1; give this one its own --name"):
+        checkpoint.check_same(tmp_path, Run(seed=1), ("steps", "mesh."))
+    with pytest.raises(UserError, match=r"steps was 10 and is now 20 and 1 more field;"):
+        checkpoint.check_same(tmp_path, Run(20, 1), ("mesh.",))
+
+
+def test_a_damaged_experiment_is_one_sentence(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"type": "Run", "st')
+    with pytest.raises(UserError, match=r"experiment\.json cannot be read"):
+        checkpoint.read_experiment(tmp_path, Run)
+
+
+def test_an_experiment_is_replaced_whole(tmp_path):
+    checkpoint.write_experiment(tmp_path, Run())
+    checkpoint.write_experiment(tmp_path, Run(steps=11))
+    assert checkpoint.read_experiment(tmp_path, Run) == Run(steps=11)
+    assert os.listdir(tmp_path) == ["experiment.json"]
+    assert json.loads((tmp_path / "experiment.json").read_text())["type"] == "Run"
