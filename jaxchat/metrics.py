@@ -76,11 +76,14 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line. Lines after `resumed_step` are cut off first."""
+    """metrics.jsonl: one object a line.
+
+    Cut first to what a run that goes on from `resumed_step` does not write again: its own evaluation comes again.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        kept = [line for line in lines if _is_before(line, resumed_step)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
@@ -94,12 +97,13 @@ class JsonLines:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; a line that a crash cut short counts as later than any."""
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line was written before the checkpoint of `step`; one that a crash cut short counts as after it."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] < step or (record["step"] == step and "loss" in record)
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 class Terminal:

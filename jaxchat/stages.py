@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from jaxchat.train import Cadence, Hooks, State, fit, init_state
 def run(experiment: Experiment) -> dict[str, Any]:
     """Runs one stage to its end, from wherever it stands; returns the launcher's result."""
     terminal = metrics.Terminal(experiment.steps)
+    # What can be refused is refused before documents are prepared for hours, and before anything is written.
     checkpoint.check_same(experiment.stage_directory, experiment, RESUMABLE)
-    setup = make_setup(experiment, terminal.say)  # Before documents are prepared for hours.
+    check_ahead(experiment)
+    setup = make_setup(experiment, terminal.say)
+    check_writable(experiment.stage_directory)
     tokenizer = prepare.ensure_tokenizer(
         experiment.data, experiment.cache_directory, seed=experiment.seed, log=terminal.say
     )
@@ -86,8 +90,11 @@ def _train(
         hosts=jax.process_count(),
     )
     with interruptions() as interrupted, contextlib.ExitStack() as stack:
-        stack.callback(lambda: [writer.close() for writer in writers])
+        for writer in writers:
+            stack.callback(writer.close)
         stack.callback(checkpoints.close)
+        if start and e.eval_every and start % e.eval_every == 0 and start < e.steps:
+            score(start, state, False)  # The run may have ended between this checkpoint and its evaluation.
         batches = device_batches(setup, stream, start, micro_rows)
         hooks = Hooks(log, save, score, sample, interrupted)
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every)
@@ -120,8 +127,6 @@ def _start(
     restored = checkpoints.restore(setup.abstract, say)
     if restored is not None:
         number, state, facts = restored
-        if number > e.steps:
-            raise UserError(f"{e.stage_directory} is at step {number} already: ask for more than --steps={e.steps}")
         say(f"continuing from step {number:,}")
         return number, state, facts
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -199,6 +204,22 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
         say(f"  | {prompt}{answer.text}")
     with (e.stage_directory / "samples.md").open("a", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def check_ahead(e: Experiment) -> None:
+    """Raises `UserError` where the run has taken more steps already than it is asked for."""
+    newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
+    if newest > e.steps:
+        raise UserError(f"{e.stage_directory} is at step {newest} already: ask for at least --steps={newest}")
+
+
+def check_writable(directory: Path) -> None:
+    """Makes a directory and a file in it; raises `UserError` where that cannot be done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}): name another --directory") from error
 
 
 def keep_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
