@@ -15,6 +15,8 @@ from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.objectives.likelihood import likelihood
 
+pytestmark = pytest.mark.quick
+
 PIECE = 4
 # What each row is given call by call, longest 4: rows stand at different positions, and the second waits once.
 PIECES = ((4, 3), (4, 0), (2, 4), *((1, 1),) * 5)

@@ -30,6 +30,8 @@ from jaxchat.model.transformer import flops_per_token, parameter_counts
 from jaxchat.objectives.likelihood import likelihood
 from jaxchat.objectives.logprobs import weighted_nll
 
+pytestmark = pytest.mark.quick
+
 WARMUP = 2  # of the whole optimizer step: at nanochat's 40 the first updates are too small to tell apart
 
 
