@@ -76,34 +76,36 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line.
+    """metrics.jsonl: one object a line. Lines after `resumed_step` are cut off first.
 
-    Cut first to what a run that goes on from `resumed_step` does not write again: its own evaluation comes again.
+    The evaluation of that step may come again: a line that is there already is not written twice.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _is_before(line, resumed_step)]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resumed_step]
+        self._there = {line for line in kept if _step_of(line) == resumed_step}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self._file.flush()
+        line = json.dumps(record, separators=(",", ":"))
+        if line not in self._there:
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _is_before(line: str, step: int) -> bool:
-    """Whether a line was written before the checkpoint of `step`; one that a crash cut short counts as after it."""
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a crash cut short counts as later than any."""
     try:
-        record = json.loads(line)
-        return record["step"] < step or (record["step"] == step and "loss" in record)
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return False
+        return math.inf
 
 
 class Terminal:
