@@ -190,16 +190,20 @@ class StepLog:
 
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, say: Callable[[str], None]) -> None:
-    """Continues each prompt greedily and appends the texts to samples.md."""
+    """Continues each prompt greedily and appends the texts to samples.md; a prompt that is too long is left out."""
     from jaxchat.decode.engine import Engine, SamplingParams
 
     e = setup.experiment
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 or not e.prompts:
         return
     engine = Engine(setup.transformer, state.params, tokenizer, length=min(128, e.data.row_length))
     lines = [f"\n## Step {number}\n"]
     for prompt in e.prompts:
-        answer = engine.complete(prompt, SamplingParams(temperature=0.0, max_tokens=64))
+        try:
+            answer = engine.complete(prompt, SamplingParams(temperature=0.0, max_tokens=64))
+        except UserError as error:  # A run of hours does not fail for a sample.
+            say(f"warning: no sample for {prompt!r}: {error}")
+            continue
         lines.append(f"- **{prompt}**{answer.text}\n")
         say(f"  | {prompt}{answer.text}")
     with (e.stage_directory / "samples.md").open("a", encoding="utf-8") as file:
