@@ -1,0 +1,124 @@
+"""The micro-batch that fits: chosen by the compiler's own numbers, or refused with what to set next."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxchat import compilation, config, metrics
+from jaxchat.config import UserError
+
+
+def setup(**changes):
+    """What compile_step reads of a setup: 12 rows a batch, on one device unless `ways` says otherwise."""
+    ways = changes.pop("ways", 1)
+    experiment = config.load(
+        ["--config=configs/tiny.py", "--batch_tokens=192", "--data.row_length=16", "--micro_rows=auto"]
+    )
+    shape = {"data": ways, "fsdp": 1, "tensor": 1}
+    mesh = SimpleNamespace(devices=SimpleNamespace(flat=jax.devices()), shape=shape)
+    return SimpleNamespace(experiment=dataclasses.replace(experiment, **changes), mesh=mesh)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A compiler whose steps need 100 bytes a row, and a device of so many bytes."""
+
+    def needs(rows):
+        memory = SimpleNamespace(
+            argument_size_in_bytes=0, output_size_in_bytes=0, alias_size_in_bytes=0, temp_size_in_bytes=100 * rows
+        )
+        return SimpleNamespace(memory_analysis=lambda: memory)
+
+    def has(size):
+        monkeypatch.setattr(metrics, "memory_limit", lambda device: size / compilation.MEMORY_SHARE)
+        monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: SimpleNamespace(compile=lambda: needs(rows)))
+
+    return has
+
+
+@pytest.mark.parametrize("size, rows", [(10**6, 12), (1200, 12), (1199, 6), (450, 4), (399, 3), (250, 2), (100, 1)])
+def test_the_largest_micro_batch_that_fits_is_taken(memory, size, rows):
+    memory(size)
+    said: list[str] = []
+    _, taken, _ = compilation.compile_step(setup(), said.append)
+    assert taken == rows
+    tried = [n for n in (12, 6, 4, 3, 2, 1) if n > rows]
+    assert [text.split(" ")[0] for text in said] == [f"micro_rows={n}" for n in tried]
+    assert not tried or said[-1].endswith(f"; trying {rows}")
+
+
+def test_the_mesh_divides_what_is_tried(memory):
+    memory(500)
+    assert compilation.compile_step(setup(ways=2), lambda text: None)[1] == 4
+
+
+def test_when_nothing_fits_the_next_setting_is_named(memory):
+    memory(99)
+    with pytest.raises(UserError, match=r"does not fit in memory with micro_rows=1: set --model\.remat=full"):
+        compilation.compile_step(setup(), lambda text: None)
+    full = dataclasses.replace(setup().experiment.model, remat="full")
+    with pytest.raises(UserError, match=r"use more devices with --mesh\.fsdp"):
+        compilation.compile_step(setup(model=full), lambda text: None)
+
+
+def test_a_micro_batch_that_was_asked_for_is_tried_whatever_it_needs(memory):
+    memory(99)
+    assert compilation.compile_step(setup(micro_rows=6), lambda text: None)[1] == 6
+
+
+def out_of_memory(*args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+
+def test_running_out_of_memory_names_the_next_smaller_setting(monkeypatch, memory):
+    memory(10**6)
+    lowered = SimpleNamespace(compile=lambda: Compiled())
+
+    class Compiled:
+        memory_analysis = staticmethod(lambda: None)
+        __call__ = staticmethod(out_of_memory)
+
+    monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: lowered)
+    step, _, _ = compilation.compile_step(setup(micro_rows=6), lambda text: None)
+    with pytest.raises(UserError, match=r"does not fit in memory with micro_rows=6: set --micro_rows=4"):
+        step(None, None)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_asked_for_less(monkeypatch, memory):
+    memory(10**6)
+    real = compilation.lower_step
+
+    def lower(setup, rows):
+        return SimpleNamespace(compile=out_of_memory) if rows > 3 else real(setup, rows)
+
+    monkeypatch.setattr(compilation, "lower_step", lower)
+    assert compilation.compile_step(setup(), lambda text: None)[1] == 3
+    with pytest.raises(UserError, match=r"micro_rows=6: set --micro_rows=4"):
+        compilation.compile_step(setup(micro_rows=6), lambda text: None)
+
+
+def test_any_other_error_of_the_compiler_is_not_hidden(monkeypatch, memory):
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    memory(10**6)
+    monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: SimpleNamespace(compile=broken))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        compilation.compile_step(setup(), lambda text: None)
+
+
+def test_the_compilers_numbers_count_aliased_outputs_once():
+    memory = SimpleNamespace(
+        argument_size_in_bytes=10, output_size_in_bytes=9, alias_size_in_bytes=8, temp_size_in_bytes=100
+    )
+    assert compilation.step_bytes(SimpleNamespace(memory_analysis=lambda: memory)) == 111
+    step = jax.jit(lambda x: x @ x + 1, donate_argnums=0).lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile()
+    assert 64 * 64 * 4 <= compilation.step_bytes(step) < math.inf
