@@ -11,6 +11,7 @@ This module knows no field names.
 import ast
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import io
 import json
@@ -36,6 +37,12 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         result = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
+        print(f"error: {what} ({error.strerror}): free some space and start again", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The command line over dataclasses, and their JSON."""
 
 import dataclasses
+import errno
 import functools
 import json
 import subprocess
@@ -285,6 +286,23 @@ def test_a_mistake_exits_with_two_and_one_sentence(capsys, monkeypatch):
         config.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "error: no such thing\n")
+
+
+def test_a_full_disk_is_a_sentence_and_other_errors_are_not_hidden(capsys, monkeypatch):
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    def broken(argv):
+        raise OSError(errno.EIO, "Input/output error", "metrics.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    with pytest.raises(SystemExit) as stop:
+        config.run(full)
+    assert stop.value.code == 2
+    said = "error: metrics.jsonl cannot be written (No space left on device): free some space and start again\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(OSError, match="Input/output"):
+        config.run(broken)
 
 
 def test_experiments_are_frozen():
