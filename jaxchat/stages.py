@@ -39,8 +39,6 @@ def run(experiment: Experiment) -> dict[str, Any]:
         split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=terminal.say)
         for split in ("train", "val")
     }
-    checkpoint.write_experiment(experiment.stage_directory, experiment)
-    write_manifests(experiment, rows)
     peak = metrics.peak_flops(setup.mesh.devices.flat[0])
     with jax.set_mesh(setup.mesh):
         return _train(setup, tokenizer, rows, peak, terminal)
@@ -53,7 +51,15 @@ def _train(
     step, micro_rows, compile_seconds = compile_step(setup, terminal.say)
     describe(setup, micro_rows, compile_seconds, peak, terminal.say)
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
+    made_of = [part.directory.name for part in rows["train"]]  # Each a hash of everything that decides its rows.
     start, state, facts = _start(setup, checkpoints, terminal.say)
+    if facts.get("rows", made_of) != made_of:
+        raise UserError(
+            f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
+            "put those back, or give this run its own --name"
+        )
+    checkpoint.write_experiment(e.stage_directory, e)
+    write_manifests(e, rows)
     writers = make_writers(e, start, terminal)
     evaluate = BitsPerByte(
         setup.transformer,
@@ -67,7 +73,9 @@ def _train(
     held_out = sum(map(len, rows["val"]))
 
     def save(number: int, state: State) -> None:
-        checkpoints.save(number, state, {"val_bpb": results["val_bpb"], "tokens": number * e.batch_tokens})
+        checkpoints.save(
+            number, state, {"val_bpb": results["val_bpb"], "tokens": number * e.batch_tokens, "rows": made_of}
+        )
 
     def score(number: int, state: State, last: bool) -> None:
         checkpoints.wait()
