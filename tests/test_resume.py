@@ -19,7 +19,7 @@ from jaxchat.experiment import Experiment
 from jaxchat.model import Transformer
 
 ROOT = Path(__file__).parent.parent
-STEPS, SAVE_EVERY = 60, 5
+STEPS, SAVE_EVERY = 40, 5
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
@@ -120,7 +120,7 @@ def test_the_last_line_has_the_keys_that_scripts_read(place, uninterrupted):
 def test_killed_runs_end_as_an_uninterrupted_one(place, uninterrupted):
     stage = place / "runs/killed/pretrain"
     chosen = random.Random(8)
-    for step in (chosen.randint(1, 19), chosen.randint(21, 39)):
+    for step in (chosen.randint(1, 14), chosen.randint(16, 29)):
         process = start(place, "killed")
         send_at(process, stage / "metrics.jsonl", step, signal.SIGKILL)
         finish(process, -signal.SIGKILL)

@@ -1,0 +1,319 @@
+"""What a user does wrong is one sentence that names the remedy, and costs nothing that was there before."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from documents import environment, texts, write
+
+import launch.chat
+import launch.prepare
+import launch.tokenizer
+import launch.train
+from jaxchat.config import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_would(monkeypatch):
+    """At the repository's root; what the launcher sets of JAX, which runs already, is set back."""
+    monkeypatch.chdir(ROOT)
+    jax.devices()
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("commands")
+    write(place / "train.jsonl", texts(300))
+    write(place / "val.jsonl", texts(12, seed=1))
+    return place
+
+
+def flags(place, **changes):
+    """One step of a model of one layer of 8, on one device."""
+    values = {
+        "config": "configs/tiny.py",
+        "depth": 1,
+        "head_dim": 8,
+        "steps": 2,
+        "batch_tokens": 128,
+        "data.vocab": 300,
+        "data.row_length": 16,
+        "data.workers": 1,
+        "micro_rows": 8,
+        "mesh.data": 1,
+        "data.train": place / "train.jsonl",
+        "data.val": place / "val.jsonl",
+        "data.cache": place / "cache",
+        "directory": place / "runs",
+        "name": "small",
+    }
+    return [*(f"--{key}={value}" for key, value in (values | changes).items() if value is not None), "--prompts"]
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """A stage directory with one checkpoint."""
+    assert len(jax.devices()) == 8  # JAX runs before the launcher could choose how many.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        before = jax.config.jax_compilation_cache_dir
+        launch.train.main(flags(place))
+        jax.config.update("jax_compilation_cache_dir", before)
+    return place / "runs/small/pretrain"
+
+
+def refusal(main, argv):
+    """The sentence that a launcher refuses its arguments with."""
+    with pytest.raises(UserError) as caught:
+        main(argv)
+    said = str(caught.value)
+    assert said and "\n" not in said, said
+    return said
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def trains_not(place, said, **changes):
+    """Training refuses the changed arguments in a sentence that holds `said`, and leaves every run as it was."""
+    before = contents(place / "runs")
+    assert said in refusal(launch.train.main, flags(place, **changes))
+    assert contents(place / "runs") == before
+
+
+def parquet(path, columns=None):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns or {"text": ["a", "b"]}), path)
+    return path.read_bytes()
+
+
+BAD_FILES = {
+    "empty.jsonl": (b"", "empty.jsonl is empty"),
+    "empty.txt": (b"", "empty.txt is empty"),
+    "binary.txt": (bytes(range(256)) * 20, "binary.txt looks like a binary file"),
+    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not JSON"),
+    "latin.txt": ("caf\u00e9 ".encode("latin-1") * 50, "--data.encoding"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a whole gzip file"),
+    "no.jsonl.gz": (b"not gzip at all", "no.jsonl.gz is not a"),
+    "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a whole parquet file"),
+    "other.jsonl": (b'{"text":"hi"}\n{"body":"x"}\n', "other.jsonl line 2 has no column 'text' (it has body)"),
+    "none.jsonl": (b'{"text":null}\n', "none.jsonl line 1 has no text in column 'text'"),
+    "number.jsonl": (b'{"text":7}\n', "number.jsonl line 1"),
+    "blank.jsonl": (b'{"text":""}\n' * 5, "--data.train"),
+    "essay.docx": (b"PK", "essay.docx is none of .txt, .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_named(place, trained, tmp_path, name):
+    content, said = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    trains_not(place, said, **{"data.train": tmp_path / name, "name": "other"})
+
+
+def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    parquet(path, {"body": ["a"]})
+    trains_not(place, "no column 'text'", **{"data.train": path, "name": "other"})
+    path.write_bytes(parquet(path)[:-20])
+    trains_not(place, "a.parquet is not a whole parquet file", **{"data.train": path, "name": "other"})
+
+
+@pytest.mark.parametrize(
+    "said, changes",
+    [
+        ("--data.train nowhere.jsonl does not exist", {"data.train": "nowhere.jsonl"}),
+        ("--data.val nowhere.jsonl does not exist", {"data.val": "nowhere.jsonl"}),
+        ("is in --data.val and", {"data.val": "{place}/train.jsonl"}),
+        ("no tokenizer in {place}/nothing", {"data.tokenizer.path": "{place}/nothing"}),
+        (
+            "has 300 ids: set --data.vocab=300",
+            {"data.tokenizer.path": "{place}/runs/small/tokenizer", "data.vocab": 310},
+        ),
+        ("--data.vocab=20 is too small", {"data.vocab": 20}),
+        ("mesh data=16 fsdp=1 tensor=1 does not fit 8 devices", {"mesh.data": 16}),
+        ("does not divide over data=3 x fsdp=1: set micro_rows to a multiple of 3", {"mesh.data": 3}),
+        ("vocab=320 is not a multiple of tensor=3", {"mesh.tensor": 3}),
+        ("micro_rows=3 does not divide the batch of 8 rows", {"micro_rows": 3}),
+        ("heads=3 is not a multiple of kv_heads=2", {"model.pattern.0.heads": 3, "model.pattern.0.kv_heads": 2}),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(place, trained, said, changes):
+    filled = {key: str(value).format(place=place) for key, value in changes.items()}
+    trains_not(place, said.format(place=place), **{"name": "other"} | filled)
+
+
+@pytest.mark.parametrize(
+    "said, changes",
+    [
+        ("seed was 0 and is now 1; give this one its own --name", {"seed": 1}),
+        ("vocab was 300 and is now 310 and 1 more field", {"data.vocab": 310}),
+        ("holds another experiment: data.train.0", {"data.train": "{place}/other.jsonl"}),
+        ("is at step 2 already: ask for at least --steps=2", {"steps": 1}),
+    ],
+)
+def test_a_run_directory_of_another_experiment_is_left_alone(place, trained, said, changes):
+    filled = {key: str(value).format(place=place) for key, value in changes.items()}
+    refused = refusal(launch.train.main, flags(place, **filled))
+    assert said.replace("data.train.0", "data.train") in refused
+    trains_not(place, "", **filled)
+
+
+@pytest.fixture
+def moved(place, trained, tmp_path):
+    """The run and its documents in another place, with a function that changes fields of its experiment."""
+    copy = Path(shutil.copytree(place, tmp_path / "moved", ignore=shutil.ignore_patterns("cache")))
+    path = copy / "runs/small/pretrain/experiment.json"
+
+    def change(**fields):
+        experiment = json.loads(path.read_text())
+        experiment["data"] |= {"train": [str(copy / "train.jsonl")], "val": [str(copy / "val.jsonl")]}
+        experiment["data"]["tokenizer"] |= fields
+        path.write_text(json.dumps(experiment))
+
+    change()
+    return copy, change
+
+
+def test_documents_that_changed_under_a_run_do_not_fit_its_tokenizer(moved):
+    place, _ = moved
+    write(place / "train.jsonl", texts(300, seed=9))
+    trains_not(place, "is another tokenizer than this experiment's")
+
+
+def test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on(moved):
+    place, change = moved
+    tokenizer = str(place / "runs/small/tokenizer")
+    change(path=tokenizer)
+    write(place / "train.jsonl", texts(300, seed=9))
+    said = "the documents of --data.train are not those that"
+    trains_not(place, said, **{"data.tokenizer.path": tokenizer, "steps": 4})
+
+
+def test_a_run_directory_that_cannot_be_written_says_so(place, trained):
+    (place / "runs/taken").write_text("a file")
+    trains_not(place, "cannot be written (", name="taken")
+    trains_not(place, "cannot be written (", directory=place / "runs/taken")
+    (place / "runs/taken").unlink()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_directory_without_permission_says_so(place, trained, tmp_path):
+    tmp_path.chmod(0o555)
+    trains_not(place, "cannot be written (Permission denied)", directory=tmp_path)
+
+
+@pytest.mark.parametrize("main", [launch.prepare.main, launch.tokenizer.main])
+def test_the_other_launchers_refuse_as_training_does(place, main):
+    assert "nowhere.txt does not exist" in refusal(main, flags(place, **{"data.train": "nowhere.txt"}))
+    assert "did you mean --save_every?" in refusal(main, flags(place, save_evry=3))
+
+
+@pytest.mark.parametrize(
+    "said, argv",
+    [
+        ("no checkpoint in {place}/nothing: train first", ["--checkpoint={place}/nothing"]),
+        ("no checkpoint in {place}/runs/small: did you mean {stage}?", ["--checkpoint={place}/runs/small"]),
+        ("no checkpoint 9 in {stage}: there are 2", ["--checkpoint={stage}@9"]),
+        ("temperature=-1.0 must be", ["--checkpoint={stage}", "--temperature=-1"]),
+        ("top_p=0.0 must be above 0", ["--checkpoint={stage}", "--top_p=0"]),
+        ("top_k=-1 must be 0", ["--checkpoint={stage}", "--top_k=-1"]),
+        ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
+        ("tokens and the context 16: shorten it", ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9]),
+        ("--checkpoint is missing", []),
+    ],
+)
+def test_chat_refuses_in_a_sentence(place, trained, said, argv):
+    filled = [word.format(place=place, stage=trained) for word in argv]
+    if not any(word.startswith("--prompt") for word in argv):
+        filled.append("--prompt=the fox")
+    assert said.format(place=place, stage=trained) in refusal(launch.chat.main, filled)
+
+
+def test_chat_refuses_a_tokenizer_that_is_not_the_models(trained, tmp_path):
+    run = Path(shutil.copytree(trained.parent, tmp_path / "small"))
+    tokenizer = run / "tokenizer"
+    model = next(tokenizer.glob("*.model"))
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-50])
+    argv = [f"--checkpoint={run / 'pretrain'}", "--prompt=the"]
+    assert "is damaged or of another format" in refusal(launch.chat.main, argv)
+    model.unlink()
+    assert "tokenizer.model is missing" in refusal(launch.chat.main, argv)
+
+
+def test_a_moved_run_directory_talks(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained.parent, tmp_path / "elsewhere"))
+    told = launch.chat.main([f"--checkpoint={run / 'pretrain'}@2", "--prompt=the fox", "--max_tokens=3"])
+    assert set(told) >= {"text", "tokens", "tokens_per_second", "finish_reason"}
+    assert told["tokens"] <= 3 and capsys.readouterr().out == "the fox" + told["text"] + "\n"
+
+
+def command(module, *argv, **more):
+    """A launcher in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *argv],
+        cwd=ROOT,
+        env=environment() | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "module, argv, said",
+    [
+        ("train", ["--config=configs/tiny.py", "--save_evry=3"], "did you mean --save_every?"),
+        ("train", ["--config=configs/tiny.py", "--data.train=nowhere.txt"], "nowhere.txt does not exist"),
+        ("chat", ["--checkpoint=nowhere", "--prompt=a"], "no checkpoint in nowhere"),
+    ],
+)
+def test_a_process_ends_with_two_and_one_sentence(tmp_path, module, argv, said):
+    more = [f"--directory={tmp_path}"] if module == "train" else []
+    done = command(module, *argv, *more)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("error: ") and said in lines[-1] and "Traceback" not in done.stderr
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # No file may be larger.
+from jaxchat import config
+import launch.train
+config.run(launch.train.main)
+"""
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_talks(place, trained, tmp_path):
+    shutil.copytree(trained.parent, tmp_path / "small")
+    before = contents(tmp_path / "small/pretrain/checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *flags(place, directory=tmp_path, steps=4)],
+        cwd=ROOT,
+        env=environment() | {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "the last good one is step 2" in errors[0]
+    assert before.items() <= contents(tmp_path / "small/pretrain/checkpoints").items()
+    told = launch.chat.main([f"--checkpoint={tmp_path / 'small/pretrain'}", "--prompt=the", "--max_tokens=2"])
+    assert told["tokens"] <= 2
