@@ -56,8 +56,8 @@ def test_the_largest_micro_batch_that_fits_is_taken(memory, size, rows):
 
 
 def test_the_mesh_divides_what_is_tried(memory):
-    memory(500)
-    assert compilation.compile_step(setup(ways=2), lambda text: None)[1] == 4
+    memory(350)
+    assert compilation.compile_step(setup(ways=2), lambda text: None)[1] == 2
 
 
 def test_when_nothing_fits_the_next_setting_is_named(memory):
