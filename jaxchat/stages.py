@@ -199,18 +199,20 @@ class StepLog:
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, say: Callable[[str], None]) -> None:
     """Continues each prompt greedily and appends the texts to samples.md; a prompt that is too long is left out."""
-    from jaxchat.decode.engine import Engine, SamplingParams
+    from jaxchat.decode.engine import Engine, Shape
+    from jaxchat.decode.requests import Request
+    from jaxchat.decode.sampling import SamplingParams
 
     e = setup.experiment
     if jax.process_count() > 1 or not e.prompts:
         return
-    engine = Engine(setup.transformer, state.params, tokenizer, length=min(128, e.data.row_length))
+    shape = Shape(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
+    engine, greedy = Engine(setup.transformer, state.params, tokenizer, shape), SamplingParams(0.0, max_tokens=64)
+    asked = [Request([tokenizer.bos, *tokenizer.encode(prompt)], greedy) for prompt in e.prompts]
     lines = [f"\n## Step {number}\n"]
-    for prompt in e.prompts:
-        try:
-            answer = engine.complete(prompt, SamplingParams(temperature=0.0, max_tokens=64))
-        except UserError as error:  # A run of hours does not fail for a sample.
-            say(f"warning: no sample for {prompt!r}: {error}")
+    for prompt, (answer,) in zip(e.prompts, engine.generate(asked)):
+        if answer.error:  # A run of hours does not fail for a sample.
+            say(f"warning: no sample for {prompt!r}: {answer.error}")
             continue
         lines.append(f"- **{prompt}**{answer.text}\n")
         say(f"  | {prompt}{answer.text}")

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> dict[str, object] | None:
     from jaxchat.decode.sampling import SamplingParams
     from jaxchat.experiment import Experiment
 
-    sampling = SamplingParams(chat.temperature, chat.top_k, chat.top_p, chat.max_tokens, chat.seed)
+    sampling = SamplingParams(chat.temperature, chat.top_k, chat.top_p, max_tokens=chat.max_tokens, seed=chat.seed)
     engine = load_engine(chat.checkpoint, Experiment)
     if chat.prompt is None:
         print("type the beginning of a text; an empty line ends", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""Generation: greedy text beside the full forward, ends, limits, and no program compiled twice."""
+"""The engine: greedy text beside the full forward, the same tokens alone and in company, ends, and compilation."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,114 +10,301 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from letters import Letters
 
 from jaxchat.config import UserError
-from jaxchat.decode import engine
-from jaxchat.decode.engine import Engine
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.model import Transformer
+from jaxchat.sharding import Mesh, make_mesh
 
-LENGTH, GREEDY = 64, SamplingParams(temperature=0.0, max_tokens=40)
-PROMPT = "one day a fox"
+LENGTH = 320
+SHAPE = Shape(length=LENGTH, slots=4, steps=8, piece=32, adapt=False)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
+WARM = SamplingParams(temperature=1.0, max_tokens=20)
 
-
-class Letters:
-    """A tokenizer of one id a letter; id 0 begins a text."""
-
-    bos = 0
-
-    def __init__(self, **specials: int) -> None:
-        self.specials = {f"<|{name}|>": number for name, number in specials.items()}
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) % 59 + 1 for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("0") + number) for number in ids)
+Prompt = tuple[int, ...]
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return Transformer(small.july2026(layer_loop="scan"))
+def prompt(size: int, seed: int = 0) -> Prompt:
+    return (0, *np.random.default_rng([size, seed]).integers(1, 60, size - 1).tolist())
+
+
+def make(config: Any, shape: Shape = SHAPE, tokenizer: Any = None, **kwargs: Any) -> Engine:
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    return Engine(Transformer(config), params, tokenizer or Letters(), shape, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def params(model: Transformer) -> Any:
-    return jax.tree.map(jnp.asarray, small.parameters(model.config))
+def engine() -> Iterator[Engine]:
+    """An engine that reads prompts in pieces of 32 and has room for 4 samples; each test leaves it idle."""
+    yield make(small.july2026(layer_loop="scan"))
 
 
-@pytest.fixture(scope="module")
-def machine(model: Transformer, params: Any) -> Iterator[Engine]:
-    """An engine that reads prompts in pieces of 8, so that a prompt takes several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "PIECE", 8)
-        yield Engine(model, params, Letters(), length=LENGTH)  # type: ignore[arg-type]
+def ask(engine: Engine, tokens: Sequence[int], params: SamplingParams = GREEDY, **about: Any) -> Completion:
+    """One answer."""
+    return engine.generate([Request(tokens, params, **about)])[0][0]
 
 
-def test_greedy_text_is_the_full_forwards_most_likely(model: Transformer, params: Any, machine: Engine) -> None:
-    answer = machine.complete(PROMPT, GREEDY)
-    assert (len(answer.tokens), answer.finish_reason) == (40, "length")
-    assert len(set(answer.tokens)) > 3
-    prompt = [0, *Letters().encode(PROMPT)]
+def assert_most_likely(config: Any, tokens: Sequence[int], answer: Completion) -> None:
+    """Each token of a greedy answer is the full forward's, whose log-probabilities it also has."""
+    model, params = Transformer(config), small.parameters(config)
     ids = np.zeros((1, LENGTH), np.int32)
-    ids[0, : len(prompt) + 40] = [*prompt, *answer.tokens]
-    logits_BTV = jax.jit(lambda p: model.logits(p, model.apply(p, ids)[0]))(params)
-    best_T = np.asarray(logits_BTV[0].argmax(axis=-1))
-    np.testing.assert_array_equal(answer.tokens, best_T[len(prompt) - 1 :][:40])
-    assert answer.text == Letters().decode(list(answer.tokens))
+    ids[0, : len(tokens) + len(answer.tokens)] = [*tokens, *answer.tokens]
+    forward = jax.jit(lambda p, ids: jax.nn.log_softmax(model.logits(p, model.apply(p, ids)[0])[0]))
+    logprobs_TV = np.asarray(forward(params, ids))[len(tokens) - 1 :][: len(answer.tokens)]
+    np.testing.assert_array_equal(answer.tokens, logprobs_TV.argmax(axis=1))
+    np.testing.assert_allclose(answer.logprobs, logprobs_TV.max(axis=1), rtol=0, atol=1e-4)
 
 
-def test_a_seed_gives_its_text_again_and_other_seeds_others(machine: Engine) -> None:
-    def tokens(seed: int) -> tuple[int, ...]:
-        return machine.complete(PROMPT, SamplingParams(temperature=1.0, top_k=3, max_tokens=8, seed=seed)).tokens
+@pytest.mark.parametrize("family", [small.july2026, small.october2025, small.mixed], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("adapt", [False, True])
+def test_greedy_answers_are_the_full_forwards_over_256_steps(family: Any, adapt: bool) -> None:
+    config = family()
+    engine = make(config, dataclasses.replace(SHAPE, adapt=adapt))
+    prompts = [prompt(3), prompt(32), prompt(45), prompt(64, 1), prompt(1), prompt(63)]
+    params = [SamplingParams(0.0, max_tokens=count, ignore_end=True) for count in (256, 90, 256, 3, 40, 256)]
+    answers = engine.generate([Request(*asked) for asked in zip(prompts, params)])
+    for tokens, asked, (answer,) in zip(prompts, params, answers):
+        assert (len(answer.tokens), answer.finish_reason) == (asked.max_tokens, "length")
+        assert_most_likely(config, tokens, answer)
+    assert len(set(answers[0][0].tokens)) > 3, "a text of one token tells little"
 
-    texts = [tokens(seed) for seed in range(8)]
-    assert texts[3] == tokens(3)
-    firsts = {text[0] for text in texts}
-    assert 1 < len(firsts) < len(texts), "the first token's noise does not depend on the seed, or no two agree"
-    assert len(set(texts)) == len(texts)
+
+@pytest.mark.parametrize("family", [small.july2026, small.october2025], ids=lambda make: make.__name__)
+def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
+    config = family()
+    engine, first = make(config), prompt(40)
+    answer = ask(engine, first, keep=True)
+    longer = (*first, *answer.tokens, 5, 17, 3)
+    again = ask(engine, longer, keep=True)
+    assert engine.prompt_stats.remembered == len(first) + 19
+    assert_most_likely(config, longer, again)
+    parted = (*first[:35], 9, 9, 9)  # windowed layers have forgotten what lies before the parting
+    third = ask(engine, parted)
+    assert engine.prompt_stats.remembered == len(first) + 19 + (35 if family is small.october2025 else 0)
+    assert_most_likely(config, parted, third)
+    assert len(engine.prefixes) == 1, "the longer text replaces what it continues"
+    engine.load(jax.tree.map(jnp.asarray, small.parameters(config, seed=4)))
+    assert len(engine.prefixes) == 0
 
 
-def test_other_sampling_parameters_compile_nothing(machine: Engine) -> None:
-    machine.complete(PROMPT, GREEDY)
-    compiled: list[str] = []
+def test_memory_for_prefixes_is_bounded() -> None:
+    engine = make(small.october2025(), dataclasses.replace(SHAPE, remembered_bytes=150_000))
+    for seed in range(4):
+        ask(engine, prompt(20, seed), keep=True)
+    assert 0 < engine.prefixes.size <= 150_000
+    assert len(engine.prefixes) < 4
+    before = engine.prompt_stats.remembered
+    ask(engine, (*prompt(20, 3), 1), keep=True)
+    assert engine.prompt_stats.remembered == before + 20, "the newest is kept"
 
-    def note(event: str, seconds: float, **about: Any) -> None:
-        if "compile" in event or "trace" in event:
-            compiled.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        machine.complete(PROMPT[::-1], SamplingParams(temperature=0.7, top_k=5, top_p=0.9, max_tokens=33, seed=12))
-        machine.complete(PROMPT[1:] + "y", SamplingParams(temperature=1, top_p=1, max_tokens=2, seed=9))
-        assert not compiled
+def test_a_fork_reads_its_prompt_once_and_its_greedy_samples_agree() -> None:
+    config = small.july2026()
+    engine = make(config)
+    answers = engine.generate([Request(prompt(50), GREEDY, n=7)])[0]
+    assert engine.prompt_stats.read == 50
+    assert {answer.tokens for answer in answers} == {answers[0].tokens}
+    assert_most_likely(config, prompt(50), answers[0])
+
+
+def test_samples_of_one_request_differ(engine: Engine) -> None:
+    answers = engine.generate([Request(prompt(30), WARM, n=3)])[0]
+    assert len({answer.tokens for answer in answers}) == 3
+    assert len({answer.tokens[0] for answer in engine.generate([Request(prompt(30), WARM, n=30)])[0]}) > 3
+
+
+SEEDED = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, max_tokens=33, seed=2**33 + 5)
+
+
+def company(count: int) -> list[Request]:
+    """Ragged prompts with parameters of every kind."""
+    kinds = (GREEDY, WARM, SEEDED, SamplingParams(1.5, frequency_penalty=1.0, max_tokens=25, seed=3))
+    changed = [dataclasses.replace(kinds[i % 4], max_tokens=5 + 7 * i % 60) for i in range(count)]
+    return [Request(prompt(1 + 11 * i % 100, seed=i), params) for i, params in enumerate(changed)]
+
+
+def test_a_seeded_request_has_its_tokens_alone_in_company_and_in_any_slot(engine: Engine) -> None:
+    asked = Request(prompt(37), SEEDED)
+    alone = engine.generate([asked])[0][0]
+    assert len(set(alone.tokens)) > 5
+    others = company(31)
+    for place in (0, 1, 2, 17, 31):
+        among = engine.generate([*others[:place], asked, *others[place:]])[place][0]
+        assert among.tokens == alone.tokens
+        np.testing.assert_allclose(among.drawn_logprobs, alone.drawn_logprobs, atol=1e-5)
+    for other in others[:3]:
+        engine.submit(other)
+    engine.step()
+    engine.step()
+    (late,) = engine.submit(asked)
+    while engine.step():
+        pass
+    assert tuple(late.tokens) == alone.tokens
+
+
+def test_across_compiled_shapes_tokens_differ_only_at_ties(engine: Engine) -> None:
+    adaptive = make(small.july2026(), dataclasses.replace(SHAPE, adapt=True, slots=16, steps=5, prompts=3))
+    asked = [Request(request.prompt, GREEDY) for request in company(20)]
+    for (here,), (there,) in zip(engine.generate(asked), adaptive.generate(asked)):
+        assert here.tokens == there.tokens, "no two candidates of this model lie within 1e-4"
+        np.testing.assert_allclose(here.logprobs, there.logprobs, rtol=0, atol=1e-4)
+
+
+class Compilations:
+    """How many programs were traced or compiled inside."""
+
+    def __enter__(self) -> "Compilations":
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def _note(self, event: str, seconds: float, **about: Any) -> None:
+        self.count += "compile" in event or "trace" in event
+
+    def __exit__(self, *error: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+
+def test_fifty_kinds_of_requests_compile_nothing_new(engine: Engine) -> None:
+    engine.generate(company(12))
+    engine.generate([Request(prompt(size), GREEDY) for size in (1, 17, 33)])
+    generator = np.random.default_rng(0)
+    requests = []
+    for i in range(50):
+        chosen = SamplingParams(
+            temperature=float(generator.choice([0, 0.5, 1, 1.7])),
+            top_k=int(generator.integers(0, 30)),
+            top_p=float(generator.uniform(0.1, 1)),
+            min_p=float(generator.uniform(0, 0.2)),
+            frequency_penalty=float(generator.choice([0, 0.4])),
+            logit_bias={3: 1.0} if i % 7 == 0 else {},
+            max_tokens=int(generator.integers(1, 50)),
+            seed=i,
+        )
+        requests.append(Request(prompt(int(generator.integers(1, 97)), i), chosen))
+    with Compilations() as compilations:
+        engine.generate(requests)
+        assert compilations.count == 0
         jax.jit(lambda x: x + 1)(0)
-        assert compiled, "the listener hears nothing"
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+        assert compilations.count, "the listener hears nothing"
 
 
-def test_an_end_token_ends_the_text(machine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = machine.complete(PROMPT, GREEDY).tokens
-    end = next(token for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
-    monkeypatch.setattr(machine, "_stops", {end})
-    answer = machine.complete(PROMPT, GREEDY)
-    assert (answer.tokens, answer.finish_reason) == (tokens[: tokens.index(end)], "stop")
-    assert answer.text == Letters().decode(list(answer.tokens))
+def test_an_end_token_ends_the_answer_and_is_not_text(engine: Engine) -> None:
+    tokens = ask(engine, prompt(30), dataclasses.replace(GREEDY, max_tokens=40)).tokens
+    at = next(i for i, token in enumerate(tokens) if i > 9 and token not in tokens[:i])
+    answer = ask(engine, prompt(30), dataclasses.replace(GREEDY, max_tokens=40, stop_tokens=(tokens[at],)))
+    assert (answer.tokens, answer.finish_reason) == (tokens[: at + 1], "stop")
+    assert answer.text == Letters().decode(tokens[:at])
+    own = make(small.july2026(), tokenizer=Letters(assistant_end=tokens[at]))
+    answer = ask(own, prompt(30), dataclasses.replace(GREEDY, max_tokens=40))
+    assert (answer.tokens, answer.finish_reason) == (tokens[: at + 1], "stop")
+    ignoring = ask(own, prompt(30), dataclasses.replace(GREEDY, max_tokens=40, ignore_end=True))
+    assert (ignoring.tokens, ignoring.finish_reason) == (tokens, "length")
 
 
-def test_end_tokens_are_the_tokenizers(model: Transformer, params: Any) -> None:
-    specials = Letters(bos=0, assistant_end=7, user_start=8)
-    assert Engine(model, params, specials, length=LENGTH)._stops == {0, 7}  # type: ignore[arg-type]
+def test_a_stop_text_ends_the_answer_across_token_borders(engine: Engine) -> None:
+    whole = ask(engine, prompt(30))
+    stop = whole.text[10:13]
+    at = whole.text.index(stop)
+    answer = ask(engine, prompt(30), dataclasses.replace(GREEDY, stop=("never there", stop)), keep=True)
+    assert (answer.text, answer.finish_reason) == (whole.text[:at], "stop")
+    assert answer.tokens == whole.tokens[: at + 3]
+    longer = (*prompt(30), *whole.tokens[: at + 3], 7)
+    assert_most_likely(small.july2026(), longer, ask(engine, longer))
 
 
-def test_a_full_context_ends_the_text(machine: Engine) -> None:
-    answer = machine.complete(PROMPT, SamplingParams(temperature=0.0, max_tokens=500))
-    assert (len(answer.tokens), answer.finish_reason) == (LENGTH - 1 - len(PROMPT), "context")
-    assert answer.tokens[:40] == machine.complete(PROMPT, GREEDY).tokens
+def test_a_full_context_ends_the_answer(engine: Engine) -> None:
+    answer = ask(engine, prompt(300), SamplingParams(0.0, max_tokens=500))
+    assert (len(answer.tokens), answer.finish_reason) == (LENGTH - 300, "context")
+    assert_most_likely(small.july2026(), prompt(300), answer)
+    assert len(ask(engine, prompt(LENGTH - 1), WARM).tokens) == 1
 
 
-def test_a_prompt_longer_than_the_context_is_refused(machine: Engine) -> None:
-    with pytest.raises(UserError, match=r"64 tokens and the context 64"):
-        machine.complete("x" * 63, GREEDY)
-    assert len(machine.complete("x" * 62, GREEDY).tokens) == 1
+def test_likely_tokens_come_with_their_logprobs(engine: Engine) -> None:
+    asked = dataclasses.replace(WARM, top_logprobs=4)
+    (answer,), (plain,) = engine.generate([Request(prompt(9), asked), Request(prompt(9), WARM)])
+    assert plain.tokens == answer.tokens
+    assert plain.top_logprobs == ()
+    assert [len(pairs) for pairs in answer.top_logprobs] == [4] * 20
+    for token, logprob, pairs in zip(answer.tokens, answer.logprobs, answer.top_logprobs):
+        values = [value for _, value in pairs]
+        assert values == sorted(values, reverse=True)
+        assert dict(pairs).get(token, min(values)) >= logprob - 1e-5
+        if token in dict(pairs):
+            assert dict(pairs)[token] == pytest.approx(logprob, abs=1e-5)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "empty": (lambda: Request([]), "prompt is empty"),
+    "long": (lambda: Request([1] * LENGTH), "320 tokens and the context 320"),
+    "strange": (lambda: Request([1, 60]), "names token 60"),
+    "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias names token 99"),
+    "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens names token -1"),
+    "none": (lambda: Request([1], n=0), "n=0"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_request_gets_its_error_and_harms_no_other(engine: Engine, bad: str) -> None:
+    request, sentence = BAD[bad][0](), BAD[bad][1]
+    with pytest.raises(UserError, match=sentence):
+        engine.submit(request)
+    good = Request(prompt(12), GREEDY)
+    (first,), (refusal,), (last,) = engine.generate([good, request, good])
+    assert refusal.finish_reason == "error"
+    assert sentence in str(refusal.error)
+    assert first.tokens == last.tokens == ask(engine, prompt(12)).tokens
+
+
+def test_a_request_is_cancelled_before_during_and_after_its_run(engine: Engine) -> None:
+    long = dataclasses.replace(GREEDY, max_tokens=60, ignore_end=True)
+    right = ask(engine, prompt(8), long)
+    samples = [sample for size in (8, 20, 21, 22, 23, 24) for sample in engine.submit(Request(prompt(size), long))]
+    samples[5].cancel()
+    engine.step()
+    samples[2].cancel()
+    while engine.step():
+        pass
+    samples[0].cancel()
+    answers = [sample.completion() for sample in samples]
+    reasons = [answer.finish_reason for answer in answers]
+    assert reasons == ["length", "length", "cancelled", "length", "length", "cancelled"]
+    assert answers[0].tokens == right.tokens
+    assert 0 < len(answers[2].tokens) < 60
+    assert answers[5].tokens == ()
+    assert ask(engine, prompt(21), long).tokens[: len(answers[2].tokens)] == answers[2].tokens
+
+
+def test_a_stream_is_the_answers_text_and_can_be_closed(engine: Engine) -> None:
+    pieces = list(engine.stream(Request(prompt(14), GREEDY)))
+    assert len(pieces) > 1
+    assert "".join(pieces) == ask(engine, prompt(14)).text
+    broken = engine.stream(Request(prompt(14), GREEDY))
+    assert next(broken) == pieces[0]
+    broken.close()
+    assert not engine.step()
+
+
+def test_few_slot_steps_are_wasted() -> None:
+    engine = make(small.october2025(), Shape(length=600, slots=8, steps=8))
+    lengths = np.random.default_rng(0).integers(1, 513, 64)
+    params = [SamplingParams(0.0, max_tokens=int(count), ignore_end=True) for count in lengths]
+    engine.generate([Request(prompt(9, i), asked) for i, asked in enumerate(params)])
+    stats = engine.slots.stats
+    assert stats.useful_steps == lengths.sum() - 64  # the first of each comes with its prompt
+    assert stats.useful_steps / stats.slot_steps >= 0.9
+
+
+def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> None:
+    mesh = make_mesh(Mesh(data=2, tensor=2), rows=4, devices=jax.devices()[:4])
+    sharded = make(small.july2026(), mesh=mesh)
+    requests = [Request(prompt(17 + i), SEEDED) for i in range(6)]
+    for (here,), (there,) in zip(engine.generate(requests), sharded.generate(requests)):
+        assert here.tokens == there.tokens
+    cache = sharded.slots._cache
+    assert cache is not None
+    shards = {layer.k_BKSD.sharding.shard_shape(layer.k_BKSD.shape)[:2] for layer in cache.layers}
+    assert shards == {(2, 1)}, "4 rows and 2 kv heads, each split in two"

@@ -48,7 +48,7 @@ def test_cached_decode_equals_the_full_forward(make: Any) -> None:
             return model.logits(by_layer, hidden_BTM), cache
 
         cache = model.empty_cache(2, LENGTH, write=PIECE)
-        slots = [layer.positions_BS.shape[1] for layer in cache.layers]
+        slots = [layer.k_BKSD.shape[2] for layer in cache.layers]
         seen = np.zeros(2, int)
         for sizes in PIECES:
             tokens = np.zeros((2, PIECE if max(sizes) > 1 else 1), np.int32)

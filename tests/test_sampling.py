@@ -1,6 +1,7 @@
 """Choosing the next token, beside a NumPy sort in float64."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.decode.sampling import SamplingParams, keep, sample
+from jaxchat.decode.sampling import (
+    ACCEPT,
+    DRAW,
+    PRESETS,
+    RESIDUAL,
+    History,
+    SamplingParams,
+    choose,
+    keep,
+    noise,
+    pack,
+    penalise,
+    process,
+)
 
+GOLDEN = Path(__file__).parent / "golden" / "sampling.npz"
 ROWS, VOCAB = 64, 37
 
 
@@ -62,55 +77,121 @@ def test_ties_at_the_border_are_kept() -> None:
 
 @functools.cache
 def sampler() -> Any:
-    return jax.jit(sample)
+    return jax.jit(lambda z_BV, rows, position_B: choose(z_BV, rows, position_B, level="full"))
 
 
-def rows(count: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> dict[str, Any]:
-    return {
-        "temperature": np.full(count, temperature, np.float32),
-        "top_k": np.full(count, top_k, np.int32),
-        "top_p": np.full(count, top_p, np.float32),
-    }
+def rows(count: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> Any:
+    """Rows that differ in the number of their sample alone."""
+    params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
+    return pack([(params, sample) for sample in range(count)])
+
+
+def test_kept_sets_equal_those_of_transformers() -> None:
+    golden = np.load(GOLDEN)
+    z_BV = golden["logits"] / golden["temperature"][:, None]
+    kept_BV = np.isfinite(jax.jit(keep)(z_BV, golden["top_k"], golden["top_p"], golden["min_p"]))
+    wanted_BV = np.unpackbits(golden["kept"], axis=1)[:, : z_BV.shape[1]].astype(bool)
+    differ = np.flatnonzero((kept_BV != wanted_BV).any(axis=1))
+    for row in differ:  # where a float32 sum meets top_p, either set is right
+        one, other = (kept_by_sort(z_BV[row], golden["top_k"][row], golden["top_p"][row] + d) for d in (-2e-6, 2e-6))
+        assert not np.array_equal(one, other), row
+    assert len(z_BV) == 1000
+    assert len(differ) < 3
+
+
+def test_repetition_penalty_equals_that_of_transformers() -> None:
+    golden = np.load(GOLDEN)
+    count, vocab = golden["penalised"].shape
+    prompt_BV = np.zeros((count, vocab), bool)
+    np.put_along_axis(prompt_BV, golden["prompt"][:count].astype(int), True, axis=1)
+    asked = pack([(SamplingParams(repetition_penalty=float(r)), 0) for r in golden["repetition_penalty"][:count]])
+    nothing = np.zeros((count, vocab), np.int32)
+    for history in (
+        History(prompt_BV, nothing, nothing * 1.0),
+        History(prompt_BV & False, prompt_BV * 3, nothing * 1.0),
+    ):
+        got_BV = jax.jit(penalise)(golden["logits"][:count], asked, history)
+        np.testing.assert_allclose(got_BV, golden["penalised"], rtol=1e-6)
+
+
+def test_presence_frequency_and_bias_act_as_openai_defines_them() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.0})
+    bias, counts = np.zeros((2, 5), np.float32), np.array([[0, 1, 4, 0, 0]] * 2)
+    bias[:, 3] = 2
+    asked = pack([(params, 0), (SamplingParams(), 0)])
+    got = jax.jit(penalise)(np.ones((2, 5), np.float32), asked, History(counts > 9, counts, bias))
+    np.testing.assert_allclose(got, [[1, 0.25, -0.5, 3, 1], [1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(
-    "settings", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 6, 1.0), (0.7, 0, 0.8), (2.0, 9, 0.9)], ids=str
+    "settings",
+    [(1.0,), (0.7,), (1.3, 6), (0.7, 0, 0.8), (2.0, 9, 0.9), (1.0, 0, 1.0, 0.3), (1.5, 8, 0.95, 0.1)],
+    ids=str,
 )
-def test_draws_have_the_right_frequencies(settings: tuple[float, int, float]) -> None:
-    count, (temperature, top_k, top_p) = 20_000, settings
+def test_draws_have_the_right_frequencies(settings: Any) -> None:
+    count, params = 100_000, SamplingParams(*settings)
     z_V = np.random.default_rng(7).standard_normal(12).astype(np.float32) * 1.5
-    keys = jax.random.split(jax.random.key(11), count)
-    drawn = sampler()(np.tile(z_V, (count, 1)), keys, rows(count, *settings))
-    kept_V = kept_by_sort(z_V / np.float32(temperature), top_k, top_p)
-    p_V = np.where(kept_V, np.exp(z_V.astype(np.float64) / temperature), 0)
+    choice = sampler()(np.tile(z_V, (count, 1)), rows(count, *settings, seed=11), np.zeros(count, np.int32))
+    z_V = z_V.astype(np.float64) / params.temperature
+    kept_V = kept_by_sort(z_V, params.top_k, params.top_p)
+    kept_V &= np.exp(z_V - z_V.max()) >= params.min_p
+    p_V = np.where(kept_V, np.exp(z_V), 0)
     p_V /= p_V.sum()
-    counts_V = np.bincount(drawn, minlength=12)
+    counts_V = np.bincount(choice.token_B, minlength=12)
     assert not np.any(counts_V[~kept_V])
     freedom = kept_V.sum() - 1
     chi_square = np.sum((counts_V - count * p_V)[kept_V] ** 2 / (count * p_V[kept_V]))
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+    np.testing.assert_allclose(choice.drawn_logprob_B, np.log(p_V[choice.token_B]), atol=1e-5)
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
     z_BV = np.random.default_rng(1).standard_normal((200, 12)).astype(np.float32)
     z_BV[0] = 0  # the first of equals
-    keys = jax.random.split(jax.random.key(0), 200)
     for top_k, top_p in ((0, 1.0), (3, 0.5)):
-        np.testing.assert_array_equal(sampler()(z_BV, keys, rows(200, 0.0, top_k, top_p)), z_BV.argmax(axis=1))
+        choice = sampler()(z_BV, rows(200, 0.0, top_k, top_p), np.zeros(200, np.int32))
+        np.testing.assert_array_equal(choice.token_B, z_BV.argmax(axis=1))
+        np.testing.assert_array_equal(choice.drawn_logprob_B, 0)
+        expected = z_BV.max(axis=1) - np.log(np.exp(z_BV).sum(axis=1))
+        np.testing.assert_allclose(choice.logprob_B, expected, atol=1e-5)
 
 
-def test_a_row_depends_on_its_own_key_and_parameters_alone() -> None:
-    z_BV = np.random.default_rng(2).standard_normal((200, 12)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(5), 200)
-    asked = rows(200, 1.0)
-    first, again = sampler()(z_BV, keys, asked), sampler()(z_BV, keys, asked)
-    np.testing.assert_array_equal(first, again)
-    others = {name: np.where(np.arange(200) < 100, column, column * 0 + 1) for name, column in rows(200, 0.5).items()}
-    others = {name: np.where(np.arange(200) < 100, asked[name], column) for name, column in others.items()}
-    noise = jax.random.split(jax.random.key(6), 200)
-    mixed = sampler()(z_BV, jnp.where(np.arange(200) < 100, keys, noise), others)
-    np.testing.assert_array_equal(mixed[:100], first[:100])
-    assert np.any(mixed[100:] != first[100:])
+def test_a_row_depends_on_itself_alone_and_not_on_the_level() -> None:
+    z_BV = np.tile(np.random.default_rng(2).standard_normal(12).astype(np.float32), (200, 1))
+    at = np.arange(200) % 7
+    plain = rows(200, 1.0, seed=2**40 + 3)
+    first = sampler()(z_BV, plain, at).token_B
+    assert len(np.unique(first)) > 4, "samples share their noise"
+    np.testing.assert_array_equal(first, sampler()(z_BV, plain, at).token_B)
+    for changed in (rows(200, 1.0, seed=3), rows(200, 1.0, seed=2**40 + 4)):
+        assert np.any(sampler()(z_BV, changed, at).token_B != first)
+    assert np.any(sampler()(z_BV, plain, at + 7).token_B != first)
+    other = rows(200, 0.5, 3, 0.9, seed=5)
+    mixed = jax.tree.map(lambda mine, theirs: np.where(np.arange(200) < 100, mine, theirs), plain, other)
+    tokens = sampler()(z_BV, mixed, at).token_B
+    np.testing.assert_array_equal(tokens[:100], first[:100])
+    assert np.any(tokens[100:] != first[100:])
+    lower = jax.jit(lambda z_BV, rows, at: choose(z_BV, rows, at, level="plain"))(z_BV, plain, at)
+    np.testing.assert_array_equal(lower.token_B, first)
+
+
+def test_purposes_never_share_noise() -> None:
+    draws = [np.asarray(noise(rows(4, 1.0), np.zeros(4, np.int32), purpose, 8)) for purpose in (DRAW, ACCEPT, RESIDUAL)]
+    assert len(np.unique(draws)) == 96
+
+
+def test_the_courses_worked_examples() -> None:
+    def probabilities(logits: list[float], params: SamplingParams) -> np.ndarray:
+        return np.asarray(jax.nn.softmax(process(jnp.array([logits]), pack([(params, 0)]), level="full")[0]))[0]
+
+    for temperature, right in ((1.0, [0.63, 0.23, 0.14]), (2.0, [0.48, 0.29, 0.23])):
+        np.testing.assert_allclose(probabilities([2.0, 1.0, 0.5], SamplingParams(temperature)), right, atol=0.005)
+    got = probabilities([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], SamplingParams(top_k=3))
+    np.testing.assert_allclose(got, [0.061, 0, 0, 0.578, 0, 0, 0, 0.361, 0], atol=0.0005)
+    got = probabilities(np.log([0.5, 0.3, 0.15, 0.04, 0.01]).tolist(), SamplingParams(top_p=0.9))
+    np.testing.assert_array_equal(got > 0, [1, 1, 1, 0, 0])
+    course = SamplingParams(**PRESETS["course"])
+    assert (course.temperature, course.top_k, course.top_p) == (1.0, 50, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +203,17 @@ def test_a_row_depends_on_its_own_key_and_parameters_alone() -> None:
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("max_tokens", 0),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("inf")),
+        ("logit_bias", {2: float("nan")}),
+        ("seed", -1),
+        ("top_logprobs", 21),
+        ("stop", "a text"),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop_tokens", ("a",)),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> None:

@@ -1,121 +1,243 @@
-"""Cached generation: a prompt is prefilled in pieces of fixed lengths, then tokens come in chunks of compiled steps."""
+"""The decode engine: many requests at once, each with the tokens it would get alone.
 
-import functools
-import time
+Requests wait, are read, and take a slot; the device decodes all slots in chunks of steps; between chunks finished
+samples leave, tools answer, and waiting requests enter.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxchat import checkpoint
 from jaxchat.config import UserError
-from jaxchat.decode.sampling import SamplingParams, sample
+from jaxchat.decode.prompts import Plan, Prefixes, Reader, plan
+from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.sample import Sample, refused
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.slots import Slots
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
-CHUNK = 16  # Steps a dispatch.
-PIECE = 256  # The longest piece of a prompt that one call takes.
+END_TOKENS = ("<|bos|>", "<|assistant_end|>")
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What a request got; `finish_reason` is "stop" at an end token, "length" at max_tokens, "context" when full."""
+class Shape:
+    """What fixes the engine's programs.
 
-    text: str
-    tokens: tuple[int, ...]
-    seconds: float
-    finish_reason: str
+    Attributes:
+        length: positions a row, the context.
+        slots: how many samples are decoded at once.
+        steps: decoding steps a dispatch; between dispatches the host looks at the tokens.
+        piece: the longest piece of a prompt that one call reads.
+        prompts: how many prompts one call reads.
+        adapt: decode in fewer slots and shorter rows, by powers of two, while that is enough. Off, every request meets
+            one compiled shape, so that its tokens do not differ even by a rounding.
+        remembered_bytes: how much memory the caches of remembered texts may take.
+    """
+
+    length: int
+    slots: int = 8
+    steps: int = 8
+    piece: int = 512
+    prompts: int = 1
+    adapt: bool = True
+    remembered_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("length", "slots", "steps", "piece", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Fork:
+    """A prompt that was read, and its samples that have no slot yet."""
+
+    cache: Cache
+    logits_RV: jax.Array
+    row: int
+    waiting: deque[Sample]
+
+
+@dataclass
+class PromptStats:
+    """Prompt tokens that were read, and those that were remembered instead."""
+
+    read: int = 0
+    remembered: int = 0
 
 
 class Engine:
-    """Continues texts with one model. Shapes are fixed by `length`: requests of any kind share their programs."""
+    """Answers requests with one model: `submit`, then `step` until nothing is left; or `generate`, or `stream`.
 
-    def __init__(self, transformer: Transformer, params: Params, tokenizer: Tokenizer, *, length: int) -> None:
-        self.tokenizer, self.length = tokenizer, length
-        self._transformer = transformer
-        self._params = jax.jit(transformer.unstack)(params)
-        self._piece = min(PIECE, length)
-        self._prefill = jax.jit(functools.partial(prefill, transformer), donate_argnums=3)
-        self._decode = jax.jit(functools.partial(decode, transformer), donate_argnums=2)
-        self._sample = jax.jit(sample)
-        ends = ("<|bos|>", "<|assistant_end|>")
-        self._stops = {tokenizer.specials[name] for name in ends if name in tokenizer.specials}
+    With a mesh, rows are split over `data` and heads over `tensor`.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        params: Params,
+        tokenizer: Tokenizer,
+        shape: Shape,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
+        windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
+        self.prefixes = Prefixes(shape.remembered_bytes, windowed=windowed)
+        self.prompt_stats = PromptStats()
+        self.slots = Slots(transformer, most=shape.slots, length=shape.length, steps=shape.steps, adapt=shape.adapt)
+        self._ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
+        self._reader = Reader(transformer, shape.prompts)
+        self._unstack = jax.jit(transformer.unstack)
+        self._waiting: deque[Sample] = deque()
+        self._forks: deque[Fork] = deque()
+        self.load(params)
+
+    def load(self, params: Params) -> None:
+        """Decodes with these parameters from now on; what others remembered is forgotten."""
+        with self._on_mesh():
+            self._params = self._unstack(params)
+        self.prefixes.clear()
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def submit(self, request: Request) -> list[Sample]:
+        """Queues a request; returns its samples, which fill as `step` is called.
+
+        Raises:
+            UserError: the prompt is empty or too long, or names ids or special tokens that the model does not have.
+        """
+        prompt, vocab, length = tuple(map(int, request.prompt)), self.transformer.config.vocab, self.shape.length
+        if not prompt:
+            raise UserError("the prompt is empty: begin it with <|bos|> at least")
+        if len(prompt) >= length:
+            raise UserError(f"the prompt has {len(prompt)} tokens and the context {length}: shorten it")
+        if request.n < 1:
+            raise UserError(f"n={request.n} must be at least 1")
+        for what, ids in (
+            ("the prompt", prompt),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_tokens", request.sampling.stop_tokens),
+        ):
+            if strange := [token for token in ids if not 0 <= token < vocab]:
+                raise UserError(f"{what} names token {strange[0]}, and the vocabulary has ids 0 to {vocab - 1}")
+        for tool in request.tools:
+            for name in (tool.begin, tool.end, tool.answer_begin, tool.answer_end):
+                if name not in self.tokenizer.specials:
+                    raise UserError(f"the tool {type(tool).__name__} needs the special token {name}")
+        samples = [
+            Sample(self.tokenizer, request, prompt, index, context=length, ends=self._ends)
+            for index in range(request.n)
+        ]
+        self._waiting.extend(samples)
+        return samples
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Answers to every request, in order; a bad request gets its error, and harms no other."""
+        asked: list[list[Sample] | UserError] = []
+        for request in requests:
+            try:
+                asked.append(self.submit(request))
+            except UserError as error:
+                asked.append(error)
+        while self.step():
+            pass
+        return [
+            [refused(samples)] if isinstance(samples, UserError) else [sample.completion() for sample in samples]
+            for samples in asked
+        ]
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text of one answer as it comes; closing the iterator cancels the request."""
+        (sample,) = self.submit(request)
+        try:
+            while not sample.finish_reason:
+                self.step()
+                if new := sample.take_text():
+                    yield new
+        finally:
+            sample.cancel()
 
     def complete(self, prompt: str, sampling: SamplingParams) -> Completion:
         """The text that follows `prompt` in a document of its own."""
         ids = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
-        if len(ids) >= self.length:
-            raise UserError(f"the prompt has {len(ids)} tokens and the context {self.length}: shorten it")
-        start = time.perf_counter()
-        logits_BV, cache = self._read(ids)
-        types = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32}
-        row = {name: np.array([getattr(sampling, name)], dtype) for name, dtype in types.items()}
-        key = jax.random.key(sampling.seed)
-        first_B = self._sample(logits_BV, jax.random.fold_in(key, len(ids) - 1)[None], row)
-        state = (first_B, jnp.asarray([len(ids)]))
-        most = min(sampling.max_tokens, self.length - len(ids))
-        out = [int(state[0][0])]
-        while len(out) < most and out[-1] not in self._stops:
-            tokens_KB, state, cache = self._decode(self._params, state, cache, row, key)
-            for token in np.asarray(tokens_KB)[:, 0].tolist():
-                out.append(token)
-                if len(out) == most or token in self._stops:
-                    break
-        reason = "stop" if out[-1] in self._stops else "length" if most == sampling.max_tokens else "context"
-        tokens = out[:-1] if reason == "stop" else out
-        text = self.tokenizer.decode(ids[1:] + tokens)[len(self.tokenizer.decode(ids[1:])) :]
-        return Completion(text, tuple(tokens), time.perf_counter() - start, reason)
+        (sample,) = self.submit(Request(ids, sampling))
+        while not sample.finish_reason:
+            self.step()
+        return sample.completion()
 
-    def _read(self, ids: list[int]) -> tuple[jax.Array, Cache]:
-        """The logits after a prompt, and its cache."""
-        cache = self._transformer.empty_cache(1, self.length, write=self._piece)
-        for first in range(0, len(ids), self._piece):
-            piece = ids[first : first + self._piece]
-            size = min(self._piece, 1 << (len(piece) - 1).bit_length())
-            tokens_BT = np.zeros((1, size), np.int32)
-            positions_BT = np.full((1, size), -1, np.int32)
-            tokens_BT[0, : len(piece)] = piece
-            positions_BT[0, : len(piece)] = range(first, first + len(piece))
-            logits_BV, cache = self._prefill(self._params, tokens_BT, positions_BT, cache)
-        return logits_BV, cache
+    def step(self) -> bool:
+        """Admits what waits, decodes one chunk, and says whether anything is left to do."""
+        with self._on_mesh():
+            self._leave()
+            self._enter()
+            if self.slots.active:
+                self.slots.fit()
+                self.slots.decode(self._params)
+                self._leave()
+        return bool(self.slots.active or self._waiting or self._forks)
+
+    def _leave(self) -> None:
+        """Lets go of samples that have ended, and remembers what was read for those that ask for it."""
+        for sample in self.slots.active:
+            if sample.request.keep and sample.finish_reason in ("stop", "length", "context"):
+                self.prefixes.store(*self.slots.snapshot(sample))
+        self.slots.release()
+        self._waiting = deque(sample for sample in self._waiting if not sample.finish_reason)
+        for fork in self._forks:
+            fork.waiting = deque(sample for sample in fork.waiting if not sample.finish_reason)
+        self._forks = deque(fork for fork in self._forks if fork.waiting)
+
+    def _enter(self) -> None:
+        """Fills free slots in the order of asking; a sample whose first token is its last frees its slot at once."""
+        while (self._waiting or self._forks) and self.slots.free:
+            if not self._forks:
+                self._read()
+            fork = self._forks[0]
+            entering = [fork.waiting.popleft() for _ in range(min(self.slots.free, len(fork.waiting)))]
+            self.slots.fit(entering)
+            self.slots.enter(fork.cache, fork.logits_RV, [(fork.row, sample) for sample in entering])
+            self._leave()
+
+    def _read(self) -> None:
+        """Reads the next prompt, each once for all its samples, and with it others of the same plan."""
+        groups: list[list[Sample]] = []
+        found: list[tuple[int, Cache] | None] = []
+        agreed: Plan | None = None
+        while self._waiting and len(groups) < self.shape.prompts:
+            first = self._waiting[0]
+            remembered = self.prefixes.find(first.prompt)
+            done = 0 if remembered is None else remembered[0]
+            own = plan(len(first.prompt), done, piece=self.shape.piece, length=self.shape.length)
+            if agreed is not None and own != agreed:
+                break
+            agreed = own
+            group = []
+            while self._waiting and self._waiting[0].request is first.request:
+                group.append(self._waiting.popleft())
+            groups.append(group)
+            found.append(remembered)
+            self.prompt_stats.remembered += done
+            self.prompt_stats.read += len(first.prompt) - done
+        assert agreed is not None
+        cache, logits_RV = self._reader.read(self._params, [group[0].prompt for group in groups], found, agreed)
+        self._forks.extend(Fork(cache, logits_RV, row, deque(group)) for row, group in enumerate(groups))
 
 
-def prefill(
-    transformer: Transformer, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Reads prompt tokens into the cache; returns the logits after each row's last one, (B, V)."""
-    hidden_BTM, after = transformer.apply(params, tokens_BT, positions_BT=positions_BT, cache=cache)
-    assert after is not None
-    last_B11 = jnp.argmax(positions_BT, axis=1)[:, None, None]
-    return transformer.logits(params, jnp.take_along_axis(hidden_BTM, last_B11, axis=1))[:, 0], after
+def load_engine(path: str, experiment_class: type, **shape: Any) -> Engine:
+    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device.
 
-
-def decode(
-    transformer: Transformer, params: Params, state: tuple[jax.Array, jax.Array], cache: Cache, row: Any, key: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Cache]:
-    """CHUNK steps: each reads the last token (B,) at its position (B,) and samples the next. Returns tokens (K, B).
-
-    Noise is a function of the request's key and the position alone.
+    `shape` are fields of Shape; the length is the model's row length unless given.
     """
-
-    def step(carry: Any, _: None) -> Any:
-        token_B, position_B, cache = carry
-        hidden_BTM, cache = transformer.apply(
-            params, token_B[:, None], positions_BT=position_B[:, None].astype(jnp.int32), cache=cache
-        )
-        keys_B = jax.vmap(lambda position: jax.random.fold_in(key, position))(position_B)
-        next_B = sample(transformer.logits(params, hidden_BTM)[:, 0], keys_B, row)
-        return (next_B, position_B + 1, cache), next_B
-
-    (token_B, position_B, cache), tokens_KB = jax.lax.scan(step, (*state, cache), None, length=CHUNK)
-    return tokens_KB, (token_B, position_B), cache
-
-
-def load_engine(path: str, experiment_class: type) -> Engine:
-    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device."""
     directory, step = checkpoint.locate(path)
     experiment = checkpoint.read_experiment(directory, experiment_class)
     tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
@@ -127,8 +249,7 @@ def load_engine(path: str, experiment_class: type) -> Engine:
     device = jax.devices()[0]
     dtype = jnp.float32 if device.platform == "cpu" or experiment.dtype == "float32" else jnp.bfloat16
     transformer = Transformer(experiment.model, dtype)
-    shapes = transformer.shapes()
     placed = jax.sharding.SingleDeviceSharding(device)
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), transformer.shapes())
     params = checkpoint.load_params(directory, step, abstract)
-    return Engine(transformer, params, tokenizer, length=experiment.data.row_length)
+    return Engine(transformer, params, tokenizer, Shape(**{"length": experiment.data.row_length} | shape))

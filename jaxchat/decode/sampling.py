@@ -1,83 +1,263 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, every parameter an array by row.
+"""Choosing the next token: penalties, bias, temperature, top-k, top-p, min-p, every parameter an array by row.
 
-Order: temperature, top-k, top-p. What is kept is found by bisection over the bits of the logits, not by a sort.
+Order: logit bias, repetition penalty, presence and frequency penalties, temperature, top-k, top-p, min-p. What is kept
+is found by bisection over the bits of the logits, not by a sort of the vocabulary.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxchat.config import UserError
+
+# What a compiled step does: the most likely token only; temperature as well; or everything, at a price.
+Level = Literal["greedy", "plain", "full"]
+LEVELS: tuple[Level, ...] = ("greedy", "plain", "full")
+
+TOP_LOGPROBS = 20  # The most that a request may ask for.
+
+# What noise is for; a draw never meets another's noise.
+DRAW, ACCEPT, RESIDUAL = 0, 1, 2
+
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 1.0},
+    "course": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+}
+
+_TURN_BITS = {"cpu": 1}  # Bits of the threshold found by one pass over the vocabulary; elsewhere passes cost most.
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request samples; temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """How a request samples and when it ends.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of at least this probability (arXiv:1904.09751); 1 keeps all.
+        min_p: keep tokens at least this likely relative to the most likely one (arXiv:2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer
+            (arXiv:1909.05858); 1 is none.
+        presence_penalty: subtracted from the logits of tokens of the answer.
+        frequency_penalty: subtracted once for each time a token is in the answer.
+        logit_bias: added to the logits, by token id.
+        max_tokens: length limit of the answer.
+        seed: noise is a function of seed, sample, position and purpose alone.
+        stop: texts at which the answer ends, themselves left out.
+        stop_tokens: tokens at which the answer ends, beside the tokenizer's own.
+        ignore_end: go on after the tokenizer's end tokens.
+        top_logprobs: how many of the most likely tokens to report at each position.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int = 128
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_end: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature={self.temperature} must be a number from 0 (greedy) up")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} must be 0 (every token) or more")
-        if not 0 < self.top_p <= 1:
+        for name, least, most, meaning in (
+            ("temperature", 0, math.inf, "0 (greedy) up"),
+            ("top_k", 0, math.inf, "0 (every token) up"),
+            ("min_p", 0, 1, "0 to 1"),
+            ("presence_penalty", -math.inf, math.inf, "any"),
+            ("frequency_penalty", -math.inf, math.inf, "any"),
+            ("max_tokens", 1, math.inf, "1 up"),
+            ("seed", 0, 2**63 - 1, "0 to 2^63 - 1"),
+            ("top_logprobs", 0, TOP_LOGPROBS, f"0 to {TOP_LOGPROBS}"),
+        ):
+            value = getattr(self, name)
+            if not _number(value) or not least <= value <= most or value == math.inf:
+                raise UserError(f"{name}={value} must be a number: {meaning}")
+        if not _number(self.top_p) or not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (every token)")
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
+        if not all(isinstance(i, int) and _number(x) and math.isfinite(x) for i, x in self.logit_bias.items()):
+            raise UserError(f"logit_bias={dict(self.logit_bias)} must map token ids to numbers")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop={self.stop!r} must be a list of texts, none of them empty")
+        if not all(isinstance(token, int) for token in self.stop_tokens):
+            raise UserError(f"stop_tokens={self.stop_tokens!r} must be a list of token ids")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far, or a bias, change the logits."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or len(self.logit_bias)
+        )
+
+    @property
+    def level(self) -> Level:
+        """What a compiled step needs to be able to do for this request."""
+        if self.penalised or (self.temperature and (self.top_k or self.top_p < 1 or self.min_p)):
+            return "full"
+        return "plain" if self.temperature else "greedy"
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: dict[str, jax.Array]) -> jax.Array:
-    """One token a row, (B,): the most likely at temperature 0, otherwise drawn from what top-k and top-p keep.
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
-    `keys_B` are PRNG keys; `rows` holds temperature, top_k and top_p, each (B,).
+
+class Rows(NamedTuple):
+    """Sampling parameters by row, all (B,); the seed's halves and the number of the sample make a row's noise."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    biased: Any
+    seed_low: Any
+    seed_high: Any
+    sample: Any
+
+
+class History(NamedTuple):
+    """What penalties need, (B, V): whether a token is in the prompt, its count in the answer, its bias."""
+
+    prompt_BV: jax.Array
+    counts_BV: jax.Array
+    bias_BV: jax.Array
+
+
+class Choice(NamedTuple):
+    """A token by row, (B,), its log-probability under the model and under the distribution it was drawn from."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array
+    drawn_logprob_B: jax.Array
+
+
+def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
+    """Rows of NumPy arrays from the parameters and the sample number of each."""
+    params = [p for p, _ in requests]
+    columns = {name: np.array([getattr(p, name) for p in params], np.float32) for name in Rows._fields[:7]}
+    columns["top_k"] = np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32)
+    columns["biased"] = np.array([len(p.logit_bias) > 0 for p in params])
+    columns["seed_low"] = np.array([p.seed & 0xFFFFFFFF for p in params], np.uint32)
+    columns["seed_high"] = np.array([p.seed >> 32 for p in params], np.uint32)
+    columns["sample"] = np.array([sample for _, sample in requests], np.uint32)
+    return Rows(**columns)
+
+
+def noise(rows: Rows, position_B: jax.Array, purpose: int, size: int) -> jax.Array:
+    """Uniform numbers (B, size), a function of seed, sample, position and purpose."""
+
+    def of(low: jax.Array, high: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.key(purpose)
+        for part in (low, high, sample, position):
+            key = jax.random.fold_in(key, part)
+        return jax.random.uniform(key, (size,), jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
+
+    return jax.vmap(of)(rows.seed_low, rows.seed_high, rows.sample, position_B)
+
+
+def choose(
+    logits_BV: jax.Array, rows: Rows, position_B: jax.Array, *, level: Level, history: History | None = None
+) -> Choice:
+    """One token a row: the most likely at temperature 0, otherwise drawn from what is kept.
+
+    `position_B` is the position of the token before. `level` says what the rows ask for at most; a row's answer does
+    not depend on it.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    temperature_B1 = jnp.maximum(rows["temperature"], 1e-6)[:, None]
-    z_BV = keep(logits_BV.astype(jnp.float32) / temperature_B1, rows["top_k"], rows["top_p"])
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))(keys_B)
-    drawn_B = jnp.argmax(z_BV + noise_BV, axis=-1)
-    return jnp.where(rows["temperature"] == 0, greedy_B, drawn_B).astype(jnp.int32)
+    logits_BV = logits_BV.astype(jnp.float32)
+    if level == "greedy":
+        z_BV = logits_BV
+        token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
+        return Choice(token_B, logprob(z_BV, token_B), jnp.zeros(z_BV.shape[:1], jnp.float32))
+    z_BV, best_B = process(logits_BV, rows, level=level, history=history)
+    token_B = draw(z_BV, rows, position_B, DRAW)
+    token_B = jnp.where(rows.temperature == 0, best_B, token_B).astype(jnp.int32)
+    drawn_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
+    return Choice(token_B, logprob(logits_BV, token_B), drawn_B)
 
 
-def keep(z_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Logits with all but the k most likely tokens, then all but the smallest set of mass p, set to -inf.
+def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array, purpose: int) -> jax.Array:
+    """A token a row, (B,), with probabilities softmax(z), by the Gumbel maximum."""
+    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, purpose, z_BV.shape[1])))
+    return jnp.argmax(z_BV + gumbel_BV, axis=-1).astype(jnp.int32)
+
+
+def process(
+    logits_BV: jax.Array, rows: Rows, *, level: Level, history: History | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of the distribution that a row draws from, -inf where it draws nothing, and the most likely token (B,)."""
+    if level == "full" and history is not None:
+        logits_BV = penalise(logits_BV, rows, history)
+    best_B = jnp.argmax(logits_BV, axis=-1)
+    z_BV = logits_BV / jnp.where(rows.temperature == 0, 1.0, jnp.maximum(rows.temperature, 1e-6))[:, None]
+    return (keep(z_BV, rows.top_k, rows.top_p, rows.min_p) if level == "full" else z_BV), best_B
+
+
+def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """log softmax(z) at one token a row, (B,)."""
+    at_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=-1)[:, 0]
+    return at_B - jax.nn.logsumexp(z_BV, axis=-1)
+
+
+def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
+    """Logits after bias, repetition, presence and frequency penalties."""
+    z_BV = jnp.where(rows.biased[:, None], logits_BV + history.bias_BV, logits_BV)
+    said_BV = history.counts_BV > 0
+    repetition_B1 = rows.repetition_penalty[:, None]
+    repeated_BV = jnp.where(z_BV > 0, z_BV / repetition_B1, z_BV * repetition_B1)
+    z_BV = jnp.where(history.prompt_BV | said_BV, repeated_BV, z_BV)
+    return z_BV - rows.presence_penalty[:, None] * said_BV - rows.frequency_penalty[:, None] * history.counts_BV
+
+
+def keep(z_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None) -> jax.Array:
+    """Logits with all but the k most likely tokens, then all but the smallest set of mass p, set to -inf; then those
+    less likely than min_p of the most likely.
 
     Ties at the border of top-k are kept; the token that crosses p is kept.
     """
-    order_BV = _ordered_bits(z_BV)
-    V = z_BV.shape[-1]
+    order_BV, V = _order(z_BV), z_BV.shape[-1]
     k_B1 = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)[:, None]
-    least_B1 = _largest(order_BV, lambda seen_BV: jnp.sum(seen_BV, axis=-1, keepdims=True) >= k_B1)
+    least_B1 = _largest(order_BV, jnp.ones_like(order_BV), k_B1)
     z_BV = jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
-    p_BV = jax.nn.softmax(z_BV, axis=-1)
     mass_B1 = top_p_B[:, None]
-    enough = lambda seen_BV: jnp.sum(jnp.where(seen_BV, p_BV, 0), axis=-1, keepdims=True) >= mass_B1  # noqa: E731
-    least_B1 = jnp.where(mass_B1 >= 1, jnp.iinfo(jnp.int32).min, _largest(order_BV, enough))
-    return jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
+    least_B1 = jnp.where(mass_B1 >= 1, 0, _largest(order_BV, jax.nn.softmax(z_BV, axis=-1), mass_B1))
+    z_BV = jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
+    if min_p_B is None:
+        return z_BV
+    least_B1 = jnp.max(z_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
+    return jnp.where(z_BV >= least_B1, z_BV, -jnp.inf)
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """int32 that order as the float32 they stand for."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+def _order(x: jax.Array) -> jax.Array:
+    """uint32 that order as the float32 they stand for."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(order_BV: jax.Array, enough: Any) -> jax.Array:
-    """The largest threshold t, (B, 1), for which the set order >= t is enough; one bit a turn."""
-    shape = (*order_BV.shape[:-1], 1)
-    lowest = jnp.full(shape, jnp.iinfo(jnp.int32).min, jnp.int32)
-    start_B1 = jnp.where(enough(order_BV >= 0), 0, lowest)
+def _largest(order_BV: jax.Array, weight_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
+    """The largest threshold t, (B, 1), for which those with order >= t weigh at least `least_B1`."""
+    bits = _TURN_BITS.get(jax.default_backend(), 4)
+    digit_J = jnp.arange(1, 1 << bits, dtype=jnp.uint32)
 
-    def turn(i: jax.Array, least_B1: jax.Array) -> jax.Array:
-        higher_B1 = least_B1 + (jnp.int32(1) << (30 - i))
-        return jnp.where(enough(order_BV >= higher_B1), higher_B1, least_B1)
+    def turn(i: jax.Array, found_B1: jax.Array) -> jax.Array:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        tried_BJ = found_B1 + (digit_J[None] << shift)
+        seen_BJV = order_BV[:, None] >= tried_BJ[:, :, None]
+        weight_BJ = jnp.sum(jnp.where(seen_BJV, weight_BV[:, None], 0), axis=-1)
+        return found_B1 + (jnp.sum(weight_BJ >= least_B1, axis=1, keepdims=True).astype(jnp.uint32) << shift)
 
-    return jax.lax.fori_loop(0, 31, turn, start_B1)
+    return jax.lax.fori_loop(0, 32 // bits, turn, jnp.zeros((order_BV.shape[0], 1), jnp.uint32))

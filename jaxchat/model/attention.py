@@ -66,13 +66,15 @@ class GQA:
 class Context(NamedTuple):
     """What a mixer needs beside its input: token ids, positions and segments, each (B, T); segments may be None.
 
-    `rotation` holds the layer's cosines and sines, made once for all layers of equal rotary positions.
+    `rotation` holds the layer's cosines and sines, made once for all layers of equal rotary positions; `length_B`, with
+    a cache, is how many positions of each row are written once this call's are.
     """
 
     tokens_BT: jax.Array
     positions_BT: jax.Array
     segments_BT: jax.Array | None
     rotation: tuple[jax.Array, jax.Array] | None = None
+    length_B: jax.Array | None = None
 
 
 def rotation(positions_BT: jax.Array, rope: RoPE, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -109,10 +111,15 @@ def visible(
 
 def attend(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the keys that are seen; scores and softmax in float32. Returns (B, T, H, D)."""
+    return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS)
+
+
+def attend_cached(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """`attend` to keys and values that lie heads first, as a cache keeps them."""
     B, T, H, D = q_BTHD.shape
-    K, G = k_BSKD.shape[2], H // k_BSKD.shape[2]
+    K, G = k_BKSD.shape[1], H // k_BKSD.shape[1]
     q_BKRD = (q_BTHD * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    o_BKRD = _attend_heads(q_BKRD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS)
+    o_BKRD = _attend_heads(q_BKRD, k_BKSD, v_BKSD, seen_BTS)
     return o_BKRD.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -208,9 +215,11 @@ class GroupedQueryAttention(nn.Module):
         if cache is None:
             o_BTHD = attend_row(q_BTHD, k_BTKD, v_BTKD, context, window=c.window)
         else:
+            assert context.length_B is not None
             cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
-            seen_BTS = visible(context.positions_BT, cache.positions_BS, window=c.window)
-            o_BTHD = attend(q_BTHD, cache.k_BSKD.astype(dtype), cache.v_BSKD.astype(dtype), seen_BTS)
+            held_BS = kv.slot_positions(context.length_B, cache.k_BKSD.shape[2])
+            seen_BTS = visible(context.positions_BT, held_BS, window=c.window)
+            o_BTHD = attend_cached(q_BTHD, cache.k_BKSD.astype(dtype), cache.v_BKSD.astype(dtype), seen_BTS)
         o_BTHD = checkpoint_name(o_BTHD, "attention")
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
         return jnp.einsum("BTHD,HDM->BTM", o_BTHD, w_HDM.astype(dtype)), cache

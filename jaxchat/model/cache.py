@@ -1,4 +1,7 @@
-"""The key and value cache: a ring of slots per row, as a value that goes in and comes out."""
+"""The key and value cache: a ring of slots per row, as a value that goes in and comes out.
+
+Position p lies in slot p % slots, so a length alone tells which position each slot holds.
+"""
 
 from typing import NamedTuple
 
@@ -7,11 +10,10 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-    """Keys and values by slot; `positions_BS` says which position a slot holds, -1 where it is empty."""
+    """Keys and values by slot, heads before slots: attention reads them as they lie."""
 
-    k_BSKD: jax.Array
-    v_BSKD: jax.Array
-    positions_BS: jax.Array
+    k_BKSD: jax.Array
+    v_BKSD: jax.Array
 
 
 def empty(
@@ -20,20 +22,36 @@ def empty(
     """An empty cache for `length` positions.
 
     A windowed layer keeps a ring of window + 1 + `write` slots, `write` being the most tokens written by one call, so
-    that the first of them still finds every key of its window.
+    that the first of them still finds every key of its window, and so does the next call after up to `write` tokens
+    were taken back.
     """
     slots = length if window is None else min(length, window + 1 + write)
-    shape = (batch, slots, kv_heads, head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32))
+    shape = (batch, kv_heads, slots, head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def slot_positions(length_B: jax.Array, slots: int) -> jax.Array:
+    """The position that each slot of a row holds after positions 0 to length - 1 were written, -1 for none: (B, S)."""
+    last_B1, slot_S = length_B[:, None] - 1, jnp.arange(slots, dtype=jnp.int32)[None]
+    return jnp.maximum(last_B1 - (last_B1 - slot_S) % slots, -1)
 
 
 def write(cache: KVCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: jax.Array) -> KVCache:
     """Writes the keys and values of each token at its position's slot; a position of -1 (padding) is not written."""
-    slots = cache.positions_BS.shape[1]
+    slots = cache.k_BKSD.shape[2]
     rows = jnp.arange(positions_BT.shape[0])[:, None]
     slot_BT = jnp.where(positions_BT >= 0, positions_BT % slots, slots)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[rows, slot_BT].set(new.astype(old.dtype), mode="drop")
+    def put(old_BKSD: jax.Array, new_BTKD: jax.Array) -> jax.Array:
+        return old_BKSD.at[rows, :, slot_BT].set(new_BTKD.astype(old_BKSD.dtype), mode="drop")
 
-    return KVCache(put(cache.k_BSKD, k_BTKD), put(cache.v_BSKD, v_BTKD), put(cache.positions_BS, positions_BT))
+    return KVCache(put(cache.k_BKSD, k_BTKD), put(cache.v_BKSD, v_BTKD))
+
+
+def resize(cache: KVCache, length_B: jax.Array, slots: int) -> KVCache:
+    """The same rows in rings of another size; what does not fit any more is the oldest."""
+    old = cache.k_BKSD.shape[2]
+    if slots == old:
+        return cache
+    index_BS = jnp.maximum(slot_positions(length_B, slots), 0) % old
+    return KVCache(*(jnp.take_along_axis(x, index_BS[:, None, :, None], axis=2) for x in cache))

@@ -86,9 +86,14 @@ class Model:
 
 
 class Cache(NamedTuple):
-    """A cache by layer, and the last token of each row (-1 before the first), which smear needs."""
+    """A cache by layer, how many positions of each row are written, and the token at the last of them.
+
+    Smear needs the last token. A row is taken back to an earlier position by writing there again, with `last_B` set to
+    the token before.
+    """
 
     layers: tuple[KVCache, ...]
+    length_B: jax.Array
     last_B: jax.Array
 
 
@@ -190,7 +195,8 @@ class Transformer:
             segments_BT = None
         if positions_BT is None:
             positions_BT = positions_within(tokens_BT, segments_BT)
-        context = Context(tokens_BT, positions_BT, segments_BT)
+        length_B = None if cache is None else _length(positions_BT, cache)
+        context = Context(tokens_BT, positions_BT, segments_BT, length_B=length_B)
         x_BTM = self._embed(ends, context, None if cache is None else cache.last_B)
         x_BTM = sharding.constrain(x_BTM, ("batch", "length", "width"))
         if cache is None and c.layer_loop == "scan" and "layers" in params:
@@ -200,7 +206,7 @@ class Transformer:
         if c.backout is not None:
             x_BTM = x_BTM - ends["backout_scale"].astype(x_BTM.dtype) * middle_BTM
         if cache is not None:
-            cache = Cache(layers, _last_token(context, cache.last_B))
+            cache = Cache(layers, _length(positions_BT, cache), _last_token(context, cache.last_B))
         return rms_norm(x_BTM, c.norm.eps), cache
 
     def head(self, params: Params) -> jax.Array:
@@ -221,7 +227,7 @@ class Transformer:
         c = self.config
         mixers = [c.pattern[i % len(c.pattern)] for i in range(c.depth)]
         layers = tuple(MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in mixers)
-        return Cache(layers, jnp.full((batch,), -1, jnp.int32))
+        return Cache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def unstack(self, params: Params) -> Params:
         """Parameters by layer, in the compute type: what decoding reads."""
@@ -358,6 +364,12 @@ def flops_per_token(config: Model, length: int) -> dict[str, int]:
         "smear": 0 if config.smear is None else 6 * config.smear.channels,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _length(positions_BT: jax.Array, cache: Cache) -> jax.Array:
+    """How many positions of each row are written after a call, (B,): a row of padding stays as long as it is."""
+    end_B = positions_BT.max(axis=1) + 1
+    return jnp.where(end_B > 0, end_B, cache.length_B)
 
 
 def _last_token(context: Context, last_B: jax.Array) -> jax.Array:

@@ -1,0 +1,158 @@
+"""What the device runs: prefill, admission into slots, chunks of decoding steps; pure functions of their arguments."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat import sharding
+from jaxchat.decode.sampling import TOP_LOGPROBS, Choice, History, Level, Rows, choose
+from jaxchat.model.cache import KVCache, resize
+from jaxchat.model.transformer import Cache, Params, Transformer
+
+
+class Running(NamedTuple):
+    """Where each slot stands, (B,): its newest token, not in the cache yet; that token's position, -1 for an idle slot;
+    the position of the last token it may get; and (B, N) the tokens at which it pauses, -1 for none.
+    """
+
+    token_B: Any
+    position_B: Any
+    limit_B: Any
+    stops_BN: Any
+
+
+class Steps(NamedTuple):
+    """What each step gave each slot, (K, B): -1 for no token; the most likely tokens (K, B, N), where asked for."""
+
+    token_KB: jax.Array
+    logprob_KB: jax.Array
+    drawn_logprob_KB: jax.Array
+    top_KBN: tuple[jax.Array, jax.Array] | None
+
+
+def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
+    """An empty cache in its place on the mesh."""
+    return place(transformer.empty_cache(batch, length, write=write))
+
+
+def prefill(
+    transformer: Transformer,
+    params: Params,
+    tokens_RT: jax.Array,
+    positions_RT: jax.Array,
+    cache: Cache,
+    logits_RV: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Reads a piece of each prompt into its cache, and the logits after it; a row of padding stays as it is."""
+    hidden_RTM, cache_after = transformer.apply(params, tokens_RT, positions_BT=positions_RT, cache=cache)
+    assert cache_after is not None
+    last_R11 = jnp.argmax(positions_RT, axis=1)[:, None, None]
+    new_RV = transformer.logits(params, jnp.take_along_axis(hidden_RTM, last_R11, axis=1))[:, 0]
+    read_R1 = (positions_RT.max(axis=1) >= 0)[:, None]
+    return place(cache_after), jnp.where(read_R1, new_RV, logits_RV)
+
+
+def admit(
+    cache: Cache,
+    history: History | None,
+    source: Cache,
+    logits_RV: jax.Array,
+    take_N: jax.Array,
+    slot_N: jax.Array,
+    rows: Rows,
+    prompts: History | None,
+    *,
+    level: Level,
+    top: bool,
+) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
+    """Copies prefilled rows `take_N` into slots `slot_N` (out of range for none) and chooses each one's first token."""
+    row_caches = jax.tree.map(lambda x: x[take_N], source)
+    length_N = row_caches.length_B
+    logits_NV = logits_RV[take_N]
+    choice = choose(logits_NV, rows, length_N - 1, level=level, history=prompts)
+    put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
+    layers = []
+    for old, new in zip(cache.layers, row_caches.layers, strict=True):
+        new = resize(new, length_N, old.k_BKSD.shape[2])
+        layers.append(jax.tree.map(put, old, new))
+    cache = Cache(tuple(layers), put(cache.length_B, length_N), put(cache.last_B, row_caches.last_B))
+    if history is not None and prompts is not None:
+        rows_N = jnp.arange(slot_N.shape[0])
+        counts_NV = prompts.counts_BV.at[rows_N, choice.token_B].add(1)
+        history = History(*map(put, history, prompts._replace(counts_BV=counts_NV)))
+    return place(cache), history, choice, most_likely(logits_NV) if top else None
+
+
+def decode(
+    transformer: Transformer,
+    params: Params,
+    cache: Cache,
+    history: History | None,
+    running: Running,
+    rows: Rows,
+    forced_KB: jax.Array,
+    *,
+    level: Level,
+    top: bool,
+) -> tuple[Cache, History | None, Running, Steps]:
+    """A step for each row of `forced_KB`: reads every slot's newest token and chooses the next, unless one is forced.
+
+    A slot that reaches a stop token or its limit pauses: it writes nothing and gets nothing until the next chunk.
+    """
+    slots_B = jnp.arange(running.token_B.shape[0])
+
+    def step(carry: Any, forced_B: jax.Array) -> Any:
+        token_B, position_B, paused_B, cache, history = carry
+        at_B = jnp.where(paused_B, -1, position_B)
+        hidden_B1M, cache = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
+        logits_BV = transformer.logits(params, hidden_B1M)[:, 0]
+        choice = choose(logits_BV, rows, position_B, level=level, history=history)
+        next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
+        if history is not None:
+            history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))
+        given = Steps(
+            jnp.where(paused_B, -1, next_B),
+            choice.logprob_B,
+            choice.drawn_logprob_B,
+            most_likely(logits_BV) if top else None,
+        )
+        token_B = jnp.where(paused_B, token_B, next_B)
+        position_B = jnp.where(paused_B, position_B, position_B + 1)
+        stopped_B = jnp.any(token_B[:, None] == running.stops_BN, axis=1) & (forced_B < 0)
+        return (token_B, position_B, paused_B | stopped_B | (position_B >= running.limit_B), cache, history), given
+
+    start = (running.token_B, running.position_B, running.position_B < 0, cache, history)
+    (token_B, position_B, _, cache, history), steps = jax.lax.scan(step, start, forced_KB)
+    return place(cache), history, running._replace(token_B=token_B, position_B=position_B), steps
+
+
+def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
+    """A cache whose row `row` begins with the first `length` positions of the single row of `source`."""
+    layers = []
+    for old, new in zip(cache.layers, source.layers, strict=True):
+        new = resize(new, source.length_B, old.k_BKSD.shape[2])
+        layers.append(KVCache(*(x.at[row].set(y[0]) for x, y in zip(old, new))))
+    return place(Cache(tuple(layers), cache.length_B.at[row].set(length), cache.last_B.at[row].set(last)))
+
+
+def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:
+    """The rows `take_B` of a cache, in a cache of another length."""
+    shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
+    rows = jax.tree.map(lambda x: x[take_B], cache)
+    layers = tuple(
+        resize(row, rows.length_B, shape.k_BKSD.shape[2]) for row, shape in zip(rows.layers, shapes.layers, strict=True)
+    )
+    return place(rows._replace(layers=layers))
+
+
+def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens and their log-probabilities, (B, N) each."""
+    values_BN, ids_BN = jax.lax.top_k(logits_BV, min(TOP_LOGPROBS, logits_BV.shape[1]))
+    return ids_BN, values_BN - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+
+
+def place(cache: Cache) -> Cache:
+    """A cache by its logical axes, where a mesh is set: rows over `data`, heads over `tensor`."""
+    put = lambda x: sharding.constrain(x, ("batch", "kv_heads", None, None))  # noqa: E731
+    return cache._replace(layers=jax.tree.map(put, cache.layers))

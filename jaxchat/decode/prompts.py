@@ -1,0 +1,127 @@
+"""Reading prompts: prefill in pieces of fixed lengths, after whatever an earlier prompt or answer has in common."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.decode import programs
+from jaxchat.model.transformer import Cache, Params, Transformer
+
+SHORTEST_PIECE = 16
+SHORTEST_ROW = 256
+
+
+def bucket(least: int, *, shortest: int, longest: int) -> int:
+    """The smallest of shortest, twice that, and so on, that is at least `least`; `longest` at most."""
+    return min(max(shortest, 1 << (least - 1).bit_length()), longest)
+
+
+class Plan(NamedTuple):
+    """The compiled shapes that a prompt meets: its row's length, the longest piece, and the pieces it is read in."""
+
+    length: int
+    longest: int
+    pieces: tuple[int, ...]
+
+
+def plan(tokens: int, remembered: int, *, piece: int, length: int) -> Plan:
+    """The plan for a prompt of which `remembered` tokens need not be read; a function of the prompt alone."""
+    row = bucket(tokens, shortest=SHORTEST_ROW, longest=length)
+    longest = min(piece, row)
+    whole, last = divmod(tokens - remembered, longest)
+    pieces = (longest,) * whole
+    if last:
+        pieces += (bucket(last, shortest=SHORTEST_PIECE, longest=longest),)
+    return Plan(row, longest, pieces)
+
+
+class Prefixes:
+    """Caches of texts that were read before, the least recently used forgotten first."""
+
+    def __init__(self, most_bytes: int, *, windowed: bool) -> None:
+        self._most_bytes, self._windowed = most_bytes, windowed
+        self._held: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def store(self, tokens: tuple[int, ...], cache: Cache) -> None:
+        """Remembers a single row; it replaces those whose text it continues."""
+        for other in [held for held in self._held if tokens[: len(held)] == held]:
+            del self._held[other]
+        self._held[tokens] = cache
+        while self._held and self.size > self._most_bytes:
+            self._held.popitem(last=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return sum(leaf.nbytes for cache in self._held.values() for leaf in jax.tree.leaves(cache))
+
+    def find(self, prompt: Sequence[int]) -> tuple[int, Cache] | None:
+        """How many of a prompt's first tokens are remembered, and where; its last token is always read again.
+
+        A windowed layer has overwritten what lies before its window, so there a text is used whole or not at all.
+        """
+        best: tuple[int, tuple[int, ...]] | None = None
+        for held in self._held:
+            same = common(held, prompt[:-1])
+            if same and (same == len(held) or not self._windowed) and (best is None or same > best[0]):
+                best = same, held
+        if best is None:
+            return None
+        self._held.move_to_end(best[1])
+        return best[0], self._held[best[1]]
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two texts share."""
+    most = min(len(one), len(other))
+    return next((i for i in range(most) if one[i] != other[i]), most)
+
+
+@dataclass
+class Reader:
+    """Reads `rows` prompts at a time; every prompt of a call has the same plan."""
+
+    transformer: Transformer
+    rows: int
+
+    def __post_init__(self) -> None:
+        self._prefill = jax.jit(functools.partial(programs.prefill, self.transformer), donate_argnums=(3, 4))
+        self._recall = jax.jit(programs.recall, donate_argnums=0)
+        self._empty = jax.jit(functools.partial(programs.empty, self.transformer), static_argnums=(0, 1, 2))
+
+    def read(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        found: Sequence[tuple[int, Cache] | None],
+        plan: Plan,
+    ) -> tuple[Cache, jax.Array]:
+        """The prompts' caches, and the logits after each, (R, V)."""
+        cache = self._empty(self.rows, plan.length, plan.longest)
+        done = [0] * len(prompts)
+        for row, remembered in enumerate(found):
+            if remembered is not None:
+                done[row], source = remembered
+                cache = self._recall(cache, source, row, done[row], prompts[row][done[row] - 1])
+        logits_RV = jnp.zeros((self.rows, self.transformer.config.vocab), jnp.float32)
+        for size in plan.pieces:
+            tokens_RT, positions_RT = np.zeros((self.rows, size), np.int32), np.full((self.rows, size), -1, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[done[row] : done[row] + size]
+                tokens_RT[row, : len(part)] = part
+                positions_RT[row, : len(part)] = range(done[row], done[row] + len(part))
+                done[row] += len(part)
+            cache, logits_RV = self._prefill(params, tokens_RT, positions_RT, cache, logits_RV)
+        return cache, logits_RV

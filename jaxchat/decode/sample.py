@@ -1,0 +1,141 @@
+"""One answer on its way: its tokens, its text, its tool calls, and how it ended."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from jaxchat.config import UserError
+from jaxchat.decode.requests import Completion, Request, TextStream, Tool
+from jaxchat.tokenizer import Tokenizer
+
+
+class Sample:
+    """Sample number `index` of a request, in the engine's hands until `finish_reason` is set."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        prompt: tuple[int, ...],
+        index: int,
+        *,
+        context: int,
+        ends: set[int],
+    ) -> None:
+        self.request, self.prompt, self.index = request, prompt, index
+        sampling = request.sampling
+        self.finish_reason = ""
+        self.error: str | None = None
+        self.tokens: list[int] = []
+        self.surplus: list[int] = []
+        """Tokens that were decoded after the end, before the host saw it."""
+        self.forced: deque[int] = deque()
+        """Tokens of a tool's answer that were not read yet."""
+        self.limit = min(len(prompt) + sampling.max_tokens, context) - 1
+        self._limit_reason = "length" if len(prompt) + sampling.max_tokens <= context else "context"
+        self.stops = set(sampling.stop_tokens) | (set() if sampling.ignore_end else ends)
+        self._tools = {tokenizer.specials[tool.begin]: tool for tool in request.tools}
+        self._call: tuple[Tool, list[int]] | None = None
+        self._tokenizer = tokenizer
+        self._stream = TextStream(tokenizer, sampling.stop)
+        self._unread: list[str] = []
+        self._logprobs: list[float] = []
+        self._drawn: list[float] = []
+        self._sampled: list[bool] = []
+        self._top: list[tuple[tuple[int, float], ...]] = []
+        self._start = self._end = time.perf_counter()
+        self._first = 0.0
+
+    @property
+    def position(self) -> int:
+        """The newest token's position."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def pauses(self) -> set[int]:
+        """Tokens at which the device waits for the host."""
+        return self.stops | {self._tokenizer.specials[tool.end] for tool in self.request.tools}
+
+    def give(self, token: int, logprob: float, drawn: float, top: Sequence[tuple[int, float]] = ()) -> None:
+        """Takes the next token from the device; finishes the sample, or calls a tool, where it is time to."""
+        if self.finish_reason:
+            self.surplus.append(token)
+            return
+        forced = bool(self.forced)
+        if forced:
+            token = self.forced.popleft()
+        elif not self.tokens:
+            self._first = time.perf_counter()
+        self.tokens.append(token)
+        self._sampled.append(not forced)
+        self._logprobs.append(0.0 if forced else logprob)
+        self._drawn.append(0.0 if forced else drawn)
+        if count := self.request.sampling.top_logprobs:
+            self._top.append(() if forced else tuple(top[:count]))
+        if not forced and token in self.stops:
+            self._finish("stop")
+            return
+        self._unread.append(self._stream.add(token))
+        if self._stream.stopped:
+            self._finish("stop")
+        elif self.position >= self.limit:
+            self._finish(self._limit_reason)
+        elif not forced:
+            self._listen(token)
+
+    def _listen(self, token: int) -> None:
+        """Follows a tool call from its begin token to its end token, then queues the answer."""
+        specials = self._tokenizer.specials
+        if token in self._tools:
+            self._call = self._tools[token], []
+        elif self._call is not None:
+            tool, call = self._call
+            if token != specials[tool.end]:
+                call.append(token)
+                return
+            self._call = None
+            try:
+                answer = tool(self._tokenizer.decode(call))
+            except Exception as error:
+                self.error = f"the tool {type(tool).__name__} failed: {error}"
+                self._finish("error")
+                return
+            if answer is not None:
+                self.forced.extend(
+                    [specials[tool.answer_begin], *self._tokenizer.encode(answer), specials[tool.answer_end]]
+                )
+
+    def take_text(self) -> str:
+        """The text that came since the last call."""
+        text = "".join(self._unread)
+        self._unread.clear()
+        return text
+
+    def cancel(self) -> None:
+        """Ends the sample, if it has not ended; its slot is free at the engine's next step."""
+        if not self.finish_reason:
+            self._finish("cancelled")
+
+    def _finish(self, reason: str) -> None:
+        self._end = time.perf_counter()
+        self._unread.append(self._stream.finish())
+        self.finish_reason = reason
+
+    def completion(self) -> Completion:
+        return Completion(
+            text=self._stream.text,
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self._logprobs),
+            drawn_logprobs=tuple(self._drawn),
+            sampled=tuple(self._sampled),
+            finish_reason=self.finish_reason,
+            seconds=self._end - self._start,
+            first_token_seconds=max(0.0, self._first - self._start),
+            top_logprobs=tuple(self._top),
+            error=self.error,
+        )
+
+
+def refused(error: UserError) -> Completion:
+    """The answer to a request that cannot be run."""
+    return Completion("", (), (), (), (), finish_reason="error", error=str(error))

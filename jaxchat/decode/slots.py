@@ -1,0 +1,197 @@
+"""The rows that are decoded together: their caches on the device, and who sits where."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.decode import programs
+from jaxchat.decode.programs import Running
+from jaxchat.decode.prompts import SHORTEST_ROW, bucket
+from jaxchat.decode.sample import Sample
+from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, pack
+from jaxchat.model.transformer import Cache, Params, Transformer
+
+_IDLE = (SamplingParams(temperature=0), 0)
+
+
+@dataclass
+class Stats:
+    """Steps of slots that were decoded, those that gave a sample its token, and dispatches."""
+
+    slot_steps: int = 0
+    useful_steps: int = 0
+    chunks: int = 0
+
+
+class Slots:
+    """At most `most` samples, decoded `steps` tokens a dispatch, in rows of at most `length` positions.
+
+    With `adapt`, there are as many slots, and rows as long, as the samples need, each rounded up to a power of two.
+    """
+
+    def __init__(self, transformer: Transformer, *, most: int, length: int, steps: int, adapt: bool) -> None:
+        self.samples: list[Sample | None] = []
+        self.stats = Stats()
+        self._most, self._longest, self._steps, self._adapt = most, length, steps, adapt
+        self._length = 0
+        self._cache: Cache | None = None
+        self._history: History | None = None
+        self._rows: Rows | None = None
+        static = ("level", "top")
+        self._admit = jax.jit(programs.admit, donate_argnums=(0, 1), static_argnames=static)
+        self._decode = jax.jit(
+            functools.partial(programs.decode, transformer), donate_argnums=(1, 2), static_argnames=static
+        )
+        self._move = jax.jit(functools.partial(programs.move, transformer), static_argnames=("length", "write"))
+        self._empty = jax.jit(functools.partial(programs.empty, transformer), static_argnums=(0, 1, 2))
+
+    @property
+    def active(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample is not None]
+
+    @property
+    def free(self) -> int:
+        return self._most - len(self.active)
+
+    def release(self) -> None:
+        """Empties the slots of samples that have ended."""
+        self.samples = [None if sample is None or sample.finish_reason else sample for sample in self.samples]
+
+    def fit(self, entering: Sequence[Sample] = ()) -> None:
+        """Makes room for those who enter and for every sample's next chunk; gives up room that nobody needs."""
+        people = [*self.active, *entering]
+        slots, length = self._most, self._longest
+        if self._adapt:
+            need = max((sample.position + 1 + self._steps for sample in people), default=1)
+            slots = bucket(len(people), shortest=1, longest=self._most)
+            length = bucket(need, shortest=SHORTEST_ROW, longest=self._longest)
+        if (slots, length) == (len(self.samples), self._length):
+            return
+        if entering and self.active:  # Others may follow: only grow.
+            slots, length = max(slots, len(self.samples)), max(length, self._length)
+        if self._cache is None:
+            self._cache = self._empty(slots, length, 1)
+            self.samples, self._length = [None] * slots, length
+        if (slots, length) != (len(self.samples), self._length):
+            order = list(range(len(self.samples)))
+            if slots < len(order):
+                order.sort(key=lambda slot: self.samples[slot] is None)
+            take = np.resize(np.array(order, np.int32), slots)  # New slots begin as copies of others, and idle.
+            self.samples = ([self.samples[slot] for slot in order] + [None] * slots)[:slots]
+            self._cache, self._length = self._move(self._cache, take, length=length, write=1), length
+            if self._history is not None:
+                self._history = History(*(column[take] for column in self._history))
+        self._rows = None
+
+    def enter(self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]]) -> None:
+        """Gives a slot to samples whose prompts are rows of `source`, and to each its first token."""
+        assert self._cache is not None
+        free = [slot for slot, sample in enumerate(self.samples) if sample is None]
+        width, vocab = logits_RV.shape
+        for start in range(0, len(entering), width):
+            group = entering[start : start + width]
+            take, slot = np.zeros(width, np.int32), np.full(width, len(self.samples), np.int32)
+            params = [_IDLE] * width
+            for i, (row, sample) in enumerate(group):
+                take[i], slot[i] = row, free[start + i]
+                params[i] = sample.request.sampling, sample.index
+                self.samples[slot[i]] = sample
+            prompts = None
+            if any(sample.request.sampling.penalised for _, sample in group):
+                prompts = _history([sample for _, sample in group], width, vocab)
+                if self._history is None:
+                    empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
+                    self._history = History(*empty)
+            level, top, _ = self._wanted([sample for _, sample in group])
+            history = self._history if prompts is not None else None
+            self._cache, history, choice, likely = self._admit(
+                self._cache, history, source, logits_RV, take, slot, pack(params), prompts, level=level, top=top
+            )
+            if prompts is not None:
+                self._history = history
+            choice, likely = jax.device_get((choice, likely))
+            for i, (_, sample) in enumerate(group):
+                sample.give(int(choice.token_B[i]), *_told(choice, likely, i))
+        self._rows = None
+
+    def decode(self, params: Params) -> None:
+        """One chunk: every sample gets up to `steps` tokens."""
+        assert self._cache is not None
+        B, K = len(self.samples), self._steps
+        position, token, limit = np.full(B, -1, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+        pauses = [sorted(sample.pauses) if sample else [] for sample in self.samples]
+        stops = np.full((B, max(4, *map(len, pauses))), -1, np.int32)
+        forced = np.full((K, B), -1, np.int32)
+        for slot, sample in enumerate(self.samples):
+            if sample is not None:
+                position[slot], token[slot], limit[slot] = sample.position, sample.tokens[-1], sample.limit
+                stops[slot, : len(pauses[slot])] = pauses[slot]
+                queued = list(sample.forced)[:K]
+                forced[: len(queued), slot] = queued
+        if self._rows is None:
+            idle = (SamplingParams(temperature=0), 0)
+            rows = pack(
+                [idle if sample is None else (sample.request.sampling, sample.index) for sample in self.samples]
+            )
+            self._rows = jax.tree.map(jnp.asarray, rows)
+        level, top, penalised = self._wanted(self.active)
+        self._cache, history, _, steps = self._decode(
+            params,
+            self._cache,
+            self._history if penalised else None,
+            Running(token, position, limit, stops),
+            self._rows,
+            forced,
+            level=level,
+            top=top,
+        )
+        if penalised:
+            self._history = history
+        steps = jax.device_get(steps)
+        self.stats.chunks += 1
+        self.stats.slot_steps += B * K
+        for k in range(K):
+            for slot, sample in enumerate(self.samples):
+                if sample is not None and steps.token_KB[k, slot] >= 0:
+                    self.stats.useful_steps += not sample.finish_reason
+                    likely = None if steps.top_KBN is None else (steps.top_KBN[0][k], steps.top_KBN[1][k])
+                    at = steps.logprob_KB[k, slot], steps.drawn_logprob_KB[k, slot]
+                    sample.give(int(steps.token_KB[k, slot]), float(at[0]), float(at[1]), _pairs(likely, slot))
+
+    def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
+        """What was read for a sample that has ended and not left: the tokens, and a cache of one row."""
+        assert self._cache is not None
+        tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
+        length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
+        slot = np.array([self.samples.index(sample)], np.int32)
+        return tokens, self._move(self._cache, slot, length=length, write=1)
+
+    def _wanted(self, samples: Sequence[Sample]) -> tuple[Level, bool, bool]:
+        """The level that serves all of them, whether any reports likely tokens, and whether any is penalised."""
+        asked = [sample.request.sampling for sample in samples]
+        level = max((params.level for params in asked), key=LEVELS.index)
+        return level, any(params.top_logprobs for params in asked), any(params.penalised for params in asked)
+
+
+def _history(samples: Sequence[Sample], width: int, vocab: int) -> History:
+    """The history of samples at their start, in `width` rows."""
+    prompt, bias = np.zeros((width, vocab), bool), np.zeros((width, vocab), np.float32)
+    for i, sample in enumerate(samples):
+        prompt[i, list(sample.prompt)] = True
+        for token, value in sample.request.sampling.logit_bias.items():
+            bias[i, token] = value
+    return History(prompt, np.zeros((width, vocab), np.int32), bias)  # type: ignore[arg-type]
+
+
+def _pairs(likely: Any, i: int) -> list[tuple[int, float]]:
+    return [] if likely is None else list(zip(likely[0][i].tolist(), likely[1][i].tolist()))
+
+
+def _told(choice: Any, likely: Any, i: int) -> tuple[float, float, list[tuple[int, float]]]:
+    """What `Sample.give` takes beside the token."""
+    return float(choice.logprob_B[i]), float(choice.drawn_logprob_B[i]), _pairs(likely, i)

@@ -1,0 +1,23 @@
+"""A tokenizer of one id a letter, for small models: its special tokens can be any ids, and each id any bytes."""
+
+from collections.abc import Iterable, Mapping
+
+
+class Letters:
+    """Id i stands for the character chr(ord("0") + i), or for `pieces[i]`; special tokens stand for nothing."""
+
+    bos = 0
+
+    def __init__(self, pieces: Mapping[int, bytes] | None = None, **specials: int) -> None:
+        self.specials = {"<|bos|>": 0} | {f"<|{name}|>": number for name, number in specials.items()}
+        self._pieces = dict(pieces or {})
+
+    def encode(self, text: str) -> list[int]:
+        return [(ord(letter) - ord("0")) % 60 for letter in text]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        ordinary = (i for i in ids if i not in self.specials.values())
+        return b"".join(self._pieces.get(i, chr(ord("0") + i).encode()) for i in ordinary)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
