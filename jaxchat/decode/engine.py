@@ -21,6 +21,7 @@ from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.slots import Slots
+from jaxchat.decode.speculative import Speculation
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
@@ -62,6 +63,7 @@ class Fork:
 
     cache: Cache
     logits_RV: jax.Array
+    draft: Cache | None
     row: int
     waiting: deque[Sample]
 
@@ -77,7 +79,9 @@ class PromptStats:
 class Engine:
     """Answers requests with one model: `submit`, then `step` until nothing is left; or `generate`, or `stream`.
 
-    With a mesh, rows are split over `data` and heads over `tensor`.
+    With a mesh, rows are split over `data` and heads over `tensor`. With `speculation`, tokens are guessed and read
+    several at a time, which changes none of them; guesses are looked up in the text, or come from `draft`, a smaller
+    model of the same vocabulary with its parameters.
     """
 
     def __init__(
@@ -88,12 +92,28 @@ class Engine:
         shape: Shape,
         *,
         mesh: jax.sharding.Mesh | None = None,
+        speculation: Speculation | None = None,
+        draft: tuple[Transformer, Params] | None = None,
     ) -> None:
+        if draft is not None and (draft[0].config.vocab != transformer.config.vocab or shape.adapt or not speculation):
+            raise UserError("a draft model needs the model's vocabulary, speculation, and a shape with adapt=False")
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
         self.prefixes = Prefixes(shape.remembered_bytes, windowed=windowed)
         self.prompt_stats = PromptStats()
-        self.slots = Slots(transformer, most=shape.slots, length=shape.length, steps=shape.steps, adapt=shape.adapt)
+        if draft is not None:
+            draft = draft[0], jax.jit(draft[0].unstack)(draft[1])
+            self._draft_reader = Reader(draft[0], shape.prompts)
+        self._draft = draft
+        self.slots = Slots(
+            transformer,
+            most=shape.slots,
+            length=shape.length,
+            steps=shape.steps,
+            adapt=shape.adapt,
+            speculation=speculation,
+            draft=draft,
+        )
         self._ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prompts)
         self._unstack = jax.jit(transformer.unstack)
@@ -205,7 +225,7 @@ class Engine:
             fork = self._forks[0]
             entering = [fork.waiting.popleft() for _ in range(min(self.slots.free, len(fork.waiting)))]
             self.slots.fit(entering)
-            self.slots.enter(fork.cache, fork.logits_RV, [(fork.row, sample) for sample in entering])
+            self.slots.enter(fork.cache, fork.logits_RV, [(fork.row, sample) for sample in entering], fork.draft)
             self._leave()
 
     def _read(self) -> None:
@@ -217,7 +237,7 @@ class Engine:
             first = self._waiting[0]
             remembered = self.prefixes.find(first.prompt)
             done = 0 if remembered is None else remembered[0]
-            own = plan(len(first.prompt), done, piece=self.shape.piece, length=self.shape.length)
+            own = self._plan(first.prompt, done)
             if agreed is not None and own != agreed:
                 break
             agreed = own
@@ -229,8 +249,15 @@ class Engine:
             self.prompt_stats.remembered += done
             self.prompt_stats.read += len(first.prompt) - done
         assert agreed is not None
-        cache, logits_RV = self._reader.read(self._params, [group[0].prompt for group in groups], found, agreed)
-        self._forks.extend(Fork(cache, logits_RV, row, deque(group)) for row, group in enumerate(groups))
+        prompts, draft = [group[0].prompt for group in groups], None
+        cache, logits_RV = self._reader.read(self._params, prompts, found, agreed)
+        if self._draft is not None:
+            whole = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.pieces))
+            draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), whole)
+        self._forks.extend(Fork(cache, logits_RV, draft, row, deque(group)) for row, group in enumerate(groups))
+
+    def _plan(self, prompt: Sequence[int], remembered: int) -> Plan:
+        return plan(len(prompt), remembered, piece=self.shape.piece, length=self.shape.length)
 
 
 def load_engine(path: str, experiment_class: type, **shape: Any) -> Engine:

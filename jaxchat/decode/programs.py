@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxchat import sharding
 from jaxchat.decode.sampling import TOP_LOGPROBS, Choice, History, Level, Rows, choose
-from jaxchat.model.cache import KVCache, resize
+from jaxchat.model.cache import resize
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -67,21 +67,25 @@ def admit(
     top: bool,
 ) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
     """Copies prefilled rows `take_N` into slots `slot_N` (out of range for none) and chooses each one's first token."""
-    row_caches = jax.tree.map(lambda x: x[take_N], source)
-    length_N = row_caches.length_B
     logits_NV = logits_RV[take_N]
-    choice = choose(logits_NV, rows, length_N - 1, level=level, history=prompts)
+    choice = choose(logits_NV, rows, source.length_B[take_N] - 1, level=level, history=prompts)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
-    layers = []
-    for old, new in zip(cache.layers, row_caches.layers, strict=True):
-        new = resize(new, length_N, old.k_BKSD.shape[2])
-        layers.append(jax.tree.map(put, old, new))
-    cache = Cache(tuple(layers), put(cache.length_B, length_N), put(cache.last_B, row_caches.last_B))
     if history is not None and prompts is not None:
         rows_N = jnp.arange(slot_N.shape[0])
         counts_NV = prompts.counts_BV.at[rows_N, choice.token_B].add(1)
         history = History(*map(put, history, prompts._replace(counts_BV=counts_NV)))
-    return place(cache), history, choice, most_likely(logits_NV) if top else None
+    return seat(cache, source, take_N, slot_N), history, choice, most_likely(logits_NV) if top else None
+
+
+def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> Cache:
+    """A cache with rows `take_N` of `source` in slots `slot_N`, which is out of range for none."""
+    rows = jax.tree.map(lambda x: x[take_N], source)
+    put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
+    layers = tuple(
+        jax.tree.map(put, old, resize(new, rows.length_B, old.k_BKSD.shape[2]))
+        for old, new in zip(cache.layers, rows.layers, strict=True)
+    )
+    return place(Cache(layers, put(cache.length_B, rows.length_B), put(cache.last_B, rows.last_B)))
 
 
 def decode(
@@ -129,11 +133,9 @@ def decode(
 
 def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
     """A cache whose row `row` begins with the first `length` positions of the single row of `source`."""
-    layers = []
-    for old, new in zip(cache.layers, source.layers, strict=True):
-        new = resize(new, source.length_B, old.k_BKSD.shape[2])
-        layers.append(KVCache(*(x.at[row].set(y[0]) for x, y in zip(old, new))))
-    return place(Cache(tuple(layers), cache.length_B.at[row].set(length), cache.last_B.at[row].set(last)))
+    zero = jnp.zeros((1,), jnp.int32)
+    cache = seat(cache, source, zero, row[None])
+    return cache._replace(length_B=cache.length_B.at[row].set(length), last_B=cache.last_B.at[row].set(last))
 
 
 def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:

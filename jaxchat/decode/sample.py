@@ -4,6 +4,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxchat.config import UserError
 from jaxchat.decode.requests import Completion, Request, TextStream, Tool
 from jaxchat.tokenizer import Tokenizer
@@ -27,6 +29,9 @@ class Sample:
         self.finish_reason = ""
         self.error: str | None = None
         self.tokens: list[int] = []
+        self.text = np.zeros(context, np.int32)
+        """Prompt and answer by position."""
+        self.text[: len(prompt)] = prompt
         self.surplus: list[int] = []
         """Tokens that were decoded after the end, before the host saw it."""
         self.forced: deque[int] = deque()
@@ -67,6 +72,7 @@ class Sample:
         elif not self.tokens:
             self._first = time.perf_counter()
         self.tokens.append(token)
+        self.text[self.position] = token
         self._sampled.append(not forced)
         self._logprobs.append(0.0 if forced else logprob)
         self._drawn.append(0.0 if forced else drawn)

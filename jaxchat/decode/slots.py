@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.decode import programs
-from jaxchat.decode.programs import Running
+from jaxchat.decode.programs import Running, Steps
 from jaxchat.decode.prompts import SHORTEST_ROW, bucket
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, pack
+from jaxchat.decode.speculative import Luck, Speculation, repeats, speculate
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 _IDLE = (SamplingParams(temperature=0), 0)
@@ -34,10 +35,45 @@ class Slots:
     With `adapt`, there are as many slots, and rows as long, as the samples need, each rounded up to a power of two.
     """
 
-    def __init__(self, transformer: Transformer, *, most: int, length: int, steps: int, adapt: bool) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        *,
+        most: int,
+        length: int,
+        steps: int,
+        adapt: bool,
+        speculation: Speculation | None = None,
+        draft: tuple[Transformer, Params] | None = None,
+    ) -> None:
         self.samples: list[Sample | None] = []
         self.stats = Stats()
         self._most, self._longest, self._steps, self._adapt = most, length, steps, adapt
+        self._speculation, self._draft, self._write, self._most_new = speculation, draft, 1, steps
+        self._draft_cache: Cache | None = None
+        if speculation is not None:
+            self._write = speculation.tokens + 1
+            self._most_new = max(steps, speculation.rounds * self._write)
+            self._luck = Luck(speculation.least)
+            self._speculate = jax.jit(
+                lambda params, cache, draft_cache, running, rows, text_BL, draft_params, level: speculate(
+                    transformer,
+                    params,
+                    cache,
+                    draft_cache,
+                    running,
+                    rows,
+                    text_BL,
+                    None if draft is None else (draft[0], draft_params),
+                    settings=speculation,
+                    level=level,
+                ),
+                donate_argnums=(1, 2),
+                static_argnames="level",
+            )
+        if draft is not None:
+            self._draft_cache = jax.jit(functools.partial(programs.empty, draft[0], most, length, self._write))()
+            self._seat = jax.jit(programs.seat, donate_argnums=0)
         self._length = 0
         self._cache: Cache | None = None
         self._history: History | None = None
@@ -67,7 +103,7 @@ class Slots:
         people = [*self.active, *entering]
         slots, length = self._most, self._longest
         if self._adapt:
-            need = max((sample.position + 1 + self._steps for sample in people), default=1)
+            need = max((sample.position + 1 + self._most_new for sample in people), default=1)
             slots = bucket(len(people), shortest=1, longest=self._most)
             length = bucket(need, shortest=SHORTEST_ROW, longest=self._longest)
         if (slots, length) == (len(self.samples), self._length):
@@ -75,7 +111,7 @@ class Slots:
         if entering and self.active:  # Others may follow: only grow.
             slots, length = max(slots, len(self.samples)), max(length, self._length)
         if self._cache is None:
-            self._cache = self._empty(slots, length, 1)
+            self._cache = self._empty(slots, length, self._write)
             self.samples, self._length = [None] * slots, length
         if (slots, length) != (len(self.samples), self._length):
             order = list(range(len(self.samples)))
@@ -83,13 +119,18 @@ class Slots:
                 order.sort(key=lambda slot: self.samples[slot] is None)
             take = np.resize(np.array(order, np.int32), slots)  # New slots begin as copies of others, and idle.
             self.samples = ([self.samples[slot] for slot in order] + [None] * slots)[:slots]
-            self._cache, self._length = self._move(self._cache, take, length=length, write=1), length
+            self._cache, self._length = self._move(self._cache, take, length=length, write=self._write), length
             if self._history is not None:
                 self._history = History(*(column[take] for column in self._history))
         self._rows = None
 
-    def enter(self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]]) -> None:
-        """Gives a slot to samples whose prompts are rows of `source`, and to each its first token."""
+    def enter(
+        self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]], draft: Cache | None = None
+    ) -> None:
+        """Gives a slot to samples whose prompts are rows of `source`, and to each its first token.
+
+        `draft` is what the draft model read, if there is one.
+        """
         assert self._cache is not None
         free = [slot for slot, sample in enumerate(self.samples) if sample is None]
         width, vocab = logits_RV.shape
@@ -114,6 +155,8 @@ class Slots:
             )
             if prompts is not None:
                 self._history = history
+            if draft is not None:
+                self._draft_cache = self._seat(self._draft_cache, draft, take, slot)
             choice, likely = jax.device_get((choice, likely))
             for i, (_, sample) in enumerate(group):
                 sample.give(int(choice.token_B[i]), *_told(choice, likely, i))
@@ -140,28 +183,51 @@ class Slots:
             )
             self._rows = jax.tree.map(jnp.asarray, rows)
         level, top, penalised = self._wanted(self.active)
-        self._cache, history, _, steps = self._decode(
-            params,
-            self._cache,
-            self._history if penalised else None,
-            Running(token, position, limit, stops),
-            self._rows,
-            forced,
-            level=level,
-            top=top,
-        )
-        if penalised:
-            self._history = history
-        steps = jax.device_get(steps)
-        self.stats.chunks += 1
-        self.stats.slot_steps += B * K
-        for k in range(K):
+        running, guessing = Running(token, position, limit, stops), not (top or penalised) and self._guesses()
+        if guessing:
+            text_BL = np.zeros((B, self._longest), np.int32)
             for slot, sample in enumerate(self.samples):
-                if sample is not None and steps.token_KB[k, slot] >= 0:
-                    self.stats.useful_steps += not sample.finish_reason
-                    likely = None if steps.top_KBN is None else (steps.top_KBN[0][k], steps.top_KBN[1][k])
-                    at = steps.logprob_KB[k, slot], steps.drawn_logprob_KB[k, slot]
-                    sample.give(int(steps.token_KB[k, slot]), float(at[0]), float(at[1]), _pairs(likely, slot))
+                if sample is not None:
+                    text_BL[slot] = sample.text
+            draft_params = None if self._draft is None else self._draft[1]
+            self._cache, self._draft_cache, steps = self._speculate(
+                params, self._cache, self._draft_cache, running, self._rows, text_BL, draft_params, level=level
+            )
+        else:
+            history = self._history if penalised else None
+            self._cache, history, _, steps = self._decode(
+                params, self._cache, history, running, self._rows, forced, level=level, top=top
+            )
+            if penalised:
+                self._history = history
+        steps = jax.device_get(steps)
+        if guessing:  # (rounds, B, tokens) to (rounds * tokens, B)
+            given = (steps.token_KB >= 0).sum(axis=2)
+            self._luck.note(float((given - 1)[given > 0].mean()))
+            token_KB, logprob_KB, drawn_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
+            steps = Steps(token_KB, logprob_KB, drawn_KB, None)
+        self._tell(steps)
+
+    def _guesses(self) -> bool:
+        """Whether this dispatch guesses tokens: where no answer of a tool waits, and guessing seems to pay."""
+        if self._speculation is None or any(sample.forced for sample in self.active):
+            return False
+        if self._draft is not None:
+            return True
+        ngram = self._speculation.ngram
+        return self._luck.wants() and any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
+
+    def _tell(self, steps: Steps) -> None:
+        """Gives every sample its tokens."""
+        self.stats.chunks += 1
+        self.stats.slot_steps += steps.token_KB.size
+        for k, slot in np.argwhere(steps.token_KB >= 0).tolist():
+            sample = self.samples[slot]
+            if sample is not None:
+                self.stats.useful_steps += not sample.finish_reason
+                likely = None if steps.top_KBN is None else (steps.top_KBN[0][k], steps.top_KBN[1][k])
+                logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.drawn_logprob_KB[k, slot])
+                sample.give(int(steps.token_KB[k, slot]), logprob, drawn, _pairs(likely, slot))
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
         """What was read for a sample that has ended and not left: the tokens, and a cache of one row."""
@@ -169,7 +235,7 @@ class Slots:
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
         length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
         slot = np.array([self.samples.index(sample)], np.int32)
-        return tokens, self._move(self._cache, slot, length=length, write=1)
+        return tokens, self._move(self._cache, slot, length=length, write=self._write)
 
     def _wanted(self, samples: Sequence[Sample]) -> tuple[Level, bool, bool]:
         """The level that serves all of them, whether any reports likely tokens, and whether any is penalised."""

@@ -222,7 +222,9 @@ class GroupedQueryAttention(nn.Module):
             o_BTHD = attend_cached(q_BTHD, cache.k_BKSD.astype(dtype), cache.v_BKSD.astype(dtype), seen_BTS)
         o_BTHD = checkpoint_name(o_BTHD, "attention")
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
-        return jnp.einsum("BTHD,HDM->BTM", o_BTHD, w_HDM.astype(dtype)), cache
+        # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
+        y_BTM = o_BTHD.reshape(*o_BTHD.shape[:2], H * D) @ w_HDM.astype(dtype).reshape(H * D, M)
+        return y_BTM, cache
 
     def _prepare(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
         """Queries and keys: rotate first, then normalise, then scale."""

@@ -1,0 +1,143 @@
+"""Speculation: the same tokens as without it, from right and wrong guesses, greedy and drawn; and when it rests."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from letters import Letters
+
+from jaxchat.config import UserError
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.speculative import Luck, Speculation, lookup, repeats
+from jaxchat.decode.tools import Calculator
+from jaxchat.model import Transformer
+
+SHAPE = Shape(length=160, slots=3, steps=8, piece=32, adapt=False)
+ALWAYS = Speculation(tokens=4, ngram=1, rounds=3, least=0.0)
+
+
+def make(config: Any, speculation: Speculation | None = ALWAYS, *, draft: Any = None, **tokenizer: int) -> Engine:
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    specials = Letters(**tokenizer)
+    return Engine(Transformer(config), params, specials, SHAPE, speculation=speculation, draft=draft)  # type: ignore
+
+
+def requests() -> list[Request]:
+    """Texts that repeat themselves, and texts that do not."""
+    generator = np.random.default_rng(0)
+    kinds = (
+        SamplingParams(0.0, max_tokens=60),
+        SamplingParams(0.3, max_tokens=40, seed=3),
+        SamplingParams(1.2, top_k=8, top_p=0.9, max_tokens=33, seed=2, ignore_end=True),
+        SamplingParams(0.0, max_tokens=300),
+    )
+    repeated = [1, 2, 3, 4, 5, 6] * 6
+    prompts = [repeated, repeated[:17], generator.integers(1, 60, 30).tolist(), generator.integers(1, 60, 45).tolist()]
+    return [Request(prompt, params) for params in kinds for prompt in prompts]
+
+
+@pytest.fixture(scope="module", params=[small.july2026, small.mixed], ids=lambda make: make.__name__)
+def plain(request: Any) -> Any:
+    """A configuration, and its answers without speculation."""
+    config = request.param()
+    return config, make(config, None).generate(requests())
+
+
+def drafts(config: Any) -> dict[str, Any]:
+    """No draft model, the model itself, and one that knows nothing."""
+    params, other = (jax.tree.map(jnp.asarray, small.parameters(config, seed=seed)) for seed in (0, 9))
+    return {"lookup": None, "itself": (Transformer(config), params), "stranger": (Transformer(config), other)}
+
+
+@pytest.mark.parametrize("guesser", ["lookup", "itself", "stranger"])
+def test_speculation_changes_no_token(plain: Any, guesser: str) -> None:
+    config, expected = plain
+    engine = make(config, draft=drafts(config)[guesser])
+    for (with_it,), (without,) in zip(engine.generate(requests()), expected):
+        assert with_it.tokens == without.tokens
+        assert with_it.finish_reason == without.finish_reason
+        np.testing.assert_allclose(with_it.logprobs, without.logprobs, atol=1e-4)
+        np.testing.assert_allclose(with_it.drawn_logprobs, without.drawn_logprobs, atol=1e-4)
+    stats = engine.slots.stats
+    if guesser == "itself":
+        full = -(-59 // (ALWAYS.tokens + 1)) / ALWAYS.rounds
+        one = make(config, draft=drafts(config)["itself"])
+        one.generate(requests()[:1])
+        assert one.slots.stats.chunks == np.ceil(full), "a model that guesses itself is always right"
+    assert stats.useful_steps == sum(len(answer.tokens) - 1 for (answer,) in expected)
+
+
+def test_penalties_tools_and_likely_tokens_go_on_without_guesses(plain: Any) -> None:
+    config, _ = plain
+    asked = [
+        Request([1, 2, 3] * 5, SamplingParams(0.0, frequency_penalty=2.0, max_tokens=30)),
+        Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=30)),
+        Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=30, top_logprobs=2), tools=(Calculator(),)),
+    ]
+    names = {"python_start": 50, "python_end": 51, "output_start": 52, "output_end": 53}
+    ours, theirs = make(config, **names).generate(asked), make(config, None, **names).generate(asked)
+    assert [one.tokens for (one,) in ours] == [one.tokens for (one,) in theirs]
+
+
+def test_drawn_tokens_have_the_targets_distribution() -> None:
+    config = small.october2025(vocab=5)
+    draft = drafts(config)["stranger"]
+    engine = make(config, dataclasses.replace(ALWAYS, tokens=2), draft=draft)
+    counted = np.zeros((5, 5))
+    count = 4000
+    answers = engine.generate([Request([1, 2, 3], SamplingParams(1.0, max_tokens=3, ignore_end=True), n=count)])[0]
+    for answer in answers:
+        counted[answer.tokens[0], answer.tokens[1]] += 1
+    model, params = Transformer(config), small.parameters(config)
+    ids = np.array([[1, 2, 3, first] for first in range(5)], np.int32)
+    logits = np.asarray(jax.jit(lambda p: model.logits(p, model.apply(p, ids)[0]))(params), np.float64)
+    p_TV = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p_TV /= p_TV.sum(axis=-1, keepdims=True)
+    expected = count * p_TV[0, 2][:, None] * p_TV[:, 3]
+    many = expected > 5
+    chi_square = np.sum((counted - expected)[many] ** 2 / expected[many])
+    assert chi_square < many.sum() + 5 * np.sqrt(2 * many.sum())
+
+
+def test_lookup_continues_the_latest_earlier_occurrence() -> None:
+    text_BL = np.zeros((4, 16), np.int32)
+    text_BL[0, :9] = [7, 1, 2, 8, 1, 2, 9, 1, 2]
+    text_BL[1, :9] = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    text_BL[2, :9] = [9, 9, 4, 5, 6, 4, 5, 6, 4]
+    text_BL[3, :2] = [1, 1]
+    found = jax.jit(lookup, static_argnames=("ngram", "tokens"))
+    got = found(text_BL, np.array([8, 8, 8, 0], np.int32), ngram=2, tokens=5)
+    np.testing.assert_array_equal(got[:2], [[9, 1, 2, 9, 1], [-1] * 5])
+    np.testing.assert_array_equal(got[2], [5, 6, 4, 5, 6])
+    np.testing.assert_array_equal(got[3], [-1] * 5)
+    for row, size in ((0, 9), (1, 9), (2, 9), (3, 1)):
+        assert repeats(text_BL[row, :size], 2) == (got[row, 0] >= 0)
+
+
+def test_guessing_rests_longer_and_longer_while_it_fails() -> None:
+    luck, tried = Luck(least=1.0), []
+    for i in range(200):
+        if luck.wants():
+            tried.append(i)
+            luck.note(0.0)
+    gaps = np.diff(tried)
+    assert list(gaps[:4]) == [5, 9, 17, 33]
+    assert gaps.max() <= 65
+    lucky = Luck(least=1.0)
+    for _ in range(20):
+        assert lucky.wants()
+        lucky.note(3.0)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
+    config = small.october2025()
+    other = small.october2025(vocab=40)
+    draft = Transformer(other), jax.tree.map(jnp.asarray, small.parameters(other))
+    with pytest.raises(UserError, match="vocabulary"):
+        make(config, draft=draft)
