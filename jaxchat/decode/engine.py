@@ -5,7 +5,7 @@ samples leave, tools answer, and waiting requests enter.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ class Engine:
             speculation=speculation,
             draft=draft,
         )
-        self._ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
+        self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prompts)
         self._unstack = jax.jit(transformer.unstack)
         self._waiting: deque[Sample] = deque()
@@ -123,11 +123,12 @@ class Engine:
 
     def load(self, params: Params) -> None:
         """Decodes with these parameters from now on; what others remembered is forgotten."""
-        with self._on_mesh():
-            self._params = self._unstack(params)
+        with self.on_mesh():
+            self.params = self._unstack(params)
         self.prefixes.clear()
 
-    def _on_mesh(self) -> AbstractContextManager[Any]:
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """The mesh, as what is set inside."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def submit(self, request: Request) -> list[Sample]:
@@ -136,30 +137,40 @@ class Engine:
         Raises:
             UserError: the prompt is empty or too long, or names ids or special tokens that the model does not have.
         """
-        prompt, vocab, length = tuple(map(int, request.prompt)), self.transformer.config.vocab, self.shape.length
-        if not prompt:
-            raise UserError("the prompt is empty: begin it with <|bos|> at least")
-        if len(prompt) >= length:
-            raise UserError(f"the prompt has {len(prompt)} tokens and the context {length}: shorten it")
+        prompt = self.check(request.prompt)
         if request.n < 1:
             raise UserError(f"n={request.n} must be at least 1")
-        for what, ids in (
-            ("the prompt", prompt),
-            ("logit_bias", request.sampling.logit_bias),
-            ("stop_tokens", request.sampling.stop_tokens),
-        ):
-            if strange := [token for token in ids if not 0 <= token < vocab]:
-                raise UserError(f"{what} names token {strange[0]}, and the vocabulary has ids 0 to {vocab - 1}")
+        self._check_ids("logit_bias", request.sampling.logit_bias)
+        self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:
             for name in (tool.begin, tool.end, tool.answer_begin, tool.answer_end):
                 if name not in self.tokenizer.specials:
                     raise UserError(f"the tool {type(tool).__name__} needs the special token {name}")
         samples = [
-            Sample(self.tokenizer, request, prompt, index, context=length, ends=self._ends)
+            Sample(self.tokenizer, request, prompt, index, context=self.shape.length, ends=self.ends)
             for index in range(request.n)
         ]
         self._waiting.extend(samples)
         return samples
+
+    def check(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The prompt, or UserError for one that cannot be read."""
+        tokens, length = tuple(map(int, prompt)), self.shape.length
+        if not tokens:
+            raise UserError("the prompt is empty: begin it with <|bos|> at least")
+        if len(tokens) >= length:
+            raise UserError(f"the prompt has {len(tokens)} tokens and the context {length}: shorten it")
+        self._check_ids("the prompt", tokens)
+        return tokens
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        vocab = self.transformer.config.vocab
+        if strange := [token for token in ids if not 0 <= token < vocab]:
+            raise UserError(f"{what} names token {strange[0]}, and the vocabulary has ids 0 to {vocab - 1}")
+
+    def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
+        """The cache of a prompt in its first row, and the logits after it, (R, V)."""
+        return self._reader.read(self.params, [prompt], [None], self._plan(prompt, 0))
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers to every request, in order; a bad request gets its error, and harms no other."""
@@ -197,12 +208,12 @@ class Engine:
 
     def step(self) -> bool:
         """Admits what waits, decodes one chunk, and says whether anything is left to do."""
-        with self._on_mesh():
+        with self.on_mesh():
             self._leave()
             self._enter()
             if self.slots.active:
                 self.slots.fit()
-                self.slots.decode(self._params)
+                self.slots.decode(self.params)
                 self._leave()
         return bool(self.slots.active or self._waiting or self._forks)
 
@@ -250,7 +261,7 @@ class Engine:
             self.prompt_stats.read += len(first.prompt) - done
         assert agreed is not None
         prompts, draft = [group[0].prompt for group in groups], None
-        cache, logits_RV = self._reader.read(self._params, prompts, found, agreed)
+        cache, logits_RV = self._reader.read(self.params, prompts, found, agreed)
         if self._draft is not None:
             whole = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.pieces))
             draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), whole)

@@ -1,0 +1,193 @@
+"""Beam search over the engine's cache, with the rules of transformers: length penalty, early stopping."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.config import UserError
+from jaxchat.decode import programs
+from jaxchat.decode.engine import Engine
+from jaxchat.model.transformer import Cache, Params, Transformer
+
+NEVER = -1e9  # The score of what does not exist.
+
+
+@dataclass(frozen=True)
+class BeamParams:
+    """How many beams, and what ends the search.
+
+    Attributes:
+        beams: texts followed at once, and the most that come back.
+        max_tokens: length limit of an answer.
+        length_penalty: a finished text scores its log-probability divided by its length to this power.
+        early_stopping: True stops once `beams` texts have ended; False once the best that goes on could not beat the
+            worst that ended, if it ended now; "never" supposes, for a positive penalty, that it grows to the limit.
+        stop_tokens: tokens that end a text, beside the tokenizer's own.
+    """
+
+    beams: int = 4
+    max_tokens: int = 128
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.max_tokens < 1:
+            raise UserError(f"beams={self.beams} and max_tokens={self.max_tokens} must be at least 1")
+        if not np.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty={self.length_penalty} must be a number")
+        if self.early_stopping not in (True, False, "never"):
+            raise UserError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
+
+
+class Beam(NamedTuple):
+    """A finished text, its score, and the log-probability of its tokens."""
+
+    text: str
+    tokens: tuple[int, ...]
+    score: float
+    logprob: float
+
+
+class Search(NamedTuple):
+    """The state of a search: W texts that go on, the best W that ended, and whether anything can still change."""
+
+    step: jax.Array
+    logits_WV: jax.Array
+    cache: Cache
+    going_WN: jax.Array
+    going_logprob_W: jax.Array
+    ended_WN: jax.Array
+    ended_score_W: jax.Array
+    ended_logprob_W: jax.Array
+    open: jax.Array
+
+
+def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None = None) -> list[Beam]:
+    """The best answers to a prompt, best first; raises UserError for a prompt that the engine would refuse."""
+    params = params or BeamParams()
+    prompt = engine.check(prompt)
+    W, most = params.beams, min(params.max_tokens, engine.shape.length - len(prompt))
+    stops = np.array(sorted(engine.ends | set(params.stop_tokens)), np.int32)
+    with engine.on_mesh():
+        row, logits_1V = engine.read(prompt)
+        cache = spread(engine.transformer, row, beams=W, length=engine.shape.length)
+        nothing = jnp.full((W,), NEVER, jnp.float32)
+        empty = jnp.full((W, most), -1, jnp.int32)
+        state = Search(
+            step=jnp.int32(0),
+            logits_WV=jnp.repeat(logits_1V[:1], W, axis=0),
+            cache=cache,
+            going_WN=empty,
+            going_logprob_W=nothing.at[0].set(0.0),
+            ended_WN=empty,
+            ended_score_W=nothing,
+            ended_logprob_W=nothing,
+            open=jnp.bool_(True),
+        )
+        run = functools.partial(
+            search,
+            engine.transformer,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            steps=min(engine.shape.steps, most),
+        )
+        while bool(state.open):
+            state = run(engine.params, state, stops, np.int32(len(prompt)))
+    found = jax.device_get((state.ended_WN, state.ended_score_W, state.ended_logprob_W))
+    beams = []
+    for tokens_N, score, logprob in zip(*found):
+        if score > NEVER / 2:
+            tokens = tuple(int(token) for token in tokens_N if token >= 0)
+            beams.append(Beam(engine.tokenizer.decode(tokens), tokens, float(score), float(logprob)))
+    return beams
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("beams", "length"))
+def spread(transformer: Transformer, row: Cache, *, beams: int, length: int) -> Cache:
+    """The first row of a cache, `beams` times, in rows of `length` positions."""
+    return programs.move(transformer, row, jnp.zeros((beams,), jnp.int32), length=length, write=1)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("length_penalty", "early_stopping", "steps"))
+def search(
+    transformer: Transformer,
+    params: Params,
+    state: Search,
+    stops_E: jax.Array,
+    start: jax.Array,
+    *,
+    length_penalty: float,
+    early_stopping: bool | str,
+    steps: int,
+) -> Search:
+    """`steps` tokens for every beam; a search that is closed changes no more."""
+
+    def turn(state: Search, _: None) -> tuple[Search, None]:
+        at, parent_W = advance(state, stops_E, length_penalty=length_penalty, early_stopping=early_stopping)
+        token_W = at.going_WN[:, state.step]
+        position_W = jnp.where(at.open, start + state.step, -1)
+        cache = jax.tree.map(lambda x: x[parent_W], state.cache)
+        hidden_W1M, cache = transformer.apply(
+            params,
+            token_W[:, None],
+            positions_BT=jnp.broadcast_to(position_W, token_W.shape)[:, None].astype(jnp.int32),
+            cache=cache,
+        )
+        assert cache is not None
+        return at._replace(cache=cache, logits_WV=transformer.logits(params, hidden_W1M)[:, 0]), None
+
+    return jax.lax.scan(turn, state, None, length=steps)[0]
+
+
+def advance(
+    state: Search, stops_E: jax.Array, *, length_penalty: float, early_stopping: bool | str
+) -> tuple[Search, jax.Array]:
+    """One token more: the best continuations of all beams, those that end set aside; and each beam's parent, (W,)."""
+    W, V = state.logits_WV.shape
+    N = state.going_WN.shape[1]
+    step, length = jnp.minimum(state.step, N - 1), (state.step + 1).astype(jnp.float32)
+    total_WV = jax.nn.log_softmax(state.logits_WV) + state.going_logprob_W[:, None]
+    # Enough that W go on even if every one of the first ends in every way that there is.
+    logprob_C, index_C = jax.lax.top_k(total_WV.reshape(-1), min(max(2, 1 + stops_E.shape[0]) * W, W * V))
+    parent_C, token_C = index_C // V, (index_C % V).astype(jnp.int32)
+    text_CN = state.going_WN[parent_C].at[:, step].set(token_C)
+    ends_C = jnp.any(token_C[:, None] == stops_E[None], axis=1) | (state.step >= N - 1)
+
+    going_C = jnp.where(ends_C, logprob_C + NEVER, logprob_C)
+    going_W, chosen_W = jax.lax.top_k(going_C, W)
+
+    best_C = jnp.arange(ends_C.shape[0]) < W  # Only what ends among the first W counts.
+    score_C = jnp.where(ends_C & best_C, logprob_C / length**length_penalty, NEVER)
+    all_X = jnp.concatenate([state.ended_score_W, score_C])
+    score_W, kept_W = jax.lax.top_k(all_X, W)
+    ended_WN = jnp.concatenate([state.ended_WN, text_CN])[kept_W]
+    ended_logprob_W = jnp.concatenate([state.ended_logprob_W, logprob_C])[kept_W]
+
+    hopeful = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
+    ended_W = score_W > NEVER / 2
+    worst_W = jnp.where(ended_W, jnp.min(score_W), NEVER)
+    still_open = jnp.any(going_W[0] / hopeful**length_penalty > worst_W) & ~jnp.all(ends_C)
+    if early_stopping is True:
+        still_open &= ~jnp.all(ended_W)
+
+    def if_open(new: Any, old: Any) -> Any:
+        return jnp.where(state.open, new, old)
+
+    after = Search(
+        step=state.step + 1,
+        logits_WV=state.logits_WV,
+        cache=state.cache,
+        going_WN=text_CN[chosen_W],
+        going_logprob_W=going_W,
+        ended_WN=if_open(ended_WN, state.ended_WN),
+        ended_score_W=if_open(score_W, state.ended_score_W),
+        ended_logprob_W=if_open(ended_logprob_W, state.ended_logprob_W),
+        open=state.open & still_open,
+    )
+    return after, parent_C[chosen_W]

@@ -1,0 +1,105 @@
+"""Beam search beside every text there is, and beside transformers."""
+
+import itertools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from letters import Letters
+from outside import GOLDEN, OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
+
+from jaxchat.config import UserError
+from jaxchat.decode.beam import BeamParams, beam_search
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.model import Transformer
+
+VOCAB, LENGTH = 5, 5
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """A vocabulary of five words, of which the first and the last end a text."""
+    config = small.october2025(vocab=VOCAB)
+    params = jax.tree.map(jnp.asarray, small.parameters(config, scale=0.5))
+    return Engine(Transformer(config), params, Letters(assistant_end=4), Shape(length=16))  # type: ignore[arg-type]
+
+
+def every_text(engine: Engine, prompt: list[int], penalty: float) -> dict[tuple[int, ...], float]:
+    """The score of every text that ends at an end token or at the limit."""
+    whole = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
+    ids = np.concatenate([np.tile(prompt, (len(whole), 1)), whole], axis=1).astype(np.int32)
+    model = engine.transformer
+    forward = jax.jit(lambda p: jax.nn.log_softmax(model.logits(p, model.apply(p, ids)[0])))
+    logprobs_BTV = np.asarray(forward(engine.params), np.float64)[:, len(prompt) - 1 : -1]
+    each_BT = np.take_along_axis(logprobs_BTV, whole[:, :, None], axis=2)[..., 0]
+    scores = {}
+    for text, logprobs in zip(whole.tolist(), each_BT):
+        size = next((i + 1 for i, token in enumerate(text) if token in engine.ends), LENGTH)
+        scores[tuple(text[:size])] = logprobs[:size].sum() / size**penalty
+    return scores
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0])
+def test_enough_beams_find_the_best_of_all_texts(engine: Engine, penalty: float) -> None:
+    prompt = [1, 2, 3]
+    asked = BeamParams(beams=4**4, max_tokens=LENGTH, length_penalty=penalty, early_stopping="never")
+    found = beam_search(engine, prompt, asked)
+    scores = every_text(engine, prompt, penalty)
+    best = sorted(scores.items(), key=lambda item: -item[1])[:20]
+    for beam, (tokens, score) in zip(found, best):
+        assert beam.score == pytest.approx(score, abs=1e-5)
+        assert scores[beam.tokens] == pytest.approx(score, abs=1e-5)
+        assert tokens == beam.tokens or scores[tokens] == pytest.approx(score, abs=1e-5)
+        assert beam.logprob == pytest.approx(beam.score * len(beam.tokens) ** penalty, abs=1e-5)
+
+
+def test_one_beam_is_greedy(engine: Engine) -> None:
+    (beam,) = beam_search(engine, [1, 2], BeamParams(beams=1, max_tokens=9))
+    answer = engine.generate([Request([1, 2], SamplingParams(0.0, max_tokens=9))])[0][0]
+    assert beam.tokens == answer.tokens
+
+
+@pytest.fixture(scope="module")
+def transformers_engine() -> Engine:
+    golden = read("nanochat_v1_gqa")
+    config = october_model(golden.config)
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    return Engine(Transformer(config), params, Letters(), Shape(length=32))  # type: ignore[arg-type]
+
+
+GOLDEN_BEAMS = json.loads((GOLDEN / "beams.json").read_text())
+
+
+@pytest.mark.parametrize("search", GOLDEN_BEAMS["searches"], ids=lambda search: str(search["settings"]))
+def test_texts_and_scores_are_those_of_transformers(
+    transformers_engine: Engine, search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = search["settings"]
+    monkeypatch.setattr(transformers_engine, "ends", set())
+    asked = BeamParams(
+        beams=settings["num_beams"],
+        max_tokens=GOLDEN_BEAMS["about"]["new_tokens"],
+        length_penalty=settings["length_penalty"],
+        early_stopping=settings["early_stopping"],
+        stop_tokens=tuple(settings["eos_token_id"]),
+    )
+    found = beam_search(transformers_engine, GOLDEN_BEAMS["about"]["prompt"], asked)
+    real = [score for score in search["scores"] if score > -1e8]
+    assert [list(beam.tokens) for beam in found] == search["answers"][: len(real)]
+    np.testing.assert_allclose([beam.score for beam in found], real, atol=1e-4)
+
+
+def test_what_cannot_be_searched_is_refused(engine: Engine) -> None:
+    with pytest.raises(UserError, match="beams=0"):
+        BeamParams(beams=0)
+    with pytest.raises(UserError, match="early_stopping"):
+        BeamParams(early_stopping="perhaps")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="empty"):
+        beam_search(engine, [])
+    assert len(beam_search(engine, [1] * 15, BeamParams(beams=2, max_tokens=50))[0].tokens) == 1

@@ -1,0 +1,148 @@
+"""The calculator's answers, what gets none, and tool calls in the middle of a batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+from letters import Letters
+
+from jaxchat.config import UserError
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.tools import Calculator
+from jaxchat.model import Transformer
+
+BEGIN, END, ANSWER, DONE = 50, 51, 52, 53
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        ("12*3", "36"),
+        (" 1,200 + 34 ", "1234"),
+        ("7/2", "3.5"),
+        ("7//2 - -3", "6"),
+        ("(2+3)*4 % 7", "6"),
+        ("2**10", "1024"),
+        ("1e3 + .5", "1000.5"),
+        ("'strawberry'.count('r')", "3"),
+        ('"a,b,c".count(",")', "2"),
+    ],
+)
+def test_arithmetic_is_answered(call: str, answer: str) -> None:
+    assert Calculator()(call) == answer
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "",
+        "9**9**9",
+        "10**400",
+        "2.0**5000",
+        "(-8)**0.5",
+        "1/0",
+        "1e308*10",
+        "__import__('os').system('true')",
+        "().__class__",
+        "'a'.upper()",
+        "'a'*1000",
+        "[1]*9",
+        "x+1",
+        "True+1",
+        "1 if 1 else 2",
+        "lambda: 1",
+        "1; 2",
+        "import os",
+        "1 +",
+        "0x10\0",
+        "(-" * 60 + "1" + ")" * 60,
+        "(" * 5000 + "1" + ")" * 5000,
+        "-" * 200 + "1",
+        "1+" * 500_000 + "1",
+    ],
+    ids=lambda call: call[:20],
+)
+def test_anything_else_gets_no_answer(call: str) -> None:
+    assert Calculator()(call) is None
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Transformer, Any]:
+    config = small.october2025()
+    return Transformer(config), jax.tree.map(jnp.asarray, small.parameters(config))
+
+
+def engine(model: tuple[Transformer, Any], **about: Any) -> Engine:
+    specials = Letters(python_start=BEGIN, python_end=END, output_start=ANSWER, output_end=DONE)
+    shape = Shape(length=96, slots=2, steps=4, adapt=False)
+    return Engine(*model, specials, shape, **about)  # type: ignore[arg-type]
+
+
+class Echo(Calculator):
+    """Answers with as many letters as the call has."""
+
+    def __call__(self, call: str) -> str | None:
+        return "A" * len(call) if len(call) % 3 else None
+
+
+def test_a_transcript_with_tools_is_the_sequential_one(model: tuple[Transformer, Any]) -> None:
+    """Calls happen by chance: half of the mass is on the tokens that begin and end one."""
+    bias = {BEGIN: 3.0, END: 3.0}
+    params = [SamplingParams(1.0, logit_bias=bias, max_tokens=70, seed=seed, ignore_end=True) for seed in range(6)]
+    machine = engine(model)
+    prompts = [[1, 2, 3, seed + 4] for seed in range(6)]
+    answers = machine.generate([Request(*asked, tools=(Echo(),)) for asked in zip(prompts, params)])
+    called = 0
+    for (answer,), prompt, asked in zip(answers, prompts, params):
+        tokens = sequential(engine(model), prompt, asked)
+        assert list(answer.tokens) == [token for token, _ in tokens]
+        assert list(answer.sampled) == [sampled for _, sampled in tokens]
+        assert all(logprob == 0 for logprob, sampled in zip(answer.logprobs, answer.sampled) if not sampled)
+        called += sum(not sampled for sampled in answer.sampled)
+    assert called > 20, "hardly a call was answered"
+
+
+def sequential(machine: Engine, prompt: list[int], asked: SamplingParams) -> list[tuple[int, bool]]:
+    """The transcript of one request, one token at a time, each from a prompt that holds all before it."""
+    said: list[tuple[int, bool]] = []
+    call: list[int] | None = None
+    while len(said) < asked.max_tokens:
+        one = dataclasses.replace(asked, max_tokens=1)
+        text = [*prompt, *(token for token, _ in said)]
+        token = machine.generate([Request(text, one)])[0][0].tokens[0]
+        said.append((token, True))
+        if token == BEGIN:
+            call = []
+        elif token == END and call is not None:
+            answer = Echo()(machine.tokenizer.decode(call))
+            call = None
+            if answer is not None:
+                forced = [ANSWER, *machine.tokenizer.encode(answer), DONE]
+                said += [(token, False) for token in forced[: asked.max_tokens - len(said)]]
+        elif call is not None:
+            call.append(token)
+    return said
+
+
+class Broken(Calculator):
+    def __call__(self, call: str) -> str | None:
+        raise RuntimeError("no power")
+
+
+def test_a_tool_that_fails_ends_its_request_alone(model: tuple[Transformer, Any]) -> None:
+    asked = SamplingParams(1.0, logit_bias={BEGIN: 9.0, END: 9.0}, max_tokens=60, seed=1)
+    machine = engine(model)
+    (bad,), (good,) = machine.generate([Request([1], asked, tools=(Broken(),)), Request([2, 3], asked)])
+    assert (bad.finish_reason, bad.error) == ("error", "the tool Broken failed: no power")
+    assert good.tokens == machine.generate([Request([2, 3], asked)])[0][0].tokens
+
+
+def test_a_tool_without_its_special_tokens_is_refused(model: tuple[Transformer, Any]) -> None:
+    machine = Engine(*model, Letters(), Shape(length=96))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Calculator needs the special token <\|python_start\|>"):
+        machine.submit(Request([1], tools=(Calculator(),)))
