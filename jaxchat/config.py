@@ -51,6 +51,22 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         print(json.dumps(result, separators=(",", ":"), ensure_ascii=False), flush=True)
 
 
+def _flags(cls: type, argv: Sequence[str]) -> list[str]:
+    """The arguments, `--name` of a yes or no alone meaning yes."""
+    switches = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
+    following = [*argv[1:], ""]
+    return [
+        f"{word}=True" if word[2:].replace("-", "_") in switches and after not in ("True", "False") else word
+        for word, after in zip(argv, following)
+    ]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a sentence; its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
 def parse(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None, more: Sequence[str] = ()
 ) -> Any:
@@ -64,7 +80,7 @@ def parse(
         with redirect_stderr(text):
             known = {} if default is None else {"default": default}
             return tyro.cli(
-                cls, args=list(argv), description=description, config=options, use_underscores=True, **known
+                cls, args=_flags(cls, argv), description=description, config=options, use_underscores=True, **known
             )
     except SystemExit as stop:
         if not stop.code:

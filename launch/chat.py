@@ -1,50 +1,57 @@
-"""Continues a text with a checkpoint: python -m launch.chat --checkpoint=runs/tiny/pretrain --prompt="One day"
+"""Talks with a checkpoint: python -m launch.chat --checkpoint=runs/tiny/pretrain [--prompt="One day"]
 
-Without a prompt it reads one a line from standard input.
+A base model continues the prompt; a chat model answers it. Without a prompt the words come from standard input, one
+turn a line; /help names the commands.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxchat import config
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Which checkpoint (its latest step, or runs/tiny/pretrain@300), what to continue, and how to sample."""
+    """Which checkpoint (its latest step, or runs/tiny/pretrain@300), what to say to it, and how it answers."""
 
     checkpoint: str
     prompt: str | None = None
+    score: str | None = None
+    """Print the probability of each token of this text instead of answering."""
+    explain: bool = False
+    """Print for each token of the answer what it was chosen from."""
+    style: Literal["auto", "chat", "text"] = "auto"
+    """Speak in turns, or continue a text; auto: by the stage that the checkpoint comes from."""
+    sampling: Literal["greedy", "plain", "course"] | None = None
+    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of the next four."""
     temperature: float = 0.8
     """0 is greedy: the most likely token each time."""
     top_k: int = 50
     """0 keeps every token."""
     top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    """Texts at which the answer ends."""
     max_tokens: int = 128
     seed: int = 0
+    num_samples: int = 1
+    """How many answers to --prompt."""
+    beams: int = 0
+    """Search for the best answer to --prompt with so many beams."""
+    speculative: bool = False
+    """Guess tokens from the text so far; faster where it repeats itself, and changes no token."""
+    tools: tuple[Literal["calculator"], ...] = field(default_factory=tuple)
+    """What a chat model may call."""
 
 
 def main(argv: list[str]) -> dict[str, object] | None:
     chat = config.parse(Chat, argv, description=__doc__)
-    from jaxchat.decode.engine import load_engine
-    from jaxchat.decode.sampling import SamplingParams
+    from jaxchat.decode import terminal
     from jaxchat.experiment import Experiment
 
-    sampling = SamplingParams(chat.temperature, chat.top_k, chat.top_p, max_tokens=chat.max_tokens, seed=chat.seed)
-    engine = load_engine(chat.checkpoint, Experiment)
-    if chat.prompt is None:
-        print("type the beginning of a text; an empty line ends", file=sys.stderr)
-        for line in iter(lambda: sys.stdin.readline().rstrip("\n"), ""):
-            print(line + engine.complete(line, sampling).text, flush=True)
-        return None
-    answer = engine.complete(chat.prompt, sampling)
-    print(chat.prompt + answer.text)
-    return {
-        "text": answer.text,
-        "tokens": len(answer.tokens),
-        "tokens_per_second": round(len(answer.tokens) / answer.seconds, 1),
-        "finish_reason": answer.finish_reason,
-    }
+    return terminal.run(chat, Experiment, lines=(line.rstrip("\n") for line in sys.stdin))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxchat import checkpoint
 from jaxchat.config import UserError
-from jaxchat.decode.prompts import Plan, Prefixes, Reader, plan
+from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.sampling import SamplingParams
@@ -117,6 +118,7 @@ class Engine:
         self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prompts)
         self._unstack = jax.jit(transformer.unstack)
+        self._forward = jax.jit(lambda params, ids: transformer.logits(params, transformer.apply(params, ids)[0])[0])
         self._waiting: deque[Sample] = deque()
         self._forks: deque[Fork] = deque()
         self.load(params)
@@ -171,6 +173,14 @@ class Engine:
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
         """The cache of a prompt in its first row, and the logits after it, (R, V)."""
         return self._reader.read(self.params, [prompt], [None], self._plan(prompt, 0))
+
+    def forward(self, tokens: Sequence[int]) -> np.ndarray:
+        """The logits after every token of a text, read at once without a cache: (T, V) float32."""
+        ids = self.check(tokens)
+        padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
+        padded_1T[0, : len(ids)] = ids
+        with self.on_mesh():
+            return np.asarray(self._forward(self.params, padded_1T)[: len(ids)])
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers to every request, in order; a bad request gets its error, and harms no other."""
@@ -271,7 +281,7 @@ class Engine:
         return plan(len(prompt), remembered, piece=self.shape.piece, length=self.shape.length)
 
 
-def load_engine(path: str, experiment_class: type, **shape: Any) -> Engine:
+def load_engine(path: str, experiment_class: type, *, speculation: Speculation | None = None, **shape: Any) -> Engine:
     """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device.
 
     `shape` are fields of Shape; the length is the model's row length unless given.
@@ -290,4 +300,5 @@ def load_engine(path: str, experiment_class: type, **shape: Any) -> Engine:
     placed = jax.sharding.SingleDeviceSharding(device)
     abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), transformer.shapes())
     params = checkpoint.load_params(directory, step, abstract)
-    return Engine(transformer, params, tokenizer, Shape(**{"length": experiment.data.row_length} | shape))
+    whole = Shape(**{"length": experiment.data.row_length} | shape)
+    return Engine(transformer, params, tokenizer, whole, speculation=speculation)

@@ -15,10 +15,17 @@ class Tool(Protocol):
     Its answer is forced into the text, so the model reads what it did not write.
     """
 
-    begin: str
-    end: str
-    answer_begin: str
-    answer_end: str
+    @property
+    def begin(self) -> str: ...
+
+    @property
+    def end(self) -> str: ...
+
+    @property
+    def answer_begin(self) -> str: ...
+
+    @property
+    def answer_end(self) -> str: ...
 
     def __call__(self, call: str) -> str | None:
         """The answer to a call, or None for no answer."""

@@ -1,0 +1,138 @@
+"""What launch.chat does with its options: one answer, several, an explanation, a score, or a conversation."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxchat import checkpoint
+from jaxchat.config import UserError
+from jaxchat.decode import explain
+from jaxchat.decode.beam import BeamParams, beam_search
+from jaxchat.decode.dialogue import HELP, Dialogue, talk
+from jaxchat.decode.engine import Engine, load_engine
+from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.sampling import PRESETS, SamplingParams
+from jaxchat.decode.speculative import Speculation
+from jaxchat.decode.tools import Calculator
+from jaxchat.tokenizer import chat as conversation
+
+
+def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str, object] | None:
+    """Does what the options of launch.chat say; returns what its last line reports."""
+    sampling = _sampling(options)
+    if (options.num_samples > 1 and options.beams) or (
+        options.prompt is None and (options.num_samples > 1 or options.beams or options.explain)
+    ):
+        raise UserError("--num_samples, --beams and --explain need a --prompt; samples and beams exclude each other")
+    if options.num_samples < 1 or options.beams < 0:
+        raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
+    directory, _ = checkpoint.locate(options.checkpoint)
+    jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
+    engine = load_engine(
+        options.checkpoint,
+        experiment_class,
+        slots=max(1, min(options.num_samples, 16)),
+        speculation=Speculation() if options.speculative else None,
+    )
+    if options.score is not None:
+        return _score(engine, options.score)
+    chats = options.style == "chat" or (options.style == "auto" and directory.name != "pretrain")
+    if options.prompt is None:
+        _talk(engine, sampling, chats, options.tools, lines)
+        return None
+    prompt = _prompt(engine, options.prompt, chats)
+    if options.beams:
+        return _beams(engine, prompt, options)
+    tools = tuple(Calculator() for _ in options.tools)
+    answers = engine.generate([Request(prompt, sampling, n=options.num_samples, tools=tools)])[0]
+    if answers[0].error:
+        raise UserError(answers[0].error)
+    for answer in answers:
+        print(answer.text if chats else options.prompt + answer.text)
+    if options.explain:
+        _explain(engine, prompt, answers[0], sampling)
+    return _report(answers)
+
+
+def _sampling(options: Any) -> SamplingParams:
+    chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    if options.sampling is not None:
+        chosen = dict(PRESETS[options.sampling])
+    return SamplingParams(
+        **chosen,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+
+
+def _prompt(engine: Engine, text: str, chats: bool) -> list[int]:
+    if chats:
+        return conversation.render([{"role": "user", "content": text}], engine.tokenizer, complete=True).ids
+    return [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
+
+
+def _report(answers: Sequence[Completion]) -> dict[str, object]:
+    tokens, seconds = sum(len(answer.tokens) for answer in answers), max(answer.seconds for answer in answers)
+    report: dict[str, object] = {
+        "text": answers[0].text,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "finish_reason": answers[0].finish_reason,
+    }
+    return report if len(answers) == 1 else report | {"texts": [answer.text for answer in answers]}
+
+
+def _beams(engine: Engine, prompt: list[int], options: Any) -> dict[str, object]:
+    found = beam_search(engine, prompt, BeamParams(options.beams, max_tokens=options.max_tokens))
+    for beam in found:
+        print(f"{beam.score:8.4f}  {beam.text}")
+    best = found[0]
+    ended = best.tokens[-1] in engine.ends
+    return {
+        "text": best.text,
+        "tokens": len(best.tokens),
+        "score": round(best.score, 6),
+        "finish_reason": "stop" if ended else "length" if len(best.tokens) == options.max_tokens else "context",
+    }
+
+
+def _explain(engine: Engine, prompt: list[int], answer: Completion, sampling: SamplingParams) -> None:
+    console = Console()
+    steps = explain.explain(engine, prompt, answer.tokens, sampling)
+    for number, candidates in enumerate(steps, 1):
+        console.print(explain.step_table(engine.tokenizer, number, candidates, sampling))
+
+
+def _score(engine: Engine, text: str) -> dict[str, object]:
+    ids = [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
+    if len(ids) < 2:
+        raise UserError("--score needs a text")
+    scored = explain.score(engine, ids)
+    Console().print(explain.score_table(engine.tokenizer, scored))
+    loss = -sum(token.logprob for token in scored) / len(scored)
+    return {"tokens": len(scored), "loss": round(loss, 6), "logprob": round(-loss * len(scored), 6)}
+
+
+def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[str], lines: Iterator[str]) -> None:
+    """A conversation, or texts to be continued, from lines until an empty one."""
+    if chats:
+        print(HELP, file=sys.stderr)
+        talk(Dialogue(engine, sampling, [Calculator() for _ in tools]), lines, sys.stdout, sys.stderr)
+        return
+    print("type the beginning of a text; an empty line ends", file=sys.stderr)
+    for line in lines:
+        if not line:
+            return
+        print(line, end="", flush=True)
+        try:
+            for piece in engine.stream(Request(_prompt(engine, line, False), sampling)):
+                print(piece, end="", flush=True)
+        except UserError as error:
+            print(f" ({error})", end="", file=sys.stderr)
+        print(flush=True)
