@@ -2,11 +2,15 @@
 
 A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; `params` stands alone, so that
 decoding reads nothing else. The tokenizer lies one directory up, so a run directory moves as one folder. sizes.json
-keeps the sizes of each checkpoint's files, by which a damaged one is known before it is read.
+keeps the size and hash of each checkpoint's files, by which a damaged one is known before it is read; it is moved to
+checkpoints-damaged/ once an older one has been read in its place.
 """
 
+import hashlib
 import json
 import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxchat.config import UserError, difference, from_json, to_json
+from jaxchat.config import UserError, difference, first_line, from_json, to_json
 
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
+DAMAGED = "checkpoints-damaged"
 SIZES = "sizes.json"
+PIECE = 4 << 20  # Bytes that a hash reads at a time.
+
+Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files.
 
 
 class Checkpoints:
@@ -33,7 +41,11 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(_absolute(self.directory), options=options)
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be written: {_first_line(error)}") from error
+            raise UserError(f"{self.directory} cannot be written: {first_line(error)}") from error
+        # One thread, so that a checkpoint is hashed after it was committed, beside the training steps.
+        self._thread = ThreadPoolExecutor(1)
+        self._committed: Future[None] | None = None
+        self._recorded: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps that have a finished checkpoint, oldest first."""
@@ -41,7 +53,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Starts writing `state`, a named tuple with a field `params`, and plain `facts`, unless the step is there."""
-        self.wait()
+        self._finish()
         if step in self._manager.all_steps():
             return
         rest = state._replace(params=None)
@@ -54,25 +66,38 @@ class Checkpoints:
             self._manager.save(step, args=items)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
+        self._committed = self._thread.submit(self._manager.wait_until_finished)
+        if jax.process_index() == 0:
+            self._recorded = self._thread.submit(self._record, step, self._committed)
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises `UserError` when it could not be written."""
         try:
-            self._manager.wait_until_finished()
+            if self._committed is not None:
+                self._committed.result()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unwritten(error) from error
-        if jax.process_index() == 0:
-            record_sizes(self.directory, self.steps())
+
+    def _finish(self) -> None:
+        """Returns when the last save is committed and its hashes are written."""
+        self.wait()
+        if self._recorded is not None:
+            self._recorded.result()
+
+    def _record(self, step: int, committed: "Future[None]") -> None:
+        if committed.exception() is None:
+            record_files(self.directory, self.steps(), fresh=step)
 
     def restore(self, abstract: Any, warn: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest readable checkpoint in the shapes and shardings of `abstract`, None where there is none.
 
-        A damaged one is passed over with a warning; when all are damaged a `UserError` says so.
+        A damaged one is passed over with a warning, and moved aside once an older one is read; when all are damaged a
+        `UserError` says so and all stay.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                check_sizes(self.directory, step)
+                check_files(self.directory, step)
                 items = ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
                     rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
@@ -80,11 +105,10 @@ class Checkpoints:
                 )
                 read = self._manager.restore(step, args=items)
             except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
-                why = _first_line(error)
+                why = first_line(error)
                 warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
                 continue
-            for later in [s for s in steps if s > step]:
-                self._manager.delete(later)
+            self._put_aside([later for later in steps if later > step], warn)
             return step, abstract._replace(**{**read.rest, "params": read.params}), dict(read.facts)
         if steps:
             raise UserError(
@@ -95,49 +119,90 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written; raises `UserError` when it could not be."""
         try:
-            self.wait()
+            self._finish()
         finally:
+            self._thread.shutdown()
             self._manager.close()
+
+    def _put_aside(self, steps: list[int], warn: Any) -> None:
+        """Moves checkpoints to checkpoints-damaged/, where they are in nobody's way: it may be the disk that erred."""
+        for step in steps:
+            place = self.directory.parent / DAMAGED
+            place.mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in place.iterdir()}
+            names = (str(step), *(f"{step}-{number}" for number in range(2, len(taken) + 3)))
+            target = place / next(name for name in names if name not in taken)
+            (self.directory / str(step)).rename(target)
+            warn(f"checkpoint {step} is kept as {target}")
+        if steps:
+            self._manager.reload()
 
     def _unwritten(self, error: Exception) -> UserError:
         good = self.steps()
         last = f"the last good one is step {good[-1]}" if good else "there is none yet"
-        return UserError(f"the checkpoint could not be written to {self.directory} ({_first_line(error)}); {last}")
+        return UserError(f"the checkpoint could not be written to {self.directory} ({first_line(error)}); {last}")
 
 
-def record_sizes(directory: epath.Path, steps: list[int]) -> None:
-    """Writes the sizes of the files of every checkpoint in `steps`; those known already are not measured again."""
+def record_files(directory: epath.Path, steps: list[int], *, fresh: int) -> None:
+    """Writes size and hash of the files of every checkpoint in `steps`; only `fresh` and unknown ones are read."""
     known = _read_sizes(directory)
-    sizes = {str(step): known.get(str(step)) or _sizes(directory / str(step)) for step in steps}
-    if sizes != known:
-        temporary = directory.parent / (SIZES + ".tmp")
-        temporary.write_text(json.dumps(sizes, indent=1) + "\n")
-        temporary.replace(directory.parent / SIZES)
+    recorded = {str(step): known.get(str(step)) for step in steps if step != fresh}
+    found = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
+    temporary = directory.parent / (SIZES + ".tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(directory.parent / SIZES)
 
 
-def check_sizes(directory: epath.Path, step: int) -> None:
-    """Raises ValueError naming a file of a checkpoint that does not have its size any more."""
+def check_files(directory: epath.Path, step: int, *, part: str = "") -> None:
+    """Raises ValueError naming a file of a checkpoint, or of a part of it, that is not as it was written."""
     wanted = _read_sizes(directory).get(str(step))
     if wanted is None:  # Killed after the checkpoint was finished and before its sizes were.
         return
-    found = _sizes(directory / str(step))
-    for name, size in wanted.items():
-        if found.get(name) != size:
-            raise ValueError(f"{name} has {found.get(name, 0)} bytes, not {size}")
+    paths = _files(directory / str(step))
+    hashes = {}
+    for name, written in wanted.items():
+        # Earlier versions wrote the size alone.
+        size, hashes[name] = written if isinstance(written, list) else (written, None)
+        found = paths[name].stat().length if name in paths else 0
+        if found != size:
+            raise ValueError(f"{name} has {found} bytes, not {size}")
+    checked = [name for name, digest in hashes.items() if digest and name.startswith(part)]
+    for name, digest in _hashes({name: paths[name] for name in checked}).items():
+        if digest != hashes[name]:
+            raise ValueError(f"{name} has other bytes than were written")
 
 
-def _sizes(directory: epath.Path, inside: str = "") -> dict[str, int]:
-    """The size of every file below a directory, by its relative name."""
-    found: dict[str, int] = {}
+def _measure(directory: epath.Path) -> Files:
+    paths = _files(directory)
+    return {name: (paths[name].stat().length, digest) for name, digest in _hashes(paths).items()}
+
+
+def _files(directory: epath.Path, inside: str = "") -> dict[str, epath.Path]:
+    """Every file below a directory, by its relative name."""
+    found: dict[str, epath.Path] = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir():
-            found |= _sizes(path, f"{inside}{path.name}/")
+            found |= _files(path, f"{inside}{path.name}/")
         else:
-            found[inside + path.name] = path.stat().length
+            found[inside + path.name] = path
     return found
 
 
-def _read_sizes(directory: epath.Path) -> dict[str, dict[str, int]]:
+def _hashes(paths: dict[str, epath.Path]) -> dict[str, str]:
+    """BLAKE2b of files, a few at a time, in memory that does not grow with them."""
+
+    def digest(path: epath.Path) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                found.update(piece)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(digest, paths.values())))
+
+
+def _read_sizes(directory: epath.Path) -> dict[str, Any]:
     path = directory.parent / SIZES
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
@@ -148,7 +213,7 @@ def _read_sizes(directory: epath.Path) -> dict[str, dict[str, int]]:
 
 def finished_steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a stage directory, oldest first."""
-    return sorted(int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdecimal())
 
 
 def locate(path: str) -> tuple[Path, int]:
@@ -164,7 +229,7 @@ def locate(path: str) -> tuple[Path, int]:
     found = finished_steps(directory)
     if not found:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
-    if wanted and (not wanted.isdigit() or int(wanted) not in found):
+    if wanted and (not wanted.isdecimal() or int(wanted) not in found):
         raise UserError(f"no checkpoint {wanted} in {directory}: there are {', '.join(map(str, found))}")
     return directory, int(wanted) if wanted else found[-1]
 
@@ -175,12 +240,12 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
     checkpoints = epath.Path(directory) / CHECKPOINTS
     with ocp.StandardCheckpointer() as reader:
         try:
-            check_sizes(checkpoints, step)
+            check_files(checkpoints, step, part="params/")
             return reader.restore(_absolute(checkpoints / str(step) / "params"), abstract)
         except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
             others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
             hint = f"; try {others[0]}" if others else ""
-            raise UserError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}{hint}") from error
+            raise UserError(f"checkpoint {step} in {directory} cannot be read: {first_line(error)}{hint}") from error
 
 
 def write_experiment(directory: Path, experiment: Any) -> None:
@@ -196,7 +261,7 @@ def read_experiment(directory: Path, cls: type) -> Any:
     try:
         value = json.loads((directory / EXPERIMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / EXPERIMENT} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{directory / EXPERIMENT} cannot be read: {first_line(error)}") from None
     return from_json(cls, value)
 
 
@@ -227,8 +292,3 @@ def abstract_like(shapes: Any, placements: Any) -> Any:
 
 def _absolute(path: Any) -> Any:
     return path if "://" in str(path) else epath.Path(Path(path).absolute())
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

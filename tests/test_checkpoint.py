@@ -106,20 +106,35 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
     assert same(read(tmp_path)[1], state(1))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "deleted"])
+def flip(path):
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "one bit"])
 def test_whichever_file_is_damaged_the_checkpoint_before_is_read(written, tmp_path, damage):
     for i, file in enumerate(files_of(written, 3)):
         directory = Path(shutil.copytree(written, tmp_path / str(i)))
         path = directory / file.relative_to(written)
+        before = path.read_bytes()
         if damage == "deleted":
             path.unlink()
+        elif damage == "one bit":
+            flip(path)
         else:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         step, found, facts, said = read(directory)
         assert (step, facts) == (2, {"tokens": 20}), path
         assert same(found, state(2)), path
-        assert len(said) == 1 and said[0].startswith("warning: checkpoint 3 in ") and "\n" not in said[0]
+        assert len(said) == 2 and said[0].startswith("warning: checkpoint 3 in ") and "\n" not in said[0]
         assert checkpoint.finished_steps(directory) == [2]
+        kept = directory / "checkpoints-damaged/3"
+        assert said[1] == f"checkpoint 3 is kept as {kept}" and len(files_of(directory, 3)) == 0
+        if damage == "one bit":
+            flip(kept / path.relative_to(directory / "checkpoints/3"))
+            assert (kept / path.relative_to(directory / "checkpoints/3")).read_bytes() == before
 
 
 def test_after_falling_back_the_step_can_be_saved_again(copy):
@@ -130,6 +145,20 @@ def test_after_falling_back_the_step_can_be_saved_again(copy):
     checkpoints.close()
     step, found, _, said = read(copy)
     assert (step, said) == (3, []) and same(found, state(7))
+    files_of(copy, 3)[0].unlink()
+    assert read(copy)[0] == 2
+    assert sorted(path.name for path in (copy / "checkpoints-damaged").iterdir()) == ["3", "3-2"]
+
+
+def test_sizes_that_an_earlier_version_wrote_are_enough(copy):
+    sizes = json.loads((copy / "sizes.json").read_text())
+    assert set(sizes) == {"2", "3"} and all(len(entry) == 2 for entry in sizes["3"].values())
+    plain = {step: {name: size for name, (size, _) in files.items()} for step, files in sizes.items()}
+    (copy / "sizes.json").write_text(json.dumps(plain))
+    assert read(copy)[0] == 3
+    path = files_of(copy, 3)[0]
+    path.write_bytes(path.read_bytes() + b"x")
+    assert read(copy)[0] == 2
 
 
 def test_without_its_sizes_a_checkpoint_is_read_all_the_same(copy):
@@ -146,7 +175,7 @@ def test_an_array_that_is_cut_off_without_its_sizes_is_noticed(copy):
     largest = max(files_of(copy, 3), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     step, found, _, said = read(copy)
-    assert step == 2 and same(found, state(2)) and len(said) == 1
+    assert step == 2 and same(found, state(2)) and len(said) == 2
 
 
 def test_when_all_are_damaged_one_sentence_says_so(copy):
@@ -168,6 +197,16 @@ def test_parameters_are_read_alone(written):
     assert same(checkpoint.load_params(written, 2, abstract().params), state(2).params)
 
 
+def test_parameters_are_read_though_the_optimizer_is_damaged_and_not_with_one_bit_changed(copy):
+    for part in ("rest", "params"):
+        files = (path for path in files_of(copy, 3) if path.is_relative_to(copy / "checkpoints/3" / part))
+        flip(max(files, key=lambda path: path.stat().st_size))
+        if part == "rest":
+            assert same(checkpoint.load_params(copy, 3, abstract().params), state(3).params)
+    with pytest.raises(UserError, match=r"checkpoint 3 in .* cannot be read: params/.* has other bytes than were"):
+        checkpoint.load_params(copy, 3, abstract().params)
+
+
 def test_damaged_parameters_name_another_checkpoint(copy):
     files_of(copy, 3)[-1].unlink()
     with pytest.raises(UserError, match=r"checkpoint 3 in .* cannot be read: .*; try .*stage@2"):
@@ -178,7 +217,7 @@ def test_a_checkpoint_is_located_by_its_stage_and_step(copy):
     (copy / "experiment.json").write_text("{}")
     assert checkpoint.locate(str(copy)) == (copy, 3)
     assert checkpoint.locate(f"{copy}@2") == (copy, 2)
-    for wrong in ("1", "x"):
+    for wrong in ("1", "x", "\u00b2"):
         with pytest.raises(UserError, match=rf"no checkpoint {wrong} in .*: there are 2, 3"):
             checkpoint.locate(f"{copy}@{wrong}")
     with pytest.raises(UserError, match=r"no checkpoint in .*: did you mean .*/stage\?"):

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, first_line
+from jaxchat.tokenizer.sentencepiece import scalar_values
 
 Split = Literal["train", "val"]
 TINYWORLD_BYTES = 330  # of a document, about
@@ -103,7 +104,7 @@ def documents(source: Source, reading: Reading) -> Iterator[str]:
     except LookupError:
         raise UserError(f"--data.encoding={reading.encoding} is not an encoding Python knows") from None
     for text in READERS[source.kind](source, reading):
-        yield _scalar_values(text)
+        yield scalar_values(text)
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -249,7 +250,7 @@ def _read_parquet(source: Source, reading: Reading) -> Iterator[str]:
                     reading.advance(group + 1, file.num_row_groups)
                 before += rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source.path} is not a whole parquet file ({_first_line(error)}); fetch it again") from None
+        raise UserError(f"{source.path} is not a whole parquet file ({first_line(error)}); fetch it again") from None
 
 
 def _read_tinyworld(source: Source, reading: Reading) -> Iterator[str]:
@@ -338,16 +339,3 @@ def _line(path: str, number: int, skipped: int) -> int:
             number += block.count(b"\n")
             skipped -= len(block)
         return number + file.readline().count(b"\n")
-
-
-def _scalar_values(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates, which JSON can hold but text cannot, replaced."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -130,7 +130,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with no `<|bos|>`; a lone surrogate, which is not text, reads as U+FFFD."""
         if not text.isascii():
-            text = _scalar_values(text)
+            text = scalar_values(text)
             if SPACE_MARK in text:
                 first, *others = text.split(SPACE_MARK)
                 return self.encode(first) + [i for other in others for i in self._space_mark + self.encode(other)]
@@ -251,7 +251,7 @@ def sample(texts: Iterable[str], most_bytes: int, *, seed: int) -> list[str]:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    for part in _UNTRAINABLE.split(_scalar_values(text)):
+    for part in _UNTRAINABLE.split(scalar_values(text)):
         start = 0
         while start < len(part):
             stop = start + _BLOCK_CHARACTERS
@@ -264,8 +264,8 @@ def _blocks(text: str) -> Iterator[str]:
             start = stop
 
 
-def _scalar_values(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates replaced, as some JSON files need."""
+def scalar_values(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, which JSON can hold but text cannot, replaced."""
     try:
         text.encode("utf-8")
         return text
