@@ -1,29 +1,30 @@
 """Measures speed, beside a peer in one run: python -m launch.bench train --config=configs/d4.py --peer=transformers
 
-train: the October 2025 family at the configuration's depth, 8 rows of 512 tokens and vocabulary 4,096 unless given, in
-float32, with AdamW on every parameter.
+The October 2025 family at the configuration's depth, with random weights and vocabulary 4,096 unless given; on a CPU in
+float32. train: 8 rows of 512 tokens, AdamW on every parameter. decode: greedy answers to --prompt_tokens at each of
+--batch_sizes, with and without the cache, a dispatch a token beside chunks, and speculation.
 """
 
 import dataclasses
+from typing import Any
 
 from configs import recipe
 from jaxchat import config
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 
-TRAIN_DEFAULTS = {
+DEFAULTS = {
     "data.vocab": "4096",
     "data.row_length": "512",
     "data.train": "tinyworld:train",  # Not read: the benchmark trains on random ids.
     "batch_tokens": "4096",
     "micro_rows": "8",
     "steps": "1000",
-    "dtype": "float32",
 }
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    benchmarks = {"train": train}
+    benchmarks = {"train": train, "decode": decode}
     if argv and argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nOne of {', '.join(benchmarks)}; its options: python -m launch.bench train --help")
         raise SystemExit(0)
@@ -35,19 +36,37 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 def train(argv: list[str]) -> dict[str, object]:
-    from jaxchat import compilation
     from jaxchat.benchmarks import train as benchmark
 
-    own = {field.name for field in dataclasses.fields(benchmark.Bench)} | {"help"}
-    mine = [word for word in argv if word.removeprefix("--").split("=")[0] in own]
-    bench = config.parse(benchmark.Bench, mine, description=__doc__)
-    rest = [word for word in argv if word not in mine]
-    given = {word.removeprefix("--").split("=")[0] for word in rest}
-    rest += [f"--{name}={value}" for name, value in TRAIN_DEFAULTS.items() if name not in given]
-    experiment = _october(config.load(rest))
-    compilation.prepare_backend(experiment)
+    bench, experiment = _read(benchmark.Bench, argv, {"dtype": "float32"})
     benchmark.level_field(experiment, bench.threads)
     return benchmark.run(experiment, bench)
+
+
+def decode(argv: list[str]) -> dict[str, object]:
+    from jaxchat.benchmarks import decode as benchmark
+    from jaxchat.benchmarks.train import level_field
+
+    bench, experiment = _read(benchmark.Bench, argv, {"dtype": "float32"} if "--peer=transformers" in argv else {})
+    level_field(experiment, bench.threads, devices=1)
+    return benchmark.run(experiment, bench)
+
+
+def _read(bench_class: type, argv: list[str], more: dict[str, str]) -> tuple[Any, Experiment]:
+    """The benchmark's own options, and the experiment of the rest and the defaults."""
+    from jaxchat import compilation
+
+    own = {field.name for field in dataclasses.fields(bench_class)} | {"help"}
+    name = lambda word: word.removeprefix("--").split("=")[0].replace("-", "_")  # noqa: E731
+    mine = [word for word in argv if name(word) in own]
+    spread = [part for word in mine for part in (word.replace("=", ",", 1).split(",") if "," in word else [word])]
+    bench = config.parse(bench_class, spread, description=__doc__)
+    rest = [word for word in argv if word not in mine]
+    given = {name(word) for word in rest}
+    rest += [f"--{field}={value}" for field, value in (DEFAULTS | more).items() if field not in given]
+    experiment = _october(config.load(rest))
+    compilation.prepare_backend(experiment)
+    return bench, experiment
 
 
 def _october(experiment: Experiment) -> Experiment:

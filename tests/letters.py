@@ -15,9 +15,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [(ord(letter) - ord("0")) % 60 for letter in text]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        ordinary = (i for i in ids if i not in self.specials.values())
-        return b"".join(self._pieces.get(i, chr(ord("0") + i).encode()) for i in ordinary)
+    def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
+        names = {number: name.encode() if keep_specials else b"" for name, number in self.specials.items()}
+        return b"".join(names.get(i, self._pieces.get(i, chr(ord("0") + i).encode())) for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")

@@ -58,12 +58,16 @@ class Side(NamedTuple):
     first_step_seconds: float
 
 
-def level_field(experiment: Experiment, threads: int) -> None:
-    """Before JAX starts: keeps both sides to `threads` cores, one host device each, and to compiling afresh."""
+def level_field(experiment: Experiment, threads: int, *, devices: int = 0) -> None:
+    """Before JAX starts: keeps both sides to `threads` cores, and to compiling afresh.
+
+    We get one host device a core where that divides the rows, or `devices`.
+    """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     rows = experiment.batch_rows
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, threads + 1) if rows % n == 0))
+    by_rows = max(n for n in range(1, threads + 1) if rows % n == 0)
+    jax.config.update("jax_num_cpu_devices", devices or by_rows)
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
@@ -78,17 +82,17 @@ def adamw_only(experiment: Experiment) -> Experiment:
 def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
     """Trains both sides and returns medians, their ratio, and the share of a measured matmul peak."""
     if bench.peer != "none":
-        _check_peer(experiment)
+        check_peer(experiment)
     experiment = adamw_only(experiment)
     ids = np.random.default_rng(experiment.seed).integers(
         0, experiment.model.vocab, (DISTINCT_BATCHES, experiment.batch_rows, experiment.data.row_length + 1)
     )
     ours, weights = _our_side(experiment, ids)
     sides = {"ours": ours}
-    _say(f"jaxchat: first step with compilation {ours.first_step_seconds:.1f} s")
+    say(f"jaxchat: first step with compilation {ours.first_step_seconds:.1f} s")
     if bench.peer != "none":
         sides["peer"] = _peer_side(experiment, ids, weights, bench.threads)
-        _say(f"transformers: first step with compilation {sides['peer'].first_step_seconds:.1f} s")
+        say(f"transformers: first step with compilation {sides['peer'].first_step_seconds:.1f} s")
     seconds, losses, peak = _race(sides, bench)
     speed = {name: experiment.batch_tokens / float(np.median(values)) for name, values in seconds.items()}
     peer_speed = speed.get("peer")
@@ -114,8 +118,8 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
             "row_length": experiment.data.row_length,
             "dtype": "float32" if bench.peer != "none" else experiment.dtype,
         },
-        "versions": _versions(("jax", "jaxlib", "flax", "optax", *(("torch", "transformers") if peer_speed else ()))),
-        "machine": _machine(bench.threads),
+        "versions": versions(("jax", "jaxlib", "flax", "optax", *(("torch", "transformers") if peer_speed else ()))),
+        "machine": machine(bench.threads),
     }
 
 
@@ -138,21 +142,21 @@ def _race(sides: dict[str, Side], bench: Bench) -> tuple[dict[str, list[float]],
         time.sleep(bench.pause)
         peaks.append(metrics.peak_flops(jax.devices()[0]))
         told = "  ".join(f"{name} {np.median(values) * 1e3:.0f} ms" for name, values in seconds.items())
-        _say(f"block {block + 1}/{bench.blocks}: {told}")
+        say(f"block {block + 1}/{bench.blocks}: {told}")
     known = [peak * jax.device_count() for peak in peaks if peak is not None]
     return seconds, losses, max(known) if known else None
 
 
 def _our_side(experiment: Experiment, ids: np.ndarray) -> tuple[Side, dict[str, np.ndarray]]:
     """The training step as launch.train compiles it, its first step taken, and the weights it started from."""
-    setup = compilation.make_setup(experiment, _say)
+    setup = compilation.make_setup(experiment, say)
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     with jax.set_mesh(setup.mesh):
         start = jax.jit(lambda key: init_state(setup.transformer, setup.tx, key), out_shardings=placed)
         state = start(jax.random.key(experiment.seed))
         weights = jax.device_get(state.params)
         begin = time.perf_counter()
-        step, rows, _ = compilation.compile_step(setup, _say)
+        step, rows, _ = compilation.compile_step(setup, say)
     shape = (experiment.batch_rows // rows, rows, experiment.data.row_length)
     batches = [
         sharding.put_batch(
@@ -194,7 +198,7 @@ def state_dict(config: Model, params: Any) -> dict[str, np.ndarray]:
     return state
 
 
-def _check_peer(experiment: Experiment) -> None:
+def check_peer(experiment: Experiment) -> None:
     """Raises UserError where the peer is not installed or does not know the model."""
     c = experiment.model
     mixers = set(c.pattern)
@@ -215,26 +219,12 @@ def _check_peer(experiment: Experiment) -> None:
 def _peer_side(experiment: Experiment, ids: np.ndarray, weights: dict[str, np.ndarray], threads: int) -> Side:
     """transformers' NanoChat with its loss under torch.compile, and torch's fused AdamW; its first step taken."""
     import torch
-    from transformers import NanoChatConfig, NanoChatForCausalLM
+    from transformers import NanoChatForCausalLM
 
     torch.set_num_threads(threads)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    c, mixer = experiment.model, experiment.model.pattern[0]
-    config = NanoChatConfig(
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        intermediate_size=c.mlp.hidden,
-        num_hidden_layers=c.depth,
-        num_attention_heads=mixer.heads,
-        num_key_value_heads=mixer.kv_heads,
-        max_position_embeddings=experiment.data.row_length,
-        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope.base},  # type: ignore[union-attr]
-        final_logit_softcapping=c.softcap,
-        rms_norm_eps=c.norm.eps,
-        pad_token_id=None,
-        use_cache=False,
-    )
-    model = NanoChatForCausalLM(config)
+    c = experiment.model
+    model = NanoChatForCausalLM(peer_config(c, length=experiment.data.row_length))
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
     model.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
@@ -259,11 +249,32 @@ def _peer_side(experiment: Experiment, ids: np.ndarray, weights: dict[str, np.nd
     return Side(advance, time.perf_counter() - begin)
 
 
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
+def peer_config(c: Model, *, length: int, use_cache: bool = False) -> Any:
+    """The model as transformers configures it."""
+    from transformers import NanoChatConfig
+
+    mixer = c.pattern[0]
+    return NanoChatConfig(
+        vocab_size=c.vocab,
+        hidden_size=c.width,
+        intermediate_size=c.mlp.hidden,
+        num_hidden_layers=c.depth,
+        num_attention_heads=mixer.heads,
+        num_key_value_heads=mixer.kv_heads,
+        max_position_embeddings=length,
+        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope.base},  # type: ignore[union-attr]
+        final_logit_softcapping=c.softcap,
+        rms_norm_eps=c.norm.eps,
+        pad_token_id=None,
+        use_cache=use_cache,
+    )
+
+
+def versions(names: tuple[str, ...]) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
-def _machine(threads: int) -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -279,5 +290,5 @@ def _machine(threads: int) -> dict[str, Any]:
     }
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

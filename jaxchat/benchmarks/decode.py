@@ -1,0 +1,356 @@
+"""Decoding speed of the October 2025 family, beside the same model in transformers' generate, in one run.
+
+Both sides answer the same prompts greedily, from the same weights, in alternating repeats. The share of the memory
+roofline is the bytes that a step must read, over what a large copy reads in that time on this machine.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import metrics
+from jaxchat.benchmarks.train import check_peer, machine, peer_config, say, state_dict, versions
+from jaxchat.config import UserError
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import PRESETS, SamplingParams
+from jaxchat.decode.speculative import Speculation
+from jaxchat.experiment import Experiment
+from jaxchat.model.transformer import Model, Transformer
+
+BOS = 0
+
+
+class Ids:
+    """A tokenizer of a model that was never trained: ids have no text."""
+
+    bos, specials = BOS, {"<|bos|>": BOS}
+
+    def encode(self, text: str) -> list[int]:
+        raise UserError("a benchmark's model has no text")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure; every other option is a field of the Experiment.
+
+    Attributes:
+        peer: also generate with the same model in transformers.
+        batch_sizes: how many requests at once.
+        prompt_tokens: tokens of each prompt.
+        decode_tokens: tokens of each answer.
+        chunk: decoding steps a dispatch.
+        sampling: how tokens are chosen; a peer compares greedy ones only.
+        repeats: how often each side answers; medians are reported.
+        threads: on a CPU, how many cores either side may use.
+        lengths: answer lengths at which decoding with the cache is set beside decoding without it.
+        speculative: also measure speculation, on text that repeats itself and on text that does not.
+    """
+
+    peer: Literal["none", "transformers"] = "none"
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    prompt_tokens: int = 64
+    decode_tokens: int = 128
+    chunk: int = 16
+    sampling: Literal["greedy", "plain", "course"] = "greedy"
+    repeats: int = 5
+    threads: int = 2
+    lengths: tuple[int, ...] = (32, 64, 128, 256)
+    speculative: bool = True
+
+    def __post_init__(self) -> None:
+        counts = (self.prompt_tokens, self.decode_tokens, self.chunk, self.repeats, self.threads, *self.batch_sizes)
+        if min(*counts, *self.lengths) < 1:
+            raise ValueError("batch_sizes, prompt_tokens, decode_tokens, chunk, repeats and lengths must be at least 1")
+        if self.peer != "none" and self.sampling != "greedy":
+            raise ValueError(f"--peer={self.peer} compares greedy tokens: leave --sampling=greedy")
+
+
+def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
+    """Every measurement, by batch size, and what they share."""
+    if bench.peer != "none":
+        check_peer(experiment)
+    config = experiment.model
+    bandwidth = copy_bandwidth()
+    say(f"a large copy moves {bandwidth / 1e9:.1f} GB/s")
+    transformer = Transformer(config, jnp.dtype(_dtype(experiment)))
+    weights = random_weights(transformer, experiment.seed)
+    peer = None if bench.peer == "none" else Peer(config, weights, bench.threads)
+    batches = [one_size(transformer, weights, bench, rows, bandwidth, peer) for rows in bench.batch_sizes]
+    cache = cache_curve(transformer, weights, bench)
+    report: dict[str, Any] = {
+        "tokens_per_second": batches[-1]["tokens_per_second"],
+        "peer_tokens_per_second": batches[-1]["peer_tokens_per_second"],
+        "ratio": batches[-1]["ratio"],
+        "roofline_fraction": batches[-1]["roofline_fraction"],
+        "batches": batches,
+        "cache": cache,
+        "copy_bytes_per_second": round(bandwidth),
+        "peak_memory_bytes": metrics.memory_bytes(),
+        "prompt_tokens": bench.prompt_tokens,
+        "decode_tokens": bench.decode_tokens,
+        "chunk": bench.chunk,
+        "sampling": bench.sampling,
+        "model": {
+            "depth": config.depth,
+            "width": config.width,
+            "vocab": config.vocab,
+            "dtype": str(jnp.dtype(transformer.dtype)),
+        },
+        "versions": versions(("jax", "jaxlib", "flax", *(("torch", "transformers") if peer else ()))),
+        "machine": machine(bench.threads),
+    }
+    if bench.speculative:
+        report["speculation"] = speculation(transformer, weights, bench)
+    return report
+
+
+def _dtype(experiment: Experiment) -> str:
+    if experiment.dtype != "auto":
+        return experiment.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def random_weights(transformer: Transformer, seed: int) -> Any:
+    """Weights of ordinary size everywhere; fresh ones have zeros in them, which make every token alike."""
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> np.ndarray:
+        scale = 1.0 if leaf.ndim < 2 else max(leaf.shape[-2:]) ** -0.5
+        return (scale * generator.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree.map(draw, transformer.shapes())
+
+
+def prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
+    return np.random.default_rng(rows).integers(1, vocab, (rows, tokens)).tolist()
+
+
+def one_size(
+    transformer: Transformer, weights: Any, bench: Bench, rows: int, bandwidth: float, peer: Any
+) -> dict[str, Any]:
+    """Time to the first token, a token, and all of them, at one batch size."""
+    vocab = transformer.config.vocab
+    asked = prompts(vocab, rows, bench.prompt_tokens)
+    params = SamplingParams(**PRESETS[bench.sampling], max_tokens=bench.decode_tokens, ignore_end=True)  # type: ignore[arg-type]
+    length = bench.prompt_tokens + bench.decode_tokens
+    engine = make_engine(transformer, weights, length=length, slots=rows, steps=bench.chunk)
+    single = make_engine(transformer, weights, length=length, slots=rows, steps=1)
+    start = time.perf_counter()
+    answers = generate(engine, asked, params)
+    first_seconds = time.perf_counter() - start
+    generate(single, asked, params)
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: generate(engine, asked, params),
+        "dispatch": lambda: generate(single, asked, params),
+    }
+    if peer is not None:
+        theirs = peer.generate(asked, bench.decode_tokens)
+        agree = float(np.mean([ours.tokens == tuple(other) for ours, other in zip(answers, theirs)]))
+        sides["peer"] = lambda: peer.generate(asked, bench.decode_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    first_token, token_times = [], []
+    for repeat in range(bench.repeats):
+        for name in list(sides) if repeat % 2 else list(reversed(sides)):
+            time.sleep(0.2)
+            start = time.perf_counter()
+            result = sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+            if name == "ours":
+                first_token.append(min(answer.first_token_seconds for answer in result))
+                last = max(answer.first_token_seconds for answer in result)
+                token_times.append((max(a.seconds for a in result) - last) / max(1, bench.decode_tokens - 1))
+    speed = {name: rows * bench.decode_tokens / statistics.median(values) for name, values in seconds.items()}
+    token_seconds = statistics.median(token_times)
+    read = step_bytes(transformer, rows, bench.prompt_tokens + bench.decode_tokens // 2)
+    say(f"batch {rows}: " + ", ".join(f"{name} {value:.0f} tokens/s" for name, value in speed.items()))
+    return {
+        "rows": rows,
+        "tokens_per_second": round(speed["ours"], 1),
+        "peer_tokens_per_second": round(speed["peer"], 1) if peer else None,
+        "ratio": round(speed["ours"] / speed["peer"], 3) if peer else None,
+        "answers_equal_to_peer": agree if peer else None,
+        "first_token_seconds": round(statistics.median(first_token), 5),
+        "token_seconds": round(token_seconds, 6),
+        "decode_tokens_per_second": round(rows / token_seconds, 1),
+        "token_dispatch_tokens_per_second": round(speed["dispatch"], 1),
+        "compile_seconds": round(first_seconds - statistics.median(seconds["ours"]), 2),
+        "step_bytes": read,
+        "roofline_fraction": round(read / token_seconds / bandwidth, 4),
+    }
+
+
+def make_engine(transformer: Transformer, weights: Any, **shape: Any) -> Engine:
+    speculation = shape.pop("speculation", None)
+    return Engine(transformer, weights, Ids(), Shape(**shape, adapt=False), speculation=speculation)  # type: ignore[arg-type]
+
+
+def generate(engine: Engine, asked: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
+    return [answer for (answer,) in engine.generate([Request(prompt, params) for prompt in asked])]
+
+
+def step_bytes(transformer: Transformer, rows: int, length: int) -> int:
+    """Bytes that one decoding step must read: every matrix once, and each row's keys and values so far."""
+    config, size = transformer.config, jnp.dtype(transformer.dtype).itemsize
+    shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(transformer.unstack, transformer.shapes()))
+    tables = ("embed", "value_embedding")  # of these a row reads one line
+    matrices = sum(leaf.size for path, leaf in shapes if path[-1].key not in tables or config.tied)
+    keys = 0
+    for i in range(config.depth):
+        mixer = config.pattern[i % len(config.pattern)]
+        seen = length if mixer.window is None else min(length, mixer.window + 1)
+        keys += 2 * seen * mixer.kv_heads * mixer.head_dim
+    return size * (matrices + rows * keys)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a copy much larger than any cache, read and written, the best of several."""
+    size = 1 << (28 if jax.default_backend() == "cpu" else 30)
+    source = jnp.zeros((size // 4,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(source).block_until_ready()
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        copy(source).block_until_ready()
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
+def cache_curve(transformer: Transformer, weights: Any, bench: Bench) -> list[dict[str, Any]]:
+    """Seconds for answers of several lengths, with the cache and with a forward pass over the whole text a token."""
+    (prompt,) = prompts(transformer.config.vocab, 1, bench.prompt_tokens)
+    curve = []
+    for count in bench.lengths:
+        engine = make_engine(transformer, weights, length=bench.prompt_tokens + count, slots=1, steps=bench.chunk)
+        params = SamplingParams(0.0, max_tokens=count, ignore_end=True)
+        naive = Naive(transformer, engine.params)
+        answer, (slow,) = naive(prompt, count), generate(engine, [prompt], params)
+        seconds: dict[str, list[float]] = {"cached": [], "naive": []}
+        for _ in range(max(3, bench.repeats // 2)):
+            start = time.perf_counter()
+            generate(engine, [prompt], params)
+            middle = time.perf_counter()
+            naive(prompt, count)
+            seconds["cached"].append(middle - start)
+            seconds["naive"].append(time.perf_counter() - middle)
+        cached, without = (statistics.median(values) for values in seconds.values())
+        say(f"{count} tokens: cached {cached:.3f} s, naive {without:.3f} s")
+        curve.append(
+            {
+                "tokens": count,
+                "cached_seconds": round(cached, 5),
+                "naive_seconds": round(without, 5),
+                "ratio": round(without / cached, 2),
+                "equal": tuple(answer) == slow.tokens,
+            }
+        )
+    return curve
+
+
+class Naive:
+    """Greedy decoding without a cache: each token costs a compiled forward pass over the text so far."""
+
+    def __init__(self, transformer: Transformer, params: Any) -> None:
+        def step(params: Any, ids_1T: jax.Array, size: jax.Array) -> jax.Array:
+            hidden_1TM, _ = transformer.apply(params, ids_1T)
+            last_11M = jax.lax.dynamic_slice_in_dim(hidden_1TM, size - 1, 1, axis=1)
+            return jnp.argmax(transformer.logits(params, last_11M)[0, 0])
+
+        self._params, self._step = params, jax.jit(step)
+
+    def __call__(self, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            padded_1T = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
+            padded_1T[0, : len(ids)] = ids
+            ids.append(int(self._step(self._params, padded_1T, len(ids))))
+        return ids[len(prompt) :]
+
+
+PERIOD = 32
+
+
+def copying(weights: Any, config: Model) -> Any:
+    """Weights of the same sizes whose greedy text counts from 0 to PERIOD - 1 again and again."""
+    weights = jax.tree.map(np.array, weights)
+    for layer in weights["layers"]:
+        layer["mixer"]["o"] *= 0
+        layer["mlp"]["out"] *= 0
+    counted = np.arange(PERIOD)
+    weights["ends"]["head"] = np.zeros_like(weights["ends"]["head"])
+    weights["ends"]["head"][:, (counted + 1) % PERIOD] = weights["ends"]["embed"][counted].T
+    return weights
+
+
+def speculation(transformer: Transformer, weights: Any, bench: Bench) -> dict[str, Any]:
+    """How much faster guessing is at batch 1 on text that repeats itself, and how much slower where nothing matches."""
+    prompt = (np.arange(bench.prompt_tokens) % PERIOD).tolist()
+    count = 4 * bench.decode_tokens
+    length = bench.prompt_tokens + count
+    plain = make_engine(transformer, weights, length=length, slots=1, steps=bench.chunk)
+    guessing = make_engine(transformer, weights, length=length, slots=1, steps=bench.chunk, speculation=Speculation())
+    told: dict[str, Any] = {}
+    for name, temperature, own in (("copying", 0.0, copying(weights, transformer.config)), ("random", 1.0, weights)):
+        plain.load(own)
+        guessing.load(own)
+        params = SamplingParams(temperature, max_tokens=count, ignore_end=True)
+        seconds: dict[str, list[float]] = {"plain": [], "guessing": []}
+        texts = {}
+        for repeat in range(bench.repeats + 1):
+            for side, engine in (("plain", plain), ("guessing", guessing)):
+                start = time.perf_counter()
+                texts[side] = generate(engine, [prompt], params)[0].tokens
+                if repeat:
+                    seconds[side].append(time.perf_counter() - start)
+        ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["guessing"])
+        distinct = len(set(zip(*(texts["plain"][i:] for i in range(3))))) / max(1, count - 2)
+        told[name] = {
+            "ratio": round(ratio, 3),
+            "equal": texts["plain"] == texts["guessing"],
+            "distinct_trigrams": round(distinct, 3),
+        }
+        say(f"speculation on {name} text: {ratio:.2f} times as fast")
+    return told
+
+
+class Peer:
+    """The same model in transformers."""
+
+    def __init__(self, config: Model, weights: Any, threads: int) -> None:
+        import torch
+        from transformers import NanoChatForCausalLM
+
+        torch.set_num_threads(threads)
+        self._torch, self._device = torch, "cuda" if jax.default_backend() == "gpu" else "cpu"
+        model = NanoChatForCausalLM(peer_config(config, length=4096, use_cache=True))
+        model.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in state_dict(config, weights).items()})
+        self._model = model.to(self._device).eval()  # type: ignore[arg-type]
+
+    def generate(self, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers of `count` tokens to prompts of equal lengths."""
+        torch = self._torch
+        ids = torch.tensor([list(prompt) for prompt in asked], device=self._device)
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return rows

@@ -1,0 +1,160 @@
+"""Conversations in tokens, a dialogue in the terminal, explanations and scores."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from letters import Letters
+
+from jaxchat.config import UserError
+from jaxchat.decode import explain
+from jaxchat.decode.dialogue import Dialogue, talk
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.model import Transformer
+from jaxchat.tokenizer import chat
+
+NAMES = ("user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end")
+SPECIALS = {name: 50 + i for i, name in enumerate((*NAMES, "output_start", "output_end"))}
+US, UE, AS, AE, PS, PE, OS, OE = SPECIALS.values()
+WORDS = Letters(**SPECIALS)
+
+
+def said(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def test_a_conversation_is_the_tokens_and_mask_written_by_hand() -> None:
+    parts = [
+        {"type": "text", "text": "3"},
+        {"type": "python", "text": "45"},
+        {"type": "python_output", "text": "6"},
+        {"type": "text", "text": "7"},
+    ]
+    messages = said(("system", "1"), ("user", "2"), ("assistant", parts), ("user", "8"), ("assistant", "9"))
+    ids, learned = chat.render(messages, WORDS)  # type: ignore[arg-type]
+    first = [*WORDS.encode("1\n\n2")]
+    expected = [0, US, *first, UE, AS, 3, PS, 4, 5, PE, OS, 6, OE, 7, AE, US, 8, UE, AS, 9, AE]
+    assert ids == expected
+    taught = [3, PS, 4, 5, PE, 7, AE, 9, AE]
+    assert [token for token, learn in zip(ids, learned) if learn] == taught
+    open_ids, open_learned = chat.render(messages[:2], WORDS, complete=True)  # type: ignore[arg-type]
+    assert open_ids == ids[: len(open_ids)] == [0, US, *first, UE, AS]
+    assert not any(open_learned)
+
+
+BAD = {
+    "nothing": ([], "at least one message"),
+    "order": (said(("user", "1"), ("user", "2")), "message 1 is the user's, and it is the assistant's turn"),
+    "begins": (
+        said(
+            ("assistant", "1"),
+        ),
+        "message 0 is the assistant's",
+    ),
+    "unknown": (
+        said(
+            ("robot", "1"),
+        ),
+        "role 'robot'",
+    ),
+    "empty": (
+        said(
+            ("user", ""),
+        ),
+        "holds no text",
+    ),
+    "system": (said(("system", "1"), ("assistant", "2")), "followed by a user message"),
+    "part": (said(("user", "1"), ("assistant", [{"type": "image", "text": "2"}])), "part of type 'image'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_conversation_that_is_none_is_refused(bad: str) -> None:
+    messages, sentence = BAD[bad]
+    with pytest.raises(UserError, match=sentence):
+        chat.render(messages, WORDS)  # type: ignore[arg-type]
+
+
+def test_the_assistant_answers_the_user_only() -> None:
+    with pytest.raises(UserError, match="ends with the user's words"):
+        chat.render(said(("user", "1"), ("assistant", "2")), WORDS, complete=True)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    config = small.october2025()
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    return Engine(Transformer(config), params, WORDS, Shape(length=80, slots=1))  # type: ignore[arg-type]
+
+
+SHORT = SamplingParams(temperature=1.0, max_tokens=12, seed=5)
+
+
+def test_a_dialogue_remembers_its_turns_and_leaves_out_the_oldest(engine: Engine) -> None:
+    dialogue = Dialogue(engine, SHORT)
+    for turn in range(6):
+        before = [*dialogue.messages]
+        answer = "".join(dialogue.answer(f"0{turn}"))
+        assert dialogue.messages == [*before, *said(("user", f"0{turn}"), ("assistant", answer or "..."))]
+        seen = dialogue.messages[dialogue.left_out : -1]
+        assert dialogue.last is not None
+        assert list(dialogue.last.prompt) == chat.render(seen, WORDS, complete=True).ids  # type: ignore[arg-type]
+        assert len(dialogue.last.prompt) + 12 <= 80
+    assert dialogue.left_out > 0
+    assert dialogue.left_out % 2 == 0
+    assert engine.prompt_stats.remembered > 0
+    with pytest.raises(UserError, match=r"take 7\d tokens"):
+        list(dialogue.answer("1" * 70))
+    assert len(dialogue.messages) == 12, "words that are refused are not remembered"
+
+
+def test_talk_knows_its_commands(engine: Engine, tmp_path: Path) -> None:
+    out, notes = io.StringIO(), io.StringIO()
+    file = tmp_path / "talk.jsonl"
+    lines = ["12", f"/save {file}", "/clear", "34", f"/save {file}", "/save", "/save /proc/nope/x", "/nope", "", "56"]
+    dialogue = Dialogue(engine, SHORT)
+    talk(dialogue, iter(lines), out, notes)
+    first, second = (json.loads(line)["messages"] for line in file.read_text().splitlines())
+    assert [messages[0]["content"] for messages in (first, second)] == ["12", "34"]
+    assert out.getvalue().splitlines() == [messages[1]["content"].replace("...", "") for messages in (first, second)]
+    for part in ("forgotten", "saved to", "/save needs a file", "cannot write /proc/nope/x", "/nope is unknown"):
+        assert part in notes.getvalue()
+    assert dialogue.messages == second
+
+
+def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engine) -> None:
+    params = SamplingParams(temperature=0.7, top_k=6, top_p=0.8, max_tokens=10, seed=3, ignore_end=True)
+    answer = engine.generate([Request([1, 2, 3], params)])[0][0]
+    steps = explain.explain(engine, [1, 2, 3], answer.tokens, params)
+    logits_TV = engine.forward([1, 2, 3, *answer.tokens])
+    for t, (candidates, token) in enumerate(zip(steps, answer.tokens)):
+        (chosen,) = [c for c in candidates if c.chosen]
+        assert chosen.token == token
+        assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
+        assert np.log(chosen.top_p) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+        z_V = logits_TV[2 + t].astype(np.float64)
+        assert [c.token for c in candidates][:8] == np.argsort(-z_V)[:8].tolist()
+        warm_V = np.exp(z_V / 0.7) / np.exp(z_V / 0.7).sum()
+        assert candidates[0].temperature == pytest.approx(warm_V.max(), abs=1e-5)
+        assert sum(c.top_k > 0 for c in candidates) == 6
+        assert sum(c.top_k for c in candidates) == pytest.approx(1, abs=1e-5)
+    assert explain.step_table(engine.tokenizer, 1, steps[0], params).row_count == len(steps[0])
+
+
+def test_a_score_is_the_loss(engine: Engine) -> None:
+    ids = [0, 5, 9, 9, 31, 2]
+    scored = explain.score(engine, ids)
+    z_TV = engine.forward(ids).astype(np.float64)[:-1]
+    expected = [z_V[token] - np.log(np.exp(z_V).sum()) for z_V, token in zip(z_TV, ids[1:])]
+    np.testing.assert_allclose([s.logprob for s in scored], expected, atol=1e-6)
+    np.testing.assert_allclose([s.probability for s in scored], np.exp(expected), atol=1e-6)
+    table = explain.score_table(engine.tokenizer, scored)
+    assert f"{-np.mean(expected):.4f}" in str(table.columns[-1].footer)
