@@ -1,5 +1,6 @@
 """The cache: what it takes for the same content, and one process at a time."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 from documents import environment, silent, texts, write
 
+from jaxchat.config import UserError
 from jaxchat.data import cache
 from jaxchat.data.sources import find
 
@@ -48,3 +50,33 @@ def test_a_second_process_waits_for_the_first(tmp_path):
             other.wait(0.5)
     assert other.communicate()[0] == "in\n"
     assert other.returncode == 0
+
+
+def test_a_second_process_is_refused_where_waiting_makes_no_sense(tmp_path):
+    with cache.locked(tmp_path, silent):
+        refused = cache.locked(tmp_path, silent, refusal="taken")
+        with pytest.raises(UserError, match="taken"):
+            refused.__enter__()
+    with cache.locked(tmp_path, silent, refusal="taken"):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    said = []
+    with cache.locked(tmp_path, said.append, refusal="taken"):
+        assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
+
+
+def test_a_cache_that_cannot_be_written_names_the_option(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        said = rf"{place} cannot be written \(.*\): name another --data\.cache"
+        with pytest.raises(UserError, match=said), cache.locked(place, silent):
+            pytest.fail("it was locked")
+        with pytest.raises(UserError, match=said):
+            cache.write_json(place / "hashes.json", {})
+        assert cache.read_json(place / "hashes.json") is None

@@ -1,16 +1,19 @@
 """The cache of prepared data: keys made of content, atomic files, a lock against a second process."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxchat.config import UserError
 from jaxchat.data.sources import Source
 
 SETTLED_SECONDS = 2.0
@@ -23,7 +26,7 @@ def key(**parts: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -37,23 +40,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file, None where it is missing or damaged."""
+    """The value of a JSON file, None where it is missing, damaged or not to be read."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 
+def make_directory(directory: Path, option: str = "--data.cache") -> None:
+    """Makes a directory where files can be made; raises `UserError` naming the option that says where, if it cannot."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # The place is right, and the launcher has a sentence for it.
+            raise
+        raise UserError(f"{directory} cannot be written ({error.strerror}): name another {option}") from error
+
+
 @contextlib.contextmanager
-def locked(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the directory for this process; the lock ends with the process, however it ends."""
-    directory.mkdir(parents=True, exist_ok=True)
+def locked(directory: Path, log: Callable[[str], None], *, refusal: str | None = None) -> Iterator[None]:
+    """Holds the directory for this process; the lock ends with the process, however it ends.
+
+    Where another process has it, waits, or raises `UserError` with the `refusal`.
+    """
+    make_directory(directory)
     with (directory / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if refusal is not None:
+                raise UserError(refusal) from None
             log(f"another process is preparing {directory}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            log(f"warning: {directory} cannot be locked ({error.strerror}): start nothing else in it meanwhile")
         yield
 
 
