@@ -15,6 +15,7 @@ import errno
 import importlib.util
 import io
 import json
+import math
 import re
 import sys
 import types
@@ -48,7 +49,20 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if result is not None:
-        print(json.dumps(result, separators=(",", ":"), ensure_ascii=False), flush=True)
+        print(json_line(result, ascii_only=False), flush=True)
+
+
+def json_line(value: Any, *, ascii_only: bool = True) -> str:
+    """One compact line of JSON, which has no word for a number that is not finite: it reads null."""
+    return json.dumps(_without_infinities(value), separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_infinities(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flags(cls: type, argv: Sequence[str]) -> list[str]:
@@ -255,6 +269,8 @@ def _import(path: Path) -> types.ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except ImportError as error:
+        raise UserError(f"{path} imports what is not there: {first_line(error)}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config(stage)")
     return module
@@ -290,7 +306,8 @@ def _names(cls: type, default: Any) -> list[str]:
 
 def _mistake(report: str, names: list[str]) -> str:
     """One sentence out of tyro's framed report."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
+    # Where standard output is not UTF-8, lines of hyphens are the whole frame.
+    lines = [re.sub(r"[│╭╮╰╯─]+|^\s*-{3,}\s*$", " ", line).strip() for line in report.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
     text = re.sub(
         r"^(Parsing error|Unrecognized options|Required options|Value error|Missing argument|Invalid choice)\s*",

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from jaxchat.config import json_line
+
 # Dense bfloat16 FLOPs a second of one device, from the vendors' data sheets; a prefix of jax's device_kind.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -91,7 +93,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, separators=(",", ":"))
+        line = json_line(record)
         if line not in self._there:
             self._file.write(line + "\n")
             self._file.flush()

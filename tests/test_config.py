@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import io
 import json
 import subprocess
 import sys
@@ -178,6 +179,13 @@ def test_a_mistake_on_the_command_line_is_one_sentence(argv, said):
     assert mistake(*argv) == said
 
 
+@pytest.mark.parametrize("words", [["--save_evry=3"], ["--save_every=often"], ["--save_every"], ["--data.packing=x"]])
+def test_a_terminal_without_frames_says_the_same(words, monkeypatch):
+    said = mistake(*words)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert mistake(*words) == said and "---" not in said
+
+
 def test_a_choice_that_does_not_exist_lists_those_that_do():
     assert "best_fit" in mistake("--data.packing=worst") and "--data.packing" in mistake("--data.packing=worst")
 
@@ -206,6 +214,10 @@ def test_a_config_file_that_is_no_configuration_says_so(tmp_path):
     path.write_text("def get_config(:\n")
     with pytest.raises(UserError, match=r"mine\.py, line 1"):
         config.load([f"--config={path}"])
+    for missing in ("import nowhere_at_all", "from jaxchat.model import NoSuchLayer"):
+        path.write_text(missing + "\n")
+        with pytest.raises(UserError, match=r"mine\.py imports what is not there: .*(nowhere_at_all|NoSuchLayer)"):
+            config.load([f"--config={path}"])
 
 
 def test_difference_names_every_leaf():
@@ -275,6 +287,8 @@ def test_a_result_is_the_last_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launcher"])
     config.run(lambda argv: {"loss": 1.5, "text": "né"})
     assert capsys.readouterr().out == '{"loss":1.5,"text":"né"}\n'
+    config.run(lambda argv: {"loss": float("nan"), "scores": [1.5, {"a": float("-inf")}]})
+    assert capsys.readouterr().out == '{"loss":null,"scores":[1.5,{"a":null}]}\n'
 
 
 def test_a_mistake_exits_with_two_and_one_sentence(capsys, monkeypatch):
