@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import json
-import signal
-import tempfile
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat import checkpoint, metrics, optim, sharding
+from jaxchat import checkpoint, metrics, optim, sharding, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.config import UserError, to_json
-from jaxchat.data import prepare, streams
+from jaxchat.data import cache, prepare, streams
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.model.transformer import flops_per_token, parameter_counts
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train import Cadence, Hooks, State, fit, init_state
+from jaxchat.train import Cadence, Hooks, State, all_finite, fit, init_state
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
@@ -30,18 +30,19 @@ def run(experiment: Experiment) -> dict[str, Any]:
     checkpoint.check_same(experiment.stage_directory, experiment, RESUMABLE)
     check_ahead(experiment)
     setup = make_setup(experiment, terminal.say)
-    check_writable(experiment.stage_directory)
-    tokenizer = prepare.ensure_tokenizer(
-        experiment.data, experiment.cache_directory, seed=experiment.seed, log=terminal.say
-    )
-    keep_tokenizer(experiment.run_directory, tokenizer)
-    rows = {
-        split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=terminal.say)
-        for split in ("train", "val")
-    }
-    peak = metrics.peak_flops(setup.mesh.devices.flat[0])
-    with jax.set_mesh(setup.mesh):
-        return _train(setup, tokenizer, rows, peak, terminal)
+    cache.make_directory(experiment.stage_directory, "--directory")
+    with alone(experiment, terminal.say):
+        tokenizer = prepare.ensure_tokenizer(
+            experiment.data, experiment.cache_directory, seed=experiment.seed, log=terminal.say
+        )
+        check_tokenizer(experiment.run_directory, tokenizer)
+        rows = {
+            split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=terminal.say)
+            for split in ("train", "val")
+        }
+        peak = metrics.peak_flops(setup.mesh.devices.flat[0])
+        with jax.set_mesh(setup.mesh):
+            return _train(setup, tokenizer, rows, peak, terminal)
 
 
 def _train(
@@ -58,6 +59,8 @@ def _train(
             f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
             "put those back, or give this run its own --name"
         )
+    # The first that is written of a run: until here another experiment may take its name.
+    tokenizer.save(e.run_directory / "tokenizer")
     checkpoint.write_experiment(e.stage_directory, e)
     write_manifests(e, rows)
     writers = make_writers(e, start, terminal)
@@ -97,7 +100,7 @@ def _train(
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
-    with interruptions() as interrupted, contextlib.ExitStack() as stack:
+    with signals.noted() as interrupted, contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
@@ -110,6 +113,7 @@ def _train(
         checkpoints.wait()
         if results["val_bpb"] is None or start == e.steps:
             score(e.steps, state, True)
+    check_end(e, log.loss, results["val_bpb"])
     return {
         "stage": e.stage,
         "step": e.steps,
@@ -135,11 +139,15 @@ def _start(
     restored = checkpoints.restore(setup.abstract, say)
     if restored is not None:
         number, state, facts = restored
+        place = checkpoints.directory / str(number)
+        check_finite(state, f"the parameters of {place}", "remove it to go on from the one before")
         say(f"continuing from step {number:,}")
         return number, state, facts
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     make = functools.partial(init_state, setup.transformer, setup.tx)
-    return 0, jax.jit(make, out_shardings=placed)(jax.random.key(e.seed)), {}
+    state = jax.jit(make, out_shardings=placed)(jax.random.key(e.seed))
+    check_finite(state, "the first parameters", "correct the numbers of --model")
+    return 0, state, {}
 
 
 def device_batches(
@@ -167,11 +175,12 @@ class StepLog:
 
     def __call__(self, number: int, values: dict[str, float], seconds: float) -> None:
         speed = self._experiment.batch_tokens / seconds
+        taken = number - 1 - values["skipped"] + (values["skipped_in_row"] > 0)  # The optimizer counts no other steps.
         record = {
             "step": number,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
-            "learning_rate_factor": float(self._rate(np.float64(number - 1))),
+            "learning_rate_factor": float(self._rate(np.float64(taken))),
             "tokens": number * self._experiment.batch_tokens,
             "seconds": seconds,
             "tokens_per_second": speed,
@@ -198,7 +207,10 @@ class StepLog:
 
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, say: Callable[[str], None]) -> None:
-    """Continues each prompt greedily and appends the texts to samples.md; a prompt that is too long is left out."""
+    """Continues each prompt greedily and adds the texts to samples.md; a prompt that is too long is left out.
+
+    What samples.md holds of this step and of later ones, from before a kill, is replaced.
+    """
     from jaxchat.decode.engine import Engine, Shape
     from jaxchat.decode.requests import Request
     from jaxchat.decode.sampling import SamplingParams
@@ -216,8 +228,17 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
             continue
         lines.append(f"- **{prompt}**{answer.text}\n")
         say(f"  | {prompt}{answer.text}")
-    with (e.stage_directory / "samples.md").open("a", encoding="utf-8") as file:
-        file.writelines(lines)
+    path = e.stage_directory / "samples.md"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept + lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sampled_step(part: str) -> int:
+    heading = re.match(r"\n## Step (\d+)$", part, flags=re.M)
+    return int(heading[1]) if heading else -1
 
 
 def check_ahead(e: Experiment) -> None:
@@ -227,26 +248,43 @@ def check_ahead(e: Experiment) -> None:
         raise UserError(f"{e.stage_directory} is at step {newest} already: ask for at least --steps={newest}")
 
 
-def check_writable(directory: Path) -> None:
-    """Makes a directory and a file in it; raises `UserError` where that cannot be done."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error.strerror}): name another --directory") from error
-
-
-def keep_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
-    """The run's own copy of the tokenizer; another one there already belongs to another experiment."""
-    place = run_directory / "tokenizer"
-    if place.exists():
-        if Tokenizer.load(place).hash != tokenizer.hash:
-            raise UserError(
-                f"{place} is another tokenizer than this experiment's: its checkpoints would not fit; "
-                "give the experiment its own --name"
-            )
+@contextlib.contextmanager
+def alone(e: Experiment, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the stage directory, so that no second process writes there; raises `UserError` where one does already."""
+    if jax.process_index() or "://" in e.directory:
+        yield
         return
-    tokenizer.save(place)
+    refusal = f"another process trains in {e.stage_directory}: wait for its end, or give this run its own --name"
+    with cache.locked(e.stage_directory, say, refusal=refusal):
+        yield
+
+
+def check_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` where the run has checkpoints that were trained with another tokenizer."""
+    place = run_directory / "tokenizer"
+    trained = any(checkpoint.finished_steps(path) for path in run_directory.glob("*/"))
+    if trained and place.exists() and Tokenizer.load(place).hash != tokenizer.hash:
+        raise UserError(
+            f"{place} is another tokenizer than this experiment's: its checkpoints would not fit; "
+            "give the experiment its own --name"
+        )
+
+
+def check_finite(state: State, what: str, remedy: str) -> None:
+    """Raises `UserError` where a parameter is not finite; no later step makes one so."""
+    if not jax.jit(all_finite)(state.params):
+        raise UserError(f"{what} are not finite: {remedy}")
+
+
+def check_end(e: Experiment, loss: float | None, val_bpb: float) -> None:
+    """Raises `UserError` where a run ends with numbers that nobody can use; all its files are written by then."""
+    found = {name: value for name, value in (("loss", loss), ("val_bpb", val_bpb)) if value is not None}
+    bad = [f"{name}={value}" for name, value in found.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"the run ended at step {e.steps} with {' and '.join(bad)}: train with lower learning rates under another "
+            f"--name; {e.stage_directory} holds its last finite parameters"
+        )
 
 
 def write_manifests(experiment: Experiment, rows: dict[str, Any]) -> None:
@@ -292,21 +330,3 @@ def describe(
         f"{mesh} on {device.device_kind}  {setup.transformer.dtype}  attention xla, documents {isolated}  "
         f"{peak_text}  compiled in {compile_seconds:.1f} s"
     )
-
-
-@contextlib.contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM and SIGINT only set a flag that the returned function tells; a second SIGINT stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from jaxchat import sharding
 from jaxchat.config import UserError
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.likelihood import Objective
+from jaxchat.signals import Interrupted
 
 MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
 
@@ -24,10 +25,6 @@ class State(NamedTuple):
     optimizer: Any
     skipped_in_row: jax.Array
     skipped: jax.Array
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; the state has been saved."""
 
 
 def init_state(transformer: Transformer, tx: optax.GradientTransformation, key: jax.Array) -> State:
@@ -58,14 +55,19 @@ def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
     return State(whole, placed, optimizer, whole, whole)
 
 
+def all_finite(params: Params) -> jax.Array:
+    """Whether every number of every parameter is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
 def train_step(
     state: State, batch: Mapping[str, jax.Array], *, objective: Objective, tx: optax.GradientTransformation
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from a batch of (micro-batches, rows, ...) columns.
 
     Totals, weights and gradients are added over micro-batches and divided once by the batch's whole weight, so the
-    result does not depend on how the batch is cut. A step whose loss or gradient is not finite changes nothing but the
-    counters.
+    result does not depend on how the batch is cut. A step whose loss, gradient or new parameters are not finite changes
+    nothing but the counters.
     """
 
     def gradient(columns: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
@@ -90,7 +92,7 @@ def train_step(
     loss, norm = total * share, optax.tree.norm(grads)
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     bad = jnp.where(finite, 0, 1)
     after = State(
@@ -156,8 +158,8 @@ def fit(
         waiting, clock = None, now
         if values["skipped_in_row"] >= MOST_SKIPPED:
             raise UserError(
-                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite: lower the learning rates or "
-                "change --seed, then start again from the last checkpoint, which is intact"
+                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite, and would be so again: train with "
+                "lower learning rates or another --seed under another --name; checkpoints of this run stay as they are"
             )
 
     for index, batch in batches:
@@ -172,7 +174,7 @@ def fit(
             if due["save"] or due["evaluate"] or stop:
                 hooks.save(number, state)
             if stop:
-                raise Interrupted
+                raise Interrupted("saved")
             if due["evaluate"]:
                 hooks.evaluate(number, state, last)
             if due["sample"]:

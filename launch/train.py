@@ -6,19 +6,19 @@ saves and exits with status 75 on SIGTERM, so that a scheduler starts it again.
 
 import sys
 
-from jaxchat import config
+from jaxchat import config, signals
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv, description=__doc__)
-    from jaxchat import compilation, stages
-    from jaxchat.train import Interrupted
-
-    compilation.prepare_backend(experiment)
     try:
-        return stages.run(experiment)
-    except Interrupted:
-        print("stopped by a signal; saved: start again to continue", file=sys.stderr)
+        with signals.raised():
+            experiment = config.load(argv, description=__doc__)
+            from jaxchat import compilation, stages
+
+            compilation.prepare_backend(experiment)
+            return stages.run(experiment)
+    except signals.Interrupted as stop:
+        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ import launch.chat
 import launch.prepare
 import launch.tokenizer
 import launch.train
+from jaxchat import checkpoint, stages
 from jaxchat.config import UserError
+from jaxchat.data import cache, prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +86,9 @@ def refusal(main, argv):
 
 
 def contents(directory):
-    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    """Every file but the empty one that tells of no more than that somebody was there."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "lock")
+    return {path: path.read_bytes() for path in files}
 
 
 def trains_not(place, said, **changes):
@@ -203,6 +208,49 @@ def test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on(moved
     write(place / "train.jsonl", texts(300, seed=9))
     said = "the documents of --data.train are not those that"
     trains_not(place, said, **{"data.tokenizer.path": tokenizer, "steps": 4})
+
+
+def test_a_second_process_in_a_run_directory_is_refused(place, trained):
+    with cache.locked(trained, print):
+        trains_not(place, f"another process trains in {trained}: wait for its end, or give", steps=4)
+
+
+def test_what_was_refused_may_be_corrected_under_the_same_name(place, trained):
+    changes = {"name": "corrected", "data.val": None, "data.val_fraction": 1e-9}
+    with pytest.raises(UserError, match="holds out no document"):
+        launch.train.main([*flags(place, **changes), "--data.val"])
+    told = launch.train.main([*flags(place, **changes | {"data.val_fraction": 0.2}), "--data.val"])
+    assert told["step"] == 2
+    trains_not(place, "holds another experiment: data.val was ()", **changes | {"data.val": place / "val.jsonl"})
+    shutil.rmtree(place / "runs/corrected")
+
+
+MOMENTS = {
+    "tokenizer": (prepare, "ensure_tokenizer"),
+    "rows": (prepare, "ensure_rows"),
+    "compilation": (stages, "compile_step"),
+    "restoring": (checkpoint, "check_files"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatch, capsys, moment, number):
+    module, name = MOMENTS[moment]
+    real, before = getattr(module, name), contents(place / "runs")
+
+    def interrupted(*args, **named):
+        os.kill(os.getpid(), number)
+        return real(*args, **named)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        launch.train.main(flags(place, steps=4))
+    assert stop.value.code == 75 and contents(place / "runs") == before
+    said = "stopped by a signal; what was prepared so far is kept: start again to continue"
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_directory_that_cannot_be_written_says_so(place, trained):

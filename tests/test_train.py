@@ -96,6 +96,18 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(bad: float) -> None
     assert np.all(np.asarray(good.params["w"]) != np.asarray(before.params["w"]))
 
 
+@pytest.mark.parametrize("rate", [np.inf, np.nan, 1e38])
+def test_a_step_that_would_make_a_parameter_infinite_is_skipped(rate: float) -> None:
+    tx = optax.sgd(rate, momentum=0.9)
+    params = {"w": jnp.asarray([1.0, 2.0]), "v": jnp.asarray(0.0)}
+    batch = {"x": np.full((1, 2), 300.0, np.float32), "weights": np.ones((1, 2), np.float32)}
+    before = State(ZERO, params, tx.init(params), ZERO, ZERO)
+    after, metrics = jax.jit(lambda state, batch: train_step(state, batch, objective=root, tx=tx))(before, batch)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert (int(after.step), int(after.skipped_in_row), int(metrics["skipped"])) == (1, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (before.params, before.optimizer))
+
+
 def test_a_batch_of_no_weight_changes_no_gradient() -> None:
     tx, params = optax.sgd(1.0), {"w": jnp.asarray([1.0, 2.0])}
     batch = {"x": np.ones((1, 2), np.float32), "weights": np.zeros((1, 2), np.float32)}
@@ -184,7 +196,7 @@ def test_a_signal_during_the_last_step_lets_the_run_end() -> None:
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run() -> None:
     broken = fake(bad=99)
-    with pytest.raises(UserError, match="10 steps in a row up to step 10"):
+    with pytest.raises(UserError, match=r"10 steps in a row up to step 10 .* under another --name"):
         run(broken, 20, Cadence(3, 3, 3))
     assert "log 10" in broken.events
     assert not any(event.startswith("save 1") for event in broken.events), "nothing is saved once it gave up"

@@ -1,0 +1,50 @@
+"""SIGTERM and Ctrl-C: they stop a run at once before its first step, and from then on once a checkpoint is saved."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop; the message says what is kept. No `except Exception` takes it for a failure."""
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within it SIGTERM and SIGINT raise `Interrupted`, as soon as Python runs again; SIGTERM only once."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGINT or len(asked) == 1:
+            raise Interrupted("what was prepared so far is kept")
+
+    with _handled(stop):
+        yield
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT only set a flag that the returned function tells; a second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with _handled(note):
+        yield lambda: bool(asked)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -1,0 +1,93 @@
+"""What a stage writes beside its checkpoints, and how it ends."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+import jaxchat.decode.engine
+from jaxchat import config, metrics, optim, stages
+from jaxchat.config import UserError
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    return config.load(["--config=configs/tiny.py", "--steps=10", f"--directory={tmp_path}", "--prompts", "a", "b"])
+
+
+class Kept:
+    """A writer that keeps its records."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def close(self):
+        pass
+
+
+def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
+    kept = Kept()
+    log = stages.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), None, [kept])
+    skipped = [(0, 0), (1, 1), (2, 2), (0, 2), (0, 2)]  # In a row and in all, after each of five steps.
+    for number, (in_row, in_all) in enumerate(skipped, 1):
+        values = {"loss": 1.0, "grad_norm": 1.0, "skipped_in_row": in_row, "skipped": in_all}
+        log(number, values, 0.5)
+    factor = optim.learning_rate_factor(experiment.optimizer, experiment.steps)
+    # The optimizer has taken no step while the second and third were skipped.
+    assert [r["learning_rate_factor"] for r in kept.records] == [float(factor(jnp.int32(t))) for t in (0, 1, 1, 1, 2)]
+
+
+def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
+    lines = metrics.JsonLines(tmp_path / "metrics.jsonl", 0)
+    lines.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "mfu": None, "tokens": 3})
+    lines.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "grad_norm": None, "mfu": None, "tokens": 3}
+    assert "NaN" not in text and "Infinity" not in text
+
+
+@pytest.mark.parametrize(
+    "loss, val_bpb, said", [(math.nan, 2.0, "loss=nan"), (None, math.inf, "val_bpb=inf"), (2.0, math.nan, "val_bpb")]
+)
+def test_a_run_that_ends_without_a_number_says_so(experiment, loss, val_bpb, said):
+    with pytest.raises(UserError, match=f"ended at step 10 with {said}.* under another --name"):
+        stages.check_end(experiment, loss, val_bpb)
+    stages.check_end(experiment, None, 2.0)
+    stages.check_end(experiment, 3.0, 2.0)
+
+
+def test_parameters_that_are_not_finite_are_never_trained():
+    state = SimpleNamespace(params={"w": jnp.array([1.0, jnp.nan]), "v": jnp.ones(3)})
+    with pytest.raises(UserError, match="the first parameters are not finite: correct"):
+        stages.check_finite(state, "the first parameters", "correct")
+    stages.check_finite(SimpleNamespace(params={"v": jnp.ones(3)}), "none", "")
+
+
+def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experiment, monkeypatch):
+    answered = iter("abcdefgh")
+
+    class Engine:
+        def __init__(self, *args):
+            pass
+
+        def generate(self, asked):
+            return [[SimpleNamespace(error=None, text=f" {next(answered)}\n\nand on")] for _ in asked]
+
+    monkeypatch.setattr(jaxchat.decode.engine, "Engine", Engine)
+    tokenizer = SimpleNamespace(bos=0, encode=lambda text: [1])
+    experiment.stage_directory.mkdir(parents=True)
+    setup, state = SimpleNamespace(experiment=experiment, transformer=None), SimpleNamespace(params=None)
+    for number in (5, 10, 15, 10):  # Killed after 15, taken up again from 5.
+        stages.write_samples(setup, tokenizer, state, number=number, say=lambda text: None)
+    text = (experiment.stage_directory / "samples.md").read_text()
+    sections = {5: "ab", 10: "gh"}
+    assert text == "".join(
+        f"\n## Step {step}\n- **a** {one}\n\nand on\n- **b** {two}\n\nand on\n" for step, (one, two) in sections.items()
+    )
