@@ -24,6 +24,18 @@ def test_a_picture_shows_every_run_and_tells_its_last_score(tmp_path: Path) -> N
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    run = write_run(tmp_path / "a", [3.0, 2.0])
+    for name in ("curves.xyz", "curves"):
+        with pytest.raises(UserError, match=rf"--out=.*{name} is no kind of picture: let it end in one of .*png"):
+            draw([run], tmp_path / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"x\.png cannot be written \(.*\): name another --out"):
+        draw([run], tmp_path / "file/x.png")
+    assert not pyplot.get_fignums()
+
+
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         read_metrics(tmp_path)

@@ -200,6 +200,14 @@ def test_a_parquet_file_without_the_column_or_a_text_is_refused(tmp_path):
         read(write(tmp_path / "cut.parquet", whole[:-50]))
 
 
+def test_a_parquet_file_that_is_not_utf8_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    text = pa.array([b"fine", b"caf\xe9"], pa.binary()).view(pa.string())
+    pa.parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet rows 1 to 2 hold text in column 'text' that is not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", ["x"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -214,7 +222,13 @@ def test_a_wrong_tiny_world_is_refused(spec):
 
 
 def test_an_unknown_encoding_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--data.encoding=latin-99 is not an encoding"):
-        read(write(tmp_path / "a.txt", "x"), encoding="latin-99")
+    for name in ("latin-99", "rot13", "base64"):
+        for path in (write(tmp_path / "a.txt", "x"), write(tmp_path / "a.jsonl", jsonl("x"))):
+            with pytest.raises(UserError, match=rf"--data.encoding={name} is not an encoding of text"):
+                read(path, encoding=name)
+    path = write(tmp_path / "b.jsonl", jsonl("one", "two").encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"b\.jsonl is not utf-16: .* start with BOM; correct --data\.encoding"):
+        read(path, encoding="utf-16")
+    assert list(read(path, encoding="utf-16-le")) == ["one", "two"]
     with pytest.raises(UserError, match=r"a.txt is not ascii.*correct --data.encoding"):
         read(write(tmp_path / "a.txt", "\u00e9"), encoding="ascii")

@@ -100,9 +100,11 @@ def find(spec: str, split: Split, *, hub_directory: str | Path | None = None, lo
 def documents(source: Source, reading: Reading) -> Iterator[str]:
     """Every document of one part of a source, in a fixed order."""
     try:
-        codecs.lookup(reading.encoding)
+        b"a".decode(reading.encoding)
+    except UnicodeError:  # Such as one byte of an encoding of two.
+        pass
     except LookupError:
-        raise UserError(f"--data.encoding={reading.encoding} is not an encoding Python knows") from None
+        raise UserError(f"--data.encoding={reading.encoding} is not an encoding of text that Python knows") from None
     for text in READERS[source.kind](source, reading):
         yield scalar_values(text)
 
@@ -204,7 +206,7 @@ def _dealt_lines(source: Source, reading: Reading) -> Iterator[tuple[int, int, b
                 position += len(line)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{source.path} is not a whole gzip file ({error}); fetch or pack it again") from None
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise UserError(_not_decoded(source.path, reading.encoding, error)) from None
 
 
@@ -243,12 +245,17 @@ def _read_parquet(source: Source, reading: Reading) -> Iterator[str]:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if group % reading.parts == reading.part:
-                    for i, text in enumerate(file.read_row_group(group, columns=[column]).column(column).to_pylist()):
+                    values = file.read_row_group(group, columns=[column]).column(column)
+                    for i, text in enumerate(values.to_pylist()):
                         if not isinstance(text, str):
                             raise UserError(f"{source.path} row {before + i + 1} has no text in column {column!r}")
                         yield text
                     reading.advance(group + 1, file.num_row_groups)
                 before += rows
+    except UnicodeDecodeError as error:
+        place = f"{source.path} rows {before + 1:,} to {before + rows:,}"
+        told = f"hold text in column {column!r} that is not UTF-8 ({error.reason})"
+        raise UserError(f"{place} {told}; write the file again with texts of UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{source.path} is not a whole parquet file ({first_line(error)}); fetch it again") from None
 
@@ -286,10 +293,10 @@ SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parque
 def _decode(data: bytes, path: str, reading: Reading) -> str:
     try:
         text = data.decode(reading.encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            _not_utf8(path, data, 0, error) if reading.is_utf8 else _not_decoded(path, reading.encoding, error)
-        ) from None
+    except UnicodeError as error:
+        if reading.is_utf8 and isinstance(error, UnicodeDecodeError):
+            raise UserError(_not_utf8(path, data, 0, error)) from None
+        raise UserError(_not_decoded(path, reading.encoding, error)) from None
     if reading.is_utf8 and "\0" in text:
         raise UserError(_binary(path, data.index(0)))
     return text
@@ -304,8 +311,11 @@ def _not_utf8(path: str, data: bytes, position: int, error: UnicodeDecodeError) 
     )
 
 
-def _not_decoded(path: str, encoding: str, error: UnicodeDecodeError) -> str:
-    return f"{path} is not {encoding}: {error.reason} (0x{error.object[error.start]:02x}); correct --data.encoding"
+def _not_decoded(path: str, encoding: str, error: UnicodeError) -> str:
+    told = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        told = f"{error.reason} (0x{error.object[error.start]:02x})"
+    return f"{path} is not {encoding}: {told}; correct --data.encoding"
 
 
 def _binary(path: str, offset: int) -> str:

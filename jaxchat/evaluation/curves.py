@@ -29,8 +29,12 @@ def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
         raise UserError("matplotlib is not installed: pip install 'jaxchat[plots]'") from None
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:].lower() not in endings:
+        raise UserError(f"--out={out} is no kind of picture: let it end in one of {', '.join(sorted(endings))}")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     last: dict[str, Any] = {}
     for directory in directories:
@@ -49,7 +53,11 @@ def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     left.legend(fontsize="small")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): name another --out") from None
+    finally:
+        pyplot.close(figure)
     return last
