@@ -55,8 +55,11 @@ class Dial:
     windows: Literal["SSSL", "L"] = "SSSL"
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+        for name in ("depth", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio} must be positive and finite")
         if self.steps < 0 or self.batch_tokens < 0:
             raise ValueError(
                 f"steps={self.steps} and batch_tokens={self.batch_tokens} must be positive, or 0 to derive"
@@ -127,10 +130,11 @@ def pretrain(
     dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
     """The pretraining experiment of a dial; `fields` are further fields of Experiment."""
+    data = Data(train=train, val=val, vocab=dial.vocab, row_length=dial.row_length)
     experiment = Experiment(
         model=model(dial),
         optimizer=optimizer(dial),
-        data=Data(train=train, val=val, vocab=dial.vocab, row_length=dial.row_length),
+        data=data,
         depth=dial.depth,
         steps=steps(dial),
         batch_tokens=batch_tokens(dial),

@@ -91,10 +91,10 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
         else:
             needed = step_bytes(compiled)
         if needed <= limit or (e.micro_rows != "auto" and needed < math.inf):
-            return _guarded(compiled, e, rows), rows, time.perf_counter() - start
+            return _guarded(compiled, setup, rows), rows, time.perf_counter() - start
         if smaller is not None:
             say(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {smaller}")
-    raise UserError(_out_of_memory(e, choices[-1]))
+    raise UserError(_out_of_memory(setup, choices[-1]))
 
 
 def lower_step(setup: Setup, rows: int) -> Any:
@@ -124,16 +124,17 @@ def _micro_choices(setup: Setup) -> list[int]:
     return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
 
 
-def _out_of_memory(e: Experiment, rows: int) -> str:
-    if rows > 1:
-        smaller = max(n for n in range(1, rows) if e.batch_rows % n == 0)
-        return f"the step does not fit in memory with micro_rows={rows}: set --micro_rows={smaller}"
-    if e.model.remat != "full":
-        return "the step does not fit in memory with micro_rows=1: set --model.remat=full"
-    return "the step does not fit in memory with micro_rows=1 and remat=full: use more devices with --mesh.fsdp"
+def _out_of_memory(setup: Setup, rows: int) -> str:
+    told = f"the step does not fit in memory with micro_rows={rows}"
+    smaller = max((n for n in _micro_choices(setup) if n < rows), default=None)
+    if smaller is not None:
+        return f"{told}: set --micro_rows={smaller}"
+    if setup.experiment.model.remat != "full":
+        return f"{told}: set --model.remat=full"
+    return f"{told} and remat=full: use more devices with --mesh.fsdp"
 
 
-def _guarded(compiled: Any, e: Experiment, rows: int) -> Callable[[State, Any], Any]:
+def _guarded(compiled: Any, setup: Setup, rows: int) -> Callable[[State, Any], Any]:
     """The compiled step; running out of memory while it runs names the next smaller setting."""
 
     def step(state: State, batch: Any) -> Any:
@@ -141,7 +142,7 @@ def _guarded(compiled: Any, e: Experiment, rows: int) -> Callable[[State, Any], 
             return compiled(state, batch)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise UserError(_out_of_memory(e, rows)) from error
+                raise UserError(_out_of_memory(setup, rows)) from error
             raise
 
     return step

@@ -70,8 +70,12 @@ class Experiment:
 
     def __post_init__(self) -> None:
         length = self.data.row_length
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        if not 1 <= self.steps < 2**31:
+            raise ValueError(f"steps={self.steps} must lie between 1 and {2**31 - 1}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must lie between 0 and {2**31 - 1}")
+        if Path(self.name).parts[:1] in ((), ("cache",)) or self.run_directory == self.cache_directory:
+            raise ValueError(f"name={self.name!r} is where prepared data are cached, or nothing: give another --name")
         if self.batch_tokens < length or self.batch_tokens % length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of data.row_length={length}")
         if self.micro_rows != "auto" and (self.micro_rows < 1 or self.batch_rows % self.micro_rows):

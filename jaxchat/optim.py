@@ -40,6 +40,11 @@ class AdamW:
     weight_decay: float = 0.0
     eps: float = 1e-10
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, finite=("learning_rate", "weight_decay", "eps"), shares=("b1", "b2"))
+        if self.eps == 0:
+            raise ValueError("eps=0 must be positive: it keeps the first updates finite")
+
 
 @dataclass(frozen=True)
 class Muon:
@@ -56,6 +61,10 @@ class Muon:
     renormalise: bool = True
     variance: bool = True
     polar_express: bool = True
+
+    def __post_init__(self) -> None:
+        shares = ("momentum_first", "momentum", "momentum_last", "b2")
+        _check_numbers(self, finite=("learning_rate", "weight_decay", "momentum_warmup"), shares=shares)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,9 @@ class Optimizer:
             raise ValueError(f"warmdown_fraction={self.warmdown_fraction} must lie between 0 and 1")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be positive, or None")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip={self.clip} must be positive and finite, or None")
+        _check_numbers(self, finite=("final_fraction",), shares=())
 
 
 def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
@@ -281,6 +291,15 @@ def _by_shape(stacks: list[jax.Array]) -> dict[tuple[int, int], list[int]]:
     for i, x_NRC in enumerate(stacks):
         shapes.setdefault((x_NRC.shape[1], x_NRC.shape[2]), []).append(i)
     return shapes
+
+
+def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str]) -> None:
+    """Raises ValueError for a field that is not finite or negative, or for a share that is not below 1."""
+    for name, most in (*((name, math.inf) for name in finite), *((name, 1) for name in shares)):
+        value = getattr(config, name)
+        if not 0 <= value < most:
+            told = "finite" if most == math.inf else "below 1"
+            raise ValueError(f"{name}={value} must be at least 0 and {told}")
 
 
 def _is_axes(x: Any) -> bool:

@@ -64,6 +64,8 @@ def test_when_nothing_fits_the_next_setting_is_named(memory):
     memory(99)
     with pytest.raises(UserError, match=r"does not fit in memory with micro_rows=1: set --model\.remat=full"):
         compilation.compile_step(setup(), lambda text: None)
+    with pytest.raises(UserError, match=r"with micro_rows=4: set --model\.remat=full"):
+        compilation.compile_step(setup(ways=4), lambda text: None)  # Which no smaller number divides over the mesh.
     full = dataclasses.replace(setup().experiment.model, remat="full")
     with pytest.raises(UserError, match=r"use more devices with --mesh\.fsdp"):
         compilation.compile_step(setup(model=full), lambda text: None)

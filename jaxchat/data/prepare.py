@@ -7,6 +7,7 @@ A key is a hash of everything that decides the content: the content of the sourc
 the rules. So a change makes a new folder, and old rows are never met by accident.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from jaxchat.data.streams import Rows, open_rows
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
 
 FORMAT = 1  # raise it when the same key would make other rows
+MOST_IDS = 2**24  # of a vocabulary; far above what any text needs, far below what fits no memory
 TOKENIZER_MARGIN = 8  # times its sample, on disk, is what a tokenizer's training reads at most
 Log = Callable[[str], None]
 
@@ -55,8 +57,10 @@ class Data:
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.train):
             raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} of data.train")
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError(f"data.weights={self.weights} must be positive")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"data.weights={self.weights} must be positive and finite")
+        if not 1 <= self.vocab <= MOST_IDS:
+            raise ValueError(f"data.vocab={self.vocab} must lie between 1 and {MOST_IDS}")
         if not self.val and not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1 where data.val is empty")
         if self.row_length < 2:
