@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+KEPT = "what was prepared so far is kept"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -13,17 +14,26 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
-    """Within it SIGTERM and SIGINT raise `Interrupted`, as soon as Python runs again; SIGTERM only once."""
+def raised() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT raise `Interrupted`, as soon as Python runs again; SIGTERM only once.
+
+    What is raised in the middle of a library may be swallowed there or come out as another error: any error after a
+    signal leaves as `Interrupted`, and the function that it gives tells whether there was a signal.
+    """
     asked: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         asked.append(number)
         if number == signal.SIGINT or len(asked) == 1:
-            raise Interrupted("what was prepared so far is kept")
+            raise Interrupted(KEPT)
 
     with _handled(stop):
-        yield
+        try:
+            yield lambda: bool(asked)
+        except Exception as error:
+            if asked:
+                raise Interrupted(KEPT) from error
+            raise
 
 
 @contextlib.contextmanager

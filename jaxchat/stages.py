@@ -23,8 +23,11 @@ from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, all_finite, fit, init_state
 
 
-def run(experiment: Experiment) -> dict[str, Any]:
-    """Runs one stage to its end, from wherever it stands; returns the launcher's result."""
+def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Runs one stage to its end, from wherever it stands; returns the launcher's result.
+
+    Raises `Interrupted` where `stopped` tells of a signal before the first step, or one comes later.
+    """
     terminal = metrics.Terminal(experiment.steps)
     # What can be refused is refused before documents are prepared for hours, and before anything is written.
     checkpoint.check_same(experiment.stage_directory, experiment, RESUMABLE)
@@ -32,28 +35,37 @@ def run(experiment: Experiment) -> dict[str, Any]:
     setup = make_setup(experiment, terminal.say)
     cache.make_directory(experiment.stage_directory, "--directory")
     with alone(experiment, terminal.say):
+        go_on(stopped)
         tokenizer = prepare.ensure_tokenizer(
             experiment.data, experiment.cache_directory, seed=experiment.seed, log=terminal.say
         )
         check_tokenizer(experiment.run_directory, tokenizer)
+        go_on(stopped)
         rows = {
             split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=terminal.say)
             for split in ("train", "val")
         }
         peak = metrics.peak_flops(setup.mesh.devices.flat[0])
         with jax.set_mesh(setup.mesh):
-            return _train(setup, tokenizer, rows, peak, terminal)
+            return _train(setup, tokenizer, rows, peak, terminal, stopped)
 
 
 def _train(
-    setup: Setup, tokenizer: Tokenizer, rows: dict[str, Any], peak: float | None, terminal: metrics.Terminal
+    setup: Setup,
+    tokenizer: Tokenizer,
+    rows: dict[str, Any],
+    peak: float | None,
+    terminal: metrics.Terminal,
+    stopped: Callable[[], bool],
 ) -> dict[str, Any]:
     e = setup.experiment
+    go_on(stopped)
     step, micro_rows, compile_seconds = compile_step(setup, terminal.say)
     describe(setup, micro_rows, compile_seconds, peak, terminal.say)
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     made_of = [part.directory.name for part in rows["train"]]  # Each a hash of everything that decides its rows.
     start, state, facts = _start(setup, checkpoints, terminal.say)
+    go_on(stopped)
     if facts.get("rows", made_of) != made_of:
         raise UserError(
             f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
@@ -107,7 +119,7 @@ def _train(
         if start and e.eval_every and start % e.eval_every == 0 and start < e.steps:
             score(start, state, False)  # The run may have ended between this checkpoint and its evaluation.
         batches = device_batches(setup, stream, start, micro_rows)
-        hooks = Hooks(log, save, score, sample, interrupted)
+        hooks = Hooks(log, save, score, sample, lambda: stopped() or interrupted())
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every)
         state = fit(state, step, batches, steps=e.steps, cadence=cadence, hooks=hooks)
         checkpoints.wait()
@@ -257,6 +269,12 @@ def alone(e: Experiment, say: Callable[[str], None]) -> Iterator[None]:
     refusal = f"another process trains in {e.stage_directory}: wait for its end, or give this run its own --name"
     with cache.locked(e.stage_directory, say, refusal=refusal):
         yield
+
+
+def go_on(stopped: Callable[[], bool]) -> None:
+    """Raises `Interrupted` after a signal that a library swallowed."""
+    if stopped():
+        raise signals.Interrupted(signals.KEPT)
 
 
 def check_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:

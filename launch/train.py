@@ -11,12 +11,12 @@ from jaxchat import config, signals
 
 def main(argv: list[str]) -> dict[str, object]:
     try:
-        with signals.raised():
+        with signals.raised() as stopped:
             experiment = config.load(argv, description=__doc__)
             from jaxchat import compilation, stages
 
             compilation.prepare_backend(experiment)
-            return stages.run(experiment)
+            return stages.run(experiment, stopped)
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

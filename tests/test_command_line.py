@@ -1,5 +1,6 @@
 """What a user does wrong is one sentence that names the remedy, and costs nothing that was there before."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -251,6 +252,22 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_that_a_library_swallows_exits_with_75_all_the_same(place, trained, monkeypatch, capsys, moment):
+    def swallowing(*args, **named):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **named)
+
+    module, name = MOMENTS[moment]
+    real, before = getattr(module, name), contents(place / "runs")
+    monkeypatch.setattr(module, name, swallowing)
+    with pytest.raises(SystemExit) as stop:
+        launch.train.main(flags(place, steps=4))
+    assert stop.value.code == 75 and contents(place / "runs") == before
+    assert capsys.readouterr().err.splitlines()[-1].endswith("start again to continue")
 
 
 def test_a_run_directory_that_cannot_be_written_says_so(place, trained):
