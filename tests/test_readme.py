@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from jaxchat.experiment import RESUMABLE
 from jaxchat.model.transformer import parameter_counts
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +57,15 @@ def test_commands_name_what_exists():
     configs = set(re.findall(r"--config=(configs/\w+\.py)", README))
     assert modules and configs
     assert [path for path in [*(f"launch/{name}.py" for name in modules), *configs] if not (ROOT / path).exists()] == []
+
+
+def test_every_field_that_may_differ_is_listed_and_no_other():
+    listed = re.search(r"These may differ when a run goes on: (.*?)\. So", README)
+    assert listed is not None
+    named = set(re.findall(r"`--([\w.]+)\*?`", listed[1]))
+    assert named == set(RESUMABLE)
+
+
+def test_every_extra_is_named():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [name for name in extras if f"`{name}`" not in README and f".[{name}]" not in README] == []
