@@ -122,7 +122,10 @@ class Checkpoints:
             self._finish()
         finally:
             self._thread.shutdown()
-            self._manager.close()
+            try:
+                self._manager.close()
+            except (OSError, ValueError, RuntimeError) as error:  # It tells a failed write, which we may have told.
+                raise self._unwritten(error) from error
 
     def _put_aside(self, steps: list[int], warn: Any) -> None:
         """Moves checkpoints to checkpoints-damaged/, where they are in nobody's way: it may be the disk that erred."""

@@ -72,18 +72,18 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, least, most, meaning in (
-            ("temperature", 0, math.inf, "0 (greedy) up"),
-            ("top_k", 0, math.inf, "0 (every token) up"),
-            ("min_p", 0, 1, "0 to 1"),
-            ("presence_penalty", -math.inf, math.inf, "any"),
-            ("frequency_penalty", -math.inf, math.inf, "any"),
-            ("max_tokens", 1, math.inf, "1 up"),
-            ("seed", 0, 2**63 - 1, "0 to 2^63 - 1"),
-            ("top_logprobs", 0, TOP_LOGPROBS, f"0 to {TOP_LOGPROBS}"),
+            ("temperature", 0, math.inf, "a number from 0 (greedy) up"),
+            ("top_k", 0, math.inf, "0 (every token) or more"),
+            ("min_p", 0, 1, "from 0 to 1"),
+            ("presence_penalty", -math.inf, math.inf, "a number"),
+            ("frequency_penalty", -math.inf, math.inf, "a number"),
+            ("max_tokens", 1, math.inf, "at least 1"),
+            ("seed", 0, 2**63 - 1, "from 0 to 2^63 - 1"),
+            ("top_logprobs", 0, TOP_LOGPROBS, f"from 0 to {TOP_LOGPROBS}"),
         ):
             value = getattr(self, name)
             if not _number(value) or not least <= value <= most or value == math.inf:
-                raise UserError(f"{name}={value} must be a number: {meaning}")
+                raise UserError(f"{name}={value} must be {meaning}")
         if not _number(self.top_p) or not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (every token)")
         if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
