@@ -64,8 +64,9 @@ def _train(
     describe(setup, micro_rows, compile_seconds, peak, terminal.say)
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     made_of = [part.directory.name for part in rows["train"]]  # Each a hash of everything that decides its rows.
-    start, state, facts = _start(setup, checkpoints, terminal.say)
-    go_on(stopped)
+    with signals.noted() as interrupted:  # An error that a signal became must not be taken for damage.
+        start, state, facts = _start(setup, checkpoints, terminal.say)
+    go_on(lambda: stopped() or interrupted())
     if facts.get("rows", made_of) != made_of:
         raise UserError(
             f"the documents of --data.train are not those that {e.stage_directory} was trained on: "

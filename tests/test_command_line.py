@@ -239,9 +239,11 @@ MOMENTS = {
 def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatch, capsys, moment, number):
     module, name = MOMENTS[moment]
     real, before = getattr(module, name), contents(place / "runs")
+    went_on = []
 
     def interrupted(*args, **named):
         os.kill(os.getpid(), number)
+        went_on.append(moment)
         return real(*args, **named)
 
     monkeypatch.setattr(module, name, interrupted)
@@ -251,6 +253,8 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     said = "stopped by a signal; what was prepared so far is kept: start again to continue"
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
+    # What came out of reading a checkpoint as another error would be taken for damage.
+    assert bool(went_on) == (moment == "restoring")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

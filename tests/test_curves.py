@@ -24,6 +24,14 @@ def test_a_picture_shows_every_run_and_tells_its_last_score(tmp_path: Path) -> N
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_that_were_not_finite_leave_gaps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "a", [3.0, 2.0])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step":3,"loss":null,"tokens":30}\n{"step":3,"val_bpb":null}\n')
+    assert draw([run], tmp_path / "curves.svg") == {str(run): None}
+
+
 def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     run = write_run(tmp_path / "a", [3.0, 2.0])
