@@ -381,8 +381,9 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_talks(place, t
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "the last good one is step 2" in errors[0]
+    # Not by lines: TensorStore's threads may write theirs into ours.
+    assert done.stderr.count("error: the checkpoint could not be written") == 1
+    assert done.stderr.count("the last good one is step 2") == 1
     assert before.items() <= contents(tmp_path / "small/pretrain/checkpoints").items()
     told = launch.chat.main([f"--checkpoint={tmp_path / 'small/pretrain'}", "--prompt=the", "--max_tokens=2"])
     assert told["tokens"] <= 2
