@@ -20,7 +20,6 @@ from jaxchat.config import UserError
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
-from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.slots import Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.model.transformer import Cache, Params, Transformer
@@ -207,14 +206,6 @@ class Engine:
                     yield new
         finally:
             sample.cancel()
-
-    def complete(self, prompt: str, sampling: SamplingParams) -> Completion:
-        """The text that follows `prompt` in a document of its own."""
-        ids = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
-        (sample,) = self.submit(Request(ids, sampling))
-        while not sample.finish_reason:
-            self.step()
-        return sample.completion()
 
     def step(self) -> bool:
         """Admits what waits, decodes one chunk, and says whether anything is left to do."""
