@@ -122,7 +122,8 @@ def _train(
         batches = device_batches(setup, stream, start, micro_rows)
         hooks = Hooks(log, save, score, sample, lambda: stopped() or interrupted())
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every)
-        state = fit(state, step, batches, steps=e.steps, cadence=cadence, hooks=hooks)
+        take = lambda _index, _state: next(batches)[1]  # noqa: E731
+        state = fit(state, step, take, start=start, steps=e.steps, cadence=cadence, hooks=hooks)
         checkpoints.wait()
         if results["val_bpb"] is None or start == e.steps:
             score(e.steps, state, True)

@@ -1,7 +1,7 @@
 """The training loop: one state, one step, one `fit`, for every stage."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -123,25 +123,27 @@ class Hooks(NamedTuple):
 
 
 class Cadence(NamedTuple):
-    """Every how many steps; 0 means only after the last."""
+    """Every how many steps; 0 means only after the last. Only multiples of `unit` can be saved, or stopped at."""
 
     save: int
     evaluate: int
     sample: int
+    unit: int = 1
 
 
 def fit(
     state: State,
     step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
-    batches: Iterable[tuple[int, Any]],
+    batch_at: Callable[[int, State], Any],
     *,
+    start: int,
     steps: int,
     cadence: Cadence,
     hooks: Hooks,
 ) -> State:
-    """Trains to `steps`. A step's metrics are fetched after the next one is dispatched, so the device never waits.
+    """Trains from step `start` to `steps`, on batches that may depend on the state before the step.
 
-    A checkpoint is written before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
+    A step's metrics are fetched after the next one is dispatched, so the device never waits. A checkpoint is written before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
     `UserError` when ten steps in a row were not finite (the last checkpoint stays as it is).
     """
     waiting: tuple[int, dict[str, jax.Array]] | None = None
@@ -162,12 +164,17 @@ def fit(
                 "lower learning rates or another --seed under another --name; checkpoints of this run stay as they are"
             )
 
-    for index, batch in batches:
+    def due_at(number: int, every: int) -> bool:
+        return number == steps or (every > 0 and number % every == 0)
+
+    for index in range(start, steps):
         number, last = index + 1, index + 1 == steps
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch_at(index, state))
         flush()
         waiting = (number, metrics)
-        due = {name: last or (every > 0 and number % every == 0) for name, every in cadence._asdict().items()}
+        if number % cadence.unit and not last:
+            continue
+        due = {name: due_at(number, getattr(cadence, name)) for name in ("save", "evaluate", "sample")}
         stop = not last and hooks.interrupted()
         if stop or any(due.values()):
             flush()

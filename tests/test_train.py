@@ -150,8 +150,9 @@ def fake(stop_at: int | None = None, bad: int = 0) -> Fake:
 
 def run(fake: Fake, steps: int, cadence: Cadence, start: int = 0) -> list[str]:
     state: Any = start
-    batches = ((i, i) for i in range(start, steps))
-    assert fit(state, fake.step, batches, steps=steps, cadence=cadence, hooks=fake.hooks) == steps  # type: ignore
+    batch_at = lambda index, state: index if index == state else -1  # noqa: E731
+    done = fit(state, fake.step, batch_at, start=start, steps=steps, cadence=cadence, hooks=fake.hooks)  # type: ignore
+    assert done == steps
     return fake.events
 
 
@@ -188,6 +189,14 @@ def test_a_signal_saves_and_stops() -> None:
     with pytest.raises(Interrupted):
         run(stopped, 9, Cadence(4, 4, 4))
     assert stopped.events[-2:] == ["log 3", "save 3 of 3"]
+
+
+def test_steps_that_belong_together_are_saved_and_stopped_at_together() -> None:
+    stopped = fake(stop_at=4)
+    with pytest.raises(Interrupted):
+        run(stopped, 9, Cadence(1, 2, 0, unit=3))
+    others = [event for event in stopped.events if not event.startswith(("step", "log"))]
+    assert others == ["save 3 of 3", "save 6 of 6"]
 
 
 def test_a_signal_during_the_last_step_lets_the_run_end() -> None:
