@@ -238,7 +238,7 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatch, capsys, moment, number):
     module, name = MOMENTS[moment]
-    real, before = getattr(module, name), contents(place / "runs")
+    real, before, handler = getattr(module, name), contents(place / "runs"), signal.getsignal(signal.SIGINT)
     went_on = []
 
     def interrupted(*args, **named):
@@ -255,7 +255,7 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
     # What came out of reading a checkpoint as another error would be taken for damage.
     assert bool(went_on) == (moment == "restoring")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
