@@ -15,7 +15,7 @@ from letters import Letters
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.sampling import SamplingParams, keep
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 
@@ -237,6 +237,40 @@ def test_likely_tokens_come_with_their_logprobs(engine: Engine) -> None:
             assert dict(pairs)[token] == pytest.approx(logprob, abs=1e-5)
 
 
+def kept_by_teacher(engine: Engine, tokens: Sequence[int], answer: Completion, params: SamplingParams) -> np.ndarray:
+    """For each token of an answer, what `keep` keeps of the full forward's logits, (T, V)."""
+    logits_TV = engine.forward([*tokens, *answer.tokens])[len(tokens) - 1 : -1] / params.temperature
+    T = len(logits_TV)
+    columns = (np.full(T, params.top_k, np.int32), *(np.full(T, x, np.float32) for x in (params.top_p, params.min_p)))
+    return np.isfinite(jax.jit(keep)(logits_TV, *columns))
+
+
+def test_kept_sets_are_those_that_tokens_were_drawn_from(engine: Engine) -> None:
+    """In one batch with requests that ask for none, for penalties, and for sets of which everything is kept."""
+    kinds = [
+        SEEDED,
+        SamplingParams(1.3, top_k=7, max_tokens=30),
+        SamplingParams(0.7, min_p=0.05, max_tokens=21, seed=4),
+    ]
+    asking = [Request(prompt(12 + i, i), params, n=2, keep_sets=True) for i, params in enumerate(kinds)]
+    others = [Request(prompt(20), params, keep_sets=True) for params in (GREEDY, WARM)] + company(4)
+    answers = engine.generate([*others[:3], *asking, *others[3:]])
+    sizes = set()
+    for request, both in zip(asking, answers[3:6]):
+        for answer in both:
+            assert answer.kept is not None
+            assert answer.kept.dtype == np.uint8
+            assert answer.kept.shape == (len(answer.tokens), 8)
+            kept_TV = np.unpackbits(answer.kept, axis=1, count=60, bitorder="little").astype(bool)
+            np.testing.assert_array_equal(kept_TV, kept_by_teacher(engine, request.prompt, answer, request.sampling))
+            assert kept_TV[np.arange(len(kept_TV)), answer.tokens].all()
+            sizes |= set(kept_TV.sum(axis=1))
+    assert len(sizes) > 5, "sets of few sizes tell little"
+    assert [answer.kept for (answer,) in answers[:3] + answers[6:]] == [None] * 6
+    plain = engine.generate([dataclasses.replace(request, keep_sets=False) for request in asking])
+    assert [[one.tokens for one in both] for both in plain] == [[one.tokens for one in both] for both in answers[3:6]]
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "empty": (lambda: Request([]), "prompt is empty"),
     "long": (lambda: Request([1] * LENGTH), "320 tokens and the context 320"),
@@ -244,6 +278,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias names token 99"),
     "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens names token -1"),
     "none": (lambda: Request([1], n=0), "n=0"),
+    "kept": (lambda: Request([1], SamplingParams(top_k=3, presence_penalty=1.0), keep_sets=True), "keep_sets"),
 }
 
 

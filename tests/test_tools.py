@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import small
 from letters import Letters
@@ -105,6 +106,18 @@ def test_a_transcript_with_tools_is_the_sequential_one(model: tuple[Transformer,
         assert all(logprob == 0 for logprob, sampled in zip(answer.logprobs, answer.sampled) if not sampled)
         called += sum(not sampled for sampled in answer.sampled)
     assert called > 20, "hardly a call was answered"
+
+
+def test_what_a_tool_said_could_have_been_anything(model: tuple[Transformer, Any]) -> None:
+    """Where tokens say what they were drawn from, a forced one was drawn from all."""
+    asked = SamplingParams(100.0, top_k=55, max_tokens=80, ignore_end=True)
+    machine, forced = engine(model), 0
+    for answer in machine.generate([Request([1, 2], asked, n=30, tools=(Echo(),), keep_sets=True)])[0]:
+        assert answer.kept is not None
+        counts_T = np.bitwise_count(answer.kept).sum(axis=1)
+        np.testing.assert_array_equal(counts_T == 64, ~np.array(answer.sampled))
+        forced += sum(counts_T == 64)
+    assert forced > 20, "hardly a call was answered"
 
 
 def sequential(machine: Engine, prompt: list[int], asked: SamplingParams) -> list[tuple[int, bool]]:

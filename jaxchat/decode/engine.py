@@ -136,11 +136,14 @@ class Engine:
         """Queues a request; returns its samples, which fill as `step` is called.
 
         Raises:
-            UserError: the prompt is empty or too long, or names ids or special tokens that the model does not have.
+            UserError: the prompt is empty or too long, names ids or special tokens that the model does not have, or
+                asks for the sets drawn from together with penalties.
         """
         prompt = self.check(request.prompt)
         if request.n < 1:
             raise UserError(f"n={request.n} must be at least 1")
+        if request.keep_sets and request.sampling.penalised:
+            raise UserError("keep_sets has no meaning with penalties or a logit bias: leave one of them out")
         self._check_ids("logit_bias", request.sampling.logit_bias)
         self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:

@@ -23,12 +23,15 @@ class Running(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What each step gave each slot, (K, B): -1 for no token; the most likely tokens (K, B, N), where asked for."""
+    """What each step gave each slot, (K, B): -1 for no token; where asked for, the most likely tokens, (K, B, N) each,
+    and the set that the token was drawn from, in bits.
+    """
 
     token_KB: jax.Array
     logprob_KB: jax.Array
     drawn_logprob_KB: jax.Array
-    top_KBN: tuple[jax.Array, jax.Array] | None
+    top_KBN: tuple[jax.Array, jax.Array] | None = None
+    kept_KBC: jax.Array | None = None
 
 
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
@@ -65,10 +68,12 @@ def admit(
     *,
     level: Level,
     top: bool,
+    keep_sets: bool = False,
 ) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
     """Copies prefilled rows `take_N` into slots `slot_N` (out of range for none) and chooses each one's first token."""
     logits_NV = logits_RV[take_N]
-    choice = choose(logits_NV, rows, source.length_B[take_N] - 1, level=level, history=prompts)
+    position_N = source.length_B[take_N] - 1
+    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, keep_sets=keep_sets)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     if history is not None and prompts is not None:
         rows_N = jnp.arange(slot_N.shape[0])
@@ -99,6 +104,7 @@ def decode(
     *,
     level: Level,
     top: bool,
+    keep_sets: bool = False,
 ) -> tuple[Cache, History | None, Running, Steps]:
     """A step for each row of `forced_KB`: reads every slot's newest token and chooses the next, unless one is forced.
 
@@ -111,7 +117,7 @@ def decode(
         at_B = jnp.where(paused_B, -1, position_B)
         hidden_B1M, cache = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
         logits_BV = transformer.logits(params, hidden_B1M)[:, 0]
-        choice = choose(logits_BV, rows, position_B, level=level, history=history)
+        choice = choose(logits_BV, rows, position_B, level=level, history=history, keep_sets=keep_sets)
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
         if history is not None:
             history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))
@@ -120,6 +126,7 @@ def decode(
             choice.logprob_B,
             choice.drawn_logprob_B,
             most_likely(logits_BV) if top else None,
+            choice.kept_BC,
         )
         token_B = jnp.where(paused_B, token_B, next_B)
         position_B = jnp.where(paused_B, position_B, position_B + 1)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.tokenizer import Tokenizer
 
@@ -41,6 +43,8 @@ class Request:
     tools: Sequence[Tool] = ()
     keep: bool = False
     """Whether the engine remembers what it read, for a later prompt that begins with it."""
+    keep_sets: bool = False
+    """Whether the answer says which tokens each of its own was drawn from, for training on it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Completion:
         first_token_seconds: from submission to the first token.
         top_logprobs: for each sampled token, the most likely tokens and their log-probabilities, where asked for.
         error: what was wrong with the request.
+        kept: the tokens that each token was drawn from, (tokens, ceil(V / 8)) uint8, a bit a token, the lowest first;
+            all of them for a token of a tool's answer. None where not asked for, and where every token can be drawn.
     """
 
     text: str
@@ -71,6 +77,7 @@ class Completion:
     first_token_seconds: float = 0.0
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     error: str | None = None
+    kept: np.ndarray | None = field(default=None, compare=False)
 
 
 class TextStream:

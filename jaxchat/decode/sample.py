@@ -48,6 +48,7 @@ class Sample:
         self._drawn: list[float] = []
         self._sampled: list[bool] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
+        self._kept: list[np.ndarray] = []
         self._start = self._end = time.perf_counter()
         self._first = 0.0
 
@@ -61,7 +62,19 @@ class Sample:
         """Tokens at which the device waits for the host."""
         return self.stops | {self._tokenizer.specials[tool.end] for tool in self.request.tools}
 
-    def give(self, token: int, logprob: float, drawn: float, top: Sequence[tuple[int, float]] = ()) -> None:
+    @property
+    def keeps_sets(self) -> bool:
+        """Whether the sets that tokens are drawn from are asked for, and are not simply all tokens."""
+        return self.request.keep_sets and self.request.sampling.level == "full"
+
+    def give(
+        self,
+        token: int,
+        logprob: float,
+        drawn: float,
+        top: Sequence[tuple[int, float]] = (),
+        kept_C: np.ndarray | None = None,
+    ) -> None:
         """Takes the next token from the device; finishes the sample, or calls a tool, where it is time to."""
         if self.finish_reason:
             self.surplus.append(token)
@@ -78,6 +91,9 @@ class Sample:
         self._drawn.append(0.0 if forced else drawn)
         if count := self.request.sampling.top_logprobs:
             self._top.append(() if forced else tuple(top[:count]))
+        if self.keeps_sets:
+            assert kept_C is not None
+            self._kept.append(np.full_like(kept_C, 255) if forced else kept_C.copy())
         if not forced and token in self.stops:
             self._finish("stop")
             return
@@ -139,6 +155,7 @@ class Sample:
             first_token_seconds=max(0.0, self._first - self._start),
             top_logprobs=tuple(self._top),
             error=self.error,
+            kept=np.stack(self._kept) if self._kept else None,
         )
 
 

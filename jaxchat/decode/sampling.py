@@ -139,11 +139,15 @@ class History(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A token by row, (B,), its log-probability under the model and under the distribution it was drawn from."""
+    """A token by row, (B,), its log-probability under the model and under the distribution it was drawn from.
+
+    Where asked for, also the tokens that it was drawn from: (B, ceil(V / 8)) uint8, a bit a token, the lowest first.
+    """
 
     token_B: jax.Array
     logprob_B: jax.Array
     drawn_logprob_B: jax.Array
+    kept_BC: jax.Array | None = None
 
 
 def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
@@ -171,12 +175,18 @@ def noise(rows: Rows, position_B: jax.Array, purpose: int, size: int) -> jax.Arr
 
 
 def choose(
-    logits_BV: jax.Array, rows: Rows, position_B: jax.Array, *, level: Level, history: History | None = None
+    logits_BV: jax.Array,
+    rows: Rows,
+    position_B: jax.Array,
+    *,
+    level: Level,
+    history: History | None = None,
+    keep_sets: bool = False,
 ) -> Choice:
     """One token a row: the most likely at temperature 0, otherwise drawn from what is kept.
 
     `position_B` is the position of the token before. `level` says what the rows ask for at most; a row's answer does
-    not depend on it.
+    not depend on it. `keep_sets` asks for the sets that were drawn from, above level greedy.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if level == "greedy":
@@ -187,7 +197,8 @@ def choose(
     token_B = draw(z_BV, rows, position_B, DRAW)
     token_B = jnp.where(rows.temperature == 0, best_B, token_B).astype(jnp.int32)
     drawn_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
-    return Choice(token_B, logprob(logits_BV, token_B), drawn_B)
+    kept_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if keep_sets else None
+    return Choice(token_B, logprob(logits_BV, token_B), drawn_B, kept_BC)
 
 
 def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array, purpose: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,17 @@ class Stats:
     slot_steps: int = 0
     useful_steps: int = 0
     chunks: int = 0
+
+
+class Wanted(NamedTuple):
+    """What a dispatch has to do for its samples: the level that serves all of them, and whether any reports likely
+    tokens, asks for the sets that it draws from, or is penalised.
+    """
+
+    level: Level
+    top: bool
+    keep_sets: bool
+    penalised: bool
 
 
 class Slots:
@@ -78,7 +89,7 @@ class Slots:
         self._cache: Cache | None = None
         self._history: History | None = None
         self._rows: Rows | None = None
-        static = ("level", "top")
+        static = ("level", "top", "keep_sets")
         self._admit = jax.jit(programs.admit, donate_argnums=(0, 1), static_argnames=static)
         self._decode = jax.jit(
             functools.partial(programs.decode, transformer), donate_argnums=(1, 2), static_argnames=static
@@ -148,18 +159,28 @@ class Slots:
                 if self._history is None:
                     empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
                     self._history = History(*empty)
-            level, top, _ = self._wanted([sample for _, sample in group])
-            history = self._history if prompts is not None else None
+            level, top, keep_sets, _ = _wanted([sample for _, sample in group])
             self._cache, history, choice, likely = self._admit(
-                self._cache, history, source, logits_RV, take, slot, pack(params), prompts, level=level, top=top
+                self._cache,
+                self._history if prompts is not None else None,
+                source,
+                logits_RV,
+                take,
+                slot,
+                pack(params),
+                prompts,
+                level=level,
+                top=top,
+                keep_sets=keep_sets,
             )
             if prompts is not None:
                 self._history = history
             if draft is not None:
                 self._draft_cache = self._seat(self._draft_cache, draft, take, slot)
-            choice, likely = jax.device_get((choice, likely))
+            one = Steps(choice.token_B, choice.logprob_B, choice.drawn_logprob_B, likely, choice.kept_BC)
+            steps = jax.tree.map(lambda x: x[None], jax.device_get(one))
             for i, (_, sample) in enumerate(group):
-                sample.give(int(choice.token_B[i]), *_told(choice, likely, i))
+                _give(sample, steps, 0, i)
         self._rows = None
 
     def decode(self, params: Params) -> None:
@@ -182,8 +203,9 @@ class Slots:
                 [idle if sample is None else (sample.request.sampling, sample.index) for sample in self.samples]
             )
             self._rows = jax.tree.map(jnp.asarray, rows)
-        level, top, penalised = self._wanted(self.active)
-        running, guessing = Running(token, position, limit, stops), not (top or penalised) and self._guesses()
+        level, top, keep_sets, penalised = _wanted(self.active)
+        running = Running(token, position, limit, stops)
+        guessing = not (top or keep_sets or penalised) and self._guesses()
         if guessing:
             text_BL = np.zeros((B, self._longest), np.int32)
             for slot, sample in enumerate(self.samples):
@@ -196,7 +218,7 @@ class Slots:
         else:
             history = self._history if penalised else None
             self._cache, history, _, steps = self._decode(
-                params, self._cache, history, running, self._rows, forced, level=level, top=top
+                params, self._cache, history, running, self._rows, forced, level=level, top=top, keep_sets=keep_sets
             )
             if penalised:
                 self._history = history
@@ -205,7 +227,7 @@ class Slots:
             given = (steps.token_KB >= 0).sum(axis=2)
             self._luck.note(float((given - 1)[given > 0].mean()))
             token_KB, logprob_KB, drawn_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
-            steps = Steps(token_KB, logprob_KB, drawn_KB, None)
+            steps = Steps(token_KB, logprob_KB, drawn_KB)
         self._tell(steps)
 
     def _guesses(self) -> bool:
@@ -225,9 +247,7 @@ class Slots:
             sample = self.samples[slot]
             if sample is not None:
                 self.stats.useful_steps += not sample.finish_reason
-                likely = None if steps.top_KBN is None else (steps.top_KBN[0][k], steps.top_KBN[1][k])
-                logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.drawn_logprob_KB[k, slot])
-                sample.give(int(steps.token_KB[k, slot]), logprob, drawn, _pairs(likely, slot))
+                _give(sample, steps, k, slot)
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
         """What was read for a sample that has ended and not left: the tokens, and a cache of one row."""
@@ -237,11 +257,15 @@ class Slots:
         slot = np.array([self.samples.index(sample)], np.int32)
         return tokens, self._move(self._cache, slot, length=length, write=self._write)
 
-    def _wanted(self, samples: Sequence[Sample]) -> tuple[Level, bool, bool]:
-        """The level that serves all of them, whether any reports likely tokens, and whether any is penalised."""
-        asked = [sample.request.sampling for sample in samples]
-        level = max((params.level for params in asked), key=LEVELS.index)
-        return level, any(params.top_logprobs for params in asked), any(params.penalised for params in asked)
+
+def _wanted(samples: Sequence[Sample]) -> Wanted:
+    asked = [sample.request.sampling for sample in samples]
+    return Wanted(
+        level=max((params.level for params in asked), key=LEVELS.index),
+        top=any(params.top_logprobs for params in asked),
+        keep_sets=any(sample.keeps_sets for sample in samples),
+        penalised=any(params.penalised for params in asked),
+    )
 
 
 def _history(samples: Sequence[Sample], width: int, vocab: int) -> History:
@@ -254,10 +278,9 @@ def _history(samples: Sequence[Sample], width: int, vocab: int) -> History:
     return History(prompt, np.zeros((width, vocab), np.int32), bias)  # type: ignore[arg-type]
 
 
-def _pairs(likely: Any, i: int) -> list[tuple[int, float]]:
-    return [] if likely is None else list(zip(likely[0][i].tolist(), likely[1][i].tolist()))
-
-
-def _told(choice: Any, likely: Any, i: int) -> tuple[float, float, list[tuple[int, float]]]:
-    """What `Sample.give` takes beside the token."""
-    return float(choice.logprob_B[i]), float(choice.drawn_logprob_B[i]), _pairs(likely, i)
+def _give(sample: Sample, steps: Steps, k: int, slot: int) -> None:
+    """Gives a sample what a step had for it."""
+    logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.drawn_logprob_KB[k, slot])
+    likely = [] if steps.top_KBN is None else list(zip(*(column[k, slot].tolist() for column in steps.top_KBN)))
+    kept_C = None if steps.kept_KBC is None else np.asarray(steps.kept_KBC[k, slot])
+    sample.give(int(steps.token_KB[k, slot]), logprob, drawn, likely, kept_C)

@@ -141,7 +141,7 @@ def verify(
     logits_XV = transformer.logits(params, hidden_BTM).reshape(B * T, -1)
     rows_X = jax.tree.map(lambda column: jnp.repeat(column, T), rows)
     choice = choose(logits_XV, rows_X, positions_BT.reshape(B * T), level=level)
-    chosen_BT, logprob_BT, drawn_BT = (x.reshape(B, T) for x in choice)
+    chosen_BT, logprob_BT, drawn_BT = (x.reshape(B, T) for x in choice[:3])
     right_BD = jnp.cumprod((chosen_BT[:, :-1] == guess_BD) & read_BT[:, 1:], axis=1)
     stop_BT = jnp.any(chosen_BT[:, :, None] == running.stops_BN[:, None], axis=2)
     room_B = running.limit_B - at.position_B
@@ -160,7 +160,7 @@ def verify(
     if draft_cache is not None:
         draft_cache = draft_cache._replace(last_B=jnp.where(at.paused_B, draft_cache.last_B, before_B))
     after = Round(token_B, position_B, at.paused_B | stopped_B, cache, draft_cache, text_BL)
-    return after, Steps(given_BT, logprob_BT, drawn_BT, None)
+    return after, Steps(given_BT, logprob_BT, drawn_BT)
 
 
 def speculate(
