@@ -11,7 +11,7 @@ import optax
 from jaxchat import sharding
 from jaxchat.config import UserError
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.objectives.likelihood import Objective
+from jaxchat.objectives.likelihood import Objective, Sum
 from jaxchat.signals import Interrupted
 
 MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
@@ -65,20 +65,21 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from a batch of (micro-batches, rows, ...) columns.
 
-    Totals, weights and gradients are added over micro-batches and divided once by the batch's whole weight, so the
-    result does not depend on how the batch is cut. A step whose loss, gradient or new parameters are not finite changes
-    nothing but the counters.
+    Totals, weights, extras and gradients are added over micro-batches and divided once, gradients by the batch's whole
+    weight, so the result does not depend on how the batch is cut. A step whose loss, gradient or new parameters are
+    not finite changes nothing but the counters.
     """
 
-    def gradient(columns: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        def total(params: Params) -> tuple[jax.Array, jax.Array]:
-            return objective(params, columns)
+    def gradient(columns: Mapping[str, jax.Array]) -> tuple[Sum, Any]:
+        def total(params: Params) -> tuple[jax.Array, Sum]:
+            found = objective(params, columns)
+            return found.total, found
 
-        (value, weight), grads = jax.value_and_grad(total, has_aux=True)(state.params)
-        return value, weight, grads
+        (_, found), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+        return found, grads
 
     if next(iter(batch.values())).shape[0] == 1:
-        total, weight, grads = gradient({name: column[0] for name, column in batch.items()})
+        (total, weight, extras), grads = gradient({name: column[0] for name, column in batch.items()})
     else:
 
         def add(carry: Any, columns: Any) -> tuple[Any, None]:
@@ -86,7 +87,7 @@ def train_step(
 
         first = {name: column[0] for name, column in batch.items()}
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
-        (total, weight, grads), _ = jax.lax.scan(add, zero, dict(batch))
+        ((total, weight, extras), grads), _ = jax.lax.scan(add, zero, dict(batch))
     share = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * share, grads)
     loss, norm = total * share, optax.tree.norm(grads)
@@ -109,6 +110,10 @@ def train_step(
         "skipped_in_row": after.skipped_in_row,
         "skipped": after.skipped,
     }
+    if extras:
+        tokens = extras["tokens"]
+        means = {name: value / jnp.maximum(tokens, 1) for name, value in extras.items() if name != "tokens"}
+        metrics |= {"trained_tokens": tokens, **means}
     return after, metrics
 
 
@@ -143,7 +148,8 @@ def fit(
 ) -> State:
     """Trains from step `start` to `steps`, on batches that may depend on the state before the step.
 
-    A step's metrics are fetched after the next one is dispatched, so the device never waits. A checkpoint is written before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
+    A step's metrics are fetched after the next one is dispatched, so the device never waits. A checkpoint is written
+    before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
     `UserError` when ten steps in a row were not finite (the last checkpoint stays as it is).
     """
     waiting: tuple[int, dict[str, jax.Array]] | None = None

@@ -117,6 +117,23 @@ def test_a_batch_of_no_weight_changes_no_gradient() -> None:
     np.testing.assert_array_equal(state.params["w"], params["w"])
 
 
+def test_extras_are_added_over_micro_batches_and_logged_per_token() -> None:
+    tx, params = optax.sgd(1.0), {"w": jnp.asarray([1.0, 2.0])}
+    x = np.array([[3.0, 5.0], [0.0, 0.0], [1.0, 0.0]], np.float32)  # 2, 0 and 1 tokens
+
+    def objective(params: Any, batch: Any) -> Sum:
+        tokens = jnp.sum(batch["x"] > 0).astype(jnp.float32)
+        return Sum(jnp.sum(params["w"] * batch["x"]), tokens, {"tokens": tokens, "seen": jnp.sum(batch["x"])})
+
+    step = jax.jit(lambda state, batch: train_step(state, batch, objective=objective, tx=tx))
+    state = State(ZERO, params, tx.init(params), ZERO, ZERO)
+    for rows in ((0, 1, 2), (1,), (0,)):
+        metrics = step(state, {"x": x[list(rows)]})[1]
+        count = np.count_nonzero(x[list(rows)])
+        assert (float(metrics["trained_tokens"]), "tokens" in metrics) == (count, False)
+        np.testing.assert_allclose(metrics["seen"], x[list(rows)].sum() / max(count, 1), rtol=1e-6)
+
+
 class Fake(NamedTuple):
     """A run of `fit` with a step that only counts; steps up to `bad` are not finite."""
 

@@ -10,10 +10,14 @@ from jaxchat.objectives.logprobs import weighted_nll
 
 
 class Sum(NamedTuple):
-    """A weighted total and its weight; whoever wants the mean divides once, at the end."""
+    """A weighted total and its weight; whoever wants the mean divides once, at the end.
+
+    `extras` are further sums that are only logged, each divided by the sum named "tokens".
+    """
 
     total: jax.Array
     weight: jax.Array
+    extras: Mapping[str, jax.Array] = {}
 
 
 Objective = Callable[[Params, Mapping[str, jax.Array]], Sum]
