@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import DEAL, Reading, documents, find, held_out
+from jaxchat.data.files import DEAL, Reading
+from jaxchat.data.sources import documents, find, held_out
 
 
 def write(path, data):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import UserError
-from jaxchat.data.sources import Source
+from jaxchat.data.files import Source
 
 SETTLED_SECONDS = 2.0
 

@@ -11,6 +11,9 @@ trained on, as the end of the one before.
     crop         nanochat's loader: the longest buffered document that fits, again and again; when none fits, the
                  shortest is cropped to fill the row and its rest is thrown away.
 
+Conversations are packed by a rule of their own, `pack_whole`: best fit, none is cut, and one longer than a row is left
+out.
+
 Shapes: N all tokens, D documents, P pieces, R rows, S ids of a row (row_length + 1).
 """
 
@@ -28,7 +31,7 @@ CROP_BUFFER = 1000  # documents nanochat's loader chooses from
 
 
 class Packed(NamedTuple):
-    """Rows, and what became of the documents; tokens are counted without BOS."""
+    """Rows, and what became of the documents; tokens are counted without BOS, padding in ids."""
 
     ids_RS: np.ndarray
     flags_RS: np.ndarray
@@ -36,6 +39,7 @@ class Packed(NamedTuple):
     discarded: int
     padding: int
     cut: int  # documents that do not lie whole in one row
+    too_long: int = 0  # conversations that are left out
 
 
 class Pieces(NamedTuple):
@@ -55,6 +59,55 @@ def pack(documents: Sequence[np.ndarray], row_length: int, rule: Rule, *, bos: i
         ids_N[start + 1 : start + 1 + len(document)] = document
     pieces = RULES[rule](starts_D, lengths_D, row_length)
     return _lay_out(ids_N, starts_D, lengths_D, pieces, row_length=row_length, bos=bos)
+
+
+def pack_whole(
+    conversations: Sequence[tuple[Sequence[int], Sequence[bool]]], row_length: int, *, bos: int, dtype: np.dtype
+) -> Packed:
+    """Packs conversations, each its ids from BOS on and whether each is learned, into rows of row_length + 1 ids.
+
+    A conversation is one segment of one row, or, if it has more than row_length + 1 ids, left out. Its first id is
+    never learned, so each needs a later one that is, and then every row has one.
+    """
+    fitting = [(ids, learned) for ids, learned in conversations if len(ids) <= row_length + 1]
+    row_C = best_fit([len(ids) for ids, _ in fitting], row_length + 1)
+    rows = int(row_C.max()) + 1 if fitting else 0
+    ids_RS = np.full((rows, row_length + 1), bos, dtype)
+    flags_RS = np.zeros((rows, row_length + 1), np.uint8)
+    filled_R = [0] * rows
+    for row, (ids, learned) in zip(row_C.tolist(), fitting):
+        start, stop = filled_R[row], filled_R[row] + len(ids)
+        ids_RS[row, start:stop] = ids
+        flags_RS[row, start:stop] = np.where(learned, TARGET, 0)
+        flags_RS[row, start] = START
+        filled_R[row] = stop
+    for row, filled in enumerate(filled_R):
+        if filled <= row_length:
+            flags_RS[row, filled] = START
+    kept = sum(len(ids) - 1 for ids, _ in fitting)
+    return Packed(
+        ids_RS,
+        flags_RS,
+        tokens=kept,
+        discarded=sum(len(ids) - 1 for ids, _ in conversations) - kept,
+        padding=rows * (row_length + 1) - sum(filled_R),
+        cut=0,
+        too_long=len(conversations) - len(fitting),
+    )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
+    """The row of each length, in any order: longest first, each goes to the fullest row that it fits in, or a new one.
+
+    Rows are numbered from 0, hold at most `capacity` each, and none is empty.
+    """
+    lengths_C = np.asarray(lengths, np.int64)
+    if len(lengths_C) and not 1 <= lengths_C.min() <= lengths_C.max() <= capacity:
+        raise ValueError(f"lengths from {lengths_C.min()} to {lengths_C.max()} must lie between 1 and {capacity}")
+    order_C = np.argsort(-lengths_C, kind="stable")
+    row_C = np.empty(len(lengths_C), np.int64)
+    row_C[order_C] = _best_fit_decreasing(lengths_C[order_C].tolist(), capacity)
+    return row_C
 
 
 def _best_fit(starts_D: np.ndarray, lengths_D: np.ndarray, row_length: int) -> Pieces:

@@ -1,4 +1,4 @@
-"""Documents to a tokenizer and to rows on disk, made once and kept in a cache that runs share.
+"""Documents, or conversations, to a tokenizer and to rows on disk, made once and kept in a cache that runs share.
 
     <cache>/tokenizers/<key>/        tokenizer.model, tokenizer.json
     <cache>/rows/<key>/              manifest.json, shard-00000.array_record, ...
@@ -11,15 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxchat.config import UserError
-from jaxchat.data import cache, workers
+from jaxchat.data import cache, conversations, workers
 from jaxchat.data.batch import token_dtype
-from jaxchat.data.shards import Counts, Recipe, finished, plan
-from jaxchat.data.sources import Reading, Source, Split, documents, find
+from jaxchat.data.files import Reading, Source
+from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
+from jaxchat.data.sources import SUFFIXES, Split, documents, find
 from jaxchat.data.streams import Rows, open_rows
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
 
@@ -53,12 +55,24 @@ class Data:
     """Processes that prepare data; 0 takes every core."""
     cache: str | None = None
     """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
+    format: Literal["text", "chat", "alpaca"] = "text"
+    """Documents of text; conversations in turns; or single questions and answers in Alpaca's literal template."""
+    train_on: Literal["assistant", "everything"] = "assistant"
+    """What of a conversation is learned: what the assistant says, or every token."""
+    epochs: tuple[float, ...] = ()
+    """How often each entry of train is seen in one pass of all; none sees each once. Not with weights."""
 
     def __post_init__(self) -> None:
-        if self.weights and len(self.weights) != len(self.train):
-            raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} of data.train")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"data.weights={self.weights} must be positive and finite")
+        for name in ("weights", "epochs"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.train):
+                raise ValueError(f"data.{name} has {len(given)} entries for {len(self.train)} of data.train")
+            if not all(0 < share < math.inf for share in given):
+                raise ValueError(f"data.{name}={given} must be positive and finite")
+        if self.weights and self.epochs:
+            raise ValueError("data.weights and data.epochs both say how often an entry of data.train is seen: give one")
+        if self.format != "text" and self.packing != "best_fit":
+            raise ValueError(f"data.packing={self.packing} is for text: conversations are never cut")
         if not 1 <= self.vocab <= MOST_IDS:
             raise ValueError(f"data.vocab={self.vocab} must lie between 1 and {MOST_IDS}")
         if not self.val and not 0 < self.val_fraction < 1:
@@ -121,7 +135,7 @@ def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> It
     if split == "train":
         return _training_texts(sources, data)
     read = Reading(data.text_column, data.encoding)
-    return filter(_recipe(data, "val").takes, chain.from_iterable(documents(source, read) for source in sources))
+    return chain.from_iterable(_texts_of(source, read, _recipe(data, "val")) for source in sources)
 
 
 def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
@@ -146,7 +160,7 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
         return [part for part in rows if len(part)]
     for spec, part in zip(specs, rows):
         if not len(part):
-            raise UserError(f"no document with text in --data.{split} {spec}")
+            raise UserError(_nothing(part.manifest, f"--data.{split} {spec}"))
     return rows
 
 
@@ -154,9 +168,15 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
     """What preparation did, over all entries of a split; speed is of text, when the rows were made."""
     manifests = [part.manifest for part in rows]
     total = {
-        name: sum(manifest[name] for manifest in manifests) for name in (*asdict(Counts()), "seconds", "seconds_bytes")
+        name: sum(manifest.get(name, 0) for manifest in manifests) for name in (*NUMBERS, "seconds", "seconds_bytes")
     }
     ids = sum(manifest["rows"] * (manifest["row_length"] + 1) for manifest in manifests)
+    talks = [manifest for manifest in manifests if _is_talk(manifest)]
+    told = {
+        "trained_fraction": round(total["trained"] / max(total["tokens"], 1), 6),
+        "too_long": total["too_long"],
+        "skipped": sum(sum(manifest["skipped"].values()) for manifest in talks),
+    }
     return {
         "rows": total["rows"],
         "tokens": total["tokens"],
@@ -166,6 +186,7 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
         "padding_fraction": round(total["padding"] / max(ids, 1), 6),
         "cut_documents": total["cut"],
         "empty_documents": total["empty"],
+        **(told if talks else {}),
         "megabytes_per_second": round(total["seconds_bytes"] / 1e6 / max(total["seconds"], 1e-3), 3),
         "paths": [str(part.directory) for part in rows],
     }
@@ -185,7 +206,7 @@ def _ensure(
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
     dealt = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
-    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **asdict(recipe))
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **recipe.decides())
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
         with cache.locked(directory, log):
@@ -208,6 +229,8 @@ def _ensure(
                 }
                 cache.write_json(directory / "manifest.json", manifest)
                 log(_summary(manifest, directory))
+                for warning in _warnings(manifest):
+                    log(f"warning: {spec}: {warning}")
     return open_rows(directory, tokenizer_hash=tokenizer.hash)
 
 
@@ -254,13 +277,22 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
     if step > 1:
         parts = [part for job in plan(sources)[::step] for part in job.parts]
     for source, part, of in parts:
-        yield from filter(recipe.takes, documents(source, Reading(data.text_column, data.encoding, part, of)))
+        yield from _texts_of(source, Reading(data.text_column, data.encoding, part, of), recipe)
+
+
+def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:
+    """The documents of a recipe's split, or the words of its conversations."""
+    if recipe.form == "text":
+        return filter(recipe.takes, documents(source, reading))
+    found = conversations.conversations(source, reading, recipe.form)
+    return (conversations.words(messages) for messages in found if recipe.takes(conversations.opening(messages)))
 
 
 def _recipe(data: Data, split: Split) -> Recipe:
     share: Split = split if data.held_out else "train"
     packing = "best_fit" if split == "val" and data.packing == "crop" else data.packing
-    return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share)
+    said = (data.format, data.train_on)
+    return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share, *said)
 
 
 def _origin(data: Data, split: Split) -> Split:
@@ -273,8 +305,10 @@ def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[l
     if not data.train:  # a configuration may leave it empty, a run may not
         raise UserError("no documents to train on: name files, directories or tinyworld:train with --data.train")
     downloads = cache_directory / "downloads"
-    train = [find(spec, "train", hub_directory=downloads, log=log) for spec in data.train]
-    val = [find(spec, "val", hub_directory=downloads, log=log) for spec in data.val]
+    suffixes = SUFFIXES if data.format == "text" else conversations.SUFFIXES
+    look = partial(find, suffixes=suffixes, hub_directory=downloads, log=log)
+    train = [look(spec, "train") for spec in data.train]
+    val = [look(spec, "val") for spec in data.val]
     every_train, every_val = list(chain.from_iterable(train)), list(chain.from_iterable(val))
     hashes = cache.content_hashes([*every_train, *every_val], cache_directory)
     trained = dict(zip(hashes, every_train))
@@ -297,14 +331,43 @@ def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str
 
 
 def _reading(data: Data) -> dict[str, Any]:
-    return {"text_column": data.text_column, "encoding": data.encoding, "held_out": data.held_out}
+    reading = {"text_column": data.text_column, "encoding": data.encoding, "held_out": data.held_out}
+    return reading if data.format == "text" else reading | {"form": data.format}
+
+
+def _is_talk(manifest: dict[str, Any]) -> bool:
+    return manifest["recipe"].get("form", "text") != "text"
 
 
 def _summary(manifest: dict[str, Any], directory: Path) -> str:
+    counted = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {manifest['documents']:,}"
     discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
     padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
+    took = f"{manifest['seconds']:.1f} s: {directory}"
+    if _is_talk(manifest):
+        trained = manifest["trained"] / max(manifest["tokens"], 1)
+        return f"{counted} conversations; {trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
     return (
-        f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {manifest['documents']:,} documents; "
-        f"{discarded:.2%} of tokens thrown away, {padding:.2%} padding, {manifest['cut']:,} documents cut; "
-        f"{manifest['seconds']:.1f} s: {directory}"
+        f"{counted} documents; {discarded:.2%} of tokens thrown away, {padding:.2%} padding, "
+        f"{manifest['cut']:,} documents cut; {took}"
     )
+
+
+def _warnings(manifest: dict[str, Any]) -> list[str]:
+    """What of the conversations is not in the rows, and why."""
+    told = [
+        f"{count:,} conversations skipped: {reason}; the first is {manifest['examples'][reason]}"
+        for reason, count in sorted(manifest["skipped"].items())
+    ]
+    if manifest["too_long"]:
+        told.append(
+            f"{manifest['too_long']:,} conversations of more than {manifest['row_length'] + 1} tokens left out; "
+            f"--data.row_length={manifest['longest'] - 1} takes the longest"
+        )
+    return told
+
+
+def _nothing(manifest: dict[str, Any], spec: str) -> str:
+    if not _is_talk(manifest):
+        return f"no document with text in {spec}"
+    return ". ".join([f"no conversation to learn from in {spec}", *_warnings(manifest)])

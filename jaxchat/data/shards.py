@@ -11,24 +11,36 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from jaxchat.config import UserError
-from jaxchat.data.batch import encode_row, token_dtype
+from jaxchat.data import conversations
+from jaxchat.data.batch import TARGET, encode_row, token_dtype
 from jaxchat.data.cache import read_json, write_json
-from jaxchat.data.packing import Rule, pack
-from jaxchat.data.sources import Reading, Source, Split, documents, held_out
+from jaxchat.data.files import Reading, Source
+from jaxchat.data.packing import Packed, Rule, pack, pack_whole
+from jaxchat.data.sources import Split, documents, held_out
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk that make a shard, at most; a small corpus is dealt to more shards, so that every process has work.
-PART_BYTES = {"text": 32 << 20, "jsonl": 32 << 20, "jsonl.gz": 12 << 20, "parquet": 12 << 20, "tinyworld": 4 << 20}
+PART_BYTES = {
+    "text": 32 << 20,
+    "json": 32 << 20,
+    "jsonl": 32 << 20,
+    "jsonl.gz": 12 << 20,
+    "parquet": 12 << 20,
+    "tinyworld": 4 << 20,
+}
+WHOLE = ("text", "json")  # kinds of files that are read at once
 MOST_DEALT = 8  # readers of one compressed file: each unpacks all of it
 LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
+CONVERSATIONS = 1  # raise it when the same conversations would make other rows
 PACKED_TOKENS = 8_000_000  # packed at once; bounds the memory of a worker
 REPORT_SECONDS = 0.5
 
@@ -48,6 +60,18 @@ class Recipe:
     """Share of documents held out by hash; 0 takes every document."""
     split: Split = "train"
     """With `held_out`, which of the two shares to take."""
+    form: Literal["text", "chat", "alpaca"] = "text"
+    """Documents of text, or conversations, which are packed whole whatever `packing` says."""
+    train_on: Literal["assistant", "everything"] = "assistant"
+    """What of a conversation is learned."""
+
+    def decides(self) -> dict[str, Any]:
+        """What decides the rows, for a key; text has no more than it had before there were conversations."""
+        parts = asdict(self)
+        talk = {name: parts.pop(name) for name in ("form", "train_on")}
+        if self.form == "text":
+            return parts
+        return {**parts, **talk, "packing": "whole", "conversations": CONVERSATIONS}
 
     def takes(self, text: str) -> bool:
         return not self.held_out or held_out(text, self.held_out) == (self.split == "val")
@@ -72,7 +96,7 @@ class Job:
 
 @dataclass
 class Counts:
-    """What became of documents; tokens are counted without BOS, padding in ids."""
+    """What became of documents or conversations; tokens are counted without BOS, padding in ids."""
 
     rows: int = 0
     documents: int = 0
@@ -82,10 +106,32 @@ class Counts:
     tokens: int = 0
     discarded: int = 0
     padding: int = 0
+    trained: int = 0
+    """Ids that are targets."""
+    too_long: int = 0
+    """Conversations left out, as they do not fit in a row."""
+    longest: int = 0
+    """Ids of the longest conversation."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Conversations that are none, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each reason: where it stands and what is wrong."""
 
     def add(self, other: "Counts") -> None:
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        for name in NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        self.examples = {**other.examples, **self.examples}
+
+    def skip(self, reason: str, example: Callable[[], str]) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        if reason not in self.examples:
+            self.examples[reason] = example()
+
+
+NUMBERS = tuple(item.name for item in fields(Counts) if item.default == 0 and item.name != "longest")
 
 
 def plan(sources: Sequence[Source]) -> list[Job]:
@@ -95,7 +141,7 @@ def plan(sources: Sequence[Source]) -> list[Job]:
     space = 0.0
     for source in sources:
         size = max(min(PART_BYTES[source.kind], total // SHARDS_OF_SMALL), total // MOST_SHARDS, LEAST_PART)
-        parts = 1 if source.kind == "text" else -(-source.size // size)
+        parts = 1 if source.kind in WHOLE else -(-source.size // size)
         if source.kind == "jsonl.gz":
             parts = min(parts, MOST_DEALT)
         if parts > 1 or not shards or space < source.size / size:
@@ -142,8 +188,8 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
 def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
     counts = Counts()
     dtype = token_dtype(tokenizer.vocab_size)
-    for block in _tokenized(job, recipe, tokenizer, counts, report):
-        packed = pack(block, recipe.row_length, recipe.packing, bos=tokenizer.bos, dtype=dtype)
+    for block in _blocks(job, recipe, tokenizer, counts, report):
+        packed = _pack(block, recipe, bos=tokenizer.bos, dtype=dtype)
         for ids_S, flags_S in zip(packed.ids_RS, packed.flags_RS):
             writer.write(encode_row(ids_S, flags_S, dtype))
         counts.rows += len(packed.ids_RS)
@@ -151,27 +197,29 @@ def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: 
         counts.tokens += packed.tokens
         counts.discarded += packed.discarded
         counts.padding += packed.padding
+        counts.too_long += packed.too_long
+        counts.trained += int(np.count_nonzero(packed.flags_RS & TARGET))
     return counts
 
 
-def _tokenized(
-    job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report
-) -> Iterator[list[np.ndarray]]:
-    """Documents with text as ids, in blocks that are packed together; counts what was read."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    block: list[np.ndarray] = []
+def _pack(block: list[Any], recipe: Recipe, *, bos: int, dtype: np.dtype) -> Packed:
+    if recipe.form == "text":
+        return pack(block, recipe.row_length, recipe.packing, bos=bos, dtype=dtype)
+    return pack_whole(block, recipe.row_length, bos=bos, dtype=dtype)
+
+
+def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report) -> Iterator[list[Any]]:
+    """Documents with text, or conversations, as ids, in blocks that are packed together; counts what was read."""
+    read = _documents if recipe.form == "text" else _conversations
+    block: list[Any] = []
     tokens = reported_bytes = 0
     reported = time.monotonic()
     for i, (source, part, parts) in enumerate(job.parts):
         reading = Reading(recipe.text_column, recipe.encoding, part, parts)
-        for text in filter(recipe.takes, documents(source, reading)):
-            if not text:
-                counts.empty += 1
-                continue
+        for item, size in read(source, reading, recipe, tokenizer, counts):
             counts.documents += 1
-            counts.bytes += len(text.encode())
-            block.append(np.array(tokenizer.encode(text), dtype))
-            tokens += len(block[-1])
+            block.append(item)
+            tokens += size
             if tokens >= PACKED_TOKENS:
                 yield block
                 block, tokens = [], 0
@@ -180,6 +228,41 @@ def _tokenized(
                 reported, reported_bytes = time.monotonic(), counts.bytes
     yield block
     report(1.0, counts.bytes - reported_bytes)
+
+
+def _documents(
+    source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Documents and their numbers of ids."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    for text in filter(recipe.takes, documents(source, reading)):
+        if not text:
+            counts.empty += 1
+            continue
+        counts.bytes += len(text.encode())
+        ids = np.array(tokenizer.encode(text), dtype)
+        yield ids, len(ids)
+
+
+def _conversations(
+    source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], int]]:
+    """Conversations, as ids and whether each is learned, and their numbers of ids."""
+    assert recipe.form != "text"
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def skip(row: Any, error: Malformed, where: Callable[[], str]) -> None:
+        if recipe.takes(json.dumps(row, default=str)):  # in one of the splits, so that it is counted once
+            counts.skip(error.reason, lambda: f"{where()}: {error}")
+
+    for messages in conversations.conversations(source, reading, recipe.form, skip=skip):
+        if not recipe.takes(conversations.opening(messages)):
+            continue
+        counts.bytes += len(conversations.words(messages).encode())
+        ids, learned = conversations.render(messages, tokenizer, recipe.form)
+        counts.longest = max(counts.longest, len(ids))
+        everything = recipe.train_on == "everything"
+        yield (np.array(ids, dtype), np.array(learned) | everything), len(ids)
 
 
 def _counts_path(directory: Path, job: Job) -> Path:

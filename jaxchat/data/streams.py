@@ -101,8 +101,9 @@ def open_rows(directory: str | Path, *, tokenizer_hash: str | None = None) -> Ro
 class RowStream:
     """Endless shuffled batches of one or several sources of rows.
 
-    Without weights every row is seen once an epoch. With weights each source is shuffled and repeated by itself, and
-    the sources alternate in those proportions.
+    Without weights and epochs every row is seen once a pass. With weights each source is shuffled and repeated by
+    itself, and the sources alternate in those proportions. With epochs a pass holds each source so many times, all
+    shuffled together; half an epoch is another half in the next pass.
     """
 
     def __init__(
@@ -112,21 +113,30 @@ class RowStream:
         *,
         seed: int,
         batch_rows: int,
+        epochs: Sequence[float] = (),
         host: int = 0,
         hosts: int = 1,
     ):
         _check(rows, batch_rows, hosts)
-        if weights and len(weights) != len(rows):
-            raise UserError(f"--data.weights has {len(weights)} entries for {len(rows)} entries of --data.train")
+        for name, given in (("weights", weights), ("epochs", epochs)):
+            if given and len(given) != len(rows):
+                raise UserError(f"--data.{name} has {len(given)} entries for {len(rows)} entries of --data.train")
+        if weights and epochs:
+            raise UserError("--data.weights and --data.epochs both say how often rows are seen: give one of them")
         self.rows = tuple(rows)
         self.batch_rows = batch_rows
         self._host, self._hosts = host, hosts
         self._stops = list(accumulate(len(part) for part in rows))
-        self._order = _order(self._stops, weights, seed)
+        self._order = _Passes(self._stops, epochs, seed) if epochs else _order(self._stops, weights, seed)
 
     @property
     def rows_per_epoch(self) -> int:
         return self._stops[-1]
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows until every source was seen as often as its epochs say; without epochs, every row once."""
+        return self._order.rows if isinstance(self._order, _Passes) else self.rows_per_epoch
 
     def batch(self, step: int) -> Batch:
         """This host's rows of global batch `step`."""
@@ -193,6 +203,35 @@ def _order(stops: Sequence[int], weights: Sequence[float], seed: int) -> grain.M
         for i, (start, stop) in enumerate(zip([0, *stops], stops))
     ]
     return grain.MapDataset.mix(sources, weights=list(weights))
+
+
+class _Passes:
+    """The number of the row at every place, where a pass takes each source `epochs` times.
+
+    Each source has an endless order of its own, of which a pass takes the next stretch; the stretches are shuffled
+    together. So over many passes every row of a source is seen equally often, also where its epochs are no whole
+    number.
+    """
+
+    def __init__(self, stops: Sequence[int], epochs: Sequence[float], seed: int):
+        lengths = [stop - start for start, stop in zip([0, *stops], stops)]
+        self._takes = [max(1, round(share * length)) for share, length in zip(epochs, lengths)]
+        self._borders = list(accumulate(self._takes))
+        self._sources = [
+            grain.MapDataset.range(start, start + length).seed(seed + i).shuffle().repeat()
+            for i, (start, length) in enumerate(zip([0, *stops], lengths))
+        ]
+        self._mixed = grain.MapDataset.range(self.rows).seed(seed + len(lengths)).shuffle().repeat()
+
+    @property
+    def rows(self) -> int:
+        return self._borders[-1]
+
+    def __getitem__(self, place: int) -> int:
+        mixed = int(self._mixed[place])
+        i = bisect.bisect_right(self._borders, mixed)
+        before = self._borders[i - 1] if i else 0
+        return int(self._sources[i][place // self.rows * self._takes[i] + mixed - before])
 
 
 def _read(rows: Sequence[Rows], stops: Sequence[int], indices: Sequence[int]) -> Batch:

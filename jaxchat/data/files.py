@@ -1,0 +1,253 @@
+"""Files read from their bytes: text, and objects out of JSON lines, JSON arrays and parquet.
+
+An object comes with its number in the file, so that a mistake in it can be named. Every mistake in a file is a
+`UserError` that names file and place.
+"""
+
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError, first_line
+
+DEAL = 256  # lines of a compressed file dealt to one part at a time
+Object = tuple[int, Any]
+"""The number of an object in its file, or in its part of it, and its value; `place` makes words of the number."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one generator, of documents."""
+
+    kind: str
+    path: str
+    size: int  # bytes on disk, or about as many as are generated
+
+    def hash(self) -> str:
+        """Hexadecimal SHA-256 of what the documents are made from."""
+        if self.kind != "tinyworld":
+            with open(self.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        from jaxchat.data import tinyworld
+
+        talks = self.path.startswith("tinyworld:chat")
+        files = Path(tinyworld.__file__).parent.glob("*.py")
+        code = sorted(path for path in files if talks or path.name != "talk.py")  # which writes no document
+        return hashlib.sha256(b"\0".join([self.path.encode(), *(path.read_bytes() for path in code)])).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read, and how far it got."""
+
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    part: int = 0
+    parts: int = 1
+    """Documents are dealt to `parts` readers; together they read every document once."""
+    fraction: list[float] = field(default_factory=lambda: [0.0], compare=False)
+    """One number: the share of this part that is read."""
+
+    def __post_init__(self) -> None:
+        try:
+            b"a".decode(self.encoding)
+        except UnicodeError:  # Such as one byte of an encoding of two.
+            pass
+        except LookupError:
+            told = f"--data.encoding={self.encoding} is not an encoding of text that Python knows"
+            raise UserError(told) from None
+
+    @property
+    def is_utf8(self) -> bool:
+        return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
+
+    def advance(self, done: int, total: int) -> None:
+        self.fraction[0] = done / max(total, 1)
+
+
+def read_text(source: Source, reading: Reading) -> Iterator[str]:
+    """The whole file, as one text, to the first of its readers."""
+    if reading.part:
+        return
+    yield _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
+    reading.advance(1, 1)
+
+
+def objects(source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
+    """Every value of one part of a file, in a fixed order; of parquet only the columns named, if any are."""
+    if source.kind == "parquet":
+        return _read_parquet(source, reading, columns)
+    if source.kind == "json":
+        return _read_json(source, reading)
+    if source.kind == "jsonl" and reading.is_utf8:
+        return _read_jsonl(source, reading)
+    return _parsed(_dealt_lines(source, reading), source, reading)
+
+
+def place(source: Source, reading: Reading, number: int) -> str:
+    """Where an object stands, such as `pages.jsonl line 3`."""
+    if source.kind == "jsonl" and reading.is_utf8:
+        number = _line(source.path, number, _bounds(source, reading)[0])
+    return f"{source.path} {'line' if source.kind in ('jsonl', 'jsonl.gz') else 'row'} {number}"
+
+
+def _read_json(source: Source, reading: Reading) -> Iterator[Object]:
+    """The values of an array; a file of JSON lines is read too, as many are called .json."""
+    if reading.part:
+        return
+    text = _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
+    try:
+        if text.lstrip().startswith("["):
+            yield from enumerate(json.loads(text), 1)
+        else:
+            lines = ((number, json.loads(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+            yield from lines
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source.path} is neither a JSON array nor JSON lines ({error})") from None
+    reading.advance(1, 1)
+
+
+def _bounds(source: Source, reading: Reading) -> tuple[int, int]:
+    """The bytes of a part; a line belongs to the part that it begins in."""
+    start, stop = (source.size * part // reading.parts for part in (reading.part, reading.part + 1))
+    return start, stop
+
+
+def _read_jsonl(source: Source, reading: Reading) -> Iterator[Object]:
+    start, stop = _bounds(source, reading)
+    with open(source.path, "rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        yield from _parsed(_lines_until(file, start, stop, reading), source, reading)
+
+
+def _lines_until(file: Any, start: int, stop: int, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
+    number = 0
+    position = file.tell()
+    while position < stop and (line := file.readline()):
+        number += 1
+        yield number, position, line
+        position += len(line)
+        reading.advance(position - start, stop - start)
+
+
+def _dealt_lines(source: Source, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset and UTF-8 of every line of this part of a file that can only be read from its beginning."""
+    with open(source.path, "rb") as stored:
+        file: Any = gzip.GzipFile(fileobj=stored) if source.kind == "jsonl.gz" else stored
+        if not reading.is_utf8:
+            text = io.TextIOWrapper(file, reading.encoding, newline="\n")
+            file = (line.encode("utf-8", "surrogatepass") for line in text)
+        position = 0
+        try:
+            for i, line in enumerate(file):
+                if (i // DEAL) % reading.parts == reading.part:
+                    yield i + 1, position, line
+                    reading.advance(stored.tell(), source.size)
+                position += len(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{source.path} is not a whole gzip file ({error}); fetch or pack it again") from None
+        except UnicodeError as error:
+            raise UserError(_not_decoded(source.path, reading.encoding, error)) from None
+
+
+def _parsed(lines: Iterable[tuple[int, int, bytes]], source: Source, reading: Reading) -> Iterator[Object]:
+    for number, position, line in lines:
+        if position == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8", "strict" if reading.is_utf8 else "surrogatepass"))
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(source.path, line, position, error)) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place(source, reading, number)} is not JSON ({error})") from None
+
+
+def _read_parquet(source: Source, reading: Reading, columns: list[str] | None) -> Iterator[Object]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"reading {source.path} needs pyarrow: pip install 'jaxchat[hub]'") from None
+    try:
+        with pq.ParquetFile(source.path) as file:
+            names = file.schema_arrow.names
+            for column in columns or ():
+                if column not in names:
+                    raise UserError(f"{source.path} {no_column(column, names)}")
+            before = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if group % reading.parts == reading.part:
+                    table = file.read_row_group(group, columns=columns)
+                    yield from enumerate(table.to_pylist(), before + 1)
+                    reading.advance(group + 1, file.num_row_groups)
+                before += rows
+    except UnicodeDecodeError as error:
+        told = f"in column {columns[0]!r} " if columns else ""
+        raise UserError(
+            f"{source.path} rows {before + 1:,} to {before + rows:,} hold text {told}that is not UTF-8 "
+            f"({error.reason}); write the file again with texts of UTF-8"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{source.path} is not a whole parquet file ({first_line(error)}); fetch it again") from None
+
+
+def no_column(column: str, names: Iterable[str]) -> str:
+    return f"has no column {column!r} (it has {', '.join(names) or 'none'}); name the text with --data.text_column"
+
+
+def _decode(data: bytes, path: str, reading: Reading) -> str:
+    try:
+        text = data.decode(reading.encoding)
+    except UnicodeError as error:
+        if reading.is_utf8 and isinstance(error, UnicodeDecodeError):
+            raise UserError(_not_utf8(path, data, 0, error)) from None
+        raise UserError(_not_decoded(path, reading.encoding, error)) from None
+    if reading.is_utf8 and "\0" in text:
+        raise UserError(_binary(path, data.index(0)))
+    return text
+
+
+def _not_utf8(path: str, data: bytes, position: int, error: UnicodeDecodeError) -> str:
+    if 0 in data[:4096]:
+        return _binary(path, position + data.index(0))
+    return (
+        f"{path} is not UTF-8 at byte {position + error.start:,} (0x{data[error.start]:02x}); "
+        "if it is text in another encoding, name it, such as --data.encoding=latin-1"
+    )
+
+
+def _not_decoded(path: str, encoding: str, error: UnicodeError) -> str:
+    told = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        told = f"{error.reason} (0x{error.object[error.start]:02x})"
+    return f"{path} is not {encoding}: {told}; correct --data.encoding"
+
+
+def _binary(path: str, offset: int) -> str:
+    return (
+        f"{path} looks like a binary file (a zero at byte {offset:,}); "
+        "if it is text, name its encoding, such as --data.encoding=utf-16"
+    )
+
+
+def _line(path: str, number: int, skipped: int) -> int:
+    """The number of a line in its file, given its number after the first `skipped` bytes."""
+    if not skipped:
+        return number
+    with open(path, "rb") as file:
+        while skipped > 1 and (block := file.read(min(skipped - 1, 1 << 20))):
+            number += block.count(b"\n")
+            skipped -= len(block)
+        return number + file.readline().count(b"\n")
