@@ -1,25 +1,30 @@
 """Downloads from the hub, against a small server that speaks as the hub does and fails on demand."""
 
+import functools
 import hashlib
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from documents import settings, silent, texts, write
 
 pytest.importorskip("huggingface_hub")
 
 from jaxchat.config import UserError
 from jaxchat.data import hub
+from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
 
 REPOSITORY = "owner/texts"
 FILES = {f"data/shard_{i}.parquet": bytes([65 + i]) * (70_000 + i) for i in range(4)}
 
 
 class FakeHub:
-    """Serves FILES; `faults` maps a path to what goes wrong with its next requests."""
+    """Serves files of a data set; `faults` maps a path to what goes wrong with its next requests."""
 
-    def __init__(self):
+    def __init__(self, repository=REPOSITORY, files=FILES):
+        self.repository, self.files = repository, files
         self.requests: list[tuple[str, str | None]] = []
         self.faults: dict[str, list[str]] = {}
         self.wrong_sha: set[str] = set()
@@ -46,25 +51,27 @@ class FakeHub:
     def answer(self, handler):
         path = handler.path.split("?")[0]
         self.requests.append((path, handler.headers.get("Range")))
-        if path.startswith(f"/api/datasets/{REPOSITORY}/tree/"):
-            self.send(handler, 200, json.dumps([self.entry(name) for name in sorted(FILES, reverse=True)]).encode())
-        elif path == f"/api/datasets/{REPOSITORY}":
-            self.send(handler, 200, json.dumps({"id": REPOSITORY, "sha": "c0ffee"}).encode())
-        elif path.startswith(f"/datasets/{REPOSITORY}/resolve/c0ffee/"):
+        if path.startswith(f"/api/datasets/{self.repository}/tree/"):
+            self.send(
+                handler, 200, json.dumps([self.entry(name) for name in sorted(self.files, reverse=True)]).encode()
+            )
+        elif path == f"/api/datasets/{self.repository}":
+            self.send(handler, 200, json.dumps({"id": self.repository, "sha": "c0ffee"}).encode())
+        elif path.startswith(f"/datasets/{self.repository}/resolve/c0ffee/"):
             self.file(handler, path.split("/c0ffee/")[1])
         else:
             self.send(handler, 404, b"{}")
 
     def entry(self, name):
-        sha256 = "0" * 64 if name in self.wrong_sha else hashlib.sha256(FILES[name]).hexdigest()
-        size = len(FILES[name])
+        sha256 = "0" * 64 if name in self.wrong_sha else hashlib.sha256(self.files[name]).hexdigest()
+        size = len(self.files[name])
         lfs = {"oid": sha256, "size": size, "pointerSize": 100}
         return {"type": "file", "path": name, "size": size, "oid": "a" * 40, "lfs": lfs}
 
     def file(self, handler, name):
         fault = self.faults.get(name, [])
         fault = fault.pop(0) if fault else ""
-        body, asked = FILES[name], handler.headers.get("Range")
+        body, asked = self.files[name], handler.headers.get("Range")
         if fault.isdigit():
             return self.send(handler, int(fault), b"")
         if fault == "garbage":
@@ -159,7 +166,7 @@ def test_a_busy_hub_is_asked_again(server, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("hub:nothing", "no data set 'nothing': name one of fineweb-edu, fineweb-edu-100bt, climbmix"),
+        ("hub:nothing", "no data set 'nothing': name one of fineweb-edu, fineweb-edu-100bt, climbmix, smoltalk"),
         ("hub:climbmix:0", "is not hub:NAME or hub:NAME:SHARDS"),
         ("hub:owner/missing:1", r"was refused by the hub \(404\): check its name"),
         (f"hub:{REPOSITORY}:4", "asks for 4 shards; owner/texts has 3 to train on"),
@@ -174,3 +181,73 @@ def test_a_forbidden_file_names_the_token(server, tmp_path):
     server.faults["data/shard_0.parquet"] = ["403"]
     with pytest.raises(UserError, match="HF_TOKEN"):
         fetch(server, tmp_path)
+
+
+def serve(monkeypatch, repository, names):
+    monkeypatch.setattr(hub, "BACKOFF_SECONDS", 0.001)
+    return FakeHub(repository, {name: name.encode() for name in names})
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "files"),
+    [
+        (
+            "smoltalk",
+            "HuggingFaceTB/smol-smoltalk",
+            {"data/train-0.parquet": "train", "data/train-1.parquet": "train", "data/test-0.parquet": "val"},
+        ),
+        (
+            "gsm8k",
+            "openai/gsm8k",
+            {"main/train-0.parquet": "train", "main/test-0.parquet": "val", "socratic/train-0.parquet": ""},
+        ),
+        (
+            "mmlu",
+            "cais/mmlu",
+            {
+                "all/auxiliary_train-0.parquet": "train",
+                "all/validation-0.parquet": "val",
+                "all/test-0.parquet": "",
+                "all/dev-0.parquet": "",
+            },
+        ),
+        ("a/b", "a/b", {"train-0.parquet": "train", "train-1.parquet": "val", "test-0.parquet": ""}),
+        ("a/b", "a/b", {"train-0.parquet": "train", "validation-0.parquet": "val", "test-0.parquet": ""}),
+    ],
+)
+def test_a_data_sets_own_parts_are_kept_apart(monkeypatch, tmp_path, name, repository, files):
+    server = serve(monkeypatch, repository, files)
+    try:
+        for split in ("train", "val"):
+            paths = fetch(server, tmp_path, f"hub:{name}", split)
+            assert [path.read_text() for path in paths] == sorted(file for file, part in files.items() if part == split)
+    finally:
+        server.close()
+
+
+def test_a_data_set_without_files_for_a_split_is_refused(monkeypatch, tmp_path):
+    server = serve(monkeypatch, "a/b", ["validation-0.parquet", "test-0.parquet"])
+    try:
+        with pytest.raises(UserError, match="hub:a/b has no parquet file to train on"):
+            fetch(server, tmp_path, "hub:a/b")
+    finally:
+        server.close()
+
+
+def test_conversations_of_the_hub_become_rows(monkeypatch, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(20)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    file = sink.getvalue()
+    pq.write_table(pa.Table.from_pylist(rows[:3]), sink := io.BytesIO())
+    server = FakeHub("openai/gsm8k", {"main/train-0.parquet": file, "main/test-0.parquet": sink.getvalue()})
+    monkeypatch.setattr(hub, "download", functools.partial(hub.download, endpoint=server.endpoint))
+    try:
+        corpus = write(tmp_path / "t.jsonl", texts(300))
+        tokenizer = ensure_tokenizer(settings(corpus), tmp_path / "cache", 0, silent)
+        data = settings("hub:gsm8k", val=("hub:gsm8k",), format="chat", row_length=64)
+        counted = [ensure_rows(data, tokenizer, split, tmp_path / "cache", silent) for split in ("train", "val")]
+        assert [part.manifest["documents"] for (part,) in counted] == [20, 3]
+    finally:
+        server.close()

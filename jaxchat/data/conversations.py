@@ -117,11 +117,11 @@ def choice_prompt(question: str, choices: Sequence[str]) -> str:
 
 def tinyworld(spec: str, split: str) -> Source:
     """The talk of the tiny world that a spec names, of a split."""
+    match = re.fullmatch(r"tinyworld:chat(?::([1-9]\d*))?", spec)
+    if not match:
+        raise UserError(f"{spec} is not tinyworld:chat, with or without a number of conversations")
     from jaxchat.data.tinyworld import talk
 
-    match = re.fullmatch(r"tinyworld:chat(?::(\d+))?", spec)
-    if not match or match[1] == "0":
-        raise UserError(f"{spec} is not tinyworld:chat, with or without a number of conversations")
     count = int(match[1] or talk.CONVERSATIONS[split])
     return Source("tinyworld", f"tinyworld:chat-{split}:{count}", count * TINYWORLD_BYTES)
 

@@ -3,10 +3,14 @@
     hub:fineweb-edu[:N]         FineWeb-Edu, sample of 10 billion tokens
     hub:fineweb-edu-100bt[:N]   its sample of 100 billion tokens
     hub:climbmix[:N]            karpathy/climbmix-400b-shuffle, what nanochat trains on
+    hub:smoltalk[:N]            smol-smoltalk, 460,000 conversations
+    hub:gsm8k                   word problems, worked out with a calculator
+    hub:mmlu                    questions with four choices: the auxiliary training set
     hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
 
-N is the number of shards, 8 by default, from the first. The last shard of a data set is never trained on: it is what
-the same name means for validation. The list of files is kept at the commit of the first download, so a data set does
+N is the number of shards, 8 by default, from the first. The same name means for validation the files that are made
+for it, and where there are none the last shard to train on, which is then never trained on; files whose names say test
+are not read. The list of files is kept at the commit of the first download, so a data set does
 not change under a run, and files that are there need no network.
 """
 
@@ -27,6 +31,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from jaxchat.config import UserError
 from jaxchat.data.cache import locked, read_json, write_json
+from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
 
 DEFAULT_SHARDS = 8
 AT_ONCE = 4
@@ -40,14 +45,22 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DataSet:
+    """A data set, and what the paths of its files for training and validation look like; by default see `_parts`."""
+
     repository: str
     folder: str = ""
+    train: str = ""
+    val: str = ""
 
 
 DATA_SETS = {
     "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample/10BT"),
     "fineweb-edu-100bt": DataSet("HuggingFaceFW/fineweb-edu", "sample/100BT"),
     "climbmix": DataSet("karpathy/climbmix-400b-shuffle"),
+    # As in nanochat, but that MMLU is validated on its own validation part: its test part is for evaluation.
+    "smoltalk": DataSet("HuggingFaceTB/smol-smoltalk", "data", "^data/train-", "^data/test-"),
+    "gsm8k": DataSet("openai/gsm8k", "main", "^main/train-", "^main/test-"),
+    "mmlu": DataSet("cais/mmlu", "all", "^all/auxiliary_train-", "^all/validation-"),
 }
 
 
@@ -70,13 +83,15 @@ def download(spec: str, split: str, directory: Path, *, log: Log = print, endpoi
     place = directory / re.sub(r"[^\w.-]+", "--", name)
     with locked(place, log):
         index = _index(name, data_set, place, endpoint, log)
-        shards = [Shard(**shard) for shard in index["shards"]]
+        trained, held_out = _parts([Shard(**shard) for shard in index["shards"]], data_set)
+        if not trained or not held_out:
+            raise UserError(f"{spec} has no parquet file to {'validate on' if trained else 'train on'}")
         if split == "val":
-            chosen = shards[-1:]
-        elif count is not None and count > len(shards) - 1:
-            raise UserError(f"{spec} asks for {count} shards; {data_set.repository} has {len(shards) - 1} to train on")
+            chosen = held_out
+        elif count is not None and count > len(trained):
+            raise UserError(f"{spec} asks for {count} shards; {data_set.repository} has {len(trained)} to train on")
         else:
-            chosen = shards[: min(count or DEFAULT_SHARDS, len(shards) - 1)]
+            chosen = trained[: count or DEFAULT_SHARDS]
         missing = [shard for shard in chosen if not _is_there(place / shard.name, shard)]
         if missing:
             size = sum(shard.size for shard in missing) / 1e9
@@ -96,6 +111,20 @@ def _parse(spec: str) -> tuple[str, DataSet, int | None]:
     repository, _, folder = rest.partition("/")
     data_set = DATA_SETS.get(name) or DataSet(f"{owner}/{repository}", folder)
     return name, data_set, int(match[2]) if match[2] else None
+
+
+def _parts(shards: Sequence[Shard], data_set: DataSet) -> tuple[list[Shard], list[Shard]]:
+    """The files to train on, and those to validate on: by the words in their names, else all but the last, and it."""
+    if data_set.train:
+        trained, held_out = (
+            [shard for shard in shards if re.search(pattern, shard.path)] for pattern in (data_set.train, data_set.val)
+        )
+        return trained, held_out
+    words = {shard: words_of(Path(shard.path)) for shard in shards}
+    held_out = [shard for shard in shards if words[shard] & VAL]
+    free = [shard for shard in shards if not words[shard] & (VAL | TEST)]
+    trained = [shard for shard in free if words[shard] & TRAIN] or free
+    return (trained, held_out) if held_out else (trained[:-1], trained[-1:])
 
 
 def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Log) -> dict[str, Any]:

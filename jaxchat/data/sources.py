@@ -86,7 +86,7 @@ def _find_in_directory(directory: Path, split: Split, suffixes: Mapping[str, str
     ]
     if not known:
         raise UserError(f"no {', '.join(suffixes)} file in --data.{split} {directory}")
-    words = {path: _words(path.relative_to(directory)) for path in known}
+    words = {path: words_of(path.relative_to(directory)) for path in known}
     if split == "val":
         chosen = [path for path in known if words[path] & VAL] or known
     else:
@@ -97,7 +97,8 @@ def _find_in_directory(directory: Path, split: Split, suffixes: Mapping[str, str
     return [_source(path, suffixes) for path in chosen]
 
 
-def _words(path: Path) -> set[str]:
+def words_of(path: Path) -> set[str]:
+    """The words in a path, which say what a file is for."""
     return set(re.split("[^a-z]+", str(path).lower()))
 
 

@@ -1,0 +1,360 @@
+"""Conversations: every format read as expected, and what is none skipped with its reason and place."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+from letters import Letters
+
+from jaxchat.config import UserError
+from jaxchat.data import conversations
+from jaxchat.data.conversations import alpaca_prompt, opening, read, render, words
+from jaxchat.data.files import Reading
+from jaxchat.data.sources import find
+from jaxchat.tokenizer.chat import Malformed
+
+
+def said(*messages):
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def part(kind, text):
+    return {"type": kind, "text": text}
+
+
+HELLO = said(("user", "Hello"), ("assistant", "Hi"))
+CALL = '{"name": "roll", "arguments": {"sides": 6}}'
+FORMATS = {
+    "messages": ({"messages": HELLO, "id": 7}, HELLO),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, HELLO),
+    "capital roles": ({"messages": said(("User", "Hello"), ("Assistant", "Hi"))}, HELLO),
+    "system message": (
+        {"conversations": [{"from": "system", "value": "Be kind."}, *HELLO]},
+        said(("system", "Be kind.")) + HELLO,
+    ),
+    "system beside": ({"system": "Be kind.", "messages": HELLO}, said(("system", "Be kind.")) + HELLO),
+    "empty system": ({"messages": said(("system", " ")) + HELLO}, HELLO),
+    "several turns": ({"messages": HELLO + HELLO}, HELLO + HELLO),
+    "unanswered": ({"messages": [*HELLO, *said(("user", "Are you there?"))]}, HELLO),
+    "prompt and completion": ({"prompt": "Hello", "completion": "Hi"}, HELLO),
+    "prompt and response": ({"prompt": "Hello", "response": "Hi"}, HELLO),
+    "prompt of messages": ({"prompt": HELLO + HELLO[:1], "completion": HELLO[1:]}, HELLO + HELLO),
+    "texts in parts": (
+        {"messages": said(("user", [part("text", "Hel"), part("text", "lo")]), ("assistant", [part("text", "Hi")]))},
+        HELLO,
+    ),
+    "alpaca": (
+        {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+        said(("user", "Add.\n\n2 and 3"), ("assistant", "5")),
+    ),
+    "alpaca without input": ({"instruction": "Hello", "input": "", "output": "Hi"}, HELLO),
+    "dolly": (
+        {"instruction": "Who?", "context": "Ann ran.", "response": "Ann", "category": "qa"},
+        said(("user", "Who?\n\nAnn ran."), ("assistant", "Ann")),
+    ),
+    "question and answer": ({"question": "Hello", "answer": "Hi"}, HELLO),
+    "gsm8k": (
+        {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 in May.\n2<<1+1>>\n#### 24"},
+        said(
+            ("user", "How many?"),
+            (
+                "assistant",
+                [
+                    part("text", "48/2 = "),
+                    part("python", "48/2"),
+                    part("python_output", "24"),
+                    part("text", "24 in May.\n2"),
+                    part("python", "1+1"),
+                    part("python_output", ""),
+                    part("text", "\n#### 24"),
+                ],
+            ),
+        ),
+    ),
+    "mmlu": (
+        {"question": "Which is a bird?", "choices": ["fox", "owl"], "answer": 1, "subject": "biology"},
+        said(
+            (
+                "user",
+                "Multiple Choice question: Which is a bird?\n- fox=A\n- owl=B\n\n"
+                "Respond only with the letter of the correct answer.",
+            ),
+            ("assistant", "B"),
+        ),
+    ),
+    "mmlu by letter": (
+        {"question": "Which?", "choices": ["fox", "owl", "cat"], "answer": "C"},
+        said(("user", conversations.choice_prompt("Which?", ["fox", "owl", "cat"])), ("assistant", "C")),
+    ),
+    "tools": (
+        {
+            "tools": [{"name": "roll"}],
+            "messages": said(
+                ("user", "Roll"), ("function_call", CALL), ("observation", '{"rolled": 4}'), ("assistant", "A 4.")
+            ),
+        },
+        said(
+            ("system", 'You can call these tools:\n{"name": "roll"}'),
+            ("user", "Roll"),
+            ("assistant", [part("python", CALL), part("python_output", '{"rolled": 4}'), part("text", "A 4.")]),
+        ),
+    ),
+    "tool_calls": (
+        {
+            "messages": [
+                *said(("user", "Roll")),
+                {
+                    "role": "assistant",
+                    "content": "Wait.",
+                    "tool_calls": [{"type": "function", "function": json.loads(CALL)}],
+                },
+                *said(("tool", "4"), ("assistant", "A 4.")),
+            ]
+        },
+        said(
+            ("user", "Roll"),
+            (
+                "assistant",
+                [part("text", "Wait."), part("python", CALL), part("python_output", "4"), part("text", "A 4.")],
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_of_every_format_is_read(name):
+    row, expected = FORMATS[name]
+    assert read(json.loads(json.dumps(row))) == expected
+
+
+BAD = {
+    "no assistant turn": (
+        {"messages": said(("user", "Hello"))},
+        {"messages": []},
+        {"messages": said(("user", "Hello"), ("user", "Hello?"))},
+    ),
+    "roles out of order": (
+        {"messages": said(("user", "1"), ("user", "2"), ("assistant", "3"))},
+        {"messages": said(("assistant", "1"), ("user", "2"), ("assistant", "3"))},
+        {"messages": said(("user", "1"), ("assistant", "2"), ("assistant", "3"))},
+        {"messages": said(("user", "1"), ("system", "2"), ("assistant", "3"))},
+        {"messages": said(("user", "1"), ("observation", "2"), ("assistant", "3"))},
+        {"messages": said(("system", "1"), ("assistant", "2"))},
+    ),
+    "unknown role": (
+        {"messages": said(("user", "1"), ("robot", "2"), ("assistant", "3"))},
+        {"messages": [{"content": "1"}, *HELLO]},
+        {"messages": [{"role": ["user"], "content": "1"}, *HELLO]},
+    ),
+    "empty content": (
+        {"messages": said(("user", ""), ("assistant", "1"))},
+        {"messages": said(("user", "1"), ("assistant", " \n"))},
+        {"messages": said(("user", "1"), ("assistant", None))},
+        {"messages": said(("user", "1"), ("assistant", []))},
+        {"messages": said(("user", "1"), ("assistant", [part("text", "")]))},
+        {"messages": said(("user", [{"type": "image"}]), ("assistant", "1"))},
+        {"instruction": "", "input": None, "output": "1"},
+        {"instruction": "1", "output": None},
+        {"question": None, "answer": "1"},
+        {"question": "", "choices": ["1", "2"], "answer": 0},
+        {"prompt": "1", "completion": 2},
+    ),
+    "unknown part": (
+        {"messages": said(("user", "1"), ("assistant", [part("image", "2")]))},
+        {"messages": said(("user", "1"), ("assistant", [part("text", 2)]))},
+        {"messages": said(("user", "1"), ("assistant", ["2"]))},
+    ),
+    "a call without a result": (
+        {"messages": said(("user", "1"), ("function_call", "2"))},
+        {"messages": said(("user", "1"), ("function_call", "2"), ("user", "3"), ("assistant", "4"))},
+    ),
+    "no message": (
+        {"messages": None},
+        {"messages": "Hello"},
+        {"messages": ["Hello"]},
+    ),
+    "no such choice": (
+        {"question": "1", "choices": ["2", "3"], "answer": 2},
+        {"question": "1", "choices": ["2", "3"], "answer": -1},
+        {"question": "1", "choices": ["2", "3"], "answer": "C"},
+        {"question": "1", "choices": None, "answer": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_what_is_no_conversation_is_named_by_its_reason(reason):
+    for row in BAD[reason]:
+        with pytest.raises(Malformed) as caught:
+            read(row)
+        assert caught.value.reason == reason, row
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"text": "once"},
+            r"holds no conversation \(its keys are text\): known are messages; conversations; prompt \+",
+        ),
+        ({"prompt": "1", "chosen": "2", "rejected": "3"}, "its keys are prompt, chosen, rejected"),
+        ({}, "its keys are none"),
+        ([1], "is no object"),
+        (None, "is no object"),
+    ],
+)
+def test_a_row_of_no_format_is_refused(row, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        read(row)
+    assert not isinstance(caught.value, Malformed)
+
+
+def test_alpacas_template_is_the_literal_one():
+    short = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nHello\n\n### Response:\n"
+    )
+    long = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
+    )
+    assert (alpaca_prompt("Hello"), alpaca_prompt("Add.", "2 and 3")) == (short, long)
+    rows = {
+        short: FORMATS["messages"][0],
+        long: FORMATS["alpaca"][0],
+        alpaca_prompt("Be kind.\n\nHello"): FORMATS["system beside"][0],
+    }
+    for expected, row in rows.items():
+        prompt, answer = read(row, "alpaca")
+        assert prompt == {"role": "user", "content": expected}
+        assert answer["role"] == "assistant"
+    with pytest.raises(Malformed, match="4 messages, where Alpaca's template has one answer"):
+        read({"messages": HELLO + HELLO}, "alpaca")
+
+
+def test_braces_in_an_instruction_stay_as_they_are():
+    assert "### Instruction:\nWrite {x} and {0}.\n" in alpaca_prompt("Write {x} and {0}.", "{input}")
+
+
+SPECIALS = {name: 50 + i for i, name in enumerate(("user_start", "user_end", "assistant_start", "assistant_end"))}
+SPECIALS |= {"python_start": 54, "python_end": 55, "output_start": 56, "output_end": 57}
+
+
+def test_alpacas_answer_and_its_end_are_learned_and_its_prompt_is_not():
+    letters = Letters(**SPECIALS)
+    row = {"instruction": "1", "output": "23"}
+    ids, learned = render(read(row, "alpaca"), letters, "alpaca")
+    assert ids == [0, *letters.encode(alpaca_prompt("1")), 2, 3, 53]
+    assert [number for number, learn in zip(ids, learned) if learn] == [2, 3, 53]
+
+
+def test_a_conversation_of_files_has_a_hand_written_mask():
+    row = {"system": "1", "question": "2", "answer": "3<<4=5>>6"}
+    del row["system"]
+    ids, learned = render(read(row), Letters(**SPECIALS))
+    assert ids == [0, 50, 2, 51, 52, 3, 54, 4, 55, 56, 5, 57, 6, 53]
+    assert [int(learn) for learn in learned] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1]
+
+
+def rows_of(count):
+    return [{"messages": said(("user", f"Hello {i}"), ("assistant", f"Hi {i}"))} for i in range(count)]
+
+
+def write(path, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+def found(path, parts=1, form="chat", **reading):
+    """Conversations, and what was skipped: (reason, place)."""
+    skipped = []
+    skip = lambda _row, error, where: skipped.append((error.reason, where()))  # noqa: E731
+    read_them = [
+        messages
+        for source in find(str(path), "train", suffixes=conversations.SUFFIXES)
+        for n in range(parts)
+        for messages in conversations.conversations(source, Reading(part=n, parts=parts, **reading), form, skip=skip)
+    ]
+    return read_them, skipped
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.json"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_kind_of_file_holds_every_conversation_once(tmp_path, name, parts):
+    read_them, skipped = found(write(tmp_path / name, rows_of(7)), parts)
+    assert Counter(map(opening, read_them)) == Counter(f"Hello {i}" for i in range(7))
+    assert skipped == []
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("a.jsonl", "line 4"), ("a.jsonl.gz", "line 4"), ("a.parquet", "row 4"), ("a.json", "row 4")],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_skipped_is_named_by_file_and_place(tmp_path, name, where, parts):
+    rows = rows_of(6)
+    rows[3]["messages"][1]["content"] = ""
+    read_them, skipped = found(write(tmp_path / name, rows), parts)
+    assert len(read_them) == 5
+    assert skipped == [("empty content", f"{tmp_path / name} {where}")]
+
+
+def test_a_file_of_another_format_is_refused_at_its_place(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*rows_of(2), {"text": "once"}])
+    with pytest.raises(UserError, match=r"a.jsonl line 3 holds no conversation \(its keys are text\)"):
+        found(path)
+    with pytest.raises(UserError, match=r"a.json row 1 is no object"):
+        found(write(tmp_path / "a.json", [[1]]))
+
+
+def test_a_json_file_may_hold_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + write(tmp_path / "a.jsonl", rows_of(3)).read_bytes() + b"\n \n")
+    assert len(found(path)[0]) == 3
+    for broken in ("[1, 2", '{"messages": [\n', "Hello"):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=r"a.json is neither a JSON array nor JSON lines \("):
+            found(path)
+    path.write_bytes(b"[\xe9]")
+    with pytest.raises(UserError, match=r"a.json is not UTF-8 at byte 1 .*--data.encoding=latin-1"):
+        found(path)
+    path.write_bytes(json.dumps(rows_of(2)).encode("utf-16"))
+    assert len(found(path, encoding="utf-16")[0]) == 2
+
+
+def test_a_text_file_holds_no_conversations(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    with pytest.raises(UserError, match=r"a.txt is none of .jsonl, .jsonl.gz, .parquet, .json"):
+        found(tmp_path / "a.txt")
+
+
+def test_json_arrays_are_no_documents(tmp_path):
+    write(tmp_path / "a.json", rows_of(2))
+    with pytest.raises(UserError, match=r"a.json is none of .txt"):
+        find(str(tmp_path / "a.json"), "train")
+
+
+def test_the_words_of_a_conversation_are_all_that_is_said():
+    messages = read(FORMATS["gsm8k"][0])
+    assert words(messages) == "How many?\n48/2 = 48/22424 in May.\n21+1\n#### 24"
+    assert opening(read(FORMATS["system beside"][0])) == "Hello"
+    assert words(read({"prompt": "\ud800", "response": "1"})) == "\ufffd\n1"
+
+
+@pytest.mark.parametrize("spec", ["tinyworld:chat:0", "tinyworld:chats", "tinyworld:train"])
+def test_a_wrong_tiny_world_is_refused(spec):
+    with pytest.raises(UserError, match="is not tinyworld:chat"):
+        find(spec, "train", suffixes=conversations.SUFFIXES)
