@@ -27,6 +27,13 @@ def write(path, documents):
     return path
 
 
+def corpus(directory):
+    """Training and held-out documents for runs whose rows, tokenizer and programs are kept beside them."""
+    write(directory / "train.jsonl", texts(300))
+    write(directory / "val.jsonl", texts(12, seed=1))
+    return directory
+
+
 def settings(*train, **fields):
     return Data(**{"train": tuple(map(str, train)), "vocab": 300, "row_length": 32, "workers": 1} | fields)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from documents import environment, texts, write
+from documents import corpus, environment, texts, write
 
 import launch.chat
 import launch.prepare
@@ -37,10 +37,7 @@ def as_a_process_would(monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("commands")
-    write(place / "train.jsonl", texts(300))
-    write(place / "val.jsonl", texts(12, seed=1))
-    return place
+    return corpus(tmp_path_factory.mktemp("commands"))
 
 
 def flags(place, **changes):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from documents import environment, texts, write
+from documents import corpus, environment
 
 from jaxchat import checkpoint, config, sharding, stages
 from jaxchat.experiment import Experiment
@@ -25,11 +25,7 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A corpus; every run keeps its rows, tokenizer and compiled programs in the cache beside it."""
-    place = tmp_path_factory.mktemp("resume")
-    write(place / "train.jsonl", texts(300))
-    write(place / "val.jsonl", texts(12, seed=1))
-    return place
+    return corpus(tmp_path_factory.mktemp("resume"))
 
 
 def flags(place, name, **changes):
