@@ -39,6 +39,9 @@ TRAIN_RULES: Rules = {
     "stack": MESH_AXES,
 }
 
+# A step of decoding reads every parameter: gathering their width each time would cost more than holding it whole.
+DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "tokens": None}
+
 
 @dataclass(frozen=True)
 class Mesh:

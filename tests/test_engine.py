@@ -17,7 +17,7 @@ from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, keep
 from jaxchat.model import Transformer
-from jaxchat.sharding import Mesh, make_mesh
+from jaxchat.sharding import Mesh, make_mesh, placements
 
 LENGTH = 320
 SHAPE = Shape(length=LENGTH, slots=4, steps=8, piece=32, adapt=False)
@@ -317,6 +317,11 @@ def test_a_stream_is_the_answers_text_and_can_be_closed(engine: Engine) -> None:
     pieces = list(engine.stream(Request(prompt(14), GREEDY)))
     assert len(pieces) > 1
     assert "".join(pieces) == ask(engine, prompt(14)).text
+    one, other = engine.submit(Request(prompt(14), GREEDY, n=2))
+    followed = ["".join(engine.follow(sample)) for sample in (one, other)]
+    assert followed == ["".join(pieces)] * 2, "the second had ended before it was followed"
+    with pytest.raises(UserError, match="n=2 answers cannot be one stream"):
+        next(engine.stream(Request(prompt(14), GREEDY, n=2)))
     broken = engine.stream(Request(prompt(14), GREEDY))
     assert next(broken) == pieces[0]
     broken.close()
@@ -334,8 +339,19 @@ def test_few_slot_steps_are_wasted() -> None:
 
 
 def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> None:
-    mesh = make_mesh(Mesh(data=2, tensor=2), rows=4, devices=jax.devices()[:4])
-    sharded = make(small.july2026(), mesh=mesh)
+    """From parameters as training on that mesh has them; decoding holds their width whole."""
+    mesh = make_mesh(Mesh(data=1, fsdp=2, tensor=2), rows=4, devices=jax.devices()[:4])
+    model = engine.transformer
+    params = jax.device_put(small.parameters(model.config), placements(mesh, model.shapes(), model.axes()))
+    sharded = Engine(model, params, Letters(), SHAPE, mesh=mesh)  # type: ignore[arg-type]
+    ends, layer = sharded.params["ends"], sharded.params["layer"][0]
+    for name, weight, shape in (
+        ("embed", ends["embed"], (32, 16)),
+        ("head", ends["head"], (16, 32)),
+        ("q", layer["mixer"]["q"], (16, 2, 4)),
+        ("in", layer["mlp"]["in"], (16, 12)),
+    ):
+        assert weight.sharding.shard_shape(weight.shape) == shape, name
     requests = [Request(prompt(17 + i), SEEDED) for i in range(6)]
     for (here,), (there,) in zip(engine.generate(requests), sharded.generate(requests)):
         assert here.tokens == there.tokens

@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 
 from jaxchat.config import UserError
 from jaxchat.decode.sampling import (
-    ACCEPT,
-    DRAW,
     PRESETS,
-    RESIDUAL,
     History,
     SamplingParams,
     choose,
     keep,
-    noise,
     pack,
     penalise,
     process,
@@ -174,11 +170,6 @@ def test_a_row_depends_on_itself_alone_and_not_on_the_level() -> None:
     assert np.any(tokens[100:] != first[100:])
     lower = jax.jit(lambda z_BV, rows, at: choose(z_BV, rows, at, level="plain"))(z_BV, plain, at)
     np.testing.assert_array_equal(lower.token_B, first)
-
-
-def test_purposes_never_share_noise() -> None:
-    draws = [np.asarray(noise(rows(4, 1.0), np.zeros(4, np.int32), purpose, 8)) for purpose in (DRAW, ACCEPT, RESIDUAL)]
-    assert len(np.unique(draws)) == 96
 
 
 def test_the_courses_worked_examples() -> None:

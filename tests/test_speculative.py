@@ -17,6 +17,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Luck, Speculation, lookup, repeats
 from jaxchat.decode.tools import Calculator
 from jaxchat.model import Transformer
+from jaxchat.sharding import Mesh, make_mesh
 
 SHAPE = Shape(length=160, slots=3, steps=8, piece=32, adapt=False)
 ALWAYS = Speculation(tokens=4, ngram=1, rounds=3, least=0.0)
@@ -83,6 +84,24 @@ def test_penalties_tools_and_likely_tokens_go_on_without_guesses(plain: Any) -> 
     names = {"python_start": 50, "python_end": 51, "output_start": 52, "output_end": 53}
     ours, theirs = make(config, **names).generate(asked), make(config, None, **names).generate(asked)
     assert [one.tokens for (one,) in ours] == [one.tokens for (one,) in theirs]
+
+
+def test_a_draft_model_lies_on_the_mesh_of_the_model() -> None:
+    config = small.october2025(depth=1)
+    mesh = make_mesh(Mesh(data=2, tensor=2), rows=2, devices=jax.devices()[:4])
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    shape = dataclasses.replace(SHAPE, slots=2)
+    given = Transformer(config), params, Letters(), shape
+    sharded = Engine(*given, speculation=ALWAYS, draft=(Transformer(config), params), mesh=mesh)  # type: ignore
+    assert sharded._draft is not None
+    head = sharded._draft[1]["ends"]["head"]
+    assert head.sharding.shard_shape(head.shape) == (16, 32), "the vocabulary, split in two"
+    asked = requests()[:6]
+    plain = Engine(*given).generate(asked)  # type: ignore
+    assert [one.tokens for (one,) in sharded.generate(asked)] == [one.tokens for (one,) in plain]
+    cache = sharded.slots._draft_cache
+    assert cache is not None
+    assert cache.layers[0].k_BKSD.sharding.shard_shape(cache.layers[0].k_BKSD.shape)[:2] == (1, 2)
 
 
 def test_drawn_tokens_have_the_targets_distribution() -> None:

@@ -1,7 +1,8 @@
 """A conversation with the engine: turns that are remembered, and left out, oldest first, where the context is full."""
 
 import json
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,15 +33,14 @@ class Dialogue:
         prompt = self._fit(said)
         (sample,) = self._engine.submit(Request(prompt, self._sampling, tools=self._tools, keep=True))
         self.last = sample
-        try:
-            while not sample.finish_reason:
-                self._engine.step()
-                if new := sample.take_text():
-                    yield new
-        finally:
-            sample.cancel()
+        yield from self._engine.follow(sample)
         text = sample.completion().text
         self.messages = [*said, {"role": "assistant", "content": text or "..."}]
+
+    def stop(self) -> None:
+        """Ends the answer that is being given; what was said so far is remembered."""
+        if self.last is not None:
+            self.last.cancel()
 
     def _fit(self, said: Sequence[dict[str, Any]]) -> list[int]:
         """The conversation in tokens, without its oldest turns where it would leave no room for an answer."""
@@ -91,11 +91,30 @@ def talk(dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO) -
 
 
 def _answer(dialogue: Dialogue, words: str, out: TextIO, notes: TextIO) -> None:
-    try:
-        for piece in dialogue.answer(words):
-            print(piece, end="", file=out, flush=True)
-    except KeyboardInterrupt:
-        print(" (stopped)", end="", file=notes)
-    print(file=out, flush=True)
+    if show(dialogue.answer(words), out, dialogue.stop):
+        print("(stopped)", file=notes)
     if dialogue.left_out:
         print(f"({dialogue.left_out} earlier messages no longer fit the context and were not seen)", file=notes)
+
+
+def show(pieces: Iterator[str], out: TextIO, stop: Callable[[], None]) -> bool:
+    """Prints a text as it comes, and says whether it was stopped: Ctrl-C calls `stop`, a second one interrupts at once.
+
+    An exception in the middle of a step would leave the engine without its cache.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        stop()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        for piece in pieces:
+            print(piece, end="", file=out, flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(file=out, flush=True)
+    return bool(asked)

@@ -4,6 +4,7 @@ Requests wait, are read, and take a slot; the device decodes all slots in chunks
 samples leave, tools answer, and waiting requests enter.
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxchat import checkpoint
 from jaxchat.config import UserError
+from jaxchat.decode import programs
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
@@ -79,9 +81,9 @@ class PromptStats:
 class Engine:
     """Answers requests with one model: `submit`, then `step` until nothing is left; or `generate`, or `stream`.
 
-    With a mesh, rows are split over `data` and heads over `tensor`. With `speculation`, tokens are guessed and read
-    several at a time, which changes none of them; guesses are looked up in the text, or come from `draft`, a smaller
-    model of the same vocabulary with its parameters.
+    With a mesh, rows are split over `data`, and heads, hidden units and vocabulary over `tensor`. With `speculation`,
+    tokens are guessed and read several at a time, which changes none of them; guesses are looked up in the text, or
+    come from `draft`, a smaller model of the same vocabulary with its parameters.
     """
 
     def __init__(
@@ -101,22 +103,23 @@ class Engine:
         windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
         self.prefixes = Prefixes(shape.remembered_bytes, windowed=windowed)
         self.prompt_stats = PromptStats()
-        if draft is not None:
-            draft = draft[0], jax.jit(draft[0].unstack)(draft[1])
-            self._draft_reader = Reader(draft[0], shape.prompts)
-        self._draft = draft
-        self.slots = Slots(
-            transformer,
-            most=shape.slots,
-            length=shape.length,
-            steps=shape.steps,
-            adapt=shape.adapt,
-            speculation=speculation,
-            draft=draft,
-        )
+        with self.on_mesh():
+            if draft is not None:
+                draft = draft[0], jax.jit(functools.partial(programs.unstack, draft[0]))(draft[1])
+                self._draft_reader = Reader(draft[0], shape.prompts)
+            self._draft = draft
+            self.slots = Slots(
+                transformer,
+                most=shape.slots,
+                length=shape.length,
+                steps=shape.steps,
+                adapt=shape.adapt,
+                speculation=speculation,
+                draft=draft,
+            )
         self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prompts)
-        self._unstack = jax.jit(transformer.unstack)
+        self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
         self._forward = jax.jit(lambda params, ids: transformer.logits(params, transformer.apply(params, ids)[0])[0])
         self._waiting: deque[Sample] = deque()
         self._forks: deque[Fork] = deque()
@@ -201,12 +204,20 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[str]:
         """The text of one answer as it comes; closing the iterator cancels the request."""
+        if request.n != 1:
+            raise UserError(f"n={request.n} answers cannot be one stream: follow each sample of `submit`")
         (sample,) = self.submit(request)
+        yield from self.follow(sample)
+
+    def follow(self, sample: Sample) -> Iterator[str]:
+        """The text of a sample as it comes; closing the iterator cancels it."""
         try:
-            while not sample.finish_reason:
-                self.step()
+            while True:
                 if new := sample.take_text():
                     yield new
+                if sample.finish_reason:
+                    return
+                self.step()
         finally:
             sample.cancel()
 

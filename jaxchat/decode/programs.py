@@ -34,6 +34,15 @@ class Steps(NamedTuple):
     kept_KBC: jax.Array | None = None
 
 
+def unstack(transformer: Transformer, params: Params) -> Params:
+    """Parameters by layer, in the compute type and in their places for decoding, from those of training or export."""
+    axes, pattern = transformer.axes(), transformer.config.pattern
+    cut = [jax.tree.map(lambda names: names[1:], own, is_leaf=lambda x: isinstance(x, tuple)) for own in axes["layers"]]
+    by_layer = {"ends": axes["ends"], "layer": tuple(cut[i % len(pattern)] for i in range(transformer.config.depth))}
+    put = lambda x, names: sharding.constrain(x, names, sharding.DECODE_RULES)  # noqa: E731
+    return jax.tree.map(put, transformer.unstack(params), by_layer)
+
+
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
     """An empty cache in its place on the mesh."""
     return place(transformer.empty_cache(batch, length, write=write))
@@ -105,7 +114,7 @@ def decode(
     level: Level,
     top: bool,
     keep_sets: bool = False,
-) -> tuple[Cache, History | None, Running, Steps]:
+) -> tuple[Cache, History | None, Steps]:
     """A step for each row of `forced_KB`: reads every slot's newest token and chooses the next, unless one is forced.
 
     A slot that reaches a stop token or its limit pauses: it writes nothing and gets nothing until the next chunk.
@@ -134,8 +143,8 @@ def decode(
         return (token_B, position_B, paused_B | stopped_B | (position_B >= running.limit_B), cache, history), given
 
     start = (running.token_B, running.position_B, running.position_B < 0, cache, history)
-    (token_B, position_B, _, cache, history), steps = jax.lax.scan(step, start, forced_KB)
-    return place(cache), history, running._replace(token_B=token_B, position_B=position_B), steps
+    (_, _, _, cache, history), steps = jax.lax.scan(step, start, forced_KB)
+    return place(cache), history, steps
 
 
 def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:

@@ -21,9 +21,6 @@ LEVELS: tuple[Level, ...] = ("greedy", "plain", "full")
 
 TOP_LOGPROBS = 20  # The most that a request may ask for.
 
-# What noise is for; a draw never meets another's noise.
-DRAW, ACCEPT, RESIDUAL = 0, 1, 2
-
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "greedy": {"temperature": 0.0},
     "plain": {"temperature": 1.0},
@@ -48,7 +45,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for each time a token is in the answer.
         logit_bias: added to the logits, by token id.
         max_tokens: length limit of the answer.
-        seed: noise is a function of seed, sample, position and purpose alone.
+        seed: noise is a function of seed, sample and position alone.
         stop: texts at which the answer ends, themselves left out.
         stop_tokens: tokens at which the answer ends, beside the tokenizer's own.
         ignore_end: go on after the tokenizer's end tokens.
@@ -162,11 +159,11 @@ def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
     return Rows(**columns)
 
 
-def noise(rows: Rows, position_B: jax.Array, purpose: int, size: int) -> jax.Array:
-    """Uniform numbers (B, size), a function of seed, sample, position and purpose."""
+def noise(rows: Rows, position_B: jax.Array, size: int) -> jax.Array:
+    """Uniform numbers (B, size), a function of seed, sample and position."""
 
     def of(low: jax.Array, high: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.key(purpose)
+        key = jax.random.key(0)
         for part in (low, high, sample, position):
             key = jax.random.fold_in(key, part)
         return jax.random.uniform(key, (size,), jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
@@ -194,16 +191,16 @@ def choose(
         token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
         return Choice(token_B, logprob(z_BV, token_B), jnp.zeros(z_BV.shape[:1], jnp.float32))
     z_BV, best_B = process(logits_BV, rows, level=level, history=history)
-    token_B = draw(z_BV, rows, position_B, DRAW)
+    token_B = draw(z_BV, rows, position_B)
     token_B = jnp.where(rows.temperature == 0, best_B, token_B).astype(jnp.int32)
     drawn_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
     kept_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if keep_sets else None
     return Choice(token_B, logprob(logits_BV, token_B), drawn_B, kept_BC)
 
 
-def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array, purpose: int) -> jax.Array:
+def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Array:
     """A token a row, (B,), with probabilities softmax(z), by the Gumbel maximum."""
-    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, purpose, z_BV.shape[1])))
+    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))
     return jnp.argmax(z_BV + gumbel_BV, axis=-1).astype(jnp.int32)
 
 

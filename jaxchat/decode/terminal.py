@@ -11,7 +11,7 @@ from jaxchat import checkpoint
 from jaxchat.config import UserError
 from jaxchat.decode import explain
 from jaxchat.decode.beam import BeamParams, beam_search
-from jaxchat.decode.dialogue import HELP, Dialogue, talk
+from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
 from jaxchat.decode.engine import Engine, load_engine
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import PRESETS, SamplingParams
@@ -131,8 +131,7 @@ def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence
             return
         print(line, end="", flush=True)
         try:
-            for piece in engine.stream(Request(_prompt(engine, line, False), sampling)):
-                print(piece, end="", flush=True)
+            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling))
+            show(engine.follow(sample), sys.stdout, sample.cancel)
         except UserError as error:
-            print(f" ({error})", end="", file=sys.stderr)
-        print(flush=True)
+            print(f" ({error})", file=sys.stderr)
