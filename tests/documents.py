@@ -22,9 +22,7 @@ def texts(count, seed=0):
 
 
 def write(path, documents):
-    data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+    return write_rows(path, [{"text": text} for text in documents])
 
 
 def corpus(directory):
@@ -32,6 +30,33 @@ def corpus(directory):
     write(directory / "train.jsonl", texts(300))
     write(directory / "val.jsonl", texts(12, seed=1))
     return directory
+
+
+def talks(count, seed=0):
+    """Conversations of one to three exchanges, some answered with the help of a tool."""
+    rng = np.random.default_rng(seed)
+
+    def words(n):
+        return " ".join(rng.choice(WORDS, n))
+
+    rows = []
+    for i in range(count):
+        messages = []
+        for turn in range(rng.integers(1, 4)):
+            answer = words(rng.integers(1, 9))
+            if turn:
+                call, result = ({"type": kind, "text": words(2)} for kind in ("python", "python_output"))
+                answer = [call, result, {"type": "text", "text": answer}]
+            asked = f"{i} {words(rng.integers(1, 9))}"
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_rows(path, rows):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
 
 
 def settings(*train, **fields):

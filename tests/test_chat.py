@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from documents import texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from letters import Letters
 
 from jaxchat.config import UserError
@@ -19,7 +22,7 @@ from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.model import Transformer
-from jaxchat.tokenizer import chat
+from jaxchat.tokenizer import Tokenizer, TokenizerConfig, chat, train_tokenizer
 
 NAMES = ("user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end")
 SPECIALS = {name: 50 + i for i, name in enumerate((*NAMES, "output_start", "output_end"))}
@@ -86,6 +89,96 @@ def test_a_conversation_that_is_none_is_refused(bad: str) -> None:
 def test_the_assistant_answers_the_user_only() -> None:
     with pytest.raises(UserError, match="ends with the user's words"):
         chat.render(said(("user", "1"), ("assistant", "2")), WORDS, complete=True)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(texts(200), vocab=300, config=TokenizerConfig())
+
+
+some_text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+call = st.tuples(some_text, some_text).map(
+    lambda pair: [{"type": "python", "text": pair[0]}, {"type": "python_output", "text": pair[1]}]
+)
+parts_of_text = st.lists(call, min_size=1, max_size=2).flatmap(
+    lambda calls: st.lists(some_text, min_size=len(calls), max_size=len(calls)).map(
+        lambda told: [
+            part for call, text in zip(calls, told, strict=True) for part in (*call, {"type": "text", "text": text})
+        ]
+    )
+)
+exchange = st.tuples(some_text, some_text | parts_of_text)
+dialogues = st.lists(exchange, min_size=1, max_size=3).map(
+    lambda pairs: said(*(turn for asked, told in pairs for turn in (("user", asked), ("assistant", told))))
+)
+
+
+@given(messages=dialogues)
+@settings(max_examples=60, deadline=None)
+def test_parsing_inverts_rendering(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
+    ids = chat.render(messages, tokenizer).ids
+    assert chat.parse(ids, tokenizer) == messages
+    assert chat.render(chat.parse(ids, tokenizer), tokenizer).ids == ids
+    assert chat.parse(chat.render(messages[:-1], tokenizer, complete=True).ids, tokenizer) == messages[:-1]
+
+
+@given(messages=dialogues, cut=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_a_conversation_that_breaks_off_is_parsed_as_far_as_it_goes(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], cut: float
+) -> None:
+    ids = chat.render(messages, tokenizer).ids
+    found = chat.parse(ids[: int(cut * len(ids))], tokenizer)
+    assert len(found) <= len(messages)
+    assert found[:-1] == messages[: max(len(found) - 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 3], [0, US, AS], [0, US, 1, AE], [0, AS, PS, AE], [0, AS, OE], [0, US, PS], [0, US, 1, UE, 2], [US, 0]]
+)
+def test_tokens_in_an_order_that_no_conversation_has_are_refused(ids: list[int]) -> None:
+    with pytest.raises(chat.Malformed, match=r"token \d of a conversation is .*, out of order"):
+        chat.parse(ids, WORDS)  # type: ignore[arg-type]
+
+
+def test_a_system_message_without_words_is_none() -> None:
+    rest = said(("user", "1"), ("assistant", "2"))
+    assert chat.render([*said(("system", "")), *rest], WORDS) == chat.render(rest, WORDS)  # type: ignore[arg-type]
+
+
+def template(messages: list[dict[str, Any]], **options: Any) -> str:
+    """As transformers compiles and fills in a template."""
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def refuse(sentence: str) -> None:
+        raise UserError(sentence)
+
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(chat.CHAT_TEMPLATE).render(messages=messages, **options)
+
+
+@given(messages=dialogues, system=st.none() | st.just("") | some_text, complete=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_template_writes_what_is_rendered(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], system: str | None, complete: bool
+) -> None:
+    spoken = [*([] if system is None else said(("system", system))), *(messages[:-1] if complete else messages)]
+    ids = chat.render(spoken, tokenizer, complete=complete).ids
+    assert template(spoken, add_generation_prompt=complete) == tokenizer.decode(ids, keep_specials=True)
+
+
+@pytest.mark.parametrize("bad", ["order", "begins", "system", "unknown"])
+def test_the_template_refuses_what_rendering_refuses(bad: str) -> None:
+    with pytest.raises(UserError):
+        template(BAD[bad][0])
+
+
+def test_transformers_fills_in_the_template(tokenizer: Tokenizer) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = said(("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Why?"))
+    (text,), _ = utils.render_jinja_template([messages], chat_template=chat.CHAT_TEMPLATE, add_generation_prompt=True)
+    assert text == tokenizer.decode(chat.render(messages, tokenizer, complete=True).ids, keep_specials=True)
 
 
 @pytest.fixture(scope="module")

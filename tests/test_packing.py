@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat.data.batch import START, TARGET, batch_of, decode_row, encode_row, stack_rows, token_dtype
-from jaxchat.data.packing import Packed, pack
+from jaxchat.data.packing import Packed, best_fit, pack, pack_whole
 
 BOS = 999
 LOSSLESS = ["best_fit", "concatenate"]
@@ -171,6 +171,92 @@ def test_many_short_documents_share_rows_without_loss():
     result = packed([20] * 1000, 512, "best_fit")
     assert len(result.ids_RS) == -(-1000 // 24)  # 24 documents of 21 ids in 513
     assert result.tokens == 20_000
+
+
+def conversations(lengths):
+    """Of one learned token at least, the last; every token names its conversation and place."""
+    return [
+        (np.array([BOS, *(1000 * (c + 1) + np.arange(1, n))]), np.array([i % 3 == 0 or i == n - 1 for i in range(n)]))
+        for c, n in enumerate(lengths)
+    ]
+
+
+def whole(talks, row_length):
+    return pack_whole(talks, row_length, bos=BOS, dtype=np.dtype(np.uint32))
+
+
+conversation_lengths = st.tuples(st.lists(st.integers(2, 40), max_size=20), st.integers(1, 30))
+
+
+@given(case=conversation_lengths)
+@settings(max_examples=150, deadline=None)
+def test_a_conversation_is_never_cut_and_its_mask_stays(case):
+    lengths, row_length = case
+    talks = conversations(lengths)
+    result = whole(talks, row_length)
+    batch = batch_of(result.ids_RS, result.flags_RS)
+    found = []
+    for tokens, targets, weights, segments in zip(*(batch[k] for k in ("tokens", "targets", "weights", "segments"))):
+        for segment in sorted(set(segments.tolist())):
+            inside = segments == segment
+            trained = targets[inside][weights[inside] > 0]
+            if len(trained):
+                number = int(trained[-1]) // 1000 - 1
+                ids, learned = talks[number]
+                found.append(number)
+                length = len(ids) - 1
+                assert tokens[inside][: length + 1].tolist()[:length] == ids[:-1].tolist()
+                assert targets[inside][:length].tolist() == ids[1:].tolist()
+                assert weights[inside][:length].astype(bool).tolist() == learned[1:].tolist()
+                assert not weights[inside][length:].any()
+            else:
+                assert (tokens[inside] == BOS).all()
+    assert sorted(found) == [i for i, n in enumerate(lengths) if n <= row_length + 1]
+    assert result.too_long == len(lengths) - len(found)
+
+
+@given(case=conversation_lengths)
+@settings(max_examples=150, deadline=None)
+def test_every_row_of_conversations_trains_a_token(case):
+    lengths, row_length = case
+    result = whole(conversations(lengths), row_length)
+    batch = batch_of(result.ids_RS, result.flags_RS)
+    assert (batch["weights"].sum(axis=1) >= 1).all()
+    assert result.ids_RS.shape == result.flags_RS.shape == (len(batch["weights"]), row_length + 1)
+    fitting = [n for n in lengths if n <= row_length + 1]
+    assert result.tokens == sum(fitting) - len(fitting)
+    assert result.discarded == sum(n - 1 for n in lengths) - result.tokens
+    assert result.padding == result.ids_RS.size - sum(fitting)
+
+
+def test_a_row_of_conversations_is_the_one_written_by_hand():
+    talks = [
+        (np.array([BOS, 1, 2]), np.array([False, False, True])),
+        (np.array([BOS, *range(3, 8)]), [False] * 4 + [True] * 2),
+    ]
+    result = whole(talks, 10)
+    assert result.ids_RS.tolist() == [[BOS, 1, 2, BOS, 3, 4, 5, 6, 7, BOS, BOS]]
+    assert result.flags_RS.tolist() == [[START, 0, TARGET, START, 0, 0, 0, TARGET, TARGET, START, 0]]
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), more=st.integers(0, 20))
+@settings(max_examples=150, deadline=None)
+def test_best_fit_leaves_no_row_empty_or_too_full(lengths, more):
+    capacity = max(lengths, default=1) + more
+    rows = best_fit(lengths, capacity)
+    assert len(rows) == len(lengths)
+    filled = Counter()
+    for row, length in zip(rows.tolist(), lengths):
+        filled[row] += length
+    assert sorted(filled) == list(range(len(filled)))
+    assert all(used <= capacity for used in filled.values())
+    assert sum(2 * used <= capacity for used in filled.values()) <= 1  # two such would have shared a row
+
+
+def test_best_fit_of_lengths_in_any_order_chooses_the_fullest_row():
+    assert best_fit([2, 6, 4, 3], 8).tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="lengths from 2 to 9 must lie between 1 and 8"):
+        best_fit([2, 9], 8)
 
 
 @pytest.mark.parametrize("vocab", [65_536, 65_537])

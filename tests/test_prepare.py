@@ -9,7 +9,7 @@ import pytest
 from documents import settings, silent, texts, write
 
 from jaxchat.config import UserError
-from jaxchat.data import prepare, shards, workers
+from jaxchat.data import cache, prepare, shards, workers
 from jaxchat.data.prepare import Data, ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.sources import find
 from jaxchat.data.streams import every_row_once
@@ -131,6 +131,29 @@ def test_any_change_that_matters_makes_other_rows(tmp_path, corpus, tokenizer, m
     assert len(set(places)) == len(places)
 
 
+def test_the_keys_of_text_are_those_of_before_there_were_conversations(tmp_path, corpus, tokenizer):
+    (rows,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    (source,) = find(str(corpus), "train")
+    reading = {"text_column": "text", "encoding": "utf-8", "held_out": 0.01}
+    assert rows.directory.name == cache.key(
+        format=1,
+        tokenizer=tokenizer.hash,
+        sources=[("jsonl", source.hash())],
+        shards=[[(0, 0, 1)]],
+        row_length=32,
+        packing="best_fit",
+        split="train",
+        **reading,
+    )
+    known = shards.Recipe(32, "best_fit", "text", "utf-8", 0.01, "train").decides()
+    assert cache.key(format=1, tokenizer="abc", sources=[], shards=[], **known) == "7677378ca48d1a6b2a77360d"
+    ensure_tokenizer(settings(corpus), tmp_path / "cache", 0, silent)
+    (directory,) = (path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir())
+    config = {"algorithm": "bpe", "extra_specials": (), "sample_bytes": 20_000_000, "path": None}
+    sources = [("jsonl", source.hash())]
+    assert directory.name == cache.key(format=1, vocab=300, config=config, seed=0, sources=sources, **reading)
+
+
 def test_lost_and_broken_shards_are_made_again(tmp_path, corpus, tokenizer):
     (rows,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
     shard = rows.directory / rows.manifest["shards"][0]["file"]
@@ -229,6 +252,10 @@ def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_pat
         ({"val_fraction": 0.0}, "data.val_fraction=0.0 must lie between 0 and 1"),
         ({"row_length": 1}, "data.row_length=1 must be at least 2"),
         ({"workers": -1}, "data.workers=-1"),
+        ({"epochs": (1.0, 2.0)}, "data.epochs has 2 entries for 1 of data.train"),
+        ({"epochs": (0.0,)}, "data.epochs=.* must be positive and finite"),
+        ({"epochs": (1.0,), "weights": (1.0,)}, "data.weights and data.epochs both say"),
+        ({"format": "chat", "packing": "crop"}, "data.packing=crop is for text: conversations are never cut"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, sentence):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from documents import environment, settings, silent, texts, write
+from documents import environment, settings, silent, talks, texts, write, write_rows
 
 from jaxchat.config import UserError
 from jaxchat.data import shards, workers
@@ -31,11 +31,17 @@ def tokenizer(tmp_path_factory):
     return ensure_tokenizer(settings(write(place / "t.jsonl", texts(300))), place / "cache", 0, silent)
 
 
-def test_processes_make_the_same_rows_as_one(tmp_path, tokenizer, many_shards):
-    files = [write(tmp_path / f"{i}.jsonl.gz", texts(60, seed=i)) for i in range(3)]
+def write_some(path, count, form, seed=0):
+    return write(path, texts(count, seed)) if form == "text" else write_rows(path, talks(count, seed))
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_processes_make_the_same_rows_as_one(tmp_path, tokenizer, many_shards, form):
+    files = [write_some(tmp_path / f"{i}.jsonl.gz", 60, form, seed=i) for i in range(3)]
     one, two = (tmp_path / name for name in ("one", "two"))
     for directory, processes in ((one, 1), (two, 2)):
-        assert len(ensure_rows(settings(*files, workers=processes), tokenizer, "train", directory, silent)) == 3
+        data = settings(*files, workers=processes, format=form, row_length=128)
+        assert len(ensure_rows(data, tokenizer, "train", directory, silent)) == 3
     names = sorted(path.relative_to(one) for path in one.rglob("shard-*"))
     assert len(names) > 20
     assert [(one / name).read_bytes() for name in names] == [(two / name).read_bytes() for name in names]
@@ -47,6 +53,24 @@ def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, many_s
         file.write("oops\n")
     with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
         ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
+
+
+def test_processes_count_what_they_skip_as_one_does(tmp_path, tokenizer, many_shards):
+    rows = talks(120)
+    for i in (5, 70, 71):
+        rows[i]["messages"][0]["role"] = "robot"
+    rows[90]["messages"].pop()
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    manifests = []
+    for processes in (1, 2):
+        data = settings(path, format="chat", row_length=256, workers=processes)
+        made = ensure_rows(data, tokenizer, "train", tmp_path / str(processes), silent)
+        manifests.append(made[0].manifest)
+    one, two = manifests
+    assert one["skipped"] == two["skipped"]
+    assert one["examples"] == two["examples"]
+    assert one["skipped"]["unknown role"] == 3
+    assert one["examples"]["unknown role"].startswith(f"{path} line 6: message 0 has the role 'robot'")
 
 
 def test_worker_processes_start_without_jax():
@@ -69,15 +93,16 @@ def send_or_die(pool, *message):
     send(pool, *message)
 
 workers._Pool._send = send_or_die
-data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=32, workers=2)
+data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=128, workers=2, format=sys.argv[4])
 prepare.ensure_rows(data, Tokenizer.load(sys.argv[2]), "train", sys.argv[3], print)
 """
 
 
-def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokenizer, many_shards, monkeypatch):
-    path = write(tmp_path / "a.jsonl", texts(300))
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokenizer, many_shards, monkeypatch, form):
+    path = write_some(tmp_path / "a.jsonl", 300, form)
     tokenizer.save(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", KILLED_AFTER_TWO_SHARDS, path, tmp_path / "tokenizer", tmp_path / "cache"]
+    command = [sys.executable, "-c", KILLED_AFTER_TWO_SHARDS, path, tmp_path / "tokenizer", tmp_path / "cache", form]
     # Its workers hold stderr too: when that ends, so have they.
     assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
     (directory,) = (tmp_path / "cache" / "rows").iterdir()
@@ -87,12 +112,13 @@ def test_a_killed_preparation_continues_with_the_shards_it_has(tmp_path, tokeniz
 
     made = []
     monkeypatch.setattr(workers, "run", _counting(workers.run, made))
-    (rows,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "cache", silent)
+    data = settings(path, format=form, row_length=128)
+    (rows,) = ensure_rows(data, tokenizer, "train", tmp_path / "cache", silent)
     assert rows.directory == directory
     assert len(made) == len(rows.manifest["shards"]) - len(finished)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    (fresh,) = ensure_rows(settings(path), tokenizer, "train", tmp_path / "other", silent)
-    for name in ("rows", "tokens", "documents", "bytes", "padding", "cut", "shards"):
+    (fresh,) = ensure_rows(data, tokenizer, "train", tmp_path / "other", silent)
+    for name in ("rows", "tokens", "documents", "bytes", "padding", "cut", "trained", "longest", "shards"):
         assert rows.manifest[name] == fresh.manifest[name]
 
 

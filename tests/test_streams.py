@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,11 +103,11 @@ def test_the_batch_size_does_not_change_the_order_of_rows(rows):
         assert [n for i in range(4) for n in numbers(small.batch(4 * step + i))] == numbers(large.batch(step))
 
 
-@pytest.mark.parametrize("weights", [(), (0.25, 0.75)])
+@pytest.mark.parametrize("shares", [{}, {"weights": (0.25, 0.75)}, {"epochs": (1.5, 2.0)}])
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_the_slices_of_all_hosts_are_the_global_batch(rows, weights, hosts):
-    whole = stream(rows, weights, batch_rows=8)
-    parts = [stream(rows, weights, batch_rows=8, host=host, hosts=hosts) for host in range(hosts)]
+def test_the_slices_of_all_hosts_are_the_global_batch(rows, shares, hosts):
+    whole = stream(rows, batch_rows=8, **shares)
+    parts = [stream(rows, batch_rows=8, host=host, hosts=hosts, **shares) for host in range(hosts)]
     for step in range(5):
         expected = whole.batch(step)
         for name in expected:
@@ -121,6 +122,37 @@ def test_weights_give_each_source_its_share_of_every_stretch(rows):
     seen = Counter(number for step in range(13) for number in numbers(one.batch(step)))
     assert {count for number, count in seen.items() if number < 100} == {2}  # 26 draws of 13 rows
     assert sorted(count for number, count in seen.items() if number >= 100) == [19, 19, 20, 20]  # 78 draws of 4 rows
+
+
+@pytest.mark.parametrize("epochs", [(1.0, 3.0), (0.5, 2.25), (2.0, 0.1)])
+def test_a_pass_sees_each_source_as_often_as_its_epochs_say(rows, epochs):
+    one = stream(rows, batch_rows=1, epochs=epochs)
+    takes = [max(1, round(share * length)) for share, length in zip(epochs, (13, 4))]
+    assert one.rows_per_pass == sum(takes)
+    passes = [Counter(numbers(one.batch(i))[0] for i in range(n * sum(takes), (n + 1) * sum(takes))) for n in range(8)]
+    for seen in passes:
+        parts = [{k: n for k, n in seen.items() if (k >= 100) == later} for later in (False, True)]
+        assert [sum(part.values()) for part in parts] == takes
+    for later, length in ((False, 13), (True, 4)):
+        total = Counter({k: sum(seen[k] for seen in passes) for k in set().union(*passes) if (k >= 100) == later})
+        assert len(total) == min(length, 8 * takes[later])
+        assert max(total.values()) - min(total.values() if len(total) == length else [0]) <= 1
+    if epochs == (1.0, 3.0):
+        assert set(passes[0].values()) == {1, 3}
+
+
+def test_a_pass_mixes_its_sources_and_is_a_function_of_the_step(rows):
+    one = stream(rows, batch_rows=4, epochs=(2.0, 3.0))
+    batches = [numbers(one.batch(step)) for step in range(30)]
+    fresh = stream(rows, batch_rows=4, epochs=(2.0, 3.0))
+    assert [numbers(fresh.batch(step)) for step in reversed(range(30))] == batches[::-1]
+    order = [number >= 100 for batch in batches for number in batch]
+    assert sum(a != b for a, b in pairwise(order[: one.rows_per_pass])) > 5
+    assert batches[:9] != [numbers(stream(rows, seed=1, epochs=(2.0, 3.0)).batch(step)) for step in range(9)]
+
+
+def test_without_epochs_a_pass_is_every_row_once(rows):
+    assert stream(rows).rows_per_pass == stream(rows, (0.5, 0.5)).rows_per_pass == 17
 
 
 def test_prefetch_gives_the_batches_of_its_steps_and_ends_its_thread(rows):
@@ -162,6 +194,10 @@ def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
         stream(rows, batch_rows=5, hosts=2)
     with pytest.raises(UserError, match=r"--data.weights has 1 entries for 2 entries of --data.train"):
         stream(rows, (1.0,))
+    with pytest.raises(UserError, match=r"--data.epochs has 1 entries for 2 entries of --data.train"):
+        stream(rows, epochs=(1.0,))
+    with pytest.raises(UserError, match=r"--data.weights and --data.epochs both say"):
+        stream(rows, (0.5, 0.5), epochs=(1.0, 1.0))
     with pytest.raises(UserError, match=r"no rows in .*empty"):
         stream([make_rows(tmp_path / "empty", [0])])
     with pytest.raises(UserError, match="no rows to read"):

@@ -1,0 +1,197 @@
+"""Conversations become rows: what is learned, what is held out, and what is left out aloud."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from documents import settings, silent, talks, texts, write, write_rows
+
+from jaxchat.config import UserError
+from jaxchat.data import conversations
+from jaxchat.data.batch import batch_of
+from jaxchat.data.prepare import ensure_rows, ensure_tokenizer, summary
+from jaxchat.data.prepare import texts as texts_of
+from jaxchat.tokenizer import chat
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizer")
+    return ensure_tokenizer(settings(write(place / "t.jsonl", texts(300))), place / "cache", 0, silent)
+
+
+@pytest.fixture
+def none_held_out(tmp_path):
+    """Files to validate on, so that every conversation is trained on."""
+    return (str(write_rows(tmp_path / "val.jsonl", talks(1, seed=9))),)
+
+
+def talk_settings(*train, **fields):
+    return settings(*train, **{"format": "chat", "row_length": 400} | fields)
+
+
+def prepared(data, tokenizer, directory, split="train", log=silent):
+    return ensure_rows(data, tokenizer, split, directory / "cache", log)
+
+
+def segments_of(rows):
+    """Of every conversation in the rows: its ids, and whether each but the first is learned."""
+    found = []
+    for part in rows:
+        for i in range(len(part)):
+            batch = batch_of(*(np.array([column]) for column in part[i]))
+            tokens, targets, weights, segments = (
+                batch[k][0].tolist() for k in ("tokens", "targets", "weights", "segments")
+            )
+            for segment in range(1, max(segments) + 1):
+                inside = [place for place, number in enumerate(segments) if number == segment]
+                if any(weights[place] for place in inside):
+                    last = max(place for place in inside if weights[place])
+                    inside = [place for place in inside if place <= last]
+                    ids = [tokens[inside[0]], *(targets[place] for place in inside)]
+                    found.append((ids, [bool(weights[place]) for place in inside]))
+    return found
+
+
+def test_rows_hold_every_conversation_with_its_mask(tmp_path, tokenizer):
+    given = talks(150)
+    path = write_rows(tmp_path / "a.jsonl", given)
+    data = talk_settings(path, val_fraction=0.2)
+    found = [segments_of(prepared(data, tokenizer, tmp_path, split)) for split in ("train", "val")]
+    rendered = [chat.render(row["messages"], tokenizer) for row in given]
+    expected = Counter(json.dumps([ids, learned[1:]]) for ids, learned in rendered)
+    assert Counter(json.dumps(pair) for pair in found[0] + found[1]) == expected
+    assert 10 < len(found[1]) < 60
+
+
+def test_the_stop_token_and_the_call_are_learned_and_the_tools_output_is_not(tmp_path, tokenizer, none_held_out):
+    row = {"question": "What is 48/2?", "answer": "It is <<48/2=24>>24."}
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    ((ids, learned),) = segments_of(prepared(talk_settings(path, val=none_held_out), tokenizer, tmp_path))
+    taught = [number for number, learn in zip(ids[1:], learned) if learn]
+    hidden = [number for number, learn in zip(ids[1:], learned) if not learn]
+    assert tokenizer.decode_bytes(taught, keep_specials=True) == (
+        b"It is <|python_start|>48/2<|python_end|>24.<|assistant_end|>"
+    )
+    assert tokenizer.decode_bytes(hidden, keep_specials=True) == (
+        b"<|user_start|>What is 48/2?<|user_end|><|assistant_start|><|output_start|>24<|output_end|>"
+    )
+
+
+def test_everything_can_be_learned_but_the_bos(tmp_path, tokenizer, none_held_out):
+    given = talks(20)
+    data = talk_settings(write_rows(tmp_path / "a.jsonl", given), val=none_held_out)
+    rows = [
+        prepared(talk_settings(*data.train, val=data.val, train_on=what), tokenizer, tmp_path)
+        for what in ("assistant", "everything")
+    ]
+    some, everything = (segments_of(part) for part in rows)
+    assert [ids for ids, _ in some] == [ids for ids, _ in everything]
+    assert all(all(learned) for _, learned in everything)
+    assert not any(all(learned) for _, learned in some)
+    told = [summary(part)["trained_fraction"] for part in rows]
+    assert told[0] < told[1] == 1.0
+
+
+def test_alpacas_template_is_text_with_a_learned_answer(tmp_path, tokenizer, none_held_out):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": "Add.", "input": "2 and 3", "output": "5"}]))
+    data = talk_settings(path, format="alpaca", val=none_held_out)
+    ((ids, learned),) = segments_of(prepared(data, tokenizer, tmp_path))
+    prompt = conversations.alpaca_prompt("Add.", "2 and 3")
+    assert ids == [
+        tokenizer.bos,
+        *tokenizer.encode(prompt),
+        *tokenizer.encode("5"),
+        tokenizer.specials["<|assistant_end|>"],
+    ]
+    assert learned == [False] * len(tokenizer.encode(prompt)) + [True] * (len(tokenizer.encode("5")) + 1)
+
+
+def test_conversations_that_begin_alike_are_held_out_together(tmp_path, tokenizer):
+    rows = [
+        {"messages": [{"role": "user", "content": f"begin {i}"}, {"role": "assistant", "content": f"end {k}"}]}
+        for i in range(60)
+        for k in range(3)
+    ]
+    data = talk_settings(write_rows(tmp_path / "a.jsonl", rows), val_fraction=0.3)
+    begun = []
+    for split in ("train", "val"):
+        found = [chat.parse(ids, tokenizer) for ids, _ in segments_of(prepared(data, tokenizer, tmp_path, split))]
+        begun.append(Counter(messages[0]["content"] for messages in found))
+    assert not begun[0].keys() & begun[1].keys()
+    assert set(begun[0].values()) == set(begun[1].values()) == {3}
+
+
+def test_what_is_none_is_skipped_and_said_with_its_place_once(tmp_path, tokenizer):
+    rows = talks(30)
+    rows[4] = {"messages": rows[4]["messages"][:1]}
+    rows[7]["messages"][1]["content"] = " "
+    rows[8]["messages"][0]["content"] = ""
+    rows[9]["messages"].insert(0, rows[9]["messages"][0])
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    said = []
+    data = talk_settings(path, val_fraction=0.3)
+    made = [prepared(data, tokenizer, tmp_path, split, said.append)[0] for split in ("train", "val")]
+    skipped = sum((Counter(part.manifest["skipped"]) for part in made), Counter())
+    assert skipped == {"no assistant turn": 1, "empty content": 2, "roles out of order": 1}
+    assert sum(summary([part])["skipped"] for part in made) == 4
+    assert sum(part.manifest["documents"] for part in made) == 26
+    warnings = [line for line in said if line.startswith("warning")]
+    assert (
+        f"warning: {path}: 1 conversations skipped: no assistant turn; the first is {path} line 5: nobody answers"
+        in warnings
+    )
+    assert len([line for line in warnings if "roles out of order" in line]) == 1
+
+
+def test_conversations_longer_than_a_row_are_left_out_and_said(tmp_path, tokenizer, none_held_out):
+    rows = talks(40)
+    lengths = [len(chat.render(row["messages"], tokenizer).ids) for row in rows]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    border = sorted(lengths)[25]
+    said = []
+    data = talk_settings(path, row_length=border - 1, val=none_held_out)
+    (made,) = prepared(data, tokenizer, tmp_path, log=said.append)
+    assert summary([made])["too_long"] == made.manifest["too_long"] == sum(n > border for n in lengths) > 0
+    assert len(segments_of([made])) == sum(n <= border for n in lengths)
+    assert said[-1] == (
+        f"warning: {path}: {made.manifest['too_long']} conversations of more than {border} tokens left out; "
+        f"--data.row_length={max(lengths) - 1} takes the longest"
+    )
+    fitting = talk_settings(path, row_length=max(lengths) - 1, val=none_held_out)
+    assert prepared(fitting, tokenizer, tmp_path)[0].manifest["too_long"] == 0
+
+
+def test_a_file_in_which_everything_is_skipped_is_refused_with_the_reasons(tmp_path, tokenizer, none_held_out):
+    rows = [{"messages": [{"role": "user", "content": "Hello"}]}] * 3 + talks(2)
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    for _ in range(2):  # made, and met again in the cache
+        with pytest.raises(UserError, match=r"no conversation to learn from in --data.train .*a.jsonl") as caught:
+            prepared(talk_settings(path, row_length=8, val=none_held_out), tokenizer, tmp_path)
+        assert "3 conversations skipped: no assistant turn; the first is " in str(caught.value)
+        assert "2 conversations of more than 9 tokens left out; --data.row_length=" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_any_change_that_matters_makes_other_rows(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [row for row in talks(90) if len(row["messages"]) == 2])
+
+    def place(**fields):
+        return prepared(talk_settings(path, **fields), tokenizer, tmp_path)[0].directory
+
+    places = [place(), place(format="alpaca"), place(train_on="everything"), place(row_length=300)]
+    assert len(set(places)) == len(places)
+    assert place(epochs=(3.0,)) == place(weights=(2.0,)) == place(workers=2) == places[0]
+
+
+def test_a_tokenizer_can_be_trained_on_conversations(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", talks(200))
+    data = talk_settings(path, val_fraction=0.2)
+    assert ensure_tokenizer(data, tmp_path / "cache", 0, silent).vocab_size == 300
+    known = {conversations.words(row["messages"]) for row in talks(200)}
+    train, val = (set(texts_of(data, split, tmp_path / "cache", silent)) for split in ("train", "val"))
+    assert train | val == known
+    assert not train & val
+    assert val
