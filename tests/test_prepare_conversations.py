@@ -140,7 +140,7 @@ def test_what_is_none_is_skipped_and_said_with_its_place_once(tmp_path, tokenize
     assert sum(part.manifest["documents"] for part in made) == 26
     warnings = [line for line in said if line.startswith("warning")]
     assert (
-        f"warning: {path}: 1 conversations skipped: no assistant turn; the first is {path} line 5: nobody answers"
+        f"warning: {path}: 1 conversation skipped: no assistant turn; the first is {path} line 5: nobody answers"
         in warnings
     )
     assert len([line for line in warnings if "roles out of order" in line]) == 1
@@ -190,6 +190,8 @@ def test_a_tokenizer_can_be_trained_on_conversations(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", talks(200))
     data = talk_settings(path, val_fraction=0.2)
     assert ensure_tokenizer(data, tmp_path / "cache", 0, silent).vocab_size == 300
+    ensure_tokenizer(talk_settings(path, val_fraction=0.2, format="alpaca"), tmp_path / "cache", 0, silent)
+    assert len([place for place in (tmp_path / "cache" / "tokenizers").iterdir() if place.is_dir()]) == 2
     known = {conversations.words(row["messages"]) for row in talks(200)}
     train, val = (set(texts_of(data, split, tmp_path / "cache", silent)) for split in ("train", "val"))
     assert train | val == known

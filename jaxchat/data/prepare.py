@@ -356,15 +356,19 @@ def _summary(manifest: dict[str, Any], directory: Path) -> str:
 def _warnings(manifest: dict[str, Any]) -> list[str]:
     """What of the conversations is not in the rows, and why."""
     told = [
-        f"{count:,} conversations skipped: {reason}; the first is {manifest['examples'][reason]}"
+        f"{_conversations(count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
         for reason, count in sorted(manifest["skipped"].items())
     ]
     if manifest["too_long"]:
         told.append(
-            f"{manifest['too_long']:,} conversations of more than {manifest['row_length'] + 1} tokens left out; "
+            f"{_conversations(manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
             f"--data.row_length={manifest['longest'] - 1} takes the longest"
         )
     return told
+
+
+def _conversations(count: int) -> str:
+    return f"{count:,} conversation{'s' * (count != 1)}"
 
 
 def _nothing(manifest: dict[str, Any], spec: str) -> str:
