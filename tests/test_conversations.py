@@ -2,15 +2,16 @@
 
 import gzip
 import json
+import types
 from collections import Counter
 
 import pytest
 from letters import Letters
 
 from jaxchat.config import UserError
-from jaxchat.data import conversations
+from jaxchat.data import conversations, tinyworld
 from jaxchat.data.conversations import alpaca_prompt, opening, read, render, words
-from jaxchat.data.files import Reading
+from jaxchat.data.files import Reading, Source
 from jaxchat.data.sources import find
 from jaxchat.tokenizer.chat import Malformed
 
@@ -358,3 +359,38 @@ def test_the_words_of_a_conversation_are_all_that_is_said():
 def test_a_wrong_tiny_world_is_refused(spec):
     with pytest.raises(UserError, match="is not tinyworld:chat"):
         find(spec, "train", suffixes=conversations.SUFFIXES)
+
+
+def test_the_tiny_worlds_talk_is_dealt_without_loss_and_by_split(monkeypatch):
+    def conversation(split, index):
+        return said(("user", f"{split} {index}"), ("assistant", "Hi"))
+
+    talk = types.SimpleNamespace(CONVERSATIONS={"train": 7, "val": 3}, conversation=conversation)
+    monkeypatch.setattr(tinyworld, "talk", talk, raising=False)
+    for spec, split, count in (
+        ("tinyworld:chat", "train", 7),
+        ("tinyworld:chat", "val", 3),
+        ("tinyworld:chat:5", "train", 5),
+    ):
+        (source,) = find(spec, split, suffixes=conversations.SUFFIXES)
+        begun = [
+            opening(messages)
+            for part in range(3)
+            for messages in conversations.conversations(source, Reading(part=part, parts=3))
+        ]
+        assert sorted(begun) == [f"{split} {i}" for i in range(count)]
+    sources = [find("tinyworld:chat:5", split, suffixes=conversations.SUFFIXES)[0].hash() for split in ("train", "val")]
+    assert sources[0] != sources[1]
+
+
+def test_talk_does_not_change_the_documents_of_the_tiny_world(monkeypatch, tmp_path):
+    for name in ("__init__.py", "world.py", "talk.py"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(tinyworld, "__file__", str(tmp_path / "__init__.py"))
+    document, chat = (Source("tinyworld", path, 1) for path in ("tinyworld:train", "tinyworld:chat-train:5"))
+    before = document.hash(), chat.hash()
+    (tmp_path / "talk.py").write_text("2")
+    assert document.hash() == before[0]
+    assert chat.hash() != before[1]
+    (tmp_path / "world.py").write_text("2")
+    assert document.hash() != before[0]

@@ -156,6 +156,7 @@ BROKEN = {
     "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is no object with a text column 'text'"),
     "number.jsonl": ("7\n", r"number.jsonl line 1 is no object"),
     "column.jsonl": (jsonl("one") + '{"id": 2, "body": "x"}\n', r"line 2 has no column 'text' \(it has id, body\)"),
+    "chat.jsonl": ('{"messages": []}\n', r"line 1 has no column 'text' \(it has messages\).*--data.format=chat"),
     "null.jsonl": ('{"text": null}\n', r"null.jsonl line 1 has no text in column 'text'"),
     "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text'"),
     "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a whole gzip file \(Not a gzipped file"),

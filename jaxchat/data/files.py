@@ -204,7 +204,11 @@ def _read_parquet(source: Source, reading: Reading, columns: list[str] | None) -
 
 
 def no_column(column: str, names: Iterable[str]) -> str:
-    return f"has no column {column!r} (it has {', '.join(names) or 'none'}); name the text with --data.text_column"
+    """What is wrong with a row of these columns, and the remedy."""
+    names = list(names)
+    talk = "messages" in names or "conversations" in names
+    remedy = "read conversations with --data.format=chat" if talk else "name the text with --data.text_column"
+    return f"has no column {column!r} (it has {', '.join(names) or 'none'}); {remedy}"
 
 
 def _decode(data: bytes, path: str, reading: Reading) -> str:

@@ -340,15 +340,16 @@ def _is_talk(manifest: dict[str, Any]) -> bool:
 
 
 def _summary(manifest: dict[str, Any], directory: Path) -> str:
-    counted = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {manifest['documents']:,}"
+    counted = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of "
     discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
     padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
     took = f"{manifest['seconds']:.1f} s: {directory}"
     if _is_talk(manifest):
         trained = manifest["trained"] / max(manifest["tokens"], 1)
-        return f"{counted} conversations; {trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
+        told = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
+        return f"{counted}{_conversations(manifest['documents'])}; {told}"
     return (
-        f"{counted} documents; {discarded:.2%} of tokens thrown away, {padding:.2%} padding, "
+        f"{counted}{manifest['documents']:,} documents; {discarded:.2%} of tokens thrown away, {padding:.2%} padding, "
         f"{manifest['cut']:,} documents cut; {took}"
     )
 
