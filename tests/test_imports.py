@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("config", "signals", "tokenizer", "tasks"),
-    ("data",),
+    ("config", "signals", "tokenizer"),
+    ("data", "tasks"),
     ("model", "optim", "metrics", "sharding"),
     ("objectives", "decode", "checkpoint"),
     ("train", "evaluation", "rollouts"),
-    ("stages", "experiment", "serve", "export", "compilation", "benchmarks"),
+    ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "speedrun"),
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -85,3 +85,6 @@ def _bounded(value: int | float) -> int | float:
     if (isinstance(value, int) and value.bit_length() > MOST_BITS) or not math.isfinite(value):
         raise ValueError("too large")
     return value
+
+
+TOOLS = {"calculator": Calculator}

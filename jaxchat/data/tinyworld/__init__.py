@@ -8,14 +8,17 @@ words and questions on the test side of `problems` and `facts` appear in neither
 from jaxchat.data.tinyworld.documents import DOCUMENTS, TRAIN_DOCUMENTS, VAL_DOCUMENTS, document, documents
 from jaxchat.data.tinyworld.facts import Fact, facts
 from jaxchat.data.tinyworld.problems import KINDS, Problem, problems
+from jaxchat.data.tinyworld.talk import CONVERSATIONS, conversation
 
 __all__ = [
+    "CONVERSATIONS",
     "DOCUMENTS",
     "KINDS",
     "TRAIN_DOCUMENTS",
     "VAL_DOCUMENTS",
     "Fact",
     "Problem",
+    "conversation",
     "document",
     "documents",
     "facts",

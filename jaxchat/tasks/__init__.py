@@ -1,0 +1,54 @@
+"""Tasks whose answers can be checked, by name: what RL learns from and evaluation counts."""
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jaxchat.config import UserError, first_line
+from jaxchat.tasks.gsm8k import GSM8K
+from jaxchat.tasks.task import Problem, Score, Task
+from jaxchat.tasks.village import Arithmetic, Facts, Spelling
+
+__all__ = ["TASKS", "Problem", "Score", "Task", "load_task"]
+
+TASKS: Mapping[str, Callable[..., Task]] = {
+    "arithmetic": Arithmetic,
+    "facts": Facts,
+    "gsm8k": GSM8K,
+    "spelling": Spelling,
+}
+
+
+def load_task(spec: str, downloads: Path | None = None) -> Task:
+    """The task of a spec: a name of TASKS, gsm8k:DIRECTORY with its files, or FILE.py:CLASS of one's own.
+
+    Files that are not named are those of the hub, kept in `downloads`.
+    """
+    name, _, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    if name.endswith(".py"):
+        return _own(Path(name), rest)
+    if name not in TASKS:
+        guess = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(TASKS)}, and FILE.py:CLASS of your own"
+        raise UserError(f"there is no task {name!r}: {hint}")
+    if rest and name != "gsm8k":
+        raise UserError(f"the task {name} reads no files: write {name} alone, not {spec}")
+    return GSM8K(rest, downloads) if name == "gsm8k" else TASKS[name]()
+
+
+def _own(path: Path, name: str) -> Task:
+    """A class of a file of the user's."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path} with a task in it")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        task: Task = getattr(module, name)()
+    except Exception as error:  # The user's code may fail in any way.
+        raise UserError(f"the task {path}:{name} cannot be made: {first_line(error)}") from error
+    if missing := [part for part in ("name", "tools", "problems", "score") if not hasattr(task, part)]:
+        raise UserError(f"the task {path}:{name} has no {missing[0]}: see jaxchat/tasks/task.py for what it needs")
+    return task

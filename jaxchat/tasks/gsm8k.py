@@ -1,0 +1,87 @@
+"""GSM8K (arXiv:2110.14168): grade school problems in words, worked with a calculator, the answer after ####."""
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError
+from jaxchat.data import conversations, sources
+from jaxchat.data.files import Reading, objects, place
+from jaxchat.tasks.numbers import last_number, read_number, same_number
+from jaxchat.tasks.task import Problem, Score, Split
+
+_FINAL = re.compile(r"####\s*(.*)")
+
+
+class GSM8K:
+    """The problems of train.jsonl[.gz] and test.jsonl[.gz] in a directory; without one, of the hub."""
+
+    name = "gsm8k"
+    tools = ("calculator",)
+
+    def __init__(self, directory: str = "", downloads: Path | None = None) -> None:
+        self._directory, self._downloads = directory, downloads
+
+    def problems(self, split: Split) -> list[Problem]:
+        return self._train if split == "train" else self._test
+
+    @cached_property
+    def _train(self) -> list[Problem]:
+        return list(self._read("train"))
+
+    @cached_property
+    def _test(self) -> list[Problem]:
+        return list(self._read("test"))
+
+    def _read(self, split: Split) -> Iterator[Problem]:
+        if self._directory:
+            path = next((p for p in sorted(Path(self._directory).glob(f"{split}.jsonl*")) if p.is_file()), None)
+            if path is None:
+                raise UserError(
+                    f"no {split}.jsonl or {split}.jsonl.gz in {self._directory}: gsm8k:DIRECTORY names its files"
+                )
+            spec = str(path)
+        elif self._downloads is None:
+            raise UserError("which files? name their directory: gsm8k:DIRECTORY")
+        else:
+            spec = "hub:gsm8k"
+        side: sources.Split = "train" if split == "train" else "val"
+        reading = Reading()
+        for source in sources.find(spec, side, suffixes=conversations.SUFFIXES, hub_directory=self._downloads):
+            for number, row in objects(source, reading):
+                try:
+                    yield _problem(row)
+                except ValueError as error:
+                    raise UserError(f"{place(source, reading, number)} {error}") from None
+
+    def score(self, problem: Problem, text: str) -> Score:
+        """Strict wants the number after ####; lenient takes the last number, wherever it stands."""
+        return Score(*judge(problem.answer, text))
+
+
+def judge(answer: str, text: str) -> tuple[bool, bool]:
+    """Whether the number after the last #### is the answer, and whether that one or else the last number is."""
+    finals = _FINAL.findall(text)
+    strict = bool(finals) and same_number(finals[-1], answer)
+    found = last_number(text)
+    return strict, strict or (found is not None and same_number(found, answer))
+
+
+def final_answer(solution: str) -> str | None:
+    """What stands after #### in a worked solution."""
+    finals = _FINAL.findall(solution)
+    return finals[-1].strip() if finals else None
+
+
+def _problem(row: Any) -> Problem:
+    """The problem of a row; raises ValueError for a row that is none."""
+    try:
+        question, solution = row["question"], row["answer"]
+        answer = final_answer(solution)
+    except (KeyError, TypeError):
+        raise ValueError("is no object with a question and an answer") from None
+    if answer is None or read_number(answer) is None:
+        raise ValueError("has no number after #### in its answer")
+    return Problem.ask(question, answer)

@@ -1,0 +1,214 @@
+"""Tasks: problems of two sides that share nothing, and judges that are not fooled by form."""
+
+import gzip
+import json
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from jaxchat.config import UserError
+from jaxchat.data import tinyworld
+from jaxchat.data.tinyworld.chance import partition
+from jaxchat.data.tinyworld.problems import Step
+from jaxchat.tasks import TASKS, Problem, load_task
+from jaxchat.tasks.gsm8k import GSM8K, judge
+from jaxchat.tasks.numbers import last_number, read_number, same_number
+from jaxchat.tasks.rewards import REWARDS
+
+SHARED = Path(os.environ.get("JAXCHAT_DATA", Path(__file__).parents[2] / "shared/data")) / "gsm8k"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("18", 18),
+        ("18.", 18),
+        ("18.00", 18),
+        ("$18", 18),
+        ("$ 18", 18),
+        ("1,800", 1800),
+        ("-3", -3),
+        ("-$3", -3),
+        ("5%", 5),
+        ("18 dollars", 18),
+        (".5", Fraction(1, 2)),
+        ("1/2", Fraction(1, 2)),
+        ("1/0", None),
+        ("eighteen", None),
+        ("", None),
+        (".", None),
+    ],
+)
+def test_a_number_is_read_however_it_is_written(text, value):
+    assert read_number(text) == value
+
+
+@pytest.mark.quick
+def test_the_last_number_is_the_last_however_it_ends():
+    assert last_number("He had 5 and then 1,800. That is $3.50.") == "$3.50"
+    assert same_number(last_number("so 12 / 4 = 3.") or "", "3")
+    assert last_number("none") is None
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("9 * 2 = <<9*2=18>>18\n#### 18", (True, True)),
+        ("#### $18.00", (True, True)),
+        ("#### 17\n#### 18", (True, True)),
+        ("#### 18\n#### 17", (False, False)),
+        ("The answer is 18.", (False, True)),
+        ("18 of 20", (False, False)),
+        ("####", (False, False)),
+        ("", (False, False)),
+    ],
+)
+def test_gsm8k_tells_form_from_truth(text, found):
+    assert judge("18", text) == found
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the graded answers are not at hand")
+def test_the_grader_agrees_with_every_graded_answer():
+    with gzip.open(SHARED / "example_model_solutions.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    labels = 0
+    for row in rows:
+        truth = row["ground_truth"].rpartition("A:")[2]
+        for name in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
+            answers = re.findall(r"A:(.*)", row[name]["solution"])
+            assert (bool(answers) and same_number(answers[-1], truth)) == row[name]["is_correct"], row[name]
+            labels += 1
+    assert labels == 5276
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the files are not at hand")
+def test_gsm8k_reads_the_real_files():
+    task = GSM8K(str(SHARED))
+    assert (len(task.problems("train")), len(task.problems("test"))) == (7473, 1319)
+    assert all(read_number(problem.answer) is not None for problem in task.problems("test"))
+
+
+def test_gsm8k_reads_files_and_names_the_line_that_is_wrong(tmp_path):
+    rows = [{"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, {"question": "And?", "answer": "five"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(f"gsm8k:{tmp_path}")
+    (problem,) = task.problems("train")
+    assert (problem.question, problem.answer) == ("Two and two?", "4")
+    assert task.score(problem, rows[0]["answer"]) == (True, True)
+    with pytest.raises(UserError, match=r"test\.jsonl line 2 has no number after ####"):
+        task.problems("test")
+    with pytest.raises(UserError, match=r"no train\.jsonl or train\.jsonl\.gz in .*nowhere"):
+        load_task(f"gsm8k:{tmp_path}/nowhere").problems("train")
+    with pytest.raises(UserError, match="which files"):
+        load_task("gsm8k").problems("train")
+
+
+@pytest.fixture(scope="module")
+def arithmetic():
+    return TASKS["arithmetic"]()
+
+
+def test_arithmetic_has_a_thousand_test_problems_with_numbers_that_training_never_shows(arithmetic):
+    train, test = arithmetic.problems("train"), arithmetic.problems("test")
+    assert len(test) >= 1024 and len({problem.question for problem in test}) == len(test)
+    assert not {problem.question for problem in train} & {problem.question for problem in test}
+    for problem in train[:500]:
+        numbers = [int(number) for number in re.findall(r"\d+", problem.question)]
+        if problem.kind == "word" and len(numbers) == 2:
+            assert any(
+                partition(*Step(*pair).key) == "train"
+                for pair in ((numbers[0], operation, numbers[1]) for operation in "+-*/")
+            )
+    assert [p.question for p in TASKS["arithmetic"]().problems("test")] == [p.question for p in test], "the same again"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("7 + 5 = 12. The answer is 12.", (True, True)),
+        ("7 + 512The answer is 12.", (True, True)),  # A call and its answer have no space between them.
+        ("16 / 28.0The answer is 8.", (False, False)),
+        ("The answer is 12. The answer is 13.", (False, False)),
+        ("The answer is 13. The answer is 12.", (True, True)),
+        ("It is 12.", (False, True)),
+        ("7 + 512", (False, False)),
+        ("The answer is 12", (False, True)),
+        ("The answer is twelve.", (False, False)),
+    ],
+)
+def test_arithmetic_wants_the_answer_at_the_end(arithmetic, text, found):
+    assert arithmetic.score(Problem.ask("What is 7 + 5?", "12"), text) == found
+
+
+def test_the_worlds_own_solutions_are_right():
+    for name in ("arithmetic", "spelling"):
+        kinds = ("word", "steps") if name == "arithmetic" else ("spelling",)
+        task = TASKS[name]()
+        for problem in tinyworld.problems("test", 60, kinds=kinds):
+            asked = Problem.ask(problem.question, problem.answer)
+            assert task.score(asked, problem.solution).strict, problem.solution
+            assert not task.score(
+                asked._replace(answer="z-z-z" if "-" in problem.answer else "91"), problem.solution
+            ).strict
+
+
+def test_spelling_and_facts_have_two_sides():
+    for name in ("spelling", "facts"):
+        task = TASKS[name]()
+        train, test = ({problem.question for problem in task.problems(side)} for side in ("train", "test"))
+        assert len(test) > 50 and not train & test
+    facts = TASKS["facts"]()
+    problem = facts.problems("test")[0]
+    answer = next(f.answer for f in tinyworld.facts() if problem.question in f.questions)
+    assert facts.score(problem, answer) == (True, True)
+    assert facts.score(problem, f"I do not know. {answer}") == (False, True)
+    assert facts.score(problem, "I do not know.") == (False, False)
+
+
+@pytest.mark.quick
+def test_rewards_tell_their_parts_apart(arithmetic):
+    problem = Problem.ask("What is 7 + 5?", "12")
+
+    def told(text, reason):
+        return {name: reward(arithmetic, problem, text, reason) for name, reward in REWARDS.items()}
+
+    assert told("The answer is 12.", "stop") == {"correct": 1, "lenient": 1, "ending": 1, "brevity": 1}
+    assert told("12", "length") == {"correct": 0, "lenient": 1, "ending": 0, "brevity": 1}
+    # The course's reward gives its own example the bonus for brevity, and its text says it would not.
+    assert told("John has apples.", "length") == {"correct": 0, "lenient": 0, "ending": 0, "brevity": 1}
+    assert told("x" * 500, "stop")["brevity"] == 0
+
+
+@pytest.mark.quick
+def test_a_task_that_is_none_is_refused_with_a_guess(tmp_path):
+    with pytest.raises(UserError, match="no task 'aritmetic': did you mean arithmetic"):
+        load_task("aritmetic")
+    with pytest.raises(UserError, match="reads no files: write spelling alone"):
+        load_task("spelling:here")
+    with pytest.raises(UserError, match=r"there is no file .*mine\.py"):
+        load_task(f"{tmp_path}/mine.py:Mine")
+    (tmp_path / "mine.py").write_text("class Mine:\n    name = 'mine'\n")
+    with pytest.raises(UserError, match="Mine has no tools"):
+        load_task(f"{tmp_path}/mine.py:Mine")
+    with pytest.raises(UserError, match="Other cannot be made"):
+        load_task(f"{tmp_path}/mine.py:Other")
+
+
+def test_the_documented_task_of_ones_own_works(tmp_path):
+    import textwrap
+
+    from jaxchat.tasks import task
+
+    code = (task.__doc__ or "").split("\n\n", 1)[1].rpartition("\n\n`")[0]
+    (tmp_path / "doubling.py").write_text("from jaxchat.tasks import Problem, Score\n" + textwrap.dedent(code))
+    own = load_task(f"{tmp_path}/doubling.py:Doubling")
+    train, test = own.problems("train"), own.problems("test")
+    assert not set(p.question for p in train) & set(p.question for p in test)
+    assert own.score(train[1], train[1].answer) == (True, True)
