@@ -5,6 +5,7 @@ own tokens and the gradient of the head is summed over devices once, after the l
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ class _Shape(NamedTuple):
     vocab: int
     softcap: float | None
     chunks: int
+    temperature: float = 1.0
 
 
 def weighted_nll(
@@ -39,21 +41,115 @@ def weighted_nll(
     head is made in the forward pass, while a chunk's logits are there, so logits are computed once; log-sum-exp and
     softmax are float32. Weights are data: they get no gradient.
     """
-    B, T, _ = hidden_BTM.shape
-    shards = sharding.batch_shards()
-    if B % shards:
-        raise ValueError(f"{B} rows do not divide over {shards} batch shards")
-    most = chunk_tokens or CHUNK_TOKENS.get(jax.default_backend(), 1024)
-    length = max(n for n in range(1, T + 1) if T % n == 0 and (n == 1 or n * (B // shards) <= most))
-    shape = _Shape(vocab, softcap, T // length)
-    split = (shards, B // shards, T)
-    return _nll(
-        shape,
-        hidden_BTM.reshape(*split, -1),
-        head_MV,
-        targets_BT.reshape(split),
-        weights_BT.reshape(split),
+    shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens))
+    return _nll(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), _sharded(weights_BT))
+
+
+def token_logprobs(
+    hidden_BTM: jax.Array,
+    head_MV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab: int,
+    softcap: float | None,
+    temperature: float = 1.0,
+    kept_BTC: jax.Array | None = None,
+    chunk_tokens: int | None = None,
+) -> jax.Array:
+    """log softmax(z / temperature)[target] of every token, (B, T) in float32 nats, z as in `weighted_nll`.
+
+    `kept_BTC`, uint8 of ceil(vocab / 8) bytes, holds one bit for each token of the vocabulary, lowest bits first: where
+    it is given, the softmax is over the tokens whose bit is set, and over the target, which counts as kept whatever its
+    bit says. That is the probability with which a truncating sampler (top-k, top-p, min-p) drew the target. Logits are
+    computed again in the backward pass, chunk by chunk; the sets get no gradient.
+    """
+    shape, kept_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, kept_BTC, chunk_tokens)
+    logprobs = _logprobs(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), kept_SBTC)
+    return logprobs.reshape(targets_BT.shape)
+
+
+def score_tokens(
+    hidden_BTM: jax.Array,
+    head_MV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab: int,
+    softcap: float | None,
+    temperature: float = 1.0,
+    kept_BTC: jax.Array | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What `token_logprobs` gives, and the entropy of the same distribution, both (B, T) in nats; no gradient flows."""
+    shape, kept_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, kept_BTC, chunk_tokens)
+    h_SBTM, w_MV, targets_SBT = jax.lax.stop_gradient((_sharded(hidden_BTM), head_MV, _sharded(targets_BT)))
+
+    def step(_: Any, chunk: Any) -> Any:
+        h, targets, kept = chunk
+        z, _ = _kept_logits(shape, h, w_MV, targets, kept)
+        norm = jax.nn.logsumexp(z, axis=-1)
+        log_p = z - norm[..., None]
+        entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+        return (), (_pick(z, targets) - norm, entropy)
+
+    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, kept_SBTC))
+    logprobs, entropy = jax.lax.scan(step, (), chunks)[1]
+    return _whole(logprobs).reshape(targets_BT.shape), _whole(entropy).reshape(targets_BT.shape)
+
+
+def _prepare(
+    hidden_BTM: jax.Array,
+    vocab: int,
+    softcap: float | None,
+    temperature: float,
+    kept_BTC: jax.Array | None,
+    chunk_tokens: int | None,
+) -> tuple[_Shape, jax.Array | None]:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite")
+    shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens), temperature)
+    if kept_BTC is None:
+        return shape, None
+    expected = (*hidden_BTM.shape[:2], -(-vocab // 8))
+    if kept_BTC.shape != expected or kept_BTC.dtype != jnp.uint8:
+        raise ValueError(f"kept sets are {kept_BTC.dtype}{list(kept_BTC.shape)}, not uint8{list(expected)}")
+    return shape, _sharded(kept_BTC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, kept_SBTC: Any) -> jax.Array:
+    return _logprobs_forward(shape, h_SBTM, w_MV, targets_SBT, kept_SBTC)[0]
+
+
+def _logprobs_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, kept_SBTC: Any) -> Any:
+    def step(_: Any, chunk: Any) -> Any:
+        h, targets, kept = chunk
+        z, _ = _kept_logits(shape, h, w_MV, targets, kept)
+        norm = jax.nn.logsumexp(z, axis=-1)
+        return (), (_pick(z, targets) - norm, norm)
+
+    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, kept_SBTC))
+    logprobs, norms = jax.lax.scan(step, (), chunks)[1]
+    return _whole(logprobs), (h_SBTM, w_MV, targets_SBT, kept_SBTC, _whole(norms))
+
+
+def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
+    h_SBTM, w_MV, targets_SBT, kept_SBTC, norms_SBT = saved
+
+    def step(dw_SMV: jax.Array, chunk: Any) -> Any:
+        h, targets, kept, norms, g = chunk
+        z, slope = _kept_logits(shape, h, w_MV, targets, kept)
+        g = g[..., None]
+        dz = (jnp.where(_is_target(targets, w_MV), g, 0) - jnp.exp(z - norms[..., None]) * g) * slope
+        return _product_gradients(h, w_MV, dz, dw_SMV)
+
+    columns = (h_SBTM, targets_SBT, kept_SBTC, norms_SBT, g_SBT)
+    dw_SMV, dh = jax.lax.scan(
+        step, _no_gradient(h_SBTM, w_MV), jax.tree.map(functools.partial(_chunked, shape), columns)
     )
+    return _whole(dh), jnp.sum(dw_SMV, axis=0).astype(w_MV.dtype), None, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,9 +165,6 @@ def _nll(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: A
 
 
 def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: Any) -> Any:
-    S, _, _, M = h_SBTM.shape
-    wide, V = _wide(h_SBTM), w_MV.shape[1]
-
     def step(carry: Any, chunk: Any) -> Any:
         total_S, dw_SMV = carry
         h, targets, weights = chunk
@@ -80,19 +173,15 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
         e = jnp.exp(z - top)
         norm = jnp.sum(e, axis=-1, keepdims=True)
         nll = jnp.log(norm[..., 0]) + top[..., 0] - _pick(z, targets)
-        hit = targets[..., None] == jnp.arange(V)[None, None, None]
-        dz = (e * (weights[..., None] / norm) - jnp.where(hit, weights[..., None], 0)) * slope
-        dz = dz.astype(h.dtype)
-        dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
-        dw_SMV = dw_SMV + jnp.einsum("SBTM,SBTV->SMV", h, dz, preferred_element_type=wide)
-        dw_SMV = sharding.constrain(dw_SMV, ("shards", None, "vocab"))
+        weight = weights[..., None]
+        dz = (e * (weight / norm) - jnp.where(_is_target(targets, w_MV), weight, 0)) * slope
+        dw_SMV, dh = _product_gradients(h, w_MV, dz, dw_SMV)
         return (total_S + jnp.sum(nll * weights, axis=(1, 2)), dw_SMV), dh
 
     chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
-    start = (jnp.zeros(S, wide), jnp.zeros((S, M, V), wide))
+    start = (jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), _no_gradient(h_SBTM, w_MV))
     (total_S, dw_SMV), dh = jax.lax.scan(step, start, chunks)
-    dh_SBTM = jnp.moveaxis(dh, 0, 2).reshape(h_SBTM.shape)
-    return jnp.sum(total_S), (dh_SBTM, jnp.sum(dw_SMV, axis=0).astype(w_MV.dtype))
+    return jnp.sum(total_S), (_whole(dh), jnp.sum(dw_SMV, axis=0).astype(w_MV.dtype))
 
 
 def _nll_backward(shape: _Shape, saved: Any, g: jax.Array) -> Any:
@@ -103,26 +192,79 @@ def _nll_backward(shape: _Shape, saved: Any, g: jax.Array) -> Any:
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
+def _product_gradients(h: jax.Array, w_MV: jax.Array, dz: jax.Array, dw_SMV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From the gradient of a chunk's product h w: that of w, added to what earlier chunks gave, and that of h."""
+    dz = dz.astype(h.dtype)
+    dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
+    dw_SMV = dw_SMV + jnp.einsum("SBTM,SBTV->SMV", h, dz, preferred_element_type=_wide(h))
+    return sharding.constrain(dw_SMV, ("shards", None, "vocab")), dh
+
+
+def _no_gradient(h_SBTM: jax.Array, w_MV: jax.Array) -> jax.Array:
+    return jnp.zeros((h_SBTM.shape[0], *w_MV.shape), _wide(h_SBTM))
+
+
 def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-    """Logits after the softcap in float32, and their slope with respect to the product h w."""
+    """Logits in float32 after softcap and temperature, and their slope with respect to the product h w."""
     z = jnp.einsum("SBTM,MV->SBTV", h, w_MV.astype(h.dtype), preferred_element_type=_wide(h))
     slope: jax.Array | float = 1.0
     if shape.softcap is not None:
         bent = jnp.tanh(z / shape.softcap)
         z, slope = shape.softcap * bent, 1 - jnp.square(bent)
+    if shape.temperature != 1:
+        z, slope = z / shape.temperature, slope / shape.temperature
     if w_MV.shape[1] != shape.vocab:
         z = jnp.where(jnp.arange(w_MV.shape[1]) < shape.vocab, z, -jnp.inf)
     return z, slope
+
+
+def _kept_logits(
+    shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, kept: jax.Array | None
+) -> tuple[jax.Array, jax.Array | float]:
+    """`_logits` with -inf outside the kept set, to which the target always belongs."""
+    z, slope = _logits(shape, h, w_MV)
+    if kept is None:
+        return z, slope
+    bits = (kept[..., None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, None, None]) & 1
+    bits = bits.reshape(*kept.shape[:-1], -1)[..., : shape.vocab]
+    bits = jnp.pad(bits, [(0, 0)] * 3 + [(0, w_MV.shape[1] - shape.vocab)])
+    return jnp.where((bits == 1) | _is_target(targets, w_MV), z, -jnp.inf), slope
+
+
+def _is_target(targets: jax.Array, w_MV: jax.Array) -> jax.Array:
+    return targets[..., None] == jnp.arange(w_MV.shape[1])[None, None, None]
 
 
 def _pick(z: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
 
 
+def _chunks(hidden_BTM: jax.Array, chunk_tokens: int | None) -> int:
+    """In how many chunks the tokens of each row are cut, so that a device has at most `chunk_tokens` in one."""
+    B, T, _ = hidden_BTM.shape
+    shards = sharding.batch_shards()
+    if B % shards:
+        raise ValueError(f"{B} rows do not divide over {shards} batch shards")
+    most = chunk_tokens or CHUNK_TOKENS.get(jax.default_backend(), 1024)
+    return T // max(n for n in range(1, T + 1) if T % n == 0 and (n == 1 or n * (B // shards) <= most))
+
+
+def _sharded(x: jax.Array) -> jax.Array:
+    """(B, ...) to (batch shards, B / shards, ...)."""
+    shards = sharding.batch_shards()
+    return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+
+
 def _chunked(shape: _Shape, x: jax.Array) -> jax.Array:
     """(S, B, T, ...) to (chunks, S, B, T / chunks, ...)."""
     S, B, T = x.shape[:3]
     return jnp.moveaxis(x.reshape(S, B, shape.chunks, T // shape.chunks, *x.shape[3:]), 2, 0)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """What `_chunked` cut, put together."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _wide(x: jax.Array) -> Any:

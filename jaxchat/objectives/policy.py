@@ -1,0 +1,167 @@
+"""Policy gradients: one surrogate loss over tokens, whose settings are the published objectives."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat.model.transformer import Params, Transformer
+from jaxchat.objectives.advantages import Aggregate, Baseline
+from jaxchat.objectives.likelihood import Objective, Sum
+from jaxchat.objectives.logprobs import token_logprobs
+
+LARGEST_LOG_RATIO = 20.0  # exp of more could overflow; verl bounds it alike.
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy gradient objective: how rewards become advantages, and how a token's loss follows from its advantage A.
+
+    Attributes:
+        advantage: what is taken from a reward, see `advantages.group_advantages`.
+        ratio: what weighs A. "none": the loss is -A log p. The others are importance ratios of the policy to the one
+            that sampled: "token" p / old, "sequence" its geometric mean over the trained tokens of the sequence (GSPO),
+            "sequence_sum" the ratio of whole sequences (RLOO).
+        clip_low, clip_high: the ratio r is clipped to 1 - clip_low .. 1 + clip_high, and the loss is
+            -min(r A, clip(r) A) (PPO, arXiv 1707.06347); null for no bound.
+        dual_clip: where A < 0, r A is at least dual_clip * A (arXiv 1912.09729); null for no bound.
+        aggregate: how tokens are averaged, see `advantages.token_weights`.
+        kl: beta of the penalty beta * KL(policy || reference), see `advantages.kl_to_go`.
+        overlong_cushion: tokens over which `advantages.soft_overlong` falls; 0 for no such penalty.
+        drop_equal_groups: prompts whose rewards are all equal are replaced by others (DAPO's dynamic sampling).
+    """
+
+    advantage: Baseline = "mean"
+    ratio: Literal["none", "token", "sequence", "sequence_sum"] = "token"
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    dual_clip: float | None = None
+    aggregate: Aggregate = "token_mean"
+    kl: float = 0.0
+    overlong_cushion: int = 0
+    drop_equal_groups: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.dual_clip}
+        for name, bound in bounds.items():
+            if bound is not None and self.ratio == "none":
+                raise ValueError(f"{name}={bound} clips a ratio, and ratio=none has none: set {name} to None")
+            if bound is not None and not bound > 0:
+                raise ValueError(f"{name}={bound} must be positive")
+        if self.dual_clip is not None and self.dual_clip <= 1 + (self.clip_high or 0):
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1 + clip_high={self.clip_high}")
+        if self.ratio == "sequence_sum" and self.aggregate != "sequence_mean":
+            raise ValueError(f"ratio=sequence_sum weighs sequences alike: aggregate={self.aggregate} cannot be")
+        if not 0 <= self.kl < float("inf") or self.overlong_cushion < 0:
+            raise ValueError(f"kl={self.kl} and overlong_cushion={self.overlong_cushion} must not be negative")
+
+
+OBJECTIVES: Mapping[str, Policy] = {
+    "reinforce": Policy("none", ratio="none", clip_low=None, clip_high=None),
+    "reinforce_mean": Policy("mean", ratio="none", clip_low=None, clip_high=None),
+    "rloo": Policy("leave_one_out", ratio="sequence_sum", aggregate="sequence_mean"),
+    "grpo": Policy("standard", aggregate="sequence_mean"),
+    "dr_grpo": Policy("mean", aggregate="constant"),
+    "dapo": Policy("standard", clip_high=0.28, drop_equal_groups=True),
+    "gspo": Policy("standard", ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregate="sequence_mean"),
+    "ppo": Policy("mean", dual_clip=3.0),
+}
+
+
+def policy_gradient(transformer: Transformer, policy: Policy, *, temperature: float = 1.0) -> Objective:
+    """The surrogate loss of `policy` on batches of sampled sequences; `temperature` is that of the sampler.
+
+    Columns are tokens, targets, segments (B, T) int32, those that `surrogate` reads, and, where the sampler truncated,
+    kept (B, T, ceil(vocab / 8)) uint8, the set that each target was drawn from (see `logprobs.token_logprobs`). A
+    sequence is one segment of a row; a row has several only where the model isolates documents.
+    """
+    c = transformer.config
+
+    def objective(params: Params, batch: Mapping[str, jax.Array]) -> Sum:
+        hidden_BTM, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
+        logprobs_BT = token_logprobs(
+            hidden_BTM,
+            transformer.head(params),
+            batch["targets"],
+            vocab=c.vocab,
+            softcap=c.softcap,
+            temperature=temperature,
+            kept_BTC=batch.get("kept"),
+        )
+        return surrogate(policy, logprobs_BT, batch)
+
+    return objective
+
+
+def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:
+    """Sum over trained tokens of weight * loss, and of their shares of the divisor (see `advantages.token_weights`).
+
+    Columns, all (B, T): weights and norms, 0 where a target is not trained; advantages; old_logprobs, those with which
+    the targets were sampled, in nats; segments, from 0 to T in a row. What stands where weights are 0 does not matter.
+    Extras are sums over trained tokens: their number; the ratio (of tokens where the objective has none); how many the
+    clip binds; and r - 1 - log r >= 0 of tokens, whose mean estimates KL(old || policy) in nats (Schulman's k3).
+    """
+    trained_BT = batch["weights"] > 0
+    # Where nothing is trained anything may stand, and 0 * NaN is NaN.
+    logprobs_BT = jnp.where(trained_BT, logprobs_BT, 0)
+    gap_BT = logprobs_BT - jnp.where(trained_BT, batch["old_logprobs"], 0)
+    advantages_BT = jnp.where(trained_BT, batch["advantages"], 0)
+    log_ratio_BT = RATIOS[policy.ratio](gap_BT, batch["segments"], trained_BT)
+    ratio_BT = jnp.exp(jnp.clip(log_ratio_BT, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+    bound_BT = jnp.zeros_like(trained_BT)
+    if policy.ratio == "none":
+        loss_BT = -advantages_BT * logprobs_BT
+    else:
+        low = 0.0 if policy.clip_low is None else 1 - policy.clip_low
+        high = None if policy.clip_high is None else 1 + policy.clip_high
+        free_BT = -advantages_BT * ratio_BT
+        clipped_BT = -advantages_BT * jnp.clip(ratio_BT, low, high)
+        bound_BT = clipped_BT > free_BT
+        loss_BT = jnp.maximum(free_BT, clipped_BT)
+        if policy.dual_clip is not None:
+            loss_BT = jnp.where(advantages_BT < 0, jnp.minimum(loss_BT, -advantages_BT * policy.dual_clip), loss_BT)
+    small_BT = jnp.clip(jax.lax.stop_gradient(gap_BT), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    sums = {
+        "tokens": trained_BT,
+        "ratio": jnp.where(trained_BT, jax.lax.stop_gradient(ratio_BT), 0),
+        "clipped": bound_BT,
+        "kl_old": jnp.expm1(small_BT) - small_BT,
+    }
+    extras = {name: jnp.sum(value_BT, dtype=logprobs_BT.dtype) for name, value_BT in sums.items()}
+    return Sum(jnp.sum(batch["weights"] * loss_BT), jnp.sum(jnp.where(trained_BT, batch["norms"], 0)), extras)
+
+
+def _of_tokens(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
+    return gap_BT
+
+
+def _of_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
+    """log of GSPO's ratio in its token form: the sequence's value, a token's gradient (arXiv 2507.18071, 4.3)."""
+    total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
+    return total_BT / jnp.maximum(length_BT, 1) + gap_BT - jax.lax.stop_gradient(gap_BT)
+
+
+def _of_whole_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
+    """log of the ratio of whole sequences; the mean over its tokens has the value and gradient of the sequence's."""
+    total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
+    return total_BT + length_BT * (gap_BT - jax.lax.stop_gradient(gap_BT))
+
+
+RATIOS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "none": _of_tokens,
+    "token": _of_tokens,
+    "sequence": _of_sequences,
+    "sequence_sum": _of_whole_sequences,
+}
+
+
+def _by_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """For every token the sum over the tokens of its segment, (B, T) float; no gradient flows."""
+
+    def of_row(x_T: jax.Array, segments_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(x_T, segments_T, num_segments=len(x_T) + 1)[segments_T]
+
+    x_BT = jax.lax.stop_gradient(x_BT).astype(jnp.promote_types(x_BT.dtype, jnp.float32))
+    return jax.vmap(of_row)(x_BT, segments_BT)
