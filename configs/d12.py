@@ -11,12 +11,12 @@ tokens (12 tokens a scaling parameter) = 1.32 billion tokens, 1.0e18 FLOPs: 38 m
 downloads 28 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val name other text.
 """
 
-from configs.recipe import Dial, only_pretrain, pretrain
+from configs.recipe import Dial, dials, road
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=12, ratio=12.0)
+DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    only_pretrain(stage)
-    return pretrain(dial, name="d12", train=("hub:climbmix:28",), val=("hub:climbmix",))
+    return road(stage, dial, name="d12", train=("hub:climbmix:28",), val=("hub:climbmix",))

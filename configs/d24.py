@@ -11,12 +11,12 @@ runs of this recipe reached 0.718 bits per byte and CORE 0.2626 (mean of five) i
 downloads 125 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val name other text.
 """
 
-from configs.recipe import Dial, only_pretrain, pretrain
+from configs.recipe import Dial, dials, road
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=24, ratio=8.0)
+DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    only_pretrain(stage)
-    return pretrain(dial, name="d24", train=("hub:climbmix:125",), val=("hub:climbmix",))
+    return road(stage, dial, name="d24", train=("hub:climbmix:125",), val=("hub:climbmix",))

@@ -11,12 +11,12 @@ published this recipe's.
 downloads 430 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val name other text.
 """
 
-from configs.recipe import Dial, only_pretrain, pretrain
+from configs.recipe import Dial, dials, road
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=32, ratio=12.0)
+DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    only_pretrain(stage)
-    return pretrain(dial, name="d32", train=("hub:climbmix:430",), val=("hub:climbmix",))
+    return road(stage, dial, name="d32", train=("hub:climbmix:430",), val=("hub:climbmix",))

@@ -7,6 +7,7 @@ horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -27,10 +28,13 @@ from jaxchat.model import (
 )
 from jaxchat.model.transformer import parameter_counts
 from jaxchat.optim import AdamW, Muon, Optimizer
+from jaxchat.rollouts import RL
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
+
+QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,87 @@ def pretrain(
     return dataclasses.replace(experiment, **fields)  # type: ignore[arg-type]
 
 
-def only_pretrain(stage: str) -> None:
-    """Raises ValueError for a stage that does not exist."""
-    if stage != "pretrain":
-        raise ValueError(f"there is no stage {stage!r}: choose pretrain")
+def sft(
+    base: Experiment,
+    *,
+    train: tuple[str, ...],
+    val: tuple[str, ...] = (),
+    epochs: tuple[float, ...] = (),
+    scale: float = 0.8,
+    **fields: object,
+) -> Experiment:
+    """Supervised fine-tuning of a pretraining experiment's model.
+
+    Learning rates are those of pretraining times `scale`, nanochat's 0.8 unless told otherwise; no weight decay.
+    """
+    data = dataclasses.replace(base.data, train=train, val=val, format="chat", epochs=epochs, weights=())
+    return dataclasses.replace(
+        base,
+        stage="sft",
+        start_from="pretrain",
+        data=data,
+        optimizer=gentle(base.optimizer, scale, warmdown_fraction=0.5),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def rl(base: Experiment, settings: RL, *, scale: float = 0.05, **fields: object) -> Experiment:
+    """Reinforcement learning after fine-tuning; nanochat's learning rates, a twentieth of pretraining's, down to 0."""
+    return dataclasses.replace(
+        base,
+        stage="rl",
+        start_from="sft",
+        rl=settings,
+        optimizer=gentle(base.optimizer, scale, warmdown_fraction=1.0),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def gentle(base: Optimizer, scale: float, *, warmdown_fraction: float) -> Optimizer:
+    """An optimizer for a model that knows something already: lower rates, down to nothing, and no weight decay."""
+    groups = {
+        field.name: dataclasses.replace(getattr(base, field.name), weight_decay=0.0)
+        for field in dataclasses.fields(base)
+        if dataclasses.is_dataclass(getattr(base, field.name))
+    }
+    return dataclasses.replace(
+        base, **groups, scale=scale, warmup_steps=0, warmdown_fraction=warmdown_fraction, final_fraction=0.0
+    )
+
+
+def road(
+    stage: str, dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
+) -> Experiment:
+    """The stages of a model for accelerators: text, then nanochat's conversations, then RL on GSM8K."""
+    base = pretrain(dial, name=name, train=train, val=val, **fields)
+    return chosen(
+        stage,
+        pretrain=lambda: base,
+        sft=lambda: sft(
+            base,
+            train=("hub:smoltalk", "hub:mmlu", "hub:gsm8k"),
+            epochs=(1.0, 3.0, 4.0),
+            steps=dial.steps,
+            tasks=("gsm8k",),
+            prompts=QUESTIONS,
+        ),
+        rl=lambda: rl(base, RL(tasks=("gsm8k",)), steps=dial.steps, tasks=("gsm8k",), prompts=QUESTIONS),
+    )
+
+
+def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> dict[str, Dial]:
+    """The dial of every later stage: conversations once, and as many rollout batches as nanochat takes."""
+    return {
+        "sft": dataclasses.replace(dial, steps=0, batch_tokens=sft_batch_tokens),
+        "rl": dataclasses.replace(dial, steps=rl_steps, batch_tokens=sft_batch_tokens),
+    }
+
+
+def chosen(stage: str, **stages: Callable[[], Experiment]) -> Experiment:
+    """The experiment of a stage; raises ValueError for one that does not exist."""
+    if stage not in stages:
+        raise ValueError(f"there is no stage {stage!r}: choose {', '.join(stages)}")
+    return stages[stage]()
 
 
 def _reference(dial: Dial) -> Dial:

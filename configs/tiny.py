@@ -1,22 +1,27 @@
-"""tiny: a whole model in minutes on two CPU cores, from an embedded corpus, with no download.
+"""tiny: a whole chat model in minutes on two CPU cores, from an embedded world, with no download.
 
 nanochat's July 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 1,024, rows of 256 tokens; 2.1 million
 parameters, 450 steps of 2,048 tokens. The corpus is the small village of Pebble Bay (jaxchat/data/tinyworld): stories,
-facts, small sums, spelling.
+facts, small sums, spelling. SFT learns to talk about it and to answer sums, some in the head and some with a
+calculator, beside some of the old text; RL finds out which of the two is right with numbers that were never seen.
 
     python -m launch.train --config=configs/tiny.py
-    python -m launch.chat --checkpoint=runs/tiny/pretrain --prompt="One morning"
+    python -m launch.train --config=configs/tiny.py:sft
+    python -m launch.train --config=configs/tiny.py:rl
+    python -m launch.chat --checkpoint=runs/tiny/rl --prompt="What is 7 + 5?" --tools calculator
 """
 
-from configs.recipe import Dial, only_pretrain, pretrain
+from configs.recipe import Dial, chosen, dials, pretrain, rl, sft
 from jaxchat.experiment import Experiment
+from jaxchat.rollouts import RL
 
 DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=1_024, row_length=256, head_dim=64, windows="L")
+DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=60)
+QUESTIONS = ("Where does Mia live?", "What is 7 + 5?", "Tom has 9 apples. He gives Mia 4. How many are left?")
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    only_pretrain(stage)
-    return pretrain(
+    base = pretrain(
         dial,
         name="tiny",
         train=("tinyworld:train",),
@@ -25,4 +30,32 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         save_every=150,
         micro_rows=8,
         prompts=("One morning", "On Saturday", "Where does Mia live?", "What is 7 + 5?"),
+    )
+    return chosen(
+        stage,
+        pretrain=lambda: base,
+        sft=lambda: sft(
+            base,
+            train=("tinyworld:chat", "text:tinyworld:train"),
+            epochs=(1.0, 0.1),
+            val=("tinyworld:chat",),
+            scale=0.5,
+            steps=dial.steps,
+            prompts=QUESTIONS,
+            tasks=("arithmetic",),
+            eval_problems=512,
+            eval_tokens=48,
+        ),
+        rl=lambda: rl(
+            base,
+            RL(tasks=("arithmetic",), prompts=16, samples=16, max_tokens=48),
+            scale=0.1,
+            steps=dial.steps,
+            prompts=QUESTIONS,
+            tasks=("arithmetic",),
+            eval_problems=512,
+            eval_tokens=48,
+            eval_every=20,
+            save_every=20,
+        ),
     )

@@ -251,6 +251,21 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
             raise UserError(f"checkpoint {step} in {directory} cannot be read: {first_line(error)}{hint}") from error
 
 
+def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
+    """The optimizer state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
+    checkpoints = epath.Path(directory) / CHECKPOINTS
+    with ocp.StandardCheckpointer() as reader:
+        try:
+            check_files(checkpoints, step, part="rest/")
+            rest = abstract._replace(params=None)._asdict()
+            return reader.restore(_absolute(checkpoints / str(step) / "rest"), rest)["optimizer"]
+        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone, or shapes differ.
+            raise UserError(
+                f"the optimizer of {directory}@{step} is not one that this experiment can go on with "
+                f"({first_line(error)}): leave out --warm_optimizer"
+            ) from error
+
+
 def write_experiment(directory: Path, experiment: Any) -> None:
     """Writes experiment.json, by way of a temporary file."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from jaxchat import checkpoint, metrics, optim, sharding
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Transformer
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Objective, likelihood
+from jaxchat.objectives.policy import policy_gradient
 from jaxchat.train import State, init_state, state_placements, train_step
 
 MEMORY_SHARE = 0.92  # Of a device's memory, what a compiled step may plan with.
@@ -31,6 +32,9 @@ class Setup:
     transformer: Transformer
     tx: optax.GradientTransformation
     abstract: State
+    objective: Objective
+    columns: Mapping[str, tuple[tuple[int, ...], Any]]
+    """Shape beyond (micro-batches, rows) and type of a batch's columns."""
 
 
 def prepare_backend(experiment: Experiment) -> None:
@@ -68,7 +72,22 @@ def make_setup(experiment: Experiment, say: Callable[[str], None]) -> Setup:
         abstract = checkpoint.abstract_like(shapes, state_placements(mesh, shapes, axes))
     except ValueError as error:
         raise UserError(str(error)) from None
-    return Setup(experiment, mesh, transformer, tx, abstract)
+    return Setup(experiment, mesh, transformer, tx, abstract, *learning(experiment, transformer))
+
+
+def learning(e: Experiment, transformer: Transformer) -> tuple[Objective, Mapping[str, tuple[tuple[int, ...], Any]]]:
+    """The objective of a stage, and the columns of the batches that it reads."""
+    T = e.data.row_length
+    columns: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: ((T,), jnp.int32) for name in ("tokens", "targets", "segments")
+    }
+    columns["weights"] = (T,), jnp.float32
+    if e.rl is None:
+        return likelihood(transformer), columns
+    columns |= {name: ((T,), jnp.float32) for name in ("norms", "advantages", "old_logprobs")}
+    if e.rl.truncates:
+        columns["kept"] = (T, -(-e.model.vocab // 8)), jnp.uint8
+    return policy_gradient(transformer, e.rl.policy, temperature=e.rl.temperature), columns
 
 
 def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, float]:
@@ -100,11 +119,15 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
 def lower_step(setup: Setup, rows: int) -> Any:
     """The training step lowered for micro-batches of `rows` rows."""
     e = setup.experiment
-    step = functools.partial(train_step, objective=likelihood(setup.transformer), tx=setup.tx)
-    shape = (e.batch_rows // rows, rows, e.data.row_length)
+    step = functools.partial(train_step, objective=setup.objective, tx=setup.tx)
     placed = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH))
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in types.items()}
+    lead = (e.batch_rows // rows, rows)
+    batch = {
+        name: jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=placed)
+        for name, (shape, dtype) in setup.columns.items()
+    }
+    if e.rl is not None:  # How many of the micro-batches are not empty.
+        batch["count"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(setup.mesh))
     placements = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placements, None))
     return jitted.lower(setup.abstract, batch)

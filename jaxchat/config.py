@@ -4,6 +4,7 @@ A config file is Python: `get_config(stage)` returns a frozen dataclass. Any fie
 `--field=value` or `--part.field=value`; types are checked and a misspelt name gets a suggestion. A config file may
 also define `DIAL`, a frozen dataclass of the few numbers that everything else is derived from: overrides of those are
 read first and handed to `get_config(stage, dial)`, so that what is derived follows; the other overrides come after.
+`DIALS` may give single stages a dial of their own.
 
 This module knows no field names.
 """
@@ -117,8 +118,9 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
     dial: dict[str, Any] = {}
     about = "\n\n".join(text.strip() for text in (description, module.__doc__) if text)
     if hasattr(module, "DIAL"):
-        known["dial"], rest = _read_dial(module.DIAL, rest)
-        dial = _dial_flags(module.DIAL)
+        start = getattr(module, "DIALS", {}).get(stage, module.DIAL)
+        known["dial"], rest = _read_dial(start, rest)
+        dial = _dial_flags(start)
         told = " ".join(f"--{name}={value}" for name, value in dial.items())
         about += f"\n\nRead first, and what is derived follows: {told}"
     try:

@@ -7,9 +7,11 @@ from typing import Literal
 from jaxchat.data.prepare import Data
 from jaxchat.model.transformer import Model
 from jaxchat.optim import Optimizer
+from jaxchat.rollouts import RL
 from jaxchat.sharding import Mesh
 
 PROMPTS = ("", "The", "One day")
+STAGES = ("pretrain", "sft", "rl")
 
 # What may differ when a run is taken up again; any other difference is another experiment.
 RESUMABLE = (
@@ -22,6 +24,7 @@ RESUMABLE = (
     "keep",
     "micro_rows",
     "prompts",
+    "eval_problems",
     "tensorboard",
     "wandb",
     "mesh.",
@@ -38,12 +41,21 @@ class Experiment:
 
     Attributes:
         depth: the dial that the other sizes were derived from.
-        batch_tokens: tokens of one optimizer step, over all devices and hosts.
+        steps: optimizer steps; 0 takes the rows once (`data.epochs` says how often each part of them).
+        batch_tokens: tokens of one optimizer step, over all devices and hosts; RL takes as many as its samples need.
+        stage: "pretrain" learns from documents, "sft" from conversations, "rl" from the rewards of its own answers.
+        start_from: whose parameters training starts from: a stage of this run, or a checkpoint such as
+            runs/other/pretrain@500; empty for fresh ones. Model and tokenizer are those of that checkpoint.
+        warm_optimizer: start with that checkpoint's optimizer moments as well.
         micro_rows: rows of one forward and backward pass, over all devices; "auto" takes the most that fit in memory.
         dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
+        tasks: problems that a chat model is scored on: arithmetic, gsm8k:DIRECTORY, my_task.py:Task.
+        eval_problems: how many problems of each task, the same at every evaluation.
+        eval_tokens: longest answer to one of them.
+        eval_samples: answers to each problem, drawn at temperature 1; pass@k is told up to this k.
     """
 
     model: Model
@@ -65,13 +77,28 @@ class Experiment:
     sample_every: int = 0
     keep: int = 2
     prompts: tuple[str, ...] = field(default=PROMPTS)
+    start_from: str = ""
+    warm_optimizer: bool = False
+    rl: RL | None = None
+    tasks: tuple[str, ...] = ()
+    eval_problems: int = 256
+    eval_samples: int = 1
+    eval_tokens: int = 256
     tensorboard: bool = False
     wandb: bool = False
 
     def __post_init__(self) -> None:
         length = self.data.row_length
-        if not 1 <= self.steps < 2**31:
-            raise ValueError(f"steps={self.steps} must lie between 1 and {2**31 - 1}")
+        least = 0 if self.stage == "sft" else 1
+        if not least <= self.steps < 2**31:
+            raise ValueError(f"steps={self.steps} must lie between {least} and {2**31 - 1}")
+        if self.stage not in STAGES or (self.stage == "rl") != (self.rl is not None):
+            raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}, and rl goes with stage 'rl'")
+        if self.warm_optimizer and not self.start_from:
+            raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
+        for name in ("eval_problems", "eval_samples", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must lie between 0 and {2**31 - 1}")
         if Path(self.name).parts[:1] in ((), ("cache",)) or self.run_directory == self.cache_directory:
@@ -88,7 +115,8 @@ class Experiment:
 
     @property
     def batch_rows(self) -> int:
-        return self.batch_tokens // self.data.row_length
+        """Rows of one optimizer step; in RL at most, one sample a row."""
+        return self.batch_tokens // self.data.row_length if self.rl is None else self.rl.update_samples
 
     @property
     def run_directory(self) -> Path:
@@ -97,6 +125,12 @@ class Experiment:
     @property
     def stage_directory(self) -> Path:
         return self.run_directory / self.stage
+
+    @property
+    def start(self) -> str:
+        """The checkpoint that `start_from` means."""
+        inside = self.start_from.partition("@")[0] in STAGES
+        return str(self.run_directory / self.start_from) if inside else self.start_from
 
     @property
     def cache_directory(self) -> Path:

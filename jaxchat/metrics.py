@@ -114,8 +114,9 @@ class Terminal:
     """Lines for a person, on standard error: a training step every few seconds, every evaluation."""
 
     def __init__(self, steps: int, every_seconds: float = 5.0) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._steps, self._every, self._last = steps, every_seconds, 0.0
+        # Without emoji=False, rich makes a railway carriage of the middle of tinyworld:train:100.
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self.steps, self._every, self._last = steps, every_seconds, 0.0
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -123,22 +124,33 @@ class Terminal:
     def write(self, record: dict[str, Any]) -> None:
         now, step = time.monotonic(), record["step"]
         if "loss" in record:
-            if now - self._last < self._every and step != self._steps:
+            if now - self._last < self._every and step != self.steps:
                 return
             self._last = now
-            left = (self._steps - step) * record["seconds"]
-            mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
+            left = (self.steps - step) * record["seconds"]
             skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
             self.say(
-                f"step {step:>6,}/{self._steps:,}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{skipped}  {_clock(left)} left"
+                f"step {step:>6,}/{self.steps:,}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"{_told(record)}{skipped}  {_clock(left)} left"
             )
         else:
             told = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
-            self.say(f"step {step:>6,}/{self._steps:,}  {told}")
+            self.say(f"step {step:>6,}/{self.steps:,}  {told}")
 
     def close(self) -> None:
         sys.stderr.flush()
+
+
+def _told(record: dict[str, Any]) -> str:
+    """What a training step tells beside its loss: its speed, or what its answers were worth."""
+    if "tokens_per_second" in record:
+        mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
+        return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
+    times = "+".join(f"{record[f'{part}_seconds']:.1f}" for part in ("sample", "score", "train"))
+    return (
+        f"reward {record['reward']:.3f}  correct {record['reward_correct']:.3f}  {record['answer_tokens']:.0f} tokens "
+        f"an answer  entropy {record['entropy']:.2f}  gap {record['gap_max']:.1e}  {times} s"
+    )
 
 
 def _clock(seconds: float) -> str:

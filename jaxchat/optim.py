@@ -69,7 +69,10 @@ class Muon:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Groups, and the shape of the learning rate over steps: warm-up, constant, linear warm-down to a fraction."""
+    """Groups, and the shape of the learning rate over steps: warm-up, constant, linear warm-down to a fraction.
+
+    `scale` multiplies every learning rate.
+    """
 
     muon: Muon | None
     head: AdamW
@@ -82,6 +85,7 @@ class Optimizer:
     warmdown_fraction: float = 0.65
     final_fraction: float = 0.05
     clip: float | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmdown_fraction <= 1:
@@ -90,18 +94,20 @@ class Optimizer:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip={self.clip} must be positive and finite, or None")
-        _check_numbers(self, finite=("final_fraction",), shares=())
+        _check_numbers(self, finite=("final_fraction", "scale"), shares=())
 
 
 def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
-    """What every learning rate is multiplied by at a step: (t + 1) / warm-up, 1, then linear to the final fraction."""
+    """What every learning rate is multiplied by at a step: (t + 1) / warm-up, 1, then linear to the final fraction;
+    times `scale`."""
     down = round(config.warmdown_fraction * steps)
 
     def factor(step: jax.Array) -> jax.Array:
         left = (steps - step) / max(down, 1)
         late = left + (1 - left) * config.final_fraction
         value = jnp.where(step <= steps - down, 1.0, late)
-        return jnp.where(step < config.warmup_steps, (step + 1) / max(config.warmup_steps, 1), value)
+        early = (step + 1) / max(config.warmup_steps, 1)
+        return config.scale * jnp.where(step < config.warmup_steps, early, value)
 
     return factor
 

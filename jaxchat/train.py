@@ -66,9 +66,12 @@ def train_step(
     """One update from a batch of (micro-batches, rows, ...) columns.
 
     Totals, weights, extras and gradients are added over micro-batches and divided once, gradients by the batch's whole
-    weight, so the result does not depend on how the batch is cut. A step whose loss, gradient or new parameters are
-    not finite changes nothing but the counters.
+    weight, so the result does not depend on how the batch is cut. An entry `count` () says how many of the
+    micro-batches are not empty; the others are not computed. A step whose loss, gradient or new parameters are not
+    finite changes nothing but the counters.
     """
+    columns = {name: column for name, column in batch.items() if name != "count"}
+    at = lambda i: {name: column[i] for name, column in columns.items()}  # noqa: E731
 
     def gradient(columns: Mapping[str, jax.Array]) -> tuple[Sum, Any]:
         def total(params: Params) -> tuple[jax.Array, Sum]:
@@ -78,16 +81,18 @@ def train_step(
         (_, found), grads = jax.value_and_grad(total, has_aux=True)(state.params)
         return found, grads
 
-    if next(iter(batch.values())).shape[0] == 1:
-        (total, weight, extras), grads = gradient({name: column[0] for name, column in batch.items()})
+    def add(carry: Any, columns: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, gradient(columns)), None
+
+    if "count" not in batch and next(iter(columns.values())).shape[0] == 1:
+        (total, weight, extras), grads = gradient(at(0))
     else:
-
-        def add(carry: Any, columns: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradient(columns)), None
-
-        first = {name: column[0] for name, column in batch.items()}
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
-        ((total, weight, extras), grads), _ = jax.lax.scan(add, zero, dict(batch))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, at(0)))
+        if "count" in batch:
+            added = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, at(i))[0], zero)
+        else:
+            added, _ = jax.lax.scan(add, zero, columns)
+        (total, weight, extras), grads = added
     share = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * share, grads)
     loss, norm = total * share, optax.tree.norm(grads)

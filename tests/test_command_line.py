@@ -18,9 +18,10 @@ import launch.chat
 import launch.prepare
 import launch.tokenizer
 import launch.train
-from jaxchat import checkpoint, stages
+from jaxchat import checkpoint
 from jaxchat.config import UserError
 from jaxchat.data import cache, prepare
+from jaxchat.stages import running
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,7 +227,7 @@ def test_what_was_refused_may_be_corrected_under_the_same_name(place, trained):
 MOMENTS = {
     "tokenizer": (prepare, "ensure_tokenizer"),
     "rows": (prepare, "ensure_rows"),
-    "compilation": (stages, "compile_step"),
+    "compilation": (running, "compile_step"),
     "restoring": (checkpoint, "check_files"),
 }
 

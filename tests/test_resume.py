@@ -4,23 +4,16 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from documents import corpus, environment
+from documents import corpus
+from runs import assert_same_end, finish, launch, records, send_at
 
 from jaxchat import checkpoint, config, sharding, stages
-from jaxchat.experiment import Experiment
-from jaxchat.model import Transformer
 
-ROOT = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 40, 5
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -54,44 +47,7 @@ def flags(place, name, **changes):
 
 
 def start(place, name, **changes):
-    command = [sys.executable, "-m", "launch.train", *flags(place, name, **changes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"}, **pipes)
-
-
-def finish(process, status=0):
-    out, err = process.communicate()
-    assert process.returncode == status, err
-    return out, err
-
-
-def send_at(process, path, step, number):
-    """Sends a signal once metrics.jsonl tells of a step."""
-    while process.poll() is None and not (path.exists() and f'"step":{step},' in path.read_text()):
-        time.sleep(0.002)
-    process.send_signal(number)
-
-
-def records(stage):
-    """metrics.jsonl without what a clock decides."""
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
-
-
-def parameters(stage, step=None):
-    """The parameters of a checkpoint, on the host."""
-    experiment = checkpoint.read_experiment(stage, Experiment)
-    step = step or checkpoint.finished_steps(stage)[-1]
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = Transformer(experiment.model).shapes()
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
-    return jax.tree.map(np.asarray, checkpoint.load_params(stage, step, abstract))
-
-
-def assert_same_end(stage, other):
-    assert records(stage) == records(other)
-    assert checkpoint.finished_steps(stage)[-1] == checkpoint.finished_steps(other)[-1]
-    jax.tree.map(np.testing.assert_array_equal, parameters(stage), parameters(other))
+    return launch(*flags(place, name, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +113,7 @@ def seen(monkeypatch):
         batches.append(np.asarray(batch["tokens"]).reshape(-1, batch["tokens"].shape[-1]))
         return put(mesh, batch)
 
-    monkeypatch.setattr(stages.sharding, "put_batch", note)
+    monkeypatch.setattr(sharding, "put_batch", note)
     return batches
 
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-import jaxchat.decode.engine
-from jaxchat import config, metrics, optim, stages
+from jaxchat import config, metrics, optim
 from jaxchat.config import UserError
+from jaxchat.stages import running, told
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ class Kept:
 
 def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
     kept = Kept()
-    log = stages.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), None, [kept])
+    log = told.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), None, [kept])
     skipped = [(0, 0), (1, 1), (2, 2), (0, 2), (0, 2)]  # In a row and in all, after each of five steps.
     for number, (in_row, in_all) in enumerate(skipped, 1):
         values = {"loss": 1.0, "grad_norm": 1.0, "skipped_in_row": in_row, "skipped": in_all}
@@ -58,16 +58,16 @@ def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
 )
 def test_a_run_that_ends_without_a_number_says_so(experiment, loss, val_bpb, said):
     with pytest.raises(UserError, match=f"ended at step 10 with {said}.* under another --name"):
-        stages.check_end(experiment, loss, val_bpb)
-    stages.check_end(experiment, None, 2.0)
-    stages.check_end(experiment, 3.0, 2.0)
+        running.check_end(experiment, {"loss": loss, "val_bpb": val_bpb})
+    running.check_end(experiment, {"loss": None, "val_bpb": 2.0})
+    running.check_end(experiment, {"loss": 3.0, "val_bpb": 2.0})
 
 
 def test_parameters_that_are_not_finite_are_never_trained():
     state = SimpleNamespace(params={"w": jnp.array([1.0, jnp.nan]), "v": jnp.ones(3)})
     with pytest.raises(UserError, match="the first parameters are not finite: correct"):
-        stages.check_finite(state, "the first parameters", "correct")
-    stages.check_finite(SimpleNamespace(params={"v": jnp.ones(3)}), "none", "")
+        running.check_finite(state, "the first parameters", "correct")
+    running.check_finite(SimpleNamespace(params={"v": jnp.ones(3)}), "none", "")
 
 
 def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experiment, monkeypatch):
@@ -80,12 +80,12 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
         def generate(self, asked):
             return [[SimpleNamespace(error=None, text=f" {next(answered)}\n\nand on")] for _ in asked]
 
-    monkeypatch.setattr(jaxchat.decode.engine, "Engine", Engine)
+    monkeypatch.setattr(told, "Engine", Engine)
     tokenizer = SimpleNamespace(bos=0, encode=lambda text: [1])
     experiment.stage_directory.mkdir(parents=True)
     setup, state = SimpleNamespace(experiment=experiment, transformer=None), SimpleNamespace(params=None)
     for number in (5, 10, 15, 10):  # Killed after 15, taken up again from 5.
-        stages.write_samples(setup, tokenizer, state, number=number, say=lambda text: None)
+        told.write_samples(setup, tokenizer, state, number=number, say=lambda text: None)
     text = (experiment.stage_directory / "samples.md").read_text()
     sections = {5: "ab", 10: "gh"}
     assert text == "".join(

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,9 @@ from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_
 FORMAT = 1  # raise it when the same key would make other rows
 MOST_IDS = 2**24  # of a vocabulary; far above what any text needs, far below what fits no memory
 TOKENIZER_MARGIN = 8  # times its sample, on disk, is what a tokenizer's training reads at most
+TEXT = "text:"  # before an entry of documents where the others are conversations
 Log = Callable[[str], None]
+Form = Literal["text", "chat", "alpaca"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Data:
     """Processes that prepare data; 0 takes every core."""
     cache: str | None = None
     """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
-    format: Literal["text", "chat", "alpaca"] = "text"
-    """Documents of text; conversations in turns; or single questions and answers in Alpaca's literal template."""
+    format: Form = "text"
+    """Documents of text; conversations in turns; or single questions and answers in Alpaca's literal template. An entry
+    text:... is of documents also where the others are conversations, so that they are not forgotten."""
     train_on: Literal["assistant", "everything"] = "assistant"
     """What of a conversation is learned: what the assistant says, or every token."""
     epochs: tuple[float, ...] = ()
@@ -102,7 +104,8 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
     config, cache_directory = data.tokenizer, _local(cache_directory)
     if config.path is not None:
         return Path(config.path)
-    sources = list(chain.from_iterable(_find_all(data, cache_directory, log)["train"]))
+    found = zip(data.train, _find_all(data, cache_directory, log)["train"])
+    sources = list(chain.from_iterable(part for spec, part in found if _form(data, spec) == data.format))
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -202,7 +205,7 @@ def _ensure(
     cache_directory: Path,
     log: Log,
 ) -> Rows:
-    recipe = _recipe(data, split)
+    recipe = _recipe(data, split, _form(data, spec))
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
     dealt = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
@@ -288,11 +291,16 @@ def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]
     return (conversations.words(messages) for messages in found if recipe.takes(conversations.opening(messages)))
 
 
-def _recipe(data: Data, split: Split) -> Recipe:
+def _recipe(data: Data, split: Split, form: Form | None = None) -> Recipe:
     share: Split = split if data.held_out else "train"
     packing = "best_fit" if split == "val" and data.packing == "crop" else data.packing
-    said = (data.format, data.train_on)
+    said = (form or data.format, data.train_on)
     return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share, *said)
+
+
+def _form(data: Data, spec: str) -> Form:
+    """How an entry is read: text:... holds documents among conversations."""
+    return "text" if spec.startswith(TEXT) else data.format
 
 
 def _origin(data: Data, split: Split) -> Split:
@@ -305,8 +313,11 @@ def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[l
     if not data.train:  # a configuration may leave it empty, a run may not
         raise UserError("no documents to train on: name files, directories or tinyworld:train with --data.train")
     downloads = cache_directory / "downloads"
-    suffixes = SUFFIXES if data.format == "text" else conversations.SUFFIXES
-    look = partial(find, suffixes=suffixes, hub_directory=downloads, log=log)
+
+    def look(spec: str, split: Split) -> list[Source]:
+        suffixes = SUFFIXES if _form(data, spec) == "text" else conversations.SUFFIXES
+        return find(spec.removeprefix(TEXT), split, suffixes=suffixes, hub_directory=downloads, log=log)
+
     train = [look(spec, "train") for spec in data.train]
     val = [look(spec, "val") for spec in data.val]
     every_train, every_val = list(chain.from_iterable(train)), list(chain.from_iterable(val))

@@ -41,6 +41,7 @@ class BitsPerByte:
             return nats, bytes_BT.sum()
 
         self._score = jax.jit(score)
+        self.rows_in_all = sum(map(len, rows))
 
     def __call__(self, params: Any, limit: int) -> float:
         """Over `limit` rows, spread evenly."""

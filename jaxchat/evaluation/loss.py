@@ -1,0 +1,32 @@
+"""The mean loss of what is trained on, on held-out rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxchat import sharding
+from jaxchat.data import streams
+from jaxchat.data.streams import Rows
+from jaxchat.model.transformer import Transformer
+from jaxchat.objectives.likelihood import likelihood
+
+
+class HeldOutLoss:
+    """Nats a trained token over every row, every row once."""
+
+    def __init__(
+        self, transformer: Transformer, mesh: jax.sharding.Mesh, *, rows: Sequence[Rows], batch_rows: int
+    ) -> None:
+        self._mesh, self._rows, self._batch_rows = mesh, rows, batch_rows
+        self._sum = jax.jit(likelihood(transformer))
+
+    def __call__(self, params: Any) -> float:
+        total = weight = 0.0
+        for batch in streams.every_row_once(
+            self._rows, self._batch_rows, host=jax.process_index(), hosts=jax.process_count()
+        ):
+            placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
+            found = self._sum(params, {name: column[0] for name, column in placed.items()})
+            total, weight = total + float(found.total), weight + float(found.weight)
+        return total / max(weight, 1.0)

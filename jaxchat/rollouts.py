@@ -1,0 +1,420 @@
+"""The stream that samples: problems to answers, answers to rewards, rewards to a batch.
+
+A rollout batch is drawn with the parameters that are handed in, and scored by the trainer's own forward pass, so that
+what sampler and trainer say of the same tokens can be compared. Which problems come, and the noise of their answers, is
+a function of (seed, rollout batch, problem, sample), so a run that is taken up again samples the same.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from jaxchat.config import UserError
+from jaxchat.data.packing import best_fit
+from jaxchat.decode.engine import Engine
+from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.tools import TOOLS
+from jaxchat.objectives import advantages
+from jaxchat.objectives.policy import OBJECTIVES, Policy
+from jaxchat.tasks import load_task
+from jaxchat.tasks.rewards import REWARDS
+from jaxchat.tasks.task import Problem, Task
+from jaxchat.tokenizer import Tokenizer, chat
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RL:
+    """Reinforcement learning from answers to problems whose answers can be checked.
+
+    Attributes:
+        tasks: where problems come from: arithmetic, spelling, gsm8k:DIRECTORY, my_task.py:Task.
+        objective: the loss; its numbers can be changed by `clip_low`, `clip_high` and `aggregate`.
+        prompts: problems of one rollout batch.
+        samples: answers to each.
+        max_tokens: longest answer.
+        epochs: how often a rollout batch is trained on.
+        minibatches: updates of one such pass; each takes its share of the samples.
+        rewards: what an answer is rewarded for: correct, lenient, ending, brevity.
+        reward_weights: what each is worth.
+        kl: weight of KL(policy || start) in the reward; 0 measures it only, None does not.
+        overlong_cushion: tokens before `max_tokens` over which the reward falls to -1 (arXiv:2503.14476, eq. 13).
+        dynamic_rounds: how often more problems are drawn for those whose answers are all equally good
+            (arXiv:2503.14476, section 3.2); 0 takes what comes, None is 4 for dapo and 0 for the others.
+        slots: answers decoded at once.
+    """
+
+    tasks: tuple[str, ...] = ("arithmetic",)
+    objective: Literal["reinforce", "reinforce_mean", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "ppo"] = "dr_grpo"
+    prompts: int = 16
+    samples: int = 16
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    epochs: int = 1
+    minibatches: int = 1
+    clip_low: float | None = None
+    clip_high: float | None = None
+    aggregate: Literal["token_mean", "sequence_mean", "constant"] | None = None
+    rewards: tuple[str, ...] = ("correct",)
+    reward_weights: tuple[float, ...] = (1.0,)
+    kl: float | None = None
+    overlong_cushion: int = 0
+    dynamic_rounds: int | None = None
+    slots: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "samples", "max_tokens", "epochs", "minibatches", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name}={getattr(self, name)} must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"rl.temperature={self.temperature} must be positive: greedy answers are all the same")
+        if self.prompts * self.samples % self.minibatches:
+            raise ValueError(
+                f"rl.minibatches={self.minibatches} does not divide {self.prompts} prompts x {self.samples} samples"
+            )
+        if self.policy.advantage != "none" and self.samples < 2:
+            raise ValueError(
+                f"rl.objective={self.objective} compares answers: rl.samples={self.samples} must be 2 or more"
+            )
+        if len(self.rewards) != len(self.reward_weights) or not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"rl.reward_weights={self.reward_weights} must be one number for each of {self.rewards}")
+        if unknown := [name for name in self.rewards if name not in REWARDS]:
+            raise ValueError(f"rl.rewards names {unknown[0]!r}: there are {', '.join(REWARDS)}")
+        if not 0 <= self.overlong_cushion <= self.max_tokens:
+            raise ValueError(f"rl.overlong_cushion={self.overlong_cushion} must lie between 0 and rl.max_tokens")
+        if not ((self.kl or 0.0) >= 0 and (self.dynamic_rounds or 0) >= 0):
+            raise ValueError("rl.kl and rl.dynamic_rounds must not be negative")
+        SamplingParams(self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def policy(self) -> Policy:
+        given = {name: getattr(self, name) for name in ("clip_low", "clip_high", "aggregate")}
+        return replace(OBJECTIVES[self.objective], **{k: v for k, v in given.items() if v is not None})
+
+    @property
+    def rounds(self) -> int:
+        """How often more problems are drawn."""
+        if self.dynamic_rounds is None:
+            return 4 if self.policy.drop_equal_groups else 0
+        return self.dynamic_rounds
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps from one rollout batch."""
+        return self.epochs * self.minibatches
+
+    @property
+    def update_samples(self) -> int:
+        """Samples that one optimizer step trains on."""
+        return self.prompts * self.samples // self.minibatches
+
+    @property
+    def truncates(self) -> bool:
+        """Whether answers are drawn from a part of the vocabulary, so that the trainer must know which."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+class Group(NamedTuple):
+    """A problem, its answers, and what each was rewarded: NaN where the reward could not be told."""
+
+    prompt: list[int]
+    answers: list[Completion]
+    rewards_G: np.ndarray
+    parts: dict[str, list[float]]
+
+
+@dataclass
+class Answer:
+    """One answer as the trainer sees it: arrays (T,) over the positions that predict, those of the prompt included."""
+
+    tokens_T: np.ndarray
+    targets_T: np.ndarray
+    trained_T: np.ndarray
+    sampled_logprobs_T: np.ndarray
+    kept_TC: np.ndarray | None
+    advantages_T: np.ndarray
+    logprobs_T: np.ndarray
+    weight: float = 0.0
+    norm: float = 0.0
+
+
+Columns = dict[str, np.ndarray]
+Score = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
+"""Log-probabilities and entropies (R, T) of a micro-batch's targets, under some parameters."""
+
+
+class RolloutStream:
+    """Batches for one optimizer step after another, from answers that are drawn when the last ones are used up."""
+
+    def __init__(
+        self,
+        rl: RL,
+        engine: Engine,
+        score: Score,
+        *,
+        seed: int,
+        row_length: int,
+        micro_rows: int,
+        reference: Any = None,
+        downloads: Path | None = None,
+        say: Log = print,
+    ) -> None:
+        self._rl, self._engine, self._score, self._say = rl, engine, score, say
+        self._seed, self._row_length, self._micro_rows = seed, row_length, micro_rows
+        self._reference = reference
+        tasks = [load_task(spec, downloads) for spec in rl.tasks]
+        self._problems = _readable(rl, tasks, engine.tokenizer, row_length, say)
+        self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()
+        self._answers: list[Answer] = []
+        self._said: set[str] = set()
+        self.cursor = 0
+        """How many problems were drawn so far; a part of the state of training."""
+        self.facts: dict[str, float] = {}
+        """What is worth knowing of the newest rollout batch."""
+
+    def batch(self, index: int, params: Any) -> tuple[Columns, int]:
+        """The columns (micro-batches, rows, T) of optimizer step `index`, and how many micro-batches are not empty."""
+        rl, turn = self._rl, index % self._rl.updates
+        if turn == 0:
+            self._draw(index // rl.updates, params)
+        elif not self._answers:
+            raise RuntimeError("a rollout batch is taken up at its first step")
+        pass_, part = divmod(turn, rl.minibatches)
+        order = np.random.default_rng([self._seed, index // rl.updates, pass_]).permutation(len(self._answers))
+        chosen = np.sort(order[part * rl.update_samples : (part + 1) * rl.update_samples])
+        columns = self._rows([self._answers[i] for i in chosen])[0]
+        return self._micro_batches(columns)
+
+    def _draw(self, number: int, params: Any) -> None:
+        """Draws, rewards and scores rollout batch `number`."""
+        rl, start = self._rl, time.perf_counter()
+        self._engine.load(params)
+        groups, equal = self._groups(number)
+        sampled = time.perf_counter()
+        self._answers = [answer for group in groups for answer in self._answers_of(group)]
+        rewards_PG = np.stack([group.rewards_G for group in groups])
+        advantages_PG = advantages.group_advantages(rewards_PG, rl.policy.advantage)  # NaN counts for nothing.
+        lengths_N = np.array([answer.trained_T.sum() for answer in self._answers])
+        lengths_N[np.isnan(rewards_PG).ravel()] = 0
+        weights_N, norms_N = advantages.token_weights(lengths_N, rl.policy.aggregate, longest=rl.max_tokens)
+        scored = self._score_all(params)
+        for answer, advantage, weight, norm in zip(self._answers, advantages_PG.ravel(), weights_N, norms_N):
+            answer.weight, answer.norm = float(weight), float(norm)
+            answer.advantages_T = answer.advantages_T + np.float32(advantage)
+        done = time.perf_counter()
+        self.facts = {
+            **_told(groups),
+            **scored,
+            "equal_groups": equal,
+            "sample_seconds": sampled - start,
+            "score_seconds": done - sampled,
+        }
+
+    def _groups(self, number: int) -> tuple[list[Group], int]:
+        """Groups of answers, and how many came whose answers were all equally good."""
+        rl, rounds, equal = self._rl, self._rl.rounds, 0
+        kept: list[Group] = []
+        spare: list[Group] = []
+        for round_ in range(1 + rounds):
+            drawn = [
+                self._problems[int(self._order[self.cursor + i])] + (_seed(self._seed, number, round_, i),)
+                for i in range(rl.prompts)
+            ]
+            self.cursor += rl.prompts
+            requests = [self._request(task, prompt, seed) for task, _, prompt, seed in drawn]
+            for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
+                # A request that cannot be run has one answer, an error, for all its samples.
+                answers = answers if len(answers) == rl.samples else answers * rl.samples
+                group = self._reward(task, problem, prompt, answers)
+                alike = bool(advantages.equal_groups(group.rewards_G[None])[0])
+                equal += alike
+                (spare if alike and rounds else kept).append(group)
+            if len(kept) >= rl.prompts:
+                break
+        return (kept + spare)[: rl.prompts], equal
+
+    def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
+        rl = self._rl
+        sampling = SamplingParams(rl.temperature, top_k=rl.top_k, top_p=rl.top_p, max_tokens=rl.max_tokens, seed=seed)
+        tools = [TOOLS[name]() for name in task.tools]
+        return Request(prompt, sampling, n=rl.samples, tools=tools, keep_sets=rl.truncates)
+
+    def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:
+        rl = self._rl
+        parts: dict[str, list[float]] = {name: [] for name in dict.fromkeys((*rl.rewards, "correct", "lenient"))}
+        rewards = []
+        for answer in answers:
+            for name, values in parts.items():
+                values.append(self._told_reward(name, task, problem, answer))
+            total = sum(weight * parts[name][-1] for name, weight in zip(rl.rewards, rl.reward_weights))
+            rewards.append(total)
+        if rl.overlong_cushion:
+            lengths = np.array([len(answer.tokens) for answer in answers])
+            rewards += advantages.soft_overlong(lengths, longest=rl.max_tokens, cushion=rl.overlong_cushion)
+        return Group(prompt, answers, np.array(rewards, np.float64), parts)
+
+    def _told_reward(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
+        """One reward; NaN, said once, where its function fails or gives no number: such an answer trains nothing."""
+        try:
+            if answer.error:
+                raise ValueError(answer.error)
+            value = float(REWARDS[name](task, problem, answer.text, answer.finish_reason))
+            if not math.isfinite(value):
+                raise ValueError(f"it gave {value}")
+        except Exception as error:  # A task is the user's code; an answer that it cannot score is left out.
+            if name not in self._said:
+                self._said.add(name)
+                self._say(f"warning: reward {name!r} of task {task.name} failed ({error}); such answers are left out")
+            return math.nan
+        return value
+
+    def _answers_of(self, group: Group) -> list[Answer]:
+        vocab = self._engine.transformer.config.vocab
+        made = []
+        for answer in group.answers:
+            ids = np.array([*group.prompt, *answer.tokens], np.int32)
+            first, T = len(group.prompt) - 1, len(ids) - 1
+            trained_T, sampled_T = np.zeros(T, bool), np.zeros(T, np.float32)
+            trained_T[first:], sampled_T[first:] = answer.sampled, answer.drawn_logprobs
+            kept_TC = None
+            if self._rl.truncates:
+                kept_TC = np.full((T, -(-vocab // 8)), 255, np.uint8)
+                if answer.kept is not None and len(answer.tokens):
+                    kept_TC[first:] = answer.kept
+            zero_T = np.zeros(T, np.float32)
+            made.append(Answer(ids[:-1], ids[1:], trained_T, sampled_T, kept_TC, zero_T, zero_T))
+        return made
+
+    def _score_all(self, params: Any) -> dict[str, float]:
+        """Gives every answer the trainer's log-probabilities and its KL; tells how sampler and trainer differ."""
+        columns, places = self._rows(self._answers)
+        logprobs_RT, entropy_RT = self._scored(params, columns)
+        reference_RT = None if self._rl.kl is None else self._scored(self._reference, columns)[0]
+        kl = 0.0
+        for answer, (row, at) in zip(self._answers, places):
+            span = slice(at, at + len(answer.tokens_T))
+            answer.logprobs_T = logprobs_RT[row, span]
+            if reference_RT is not None:
+                to_go_T = advantages.kl_to_go(answer.logprobs_T, reference_RT[row, span], answer.trained_T)
+                answer.advantages_T = (-(self._rl.kl or 0.0) * to_go_T).astype(np.float32)
+                kl += float(to_go_T[0]) / len(self._answers)
+        trained_RT = columns["trained"] > 0
+        gap_N = (columns["sampled"] - logprobs_RT)[trained_RT].astype(np.float64)
+        told = {"entropy": float(entropy_RT[trained_RT].mean()), "gap_kl": float(gap_N.mean())}
+        told |= {"gap_max": float(np.abs(gap_N).max()), "gap_mean": float(np.abs(gap_N).mean())}
+        told |= {"gap_p99": float(np.quantile(np.abs(gap_N), 0.99))}
+        return told | ({} if reference_RT is None else {"kl": kl})
+
+    def _scored(self, params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        size = self._micro_rows
+        parts = [
+            self._score(params, {name: column[i : i + size] for name, column in columns.items()})
+            for i in range(0, len(columns["tokens"]), size)
+        ]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _rows(self, answers: Sequence[Answer]) -> tuple[Columns, list[tuple[int, int]]]:
+        """Answers side by side in rows, and the row and position where each begins."""
+        T, vocab = self._row_length, self._engine.transformer.config.vocab
+        lengths = [len(answer.tokens_T) for answer in answers]
+        isolated = self._engine.transformer.config.isolate_documents
+        row_N = best_fit(lengths, T) if isolated else np.arange(len(answers))
+        rows = -(-(int(max(row_N, default=0)) + 1) // self._micro_rows) * self._micro_rows
+        columns = {name: np.zeros((rows, T), np.int32) for name in ("tokens", "targets", "segments")}
+        more = ("weights", "norms", "advantages", "old_logprobs", "sampled", "trained")
+        columns |= {name: np.zeros((rows, T), np.float32) for name in more}
+        if self._rl.truncates:
+            columns["kept"] = np.full((rows, T, -(-vocab // 8)), 255, np.uint8)
+        filled, places = np.zeros(rows, int), []
+        for row, answer, length in zip(row_N.tolist(), answers, lengths):
+            at = int(filled[row])
+            span = slice(at, at + length)
+            columns["segments"][row, at:] += 1
+            for name, values in (
+                ("tokens", answer.tokens_T),
+                ("targets", answer.targets_T),
+                ("weights", answer.weight * answer.trained_T),
+                ("norms", answer.norm * answer.trained_T),
+                ("advantages", answer.advantages_T),
+                ("old_logprobs", answer.logprobs_T),
+                ("sampled", answer.sampled_logprobs_T),
+                ("trained", answer.trained_T),
+                ("kept", answer.kept_TC),
+            ):
+                if values is not None:
+                    columns[name][row, span] = values
+            filled[row] += length
+            places.append((row, at))
+        for row, end in enumerate(filled):  # What is left of a row is a segment of its own.
+            columns["segments"][row, end:] += 1
+        return columns, places
+
+    def _micro_batches(self, columns: Columns) -> tuple[Columns, int]:
+        """Micro-batches of equal shape, as many as the worst case needs; the last ones are empty and not computed."""
+        used = len(columns["tokens"]) // self._micro_rows
+        most = self._rl.update_samples // self._micro_rows
+        cut: Columns = {}
+        for name in ("tokens", "targets", "segments", "weights", "norms", "advantages", "old_logprobs", "kept"):
+            if name in columns:
+                column = columns[name].reshape(used, self._micro_rows, *columns[name].shape[1:])
+                cut[name] = np.concatenate([column, np.zeros((most - used, *column.shape[1:]), column.dtype)])
+        return cut, used
+
+
+def _readable(
+    rl: RL, tasks: Sequence[Task], tokenizer: Tokenizer, row_length: int, say: Log
+) -> list[tuple[Task, Problem, list[int]]]:
+    """Every training problem with its prompt, but for those that leave no room for an answer."""
+    found, long = [], 0
+    for task in tasks:
+        for problem in task.problems("train"):
+            prompt = chat.render(problem.messages, tokenizer, complete=True).ids
+            if len(prompt) + rl.max_tokens > row_length:
+                long += 1
+            else:
+                found.append((task, problem, prompt))
+    if not found:
+        raise UserError(
+            f"no problem of {', '.join(rl.tasks)} leaves room for rl.max_tokens={rl.max_tokens} in a row of "
+            f"{row_length}: raise --data.row_length or lower --rl.max_tokens"
+        )
+    if long:
+        say(f"{long:,} problems are left out: with rl.max_tokens={rl.max_tokens} they do not fit a row of {row_length}")
+    return found
+
+
+def _seed(*key: int) -> int:
+    """63 bits out of whole numbers, the same in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8, person=b"rollouts").digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _told(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the answers of a rollout batch."""
+    answers = [answer for group in groups for answer in group.answers]
+    rewards = np.concatenate([group.rewards_G for group in groups])
+    parts: Mapping[str, list[float]] = {
+        name: [value for group in groups for value in group.parts[name]] for name in groups[0].parts
+    }
+    told = {"reward": float(np.nanmean(rewards)) if not np.isnan(rewards).all() else 0.0}
+    told |= {
+        f"reward_{name}": float(np.nanmean(values)) for name, values in parts.items() if not np.isnan(values).all()
+    }
+    return told | {
+        "reward_errors": int(np.isnan(rewards).sum()),
+        "answer_tokens": float(np.mean([len(answer.tokens) for answer in answers])),
+        "ended": float(np.mean([answer.finish_reason == "stop" for answer in answers])),
+        "used_tools": float(np.mean([not all(answer.sampled) for answer in answers])),
+        "answers": len(answers),
+    }

@@ -1,0 +1,132 @@
+"""RL: batches of answers that the model gives itself, with the parameters of the step before."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import checkpoint, sharding
+from jaxchat.compilation import Setup
+from jaxchat.config import UserError
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.experiment import Experiment
+from jaxchat.objectives.logprobs import score_tokens
+from jaxchat.rollouts import Columns, RolloutStream, Score
+from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.stage import Say, locate_start
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import State
+
+
+class Reinforcement:
+    """A stage that learns from the rewards of its own answers."""
+
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, say: Say) -> None:
+        if jax.process_count() > 1:
+            raise UserError("RL runs in one process for now: start it on one host")
+        assert e.rl is not None
+        self._rl, self._tokenizer, self._say = e.rl, tokenizer, say
+        self.steps = e.steps
+        if e.steps % e.rl.updates:
+            raise UserError(
+                f"steps={e.steps} is not a multiple of the {e.rl.updates} updates (rl.epochs x rl.minibatches) "
+                "that a rollout batch is trained on"
+            )
+
+    def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
+        """Makes sampler and scorer; a checkpoint's cursor says which problems come next."""
+        e, rl = setup.experiment, self._rl
+        self._setup, self._dispatched = setup, time.perf_counter()
+        self._told: dict[int, dict[str, Any]] = {}
+        shape = Shape(length=e.data.row_length, slots=rl.slots, prompts=8)
+        fresh = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), setup.abstract.params
+        )
+        self._engine = Engine(setup.transformer, fresh, self._tokenizer, shape)
+        reference = None
+        if rl.kl is not None:
+            reference = checkpoint.load_params(*locate_start(e), setup.abstract.params)
+        self._stream = RolloutStream(
+            rl,
+            self._engine,
+            scorer(setup),
+            seed=e.seed,
+            row_length=e.data.row_length,
+            micro_rows=micro_rows,
+            reference=reference,
+            downloads=e.cache_directory / "downloads",
+            say=self._say,
+        )
+        self._stream.cursor = facts.get("cursor", 0)
+        self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
+        self._tasks = TaskScores(setup, self._tokenizer, self._say) if e.tasks else None
+
+    def batch_at(self, index: int, state: State) -> Any:
+        jax.block_until_ready(state.params)  # So that training is not counted as sampling.
+        start = time.perf_counter()
+        if index in self._told:
+            self._told[index]["train_seconds"] = start - self._dispatched
+        columns, used = self._stream.batch(index, state.params)
+        batch = sharding.put_batch(self._setup.mesh, columns) | {"count": jnp.int32(used)}
+        self._dispatched = time.perf_counter()
+        fresh = index % self._rl.updates == 0
+        times = {name: self._stream.facts[name] if fresh else 0.0 for name in ("sample_seconds", "score_seconds")}
+        self._told[index + 1] = {**self._stream.facts, **times, "micro_batches": used}
+        return batch
+
+    def numbers(self, number: int, values: dict[str, float], seconds: float) -> dict[str, Any]:
+        """What was sampled, how well sampler and trainer agree, and where the time went."""
+        told = self._told.pop(number)
+        told.setdefault("train_seconds", time.perf_counter() - self._dispatched)
+        return told | {name: values[name] for name in ("ratio", "clipped", "kl_old", "trained_tokens")}
+
+    def score(self, state: State, *, last: bool) -> dict[str, Any]:
+        """Problems solved, and bits per byte of the pretraining text."""
+        e, found = self._setup.experiment, dict[str, Any]()
+        if self._text is not None:
+            found["val_rows"] = self._text.rows_in_all if last else min(e.eval_rows or 2**31, self._text.rows_in_all)
+            found["val_bpb"] = self._text(state.params, found["val_rows"])
+        return found | ({} if self._tasks is None else self._tasks(state.params))
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return {"cursor": self._stream.cursor}
+
+    def total(self) -> dict[str, Any]:
+        return {"problems": self._stream.cursor}
+
+    def write_sources(self) -> None:
+        """Nothing: the experiment names the tasks."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def scorer(setup: Setup) -> Score:
+    """The trainer's log-probabilities and entropies of a micro-batch, as the training step computes them."""
+    transformer, rl = setup.transformer, setup.experiment.rl
+    assert rl is not None
+
+    def score(params: Any, columns: Any) -> Any:
+        hidden_BTM, _ = transformer.apply(params, columns["tokens"], segments_BT=columns["segments"])
+        return score_tokens(
+            hidden_BTM,
+            transformer.head(params),
+            columns["targets"],
+            vocab=transformer.config.vocab,
+            softcap=transformer.config.softcap,
+            temperature=rl.temperature,
+            kept_BTC=columns.get("kept"),
+        )
+
+    compiled = jax.jit(score)
+
+    def run(params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+        needed: Columns = {
+            name: columns[name][None] for name in ("tokens", "targets", "segments", "kept") if name in columns
+        }
+        placed = {name: column[0] for name, column in sharding.put_batch(setup.mesh, needed).items()}
+        return jax.device_get(compiled(params, placed))
+
+    return run

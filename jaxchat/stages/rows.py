@@ -1,0 +1,113 @@
+"""Pretraining and SFT: batches of rows on disk, scored by bits per byte, loss and problems solved."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxchat import sharding
+from jaxchat.compilation import Setup
+from jaxchat.config import UserError
+from jaxchat.data import prepare, streams
+from jaxchat.evaluation.bits_per_byte import BitsPerByte
+from jaxchat.evaluation.loss import HeldOutLoss
+from jaxchat.experiment import Experiment
+from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.stage import Say
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import State
+
+
+class FromRows:
+    """A stage that learns the tokens of rows on disk."""
+
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, say: Say) -> None:
+        self._tokenizer, self._say = tokenizer, say
+        self._rows = {
+            split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=say)
+            for split in ("train", "val")
+        }
+        self._made_of = [part.directory.name for part in self._rows["train"]]  # Hashes of what decides their rows.
+        self._stream = streams.RowStream(
+            self._rows["train"],
+            e.data.weights,
+            epochs=e.data.epochs,
+            seed=e.seed,
+            batch_rows=e.batch_rows,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
+        self._batches: Iterator[Any] = iter(())
+
+    def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
+        """Makes the stream ready for step `start`; raises `UserError` where a checkpoint was trained on other rows."""
+        e = self._experiment = setup.experiment
+        if facts.get("rows", self._made_of) != self._made_of:
+            raise UserError(
+                f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
+                "put those back, or give this run its own --name"
+            )
+        self._batches = device_batches(setup, self._stream, start, micro_rows)
+        if e.stage == "pretrain":
+            self._text: BitsPerByte | None = BitsPerByte(
+                setup.transformer,
+                setup.mesh,
+                rows=self._rows["val"],
+                bytes_per_token=self._tokenizer.bytes_per_token,
+                batch_rows=micro_rows,
+            )
+            self._loss = None
+        else:
+            self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
+            self._loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
+        self._tasks = TaskScores(setup, self._tokenizer, self._say) if e.tasks else None
+
+    def batch_at(self, index: int, state: State) -> Any:
+        return next(self._batches)
+
+    def score(self, state: State, *, last: bool) -> dict[str, Any]:
+        """Bits per byte of text; beside it, in SFT, the loss on conversations and the problems solved."""
+        e, found = self._experiment, dict[str, Any]()
+        if self._text is not None:
+            # Never more tokens than the run trains on, so that a trial of a large model ends soon.
+            wanted = self._text.rows_in_all if last or not e.eval_rows else min(e.eval_rows, self._text.rows_in_all)
+            found["val_rows"] = min(wanted, e.steps * e.batch_rows)
+            found["val_bpb"] = self._text(state.params, found["val_rows"])
+        if self._loss is not None:
+            found["val_loss"] = self._loss(state.params)
+        return found | ({} if self._tasks is None else self._tasks(state.params))
+
+    numbers = None
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return {"tokens": number * self._experiment.batch_tokens, "rows": self._made_of}
+
+    def total(self) -> dict[str, Any]:
+        found = {"tokens": self._experiment.steps * self._experiment.batch_tokens}
+        return found | ({} if self._text is None else {"val_rows_in_all": self._text.rows_in_all})
+
+    def write_sources(self) -> None:
+        """What the run trained on and was scored on, beside its checkpoints."""
+        place = self._experiment.run_directory / "rows"
+        place.mkdir(parents=True, exist_ok=True)
+        prefix = "" if self._experiment.stage == "pretrain" else f"{self._experiment.stage}-"
+        for split, parts in self._rows.items():
+            manifests = [part.manifest for part in parts]
+            (place / f"{prefix}{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+
+
+def device_batches(
+    setup: Setup, stream: streams.RowStream, start: int, micro_rows: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the devices as (micro-batches, rows, ...), read ahead in a thread."""
+    e = setup.experiment
+    micro = e.batch_rows // micro_rows
+    for _, batch in stream.prefetch(start, e.steps):
+        cut = {name: column.reshape(micro, -1, *column.shape[1:]) for name, column in batch.items()}
+        yield sharding.put_batch(setup.mesh, cut)

@@ -1,0 +1,89 @@
+"""What a stage is to the loop, and where it starts."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from jaxchat import checkpoint
+from jaxchat.compilation import Setup
+from jaxchat.config import UserError
+from jaxchat.experiment import STAGES, Experiment
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train import State
+
+Say = Callable[[str], None]
+Record = dict[str, Any]
+
+
+class Stage(Protocol):
+    """A stream of batches, and the evaluations that go with it."""
+
+    steps: int
+
+    def begin(self, setup: Setup, micro_rows: int, start: int, facts: Record) -> None:
+        """Makes everything ready for optimizer step `start`; `facts` are those of the checkpoint, empty without one."""
+
+    def batch_at(self, index: int, state: State) -> Any:
+        """The batch of optimizer step `index`, on the devices."""
+
+    @property
+    def numbers(self) -> Callable[[int, dict[str, float], float], Record] | None:
+        """What else a step's record holds; None where each step trains on as many tokens, and so has a speed."""
+
+    def score(self, state: State, *, last: bool) -> Record:
+        """What an evaluation found."""
+
+    def facts(self, number: int) -> Record:
+        """What a checkpoint keeps beside the state, so that the stream goes on."""
+
+    def total(self) -> Record:
+        """What the launcher's last line tells of the whole stage."""
+
+    def write_sources(self) -> None:
+        """Writes what the stage learns from beside its checkpoints."""
+
+    def close(self) -> None: ...
+
+
+def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
+    """The experiment with the model and vocabulary of the checkpoint that it starts from, and that one's tokenizer."""
+    if not e.start_from:
+        return e, None
+    directory, _ = locate_start(e)
+    before = checkpoint.read_experiment(directory, Experiment)
+    tokenizer = Tokenizer.load(directory.parent / "tokenizer")
+    model = dataclasses.replace(before.model, layer_loop=e.model.layer_loop, remat=e.model.remat)
+    data = dataclasses.replace(e.data, vocab=before.data.vocab)
+    return dataclasses.replace(e, model=model, depth=before.depth, data=data), tokenizer
+
+
+def locate_start(e: Experiment) -> tuple[Path, int]:
+    """Directory and step of the checkpoint that the experiment starts from."""
+    try:
+        return checkpoint.locate(e.start)
+    except UserError as error:
+        stage = Path(e.start.partition("@")[0]).name
+        hint = f"; train that stage first, with --config=...{'' if stage == 'pretrain' else f':{stage}'}"
+        known = stage in STAGES and e.start_from.partition("@")[0] == stage
+        raise UserError(f"{e.stage} starts from {e.start}: {error}{hint if known else ''}") from None
+
+
+def started(setup: Setup, fresh: State) -> State:
+    """A fresh state with the parameters of the checkpoint that it starts from, and its optimizer's moments if asked."""
+    e = setup.experiment
+    directory, step = locate_start(e)
+    params = checkpoint.load_params(directory, step, setup.abstract.params)
+    if not e.warm_optimizer:
+        return fresh._replace(params=params)
+    old = checkpoint.load_optimizer(directory, step, setup.abstract)
+    # Counters start again, so that schedules do; Adam's own count stays, for it says how warm its moments are.
+    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
+
+    def warm(new: Any, before: Any) -> Any:
+        return before if is_adam(new) else (new if new.ndim == 0 else before)
+
+    return fresh._replace(params=params, optimizer=jax.tree.map(warm, fresh.optimizer, old, is_leaf=is_adam))

@@ -1,0 +1,162 @@
+"""What a stage tells: lines and records of its steps, the plan before, samples of its writing."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxchat import metrics, optim
+from jaxchat.compilation import Setup
+from jaxchat.config import UserError, to_json
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request, Tool
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.tools import TOOLS
+from jaxchat.experiment import Experiment
+from jaxchat.model.transformer import flops_per_token, parameter_counts
+from jaxchat.tokenizer import Tokenizer, chat
+from jaxchat.train import State
+
+
+class StepLog:
+    """Turns a step's metrics into a record with speed and utilisation, and remembers the median speed.
+
+    `more` gives further numbers of a step; where a step trains on no fixed number of tokens, it tells no speed.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        peak: float | None,
+        writers: list[metrics.Writer],
+        more: Callable[[int, dict[str, float], float], dict[str, Any]] | None = None,
+    ) -> None:
+        e = setup.experiment
+        self._experiment, self._writers, self._more = e, writers, more
+        self._rate = optim.learning_rate_factor(e.optimizer, e.steps)
+        self._flops = flops_per_token(e.model, e.data.row_length)["total"]
+        self._peak = None if peak is None else peak * setup.mesh.size
+        self._seconds: list[float] = []
+        self.loss: float | None = None
+
+    def __call__(self, number: int, values: dict[str, float], seconds: float) -> None:
+        taken = number - 1 - values["skipped"] + (values["skipped_in_row"] > 0)  # The optimizer counts no other steps.
+        record: dict[str, Any] = {
+            "step": number,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate_factor": float(self._rate(np.float64(taken))),
+        }
+        if self._more is None:
+            speed = self._experiment.batch_tokens / seconds
+            record |= {
+                "tokens": number * self._experiment.batch_tokens,
+                "tokens_per_second": speed,
+                "mfu": None if self._peak is None else speed * self._flops / self._peak,
+            }
+        else:
+            record |= self._more(number, values, seconds)
+        record |= {"seconds": seconds, "skipped": values["skipped"], "memory_bytes": metrics.memory_bytes()}
+        self.loss = values["loss"]
+        self._seconds.append(seconds)
+        for writer in self._writers:
+            writer.write(record)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """By the median step after the first."""
+        if not self._seconds or self._more is not None:
+            return None
+        return round(self._experiment.batch_tokens / float(np.median(self._seconds[1:] or self._seconds)), 1)
+
+    @property
+    def mfu(self) -> float | None:
+        speed = self.tokens_per_second
+        return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
+
+
+def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, say: Callable[[str], None]) -> None:
+    """Answers each prompt greedily, a base model by going on with it, and adds the texts to samples.md.
+
+    What samples.md holds of this step and of later ones, from before a kill, is replaced.
+    """
+    e = setup.experiment
+    if jax.process_count() > 1 or not e.prompts:
+        return
+    shape = Shape(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
+    engine, greedy = Engine(setup.transformer, state.params, tokenizer, shape), SamplingParams(0.0, max_tokens=64)
+    chats = e.stage != "pretrain"
+    prompts = [prompt for prompt in e.prompts if prompt or not chats]
+    if chats:
+        asked = [chat.render([{"role": "user", "content": p}], tokenizer, complete=True).ids for p in prompts]
+        tools: tuple[Tool, ...] = tuple(tool() for tool in TOOLS.values())
+    else:
+        asked, tools = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], ()
+    lines = [f"\n## Step {number}\n"]
+    answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
+    for prompt, (answer,) in zip(prompts, answers):
+        if answer.error:  # A run of hours does not fail for a sample.
+            say(f"warning: no sample for {prompt!r}: {answer.error}")
+            continue
+        text = tokenizer.decode(answer.tokens, keep_specials=True) if chats else answer.text
+        lines.append(f"- **{prompt}**{' ' * chats}{text}\n")
+        say(f"  | {prompt}{' ' * chats}{text}")
+    path = e.stage_directory / "samples.md"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept + lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sampled_step(part: str) -> int:
+    heading = re.match(r"\n## Step (\d+)$", part, flags=re.M)
+    return int(heading[1]) if heading else -1
+
+
+def write_manifests(experiment: Experiment, rows: dict[str, Any]) -> None:
+    """What the run trained on and was scored on, beside its checkpoints."""
+    place = experiment.run_directory / "rows"
+    place.mkdir(parents=True, exist_ok=True)
+    for split, parts in rows.items():
+        manifests = [part.manifest for part in (parts if isinstance(parts, list) else [parts])]
+        (place / f"{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
+
+
+def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[metrics.Writer]:
+    """Writers of the first process; others write nothing."""
+    if jax.process_index():
+        return []
+    writers: list[metrics.Writer] = [terminal, metrics.JsonLines(e.stage_directory / "metrics.jsonl", start)]
+    try:
+        if e.tensorboard:
+            writers.append(metrics.TensorBoard(e.stage_directory / "tensorboard"))
+        if e.wandb:
+            writers.append(metrics.WeightsAndBiases(f"{e.name}/{e.stage}", to_json(e)))
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'jaxchat[{error.name}]'") from None
+    return writers
+
+
+def describe(
+    setup: Setup, micro_rows: int, compile_seconds: float, peak: float | None, say: Callable[[str], None]
+) -> None:
+    """The plan of the run, before it starts."""
+    e, counts = setup.experiment, parameter_counts(setup.experiment.model)
+    flops = flops_per_token(e.model, e.data.row_length)["total"]
+    mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
+    device = setup.mesh.devices.flat[0]
+    say(f"{counts['total']:,} parameters  {flops:.3e} FLOPs a token (6 a matrix parameter + attention, not halved)")
+    each = f"{e.batch_tokens:,} tokens = {e.steps * e.batch_tokens:,} tokens"
+    if e.rl is not None:
+        each = f"{e.rl.update_samples:,} of {e.rl.prompts} prompts x {e.rl.samples} answers, {e.rl.objective}"
+    say(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
+    isolated = "isolated" if e.model.isolate_documents else "not isolated"
+    peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s a device"
+    say(
+        f"{mesh} on {device.device_kind}  {setup.transformer.dtype}  attention xla, documents {isolated}  "
+        f"{peak_text}  compiled in {compile_seconds:.1f} s"
+    )

@@ -1,0 +1,60 @@
+"""Runs in processes of their own, stopped at some moment, and how two of them are compared."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from documents import environment
+
+from jaxchat import checkpoint
+from jaxchat.experiment import Experiment
+from jaxchat.model import Transformer
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("seconds", "sample_seconds", "score_seconds", "train_seconds", "tokens_per_second", "mfu", "memory_bytes")
+
+
+def launch(*arguments):
+    """launch.train in a process of its own."""
+    command = [sys.executable, "-m", "launch.train", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"}, **pipes)
+
+
+def finish(process, status=0):
+    out, err = process.communicate()
+    assert process.returncode == status, err
+    return out, err
+
+
+def send_at(process, path, step, number):
+    """Sends a signal once metrics.jsonl tells of a step."""
+    while process.poll() is None and not (path.exists() and f'"step":{step},' in path.read_text()):
+        time.sleep(0.002)
+    process.send_signal(number)
+
+
+def records(stage):
+    """metrics.jsonl without what a clock decides."""
+    lines = (stage / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def parameters(stage, step=None):
+    """The parameters of a checkpoint, on the host."""
+    experiment = checkpoint.read_experiment(stage, Experiment)
+    step = step or checkpoint.finished_steps(stage)[-1]
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = Transformer(experiment.model).shapes()
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
+    return jax.tree.map(np.asarray, checkpoint.load_params(stage, step, abstract))
+
+
+def assert_same_end(stage, other):
+    assert records(stage) == records(other)
+    assert checkpoint.finished_steps(stage)[-1] == checkpoint.finished_steps(other)[-1]
+    jax.tree.map(np.testing.assert_array_equal, parameters(stage), parameters(other))

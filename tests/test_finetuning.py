@@ -1,0 +1,185 @@
+"""SFT and RL: where they start, what they are scored on, and that a run which was stopped ends as one that was not."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import assert_same_end, finish, launch, parameters, records, send_at
+
+from jaxchat import checkpoint, config, stages
+from jaxchat.config import UserError
+from jaxchat.data.streams import open_rows
+from jaxchat.experiment import Experiment
+
+
+def flags(place: Path, stage: str, name: str = "road", **changes) -> list[str]:
+    """A model of one layer, which knows little."""
+    values = {
+        "config": f"configs/tiny.py:{stage}",
+        "depth": 1,
+        "head_dim": 8,
+        "steps": 4,
+        "batch_tokens": 640,
+        "data.vocab": 400,
+        "data.row_length": 160,
+        "data.workers": 1,
+        "data.cache": place / "cache",
+        "micro_rows": 2,
+        "mesh.data": 2,
+        "save_every": 2,
+        "eval_every": 4,
+        "eval_rows": 4,
+        "directory": place / "runs",
+        "name": name,
+    }
+    if stage != "rl":
+        values["data.train"] = "tinyworld:train:150" if stage == "pretrain" else "tinyworld:chat:60"
+        values["data.val"] = "tinyworld:val:20" if stage == "pretrain" else "tinyworld:chat:20"
+    if stage != "pretrain":
+        values |= {"eval_problems": 4, "eval_tokens": 8}
+    if stage == "rl":
+        values |= {"rl.prompts": 2, "rl.samples": 4, "rl.max_tokens": 8, "rl.epochs": 2, "rl.objective": "ppo"}
+        values |= {"rl.kl": 0.1, "rl.rewards": "brevity", "start_from": "pretrain"}
+    extra = ["--data.epochs"] if stage == "sft" else []
+    return [*(f"--{key}={value}" for key, value in (values | changes).items()), *extra, "--prompts"]
+
+
+def run(place: Path, stage: str, name: str = "road", **changes) -> dict:
+    """One stage in this process."""
+    return stages.run(config.load(flags(place, stage, name, **changes)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A run whose base model is trained."""
+    place = tmp_path_factory.mktemp("road")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parent.parent)
+        run(place, "pretrain")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+
+
+def renamed(place: Path, name: str) -> Path:
+    """Another run with the same base model."""
+    return Path(shutil.copytree(place / "runs/road/pretrain", place / f"runs/{name}/pretrain")).parent
+
+
+def with_base(place: Path, name: str) -> Path:
+    directory = renamed(place, name)
+    shutil.copytree(place / "runs/road/tokenizer", directory / "tokenizer")
+    return directory
+
+
+def test_fine_tuning_starts_from_the_base_model_and_tells_what_it_forgets(place):
+    directory = with_base(place, "tuned")
+    told = run(place, "sft", "tuned")
+    first, *_ = records(directory / "sft")
+    base = [line["val_bpb"] for line in records(directory / "pretrain") if "val_bpb" in line][-1]
+    assert first["step"] == 0 and first["val_bpb"] == pytest.approx(base, rel=1e-6) == told["val_bpb_before"]
+    assert told["val_loss"] < told["val_loss_before"] and "arithmetic_strict" in told
+    assert told["stage"] == "sft" and json.loads((directory / "rows/sft-train.json").read_text())
+    assert (directory / "sft/samples.md").exists() is False, "no prompts were asked for"
+    start = jax.tree.leaves(parameters(directory / "pretrain"))
+    assert any((a != b).any() for a, b in zip(start, jax.tree.leaves(parameters(directory / "sft"))))
+
+
+def test_a_later_stage_takes_the_model_of_where_it_starts(place):
+    with_base(place, "other")
+    told = run(place, "sft", "other", depth=2, steps=2)
+    e = checkpoint.read_experiment(Path(told["checkpoint"]), Experiment)
+    assert e.depth == 1 and e.model.depth == 1
+
+
+def test_without_steps_the_rows_are_taken_once(place):
+    directory = with_base(place, "once")
+    told = run(place, "sft", "once", steps=0)
+    manifest = json.loads((directory / "rows/sft-train.json").read_text())[0]
+    assert told["step"] == max(1, sum(shard["rows"] for shard in manifest["shards"]) // 4)
+    again = run(place, "sft", "once", steps=0)
+    assert again["step"] == told["step"], "and a finished run is not begun again"
+
+
+def test_warm_moments_make_another_first_step(place):
+    with_base(place, "cold"), with_base(place, "warm")
+    cold, warm = (
+        run(place, "sft", name, steps=2, **more) for name, more in (("cold", {}), ("warm", {"warm_optimizer": True}))
+    )
+    assert cold["val_loss_before"] == warm["val_loss_before"] and cold["val_loss"] != warm["val_loss"]
+
+
+def test_a_stage_without_its_start_says_what_to_run(place):
+    with pytest.raises(UserError, match=r"sft starts from .*/nowhere/pretrain: no checkpoint.*train that stage first"):
+        run(place, "sft", "nowhere")
+
+
+def test_rl_gives_every_number_of_a_step(place):
+    with_base(place, "learned")
+    told = run(place, "rl", "learned")
+    steps = [line for line in records(place / "runs/learned/rl") if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        assert line["gap_max"] < 1e-4 and line["answers"] == 8 and line["reward"] == line["reward_brevity"]
+    # The first update of a rollout batch is at the policy that sampled it.
+    for line in steps[::2]:
+        assert line["ratio"] == pytest.approx(1, abs=1e-5) and line["clipped"] == 0
+    assert told["problems"] == 4 and told["val_bpb_before"] > 0 and "arithmetic_strict" in told
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_rl_refuses_steps_that_leave_a_rollout_batch_unfinished(place):
+    with_base(place, "odd")
+    with pytest.raises(UserError, match="steps=3 is not a multiple of the 2 updates"):
+        run(place, "rl", "odd", steps=3)
+
+
+@pytest.mark.parametrize("stage, steps", [("sft", 10), ("rl", 8)])
+def test_killed_runs_end_as_an_uninterrupted_one(place, stage, steps):
+    whole, killed = (with_base(place, f"{stage}-{name}") / stage for name in ("whole", "killed"))
+    finish(launch(*flags(place, stage, f"{stage}-whole", steps=steps)))
+    # In the middle of training, and, in RL, of sampling: a checkpoint is followed by it.
+    process = launch(*flags(place, stage, f"{stage}-killed", steps=steps))
+    send_at(process, killed / "metrics.jsonl", 3, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    process = launch(*flags(place, stage, f"{stage}-killed", steps=steps))
+    while process.poll() is None and not (killed / "checkpoints/4").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    _, err = finish(launch(*flags(place, stage, f"{stage}-killed", steps=steps)))
+    assert "continuing from step" in err
+    assert_same_end(killed, whole)
+
+
+def test_a_signal_waits_for_the_end_of_a_rollout_batch(place):
+    with_base(place, "signalled")
+    stage = place / "runs/signalled/rl"
+    process = launch(*flags(place, "rl", "signalled", steps=8))
+    send_at(process, stage / "metrics.jsonl", 2, signal.SIGTERM)
+    finish(process, 75)
+    assert checkpoint.finished_steps(stage)[-1] % 2 == 0
+
+
+def test_text_among_conversations_is_learned_whole(place):
+    directory = with_base(place, "both")
+    argv = flags(place, "sft", "both", steps=2)
+    at = next(i for i, word in enumerate(argv) if word.startswith("--data.train="))
+    argv[at : at + 1] = ["--data.train", "tinyworld:chat:60", "text:tinyworld:train:50"]
+    at = argv.index("--data.epochs")
+    argv[at : at + 1] = ["--data.epochs", "1", "0.5"]
+    stages.run(config.load(argv))
+    talk, text = json.loads((directory / "rows/sft-train.json").read_text())
+    assert talk["recipe"]["form"] == "chat" and text["recipe"]["form"] == "text"
+    assert talk["trained"] < 0.8 * talk["tokens"] and text["tokens"] > 0
+    found = [path for path in (place / "cache/rows").iterdir() if open_rows(path).manifest["spec"].startswith("text:")]
+    ids_RS, flags_RS = open_rows(found[0]).read([0])
+    assert np.count_nonzero(flags_RS & 2) > 0.9 * ids_RS.size
