@@ -1,4 +1,4 @@
-"""Pictures of runs: training loss and held-out bits per byte over tokens, out of metrics.jsonl."""
+"""Pictures of runs: losses, rewards and scores over tokens or steps, out of metrics.jsonl."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Draws every run's curves into one picture; returns the last held-out score of each."""
+    """Draws every run's curves into one picture, a panel for each measure; returns the last bits per byte of each."""
     try:
         import matplotlib
 
@@ -35,24 +35,22 @@ def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     endings = FigureCanvasBase.get_supported_filetypes()
     if out.suffix[1:].lower() not in endings:
         raise UserError(f"--out={out} is no kind of picture: let it end in one of {', '.join(sorted(endings))}")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    last: dict[str, Any] = {}
-    for directory in directories:
-        records = read_metrics(directory)
-        steps = [r for r in records if "loss" in r]
-        scores = [r for r in records if "val_bpb" in r]
-        tokens = {r["step"]: r["tokens"] for r in steps}
-        left.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], linewidth=0.8, label=str(directory))
-        scored = [r for r in scores if r["step"] in tokens]
-        right.plot(
-            [tokens[r["step"]] for r in scored], [r["val_bpb"] for r in scored], marker="o", label=str(directory)
-        )
-        last[str(directory)] = scores[-1]["val_bpb"] if scores else None
-    left.set(xlabel="training tokens", ylabel="training loss (nats a token)")
-    right.set(xlabel="training tokens", ylabel="held-out bits per byte")
-    left.legend(fontsize="small")
-    for axis in (left, right):
+    runs = {str(directory): read_metrics(directory) for directory in directories}
+    names = measures([record for records in runs.values() for record in records])
+    columns = min(3, max(1, len(names)))
+    size = (5.5 * columns, 4 * -(-len(names) // columns))
+    figure, axes = pyplot.subplots(
+        -(-len(names) // columns), columns, figsize=size, constrained_layout=True, squeeze=False
+    )
+    for axis, name in zip(axes.flat, names):
+        for label, records in runs.items():
+            xs, ys, of = curve(records, name)
+            axis.plot(xs, ys, linewidth=0.8, marker="o" if len(xs) < 50 else None, markersize=3, label=label)
+            axis.set(xlabel=of, ylabel=MEASURES.get(name, name))
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize="small")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110)
@@ -60,4 +58,31 @@ def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
         raise UserError(f"{out} cannot be written ({error.strerror}): name another --out") from None
     finally:
         pyplot.close(figure)
-    return last
+    scores = {label: [r["val_bpb"] for r in records if "val_bpb" in r] for label, records in runs.items()}
+    return {label: found[-1] if found else None for label, found in scores.items()}
+
+
+MEASURES = {
+    "loss": "training loss (nats a token)",
+    "val_loss": "held-out loss (nats a trained token)",
+    "val_bpb": "held-out bits per byte",
+    "reward": "mean reward of an answer",
+    "answer_tokens": "tokens an answer",
+    "entropy": "entropy (nats a token)",
+}
+
+
+def measures(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What there is to draw: the loss of training unless answers were rewarded, and what evaluations found."""
+    found = {name for record in records for name in record}
+    known = [name for name in MEASURES if name in found and (name != "loss" or "reward" not in found)]
+    return known + sorted(name for name in found if name.endswith("_strict"))
+
+
+def curve(records: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[Any], str]:
+    """A measure over training tokens, or over steps where those are not counted; and which of the two."""
+    tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
+    points = [(record["step"], record[name]) for record in records if name in record]
+    if tokens and all(step in tokens or step == 0 for step, _ in points):
+        return [tokens.get(step, 0) for step, _ in points], [y for _, y in points], "training tokens"
+    return [step for step, _ in points], [y for _, y in points], "step"

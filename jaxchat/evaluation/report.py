@@ -1,0 +1,102 @@
+"""report.md: the plan, the scores before and after each stage, curves, samples, time and cost of a whole road."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError
+from jaxchat.evaluation.curves import draw
+
+SCORES = ("val_bpb", "val_loss")  # And whatever ends in _strict, _lenient or holds pass@.
+
+
+def write(
+    place: Path,
+    stages: Sequence[str],
+    progress: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+    dollars_per_hour: float | None = None,
+) -> Path:
+    """Writes report.md and its pictures into a run directory; returns the report's path."""
+    lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
+    lines += ["", *forgetting(stages, progress), "", "## Time", "", *times(stages, progress, dollars_per_hour)]
+    for stage in stages:
+        lines += ["", f"## {stage}", ""]
+        picture = place / "pictures" / f"{stage}.png"
+        try:
+            draw([place / stage], picture)
+            lines += [f"![curves of {stage}](pictures/{picture.name})", ""]
+        except UserError as error:
+            say(f"no picture of {stage}: {error}")
+        lines += last_samples(place / stage / "samples.md")
+    path = place / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    say(f"report: {path}")
+    return path
+
+
+def plan(place: Path, stages: Sequence[str]) -> list[str]:
+    """What each stage was asked to do, out of its experiment.json."""
+    lines = ["## Plan", "", "| stage | model | steps | a step | learns from |", "|---|---|---|---|---|"]
+    for stage in stages:
+        e = json.loads((place / stage / "experiment.json").read_text(encoding="utf-8"))
+        rl, model = e.get("rl"), e["model"]
+        step = f"{e['batch_tokens']:,} tokens" if rl is None else f"{rl['prompts']} prompts x {rl['samples']} answers"
+        source = e["data"]["train"] if rl is None else rl["tasks"]
+        about = f"depth {model['depth']}, width {model['width']}, vocabulary {model['vocab']:,}"
+        lines.append(f"| {stage} | {about} | {e['steps']:,} | {step} | {', '.join(source)} |")
+    return lines
+
+
+def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
+    """A column a stage, a row a measure; of the base model what it scores when it is asked in text."""
+    found = {stage: progress[stage].get("base", {}) | progress[stage]["result"] for stage in stages}
+    names = [name for name in dict.fromkeys(key for result in found.values() for key in result) if _is_score(name)]
+    lines = [f"| | {' | '.join(stages)} |", "|---" * (1 + len(stages)) + "|"]
+    for name in names:
+        told = [found[stage].get(name) for stage in stages]
+        lines.append(f"| {name} | {' | '.join('' if x is None else f'{x:.4f}' for x in told)} |")
+    return lines
+
+
+def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
+    """What happened to the bits per byte of the pretraining text."""
+    base, last = (progress[stage]["result"].get("val_bpb") for stage in (stages[0], stages[-1]))
+    if not base or not last:
+        return ["The bits per byte of the pretraining text were not measured after the last stage."]
+    change = last / base - 1
+    told = f"Bits per byte of the pretraining text went from {base:.4f} to {last:.4f} ({change:+.1%})."
+    if change > 0.05:
+        steps = [f"{s} {progress[s]['result']['val_bpb']:.4f}" for s in stages if progress[s]["result"].get("val_bpb")]
+        told += (
+            f" That is more than 5 percent ({', '.join(steps)}): later stages train on other text at these learning "
+            "rates and nothing holds the old text in place; a lower --optimizer.scale in the stage that lost most, or "
+            "--rl.kl above 0, forgets less."
+        )
+    return [told]
+
+
+def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[str]:
+    """Wall time of every stage over all its starts, and what it cost."""
+    priced = dollars_per_hour is not None
+    lines = [f"| stage | minutes |{' dollars |' * priced}", f"|---|---|{'---|' * priced}"]
+    seconds = {stage: progress[stage]["seconds"] for stage in stages}
+    for stage, took in {**seconds, "all": sum(seconds.values())}.items():
+        cost = f" {took / 3600 * (dollars_per_hour or 0):.2f} |" * priced
+        lines.append(f"| {stage} | {took / 60:.1f} |{cost}")
+    return lines
+
+
+def last_samples(path: Path) -> list[str]:
+    """The newest samples of a stage."""
+    if not path.is_file():
+        return []
+    parts = re.split(r"^## ", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)
+    return [f"Samples, {line}" if i == 0 else line for i, line in enumerate(parts[-1].strip().splitlines())]
+
+
+def _is_score(name: str) -> bool:
+    return name in SCORES or name.endswith(("_strict", "_lenient")) or "_pass@" in name

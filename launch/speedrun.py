@@ -1,0 +1,55 @@
+"""Runs every stage: python -m launch.speedrun --config=configs/tiny.py [--field=value ...] [--sft:field=value ...]
+
+Text to base model, conversations to chat model, rewards to a better one, and runs/NAME/report.md. --field=value goes to
+every stage, --sft:field=value to one. Started again it goes on where it stopped; a stage that is finished stays so.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jaxchat import config, signals
+from jaxchat.config import UserError
+
+ROAD = ("pretrain", "sft", "rl")
+
+
+def stage_arguments(argv: Sequence[str], stage: str) -> list[str]:
+    """The arguments that concern a stage, for launch.train."""
+    kept, mine = [], True
+    for word in argv:
+        if word.startswith("--"):
+            owner, colon, rest = word[2:].partition(":")
+            mine = not (colon and owner in ROAD) or owner == stage
+            word = f"--{rest}" if colon and owner in ROAD else word
+        if mine:
+            kept.append(word)
+    if any(":" in word for word in kept if word.startswith("--config=")):
+        raise UserError("launch.speedrun runs every stage: name the file alone, such as --config=configs/tiny.py")
+    return [f"{word}:{stage}" if word.startswith("--config=") else word for word in kept]
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    price, rest = None, []
+    for word in argv:
+        if word.startswith("--dollars_per_hour="):
+            try:
+                price = float(word.partition("=")[2])
+            except ValueError:
+                raise UserError(f"{word} is not a number of dollars: --dollars_per_hour=2.5") from None
+        else:
+            rest.append(word)
+    try:
+        with signals.raised() as stopped:
+            road = [config.load(stage_arguments(rest, stage), description=__doc__) for stage in ROAD]
+            from jaxchat import compilation, speedrun
+
+            compilation.prepare_backend(road[0])
+            say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+            return speedrun.run(road, stopped, say, dollars_per_hour=price)
+    except signals.Interrupted as stop:
+        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
+        raise SystemExit(75) from None
+
+
+if __name__ == "__main__":
+    config.run(main)

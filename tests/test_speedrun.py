@@ -1,0 +1,92 @@
+"""The whole road in one command: it goes on where it stopped, and its report tells what happened."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import launch.speedrun
+from jaxchat import stages
+from jaxchat.config import UserError
+from jaxchat.evaluation import report
+from launch.speedrun import stage_arguments
+
+
+@pytest.mark.quick
+def test_arguments_go_to_every_stage_or_to_one():
+    argv = ["--config=configs/tiny.py", "--seed=3", "--sft:data.train", "a", "b", "--rl:rl.samples=2", "--name=x"]
+    assert stage_arguments(argv, "pretrain") == ["--config=configs/tiny.py:pretrain", "--seed=3", "--name=x"]
+    assert stage_arguments(argv, "sft")[2:] == ["--data.train", "a", "b", "--name=x"]
+    assert stage_arguments(argv, "rl")[2:] == ["--rl.samples=2", "--name=x"]
+    with pytest.raises(UserError, match="runs every stage"):
+        stage_arguments(["--config=configs/tiny.py:sft"], "sft")
+
+
+def flags(place: Path) -> list[str]:
+    common = {
+        "config": "configs/tiny.py",
+        "depth": 1,
+        "head_dim": 8,
+        "batch_tokens": 640,
+        "data.vocab": 400,
+        "data.row_length": 160,
+        "data.workers": 1,
+        "micro_rows": 2,
+        "mesh.data": 2,
+        "save_every": 2,
+        "eval_every": 2,
+        "eval_rows": 4,
+        "steps": 2,
+        "eval_problems": 4,
+        "eval_tokens": 8,
+        "directory": place / "runs",
+        "pretrain:data.train": "tinyworld:train:150",
+        "pretrain:data.val": "tinyworld:val:20",
+        "sft:data.train": "tinyworld:chat:60",
+        "sft:data.val": "tinyworld:chat:20",
+        "rl:rl.prompts": 2,
+        "rl:rl.samples": 4,
+        "rl:rl.max_tokens": 8,
+    }
+    return [*(f"--{key}={value}" for key, value in common.items()), "--sft:data.epochs", "--prompts", "Hello!"]
+
+
+def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    real, ran = stages.run, []
+
+    def run(experiment, stopped):
+        ran.append(experiment.stage)
+        if ran == ["pretrain", "sft", "rl"]:
+            raise UserError("the machine went away")
+        return real(experiment, stopped)
+
+    monkeypatch.setattr(stages, "run", run)
+    with pytest.raises(UserError, match="went away"):
+        launch.speedrun.main(flags(tmp_path))
+    assert not (tmp_path / "runs/tiny/report.md").exists()
+    before = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
+    told = launch.speedrun.main([*flags(tmp_path), "--dollars_per_hour=36"])
+    assert ran == ["pretrain", "sft", "rl", "rl"], "what is finished is not run again"
+    assert told["pretrain"]["seconds"] == before["pretrain"]["seconds"]
+    assert told["rl"]["step"] == 2 and told["rl"]["seconds"] > before["rl"]["seconds"]
+    text = Path(told["report"]).read_text()
+    for title in ("# tiny", "## Plan", "## Scores", "## Time", "## pretrain", "## sft", "## rl", "**Hello!**"):
+        assert title in text
+    scores = {row.split("|")[1].strip(): row.split("|")[2:5] for row in text.splitlines() if row.startswith("| ")}
+    assert all(re.fullmatch(r" \d\.\d{4} ", cell) for cell in scores["arithmetic_strict"]), "of the base model too"
+    bits = [float(cell) for cell in scores["val_bpb"]]
+    assert bits == pytest.approx([told[stage]["val_bpb"] for stage in ("pretrain", "sft", "rl")], abs=1e-4)
+    seconds = sum(told[stage]["seconds"] for stage in ("pretrain", "sft", "rl"))
+    assert f"| all | {seconds / 60:.1f} | {seconds / 100:.2f} |" in text
+
+
+@pytest.mark.quick
+def test_the_report_says_what_was_forgotten_and_why():
+    def progress(last):
+        return {"pretrain": {"result": {"val_bpb": 1.0}}, "rl": {"result": {"val_bpb": last}}}
+
+    (calm,), (lost,) = (report.forgetting(["pretrain", "rl"], progress(last)) for last in (1.04, 1.2))
+    assert calm == "Bits per byte of the pretraining text went from 1.0000 to 1.0400 (+4.0%)."
+    assert "(+20.0%)" in lost and "more than 5 percent" in lost and "--optimizer.scale" in lost
