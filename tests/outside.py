@@ -34,9 +34,13 @@ class Golden(NamedTuple):
     gradients: dict[str, Array]
 
 
-def read(name: str) -> Golden:
+def read_arrays(name: str) -> dict[str, Array]:
     with np.load(GOLDEN / f"{name}.npz") as file:
-        arrays = {key: file[key] for key in file}
+        return {key: file[key] for key in file}
+
+
+def read(name: str) -> Golden:
+    arrays = read_arrays(name)
     about = json.loads(str(arrays.pop("about")))
 
     def part(prefix: str) -> dict[str, Array]:

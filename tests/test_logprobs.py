@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import recipe
 from jaxchat import compilation, sharding
-from jaxchat.objectives.logprobs import weighted_nll
+from jaxchat.objectives.logprobs import score_tokens, token_logprobs, weighted_nll
 
 VOCAB, PADDED, WIDTH, ROWS, LENGTH = 60, 64, 8, 8, 12
 
@@ -95,6 +95,118 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused() -> None:
         weighted_nll(hidden[:3], head, columns[0][:3], columns[1][:3], vocab=VOCAB, softcap=None)
 
 
+def in_numpy(
+    hidden: Any, head: Any, targets: Any, g: Any, *, vocab: int, softcap: Any, temperature: Any, kept: Any
+) -> Any:
+    """Log-probabilities, entropy, and the gradients of sum(g * log-probability) by hidden and head, in float64."""
+    product = np.einsum("btm,mv->btv", hidden, head[:, :vocab])
+    bent = 0 * product if softcap is None else np.tanh(product / softcap)
+    z = (product if softcap is None else softcap * bent) / temperature
+    hit = np.eye(vocab)[targets]
+    inside = np.ones(z.shape, bool) if kept is None else (kept | (hit == 1))
+    e = np.where(inside, np.exp(z - z.max(axis=-1, keepdims=True, where=inside, initial=-np.inf)), 0)
+    p = e / e.sum(axis=-1, keepdims=True)
+    logprobs = np.log((p * hit).sum(axis=-1))
+    entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
+    slopes = g[..., None] * (hit - p) * (1 - bent**2) / temperature
+    dw = np.zeros(head.shape)
+    dw[:, :vocab] = np.einsum("btm,btv->mv", hidden, slopes)
+    return logprobs, entropy, np.einsum("btv,mv->btm", slopes, head[:, :vocab]), dw
+
+
+def kept_sets(vocab: int) -> np.ndarray:
+    """Random sets of 1 to all tokens, some without the target."""
+    generator = np.random.default_rng(2)
+    return generator.random((ROWS, LENGTH, vocab)) < generator.choice([0.0, 0.1, 0.8, 1.0], (ROWS, LENGTH, 1))
+
+
+def scored(g: Any, targets: Any, **static: Any) -> Any:
+    """The same as `in_numpy` from the chunked operations."""
+
+    def total(hidden: Any, head: Any) -> Any:
+        return jnp.sum(g * token_logprobs(hidden, head, targets, **static))
+
+    def everything(hidden: Any, head: Any) -> Any:
+        logprobs = token_logprobs(hidden, head, targets, **static)
+        again, entropy = score_tokens(hidden, head, targets, **static)
+        return (logprobs, entropy, *jax.grad(total, argnums=(0, 1))(hidden, head)), again
+
+    return jax.jit(everything)
+
+
+CASES = {
+    "plain": (VOCAB, 6.0, 1.0, False),
+    "temperature": (PADDED, None, 0.6, False),
+    "kept": (VOCAB, None, 1.0, True),
+    "all": (VOCAB, 6.0, 1.7, True),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 3e-6)], ids=["f64", "f32"])
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_log_probabilities_and_gradients_equal_numpys(case: str, dtype: Any, tolerance: float) -> None:
+    vocab, softcap, temperature, truncated = CASES[case]
+    hidden, head, targets, g = inputs(softcap, vocab)
+    sets = kept_sets(vocab) if truncated else None
+    expected = in_numpy(hidden, head, targets, g, vocab=vocab, softcap=softcap, temperature=temperature, kept=sets)
+    with jax.enable_x64(dtype == np.float64):
+        static = {"vocab": vocab, "softcap": softcap, "temperature": temperature, "chunk_tokens": 24}
+        if sets is not None:
+            static["kept_BTC"] = jnp.asarray(np.packbits(sets, axis=-1, bitorder="little"))
+        ours, again = scored(g.astype(dtype), targets, **static)(hidden.astype(dtype), head.astype(dtype))
+    np.testing.assert_array_equal(again, ours[0])
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(mine, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+def test_a_kept_set_of_every_token_changes_nothing_and_of_none_leaves_the_target() -> None:
+    hidden, head, targets, g = inputs(6.0, VOCAB)
+    static = {"vocab": VOCAB, "softcap": 6.0, "temperature": 0.5}
+    with jax.enable_x64(True):
+        free, every, none = (
+            scored(g, targets, **static, kept_BTC=kept)(hidden, head)[0]
+            for kept in (None, *(np.full((ROWS, LENGTH, 8), byte, np.uint8) for byte in (255, 0)))
+        )
+    for mine, other in zip(every, free, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-13 * np.abs(other).max())
+    for values in none:  # certain: log 1, no entropy, no gradient
+        np.testing.assert_allclose(values, 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["data", "all"])
+def test_every_mesh_gives_the_same_log_probabilities(name: str) -> None:
+    hidden, head, targets, g = inputs(6.0, VOCAB)
+    sets = kept_sets(VOCAB)
+    expected = in_numpy(hidden, head, targets, g, vocab=VOCAB, softcap=6.0, temperature=0.8, kept=sets)
+    mesh = sharding.make_mesh(sharding.Mesh(*MESHES[name]), rows=ROWS)
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    placed = NamedSharding(mesh, sharding.spec(("embed", "vocab")))
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        columns = (g, targets, np.packbits(sets, axis=-1, bitorder="little"))
+        g, targets, kept = (jax.device_put(column, rows) for column in columns)
+        step = scored(g, targets, vocab=VOCAB, softcap=6.0, temperature=0.8, kept_BTC=kept, chunk_tokens=4)
+        compiled = step.lower(jax.device_put(hidden, rows), jax.device_put(head, placed)).compile()
+        ours, _ = compiled(jax.device_put(hidden, rows), jax.device_put(head, placed))
+    for mine, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-12 * np.abs(other).max())
+    if name == "data":
+        inside, outside = collectives(compiled.as_text())
+        assert outside and not inside, "the head's gradient is summed over devices once"
+
+
+def test_bad_temperatures_and_sets_are_refused() -> None:
+    hidden, head, targets, _ = inputs(None, VOCAB)
+    call = lambda **static: token_logprobs(hidden, head, targets, vocab=VOCAB, softcap=None, **static)  # noqa: E731
+    for temperature in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            call(temperature=temperature)
+    with pytest.raises(ValueError, match=r"kept sets are uint8\[8, 12, 60\], not uint8\[8, 12, 8\]"):
+        call(kept_BTC=np.zeros((ROWS, LENGTH, VOCAB), np.uint8))
+    with pytest.raises(ValueError, match=r"kept sets are bool\[8, 12, 8\], not uint8"):
+        call(kept_BTC=np.zeros((ROWS, LENGTH, 8), bool))
+
+
 def sizes(text: str) -> dict[str, int]:
     """Elements of every array shape that an HLO text names."""
     found = set(re.findall(r"\b(?:pred|bf16|[a-z]\d+)\[([\d,]+)\]", text))
@@ -125,6 +237,22 @@ def test_the_loss_needs_a_fifth_of_the_plain_ones_memory() -> None:
     )
     assert theirs > 4 * 8192 * 65536
     assert 5 * ours < theirs
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_tokens_log_probabilities_hold_no_array_of_all_logits(truncated: bool) -> None:
+    tokens, vocab = 4096, 16384
+    hidden, head, row, g = loss_arguments(tokens, vocab, width=8)
+    kept = [jax.ShapeDtypeStruct((*row.shape, vocab // 8), jnp.uint8)] if truncated else []
+
+    def total(hidden: Any, head: Any, targets: Any, g: Any, sets: Any = None) -> Any:
+        found = token_logprobs(hidden, head, targets, vocab=vocab, softcap=15.0, temperature=0.9, kept_BTC=sets)
+        return jnp.sum(g * found)
+
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(hidden, head, row, g, *kept).compile()
+    largest = max(n for n in sizes(compiled.as_text()).values() if n != tokens * vocab // 8)
+    assert 256 * vocab <= largest < tokens * vocab // 8, "the chunk of logits should be the largest array"
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab
 
 
 def compile_train_step(mesh: sharding.Mesh, batches: int = 1, **dial: Any) -> tuple[Any, int]:
