@@ -152,7 +152,7 @@ BAD = {
     "empty content": (
         {"messages": said(("user", ""), ("assistant", "1"))},
         {"messages": said(("user", "1"), ("assistant", " \n"))},
-        {"messages": said(("user", "1"), ("assistant", None))},
+        {"messages": [*said(("user", "1")), {"role": "assistant", "content": None, "tool_calls": 1.0}]},
         {"messages": said(("user", "1"), ("assistant", []))},
         {"messages": said(("user", "1"), ("assistant", [part("text", "")]))},
         {"messages": said(("user", [{"type": "image"}]), ("assistant", "1"))},
@@ -227,7 +227,7 @@ def test_alpacas_template_is_the_literal_one():
     rows = {
         short: FORMATS["messages"][0],
         long: FORMATS["alpaca"][0],
-        alpaca_prompt("Be kind.\n\nHello"): FORMATS["system beside"][0],
+        alpaca_prompt("Be kind.\n\nHello"): FORMATS["system beside"][0] | {"instruction": "Add."},
     }
     for expected, row in rows.items():
         prompt, answer = read(row, "alpaca")

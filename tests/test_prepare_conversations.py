@@ -6,6 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 from documents import settings, silent, talks, texts, write, write_rows
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from jaxchat.config import UserError
 from jaxchat.data import conversations
@@ -122,6 +125,46 @@ def test_conversations_that_begin_alike_are_held_out_together(tmp_path, tokenize
         begun.append(Counter(messages[0]["content"] for messages in found))
     assert not begun[0].keys() & begun[1].keys()
     assert set(begun[0].values()) == set(begun[1].values()) == {3}
+
+
+word = st.text(min_size=1, max_size=4)
+leaf = st.none() | st.booleans() | st.integers() | st.floats() | word
+names = st.sampled_from(["role", "content", "type", "text"])
+anything = leaf | st.lists(leaf, max_size=3) | st.dictionaries(names, leaf, max_size=3)
+part = st.fixed_dictionaries({"type": st.sampled_from([*chat.PARTS, "image"]), "text": word | anything})
+message = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "function_call", "observation"]) | word,
+        "content": word | st.lists(part, max_size=3) | anything,
+    },
+    optional={"tool_calls": anything},
+)
+question = st.fixed_dictionaries({"role": st.just("user"), "content": word})
+answer = st.fixed_dictionaries({"role": st.just("assistant"), "content": word | st.lists(part, min_size=1, max_size=3)})
+messages = st.lists(st.tuples(question, answer).map(list) | st.lists(message, max_size=2), max_size=3).map(
+    lambda parts: [said for part in parts for said in part]
+)
+field = messages | word | anything
+rows_of_anything = st.fixed_dictionaries({"messages": messages}, optional={"tools": anything, "system": field}) | (
+    st.sampled_from([keys for keys, _ in conversations.FORMATS]).flatmap(
+        lambda keys: st.fixed_dictionaries(
+            dict.fromkeys(keys, field), optional=dict.fromkeys(("input", "system", "tools"), field)
+        )
+    )
+)
+
+
+@given(row=rows_of_anything, form=st.sampled_from(["chat", "alpaca"]))
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_any_row_gives_something_to_learn_or_one_sentence(tokenizer, row, form):
+    try:
+        found = conversations.read(row, form)
+    except chat.Malformed as error:
+        assert "\n" not in str(error)
+        return
+    ids, learned = conversations.render(found, tokenizer, form)
+    assert len(ids) == len(learned)
+    assert any(learned[1:])
 
 
 def test_what_is_none_is_skipped_and_said_with_its_place_once(tmp_path, tokenizer):

@@ -81,7 +81,9 @@ def read(row: Any, form: Form = "chat") -> list[Message]:
     if not messages:
         raise Malformed("no assistant turn", "nobody answers")
     chat.check(messages)
-    return _as_alpaca(row, messages) if form == "alpaca" else messages
+    if form == "chat":
+        return messages
+    return _as_alpaca(messages, _alpaca_fields(row)[:2] if reader is _read_alpaca else None)
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, form: Form = "chat") -> Rendered:
@@ -208,9 +210,7 @@ def _pair(asked: Any, answer: Any) -> list[Message]:
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
     """What a row says besides its messages: the system's words, and descriptions of tools."""
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
-        tools = [tools]
+    tools = [row["tools"]] if isinstance(row.get("tools"), str) and row["tools"] else _list(row.get("tools"))
     described = [tool if isinstance(tool, str) else json.dumps(tool, ensure_ascii=False) for tool in tools]
     texts = [_text(row.get("system")), "\n".join(["You can call these tools:", *described]) if described else ""]
     said = "\n\n".join(filter(None, texts))
@@ -253,7 +253,7 @@ def _assistant_parts(role: str, content: Any, message: Mapping[str, Any]) -> lis
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         return [{"type": kind, "text": text}]
     parts = [*content] if isinstance(content, list) else [{"type": "text", "text": _text(content)}]
-    for call in message.get("tool_calls") or []:
+    for call in _list(message.get("tool_calls")):
         function = call.get("function", call) if isinstance(call, Mapping) else call
         parts.append({"type": "python", "text": json.dumps(function, ensure_ascii=False)})
     return parts
@@ -276,6 +276,10 @@ def _simplest(parts: list[Any], index: int) -> Any:
     return said[0]["text"] if len(said) == 1 and _ends({"content": said}) == "text" else said
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _text(content: Any) -> str:
     """A text; nothing but spaces is none, and parts of text are one."""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
@@ -283,13 +287,11 @@ def _text(content: Any) -> str:
     return content if isinstance(content, str) and content.strip() else ""
 
 
-def _as_alpaca(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """One exchange in Alpaca's literal template; a system message opens the instruction."""
+def _as_alpaca(messages: list[Message], fields: tuple[str, str] | None) -> list[Message]:
+    """One exchange in Alpaca's literal template; a system message opens the instruction, or the user's words are it."""
     *before, asked, answer = messages
     if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
         raise Malformed("several turns", f"{len(messages)} messages, where Alpaca's template has one answer")
-    instruction, given = asked["content"], ""
-    if "instruction" in row:
-        instruction, given, _ = _alpaca_fields(row)
+    instruction, given = fields or (asked["content"], "")
     instruction = "\n\n".join([*(message["content"] for message in before), instruction])
     return [{"role": "user", "content": alpaca_prompt(instruction, given)}, answer]
