@@ -16,7 +16,7 @@ from jaxchat.experiment import Experiment
 from jaxchat.rollouts import RL
 
 DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=1_024, row_length=256, head_dim=64, windows="L")
-DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=60)
+DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=40)
 QUESTIONS = ("Where does Mia live?", "What is 7 + 5?", "Tom has 9 apples. He gives Mia 4. How many are left?")
 
 
@@ -40,6 +40,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
             epochs=(1.0, 0.1),
             val=("tinyworld:chat",),
             scale=0.5,
+            eval_every=250,
             steps=dial.steps,
             prompts=QUESTIONS,
             tasks=("arithmetic",),

@@ -2,7 +2,8 @@
 
 The October 2025 family at the configuration's depth, with random weights and vocabulary 4,096 unless given; on a CPU in
 float32. train: 8 rows of 512 tokens, AdamW on every parameter. decode: greedy answers to --prompt_tokens at each of
---batch_sizes, with and without the cache, a dispatch a token beside chunks, and speculation.
+--batch_sizes, with and without the cache, a dispatch a token beside chunks, and speculation. rl: rollouts a second, all
+in flight together, a prompt at a time and a sample at a time.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ DEFAULTS = {
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    benchmarks = {"train": train, "decode": decode}
+    benchmarks = {"train": train, "decode": decode, "rl": rl}
     if argv and argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nOne of {', '.join(benchmarks)}; its options: python -m launch.bench train --help")
         raise SystemExit(0)
@@ -48,6 +49,15 @@ def decode(argv: list[str]) -> dict[str, object]:
     from jaxchat.benchmarks.train import level_field
 
     bench, experiment = _read(benchmark.Bench, argv, {"dtype": "float32"} if "--peer=transformers" in argv else {})
+    level_field(experiment, bench.threads, devices=1)
+    return benchmark.run(experiment, bench)
+
+
+def rl(argv: list[str]) -> dict[str, object]:
+    from jaxchat.benchmarks import rl as benchmark
+    from jaxchat.benchmarks.train import level_field
+
+    bench, experiment = _read(benchmark.Bench, argv, {})
     level_field(experiment, bench.threads, devices=1)
     return benchmark.run(experiment, bench)
 

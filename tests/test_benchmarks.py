@@ -6,7 +6,7 @@ import pytest
 from outside import OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
 
 from configs import recipe
-from jaxchat.benchmarks import train
+from jaxchat.benchmarks import rl, train
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.sharding import Mesh
@@ -52,6 +52,15 @@ def test_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"jaxchat\[interop\]"):
         train.run(experiment(), train.Bench(peer="transformers"))
+
+
+def test_rollouts_of_three_ways_are_timed_in_one_run() -> None:
+    small = rl.Bench(prompts=2, samples=2, prompt_tokens=4, decode_tokens=6, chunk=2, slots=4, repeats=1, single=2)
+    result = rl.run(experiment(), small)
+    for way in ("prompt", "sample"):
+        told = result["rollouts_per_second"] / result[f"a_{way}_at_a_time"]
+        assert result[f"ratio_to_a_{way}_at_a_time"] == pytest.approx(told, rel=0.02)
+    assert 1 <= result["answer_tokens"] <= 6
 
 
 def test_unknown_benchmark_is_refused() -> None:

@@ -136,6 +136,23 @@ def test_rl_gives_every_number_of_a_step(place):
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, settings, most",
+    [
+        ("drawn", {"rl.temperature": 0.7, "rl.top_k": 9, "rl.top_p": 0.8}, (1e-4, 1e-4)),
+        ("halved", {"dtype": "bfloat16", "rl.top_p": 0.9}, (5e-3, 5e-2)),
+    ],
+)
+def test_sampler_and_trainer_agree_on_what_was_kept(place, name, settings, most):
+    with_base(place, name)
+    run(place, "rl", name, steps=2, eval_every=0, **{"rl.epochs": 1, "rl.max_tokens": 24} | settings)
+    steps = [line for line in records(place / f"runs/{name}/rl") if "loss" in line]
+    assert len(steps) == 2
+    for line in steps:
+        assert 0 < line["gap_mean"] < most[0] and line["gap_p99"] < most[1] and np.isfinite(line["gap_max"])
+        assert 0 < line["entropy"] < np.log(400 * 0.9), "of what was kept"
+
+
 def test_rl_refuses_steps_that_leave_a_rollout_batch_unfinished(place):
     with_base(place, "odd")
     with pytest.raises(UserError, match="steps=3 is not a multiple of the 2 updates"):
