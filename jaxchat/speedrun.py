@@ -32,21 +32,22 @@ def run(
     for number, e in enumerate(road, 1):
         progress = _read(place)
         known = progress.get(e.stage, {})
-        if known.get("finished") and checkpoint.finished_steps(e.stage_directory):
+        wanted = e.steps or known.get("result", {}).get("step")
+        if known.get("finished") and checkpoint.finished_steps(e.stage_directory)[-1:] == [wanted]:
             say(f"== {e.stage} ({number} of {len(road)}) is finished")
             continue
         say(f"== {e.stage} ({number} of {len(road)})")
         start = time.monotonic()
         try:
-            result = stages.run(e, stopped)
-            known = {"finished": True, "result": result}
-            if e.stage == "pretrain":
-                known["base"] = score_base(e, road[-1], say)
+            known = {"finished": True, "result": stages.run(e, stopped)}
         finally:
             known["seconds"] = round(progress.get(e.stage, {}).get("seconds", 0.0) + time.monotonic() - start, 1)
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / PROGRESS, progress | {e.stage: known})
     progress = _read(place)
+    if "base" not in progress[road[0].stage]:
+        progress[road[0].stage]["base"] = score_base(road[0], road[-1], say)
+        write_json(place / PROGRESS, progress)
     path = report.write(place, [e.stage for e in road], progress, say=say, dollars_per_hour=dollars_per_hour)
     return {
         **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in road},
