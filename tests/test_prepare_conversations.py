@@ -229,6 +229,14 @@ def test_any_change_that_matters_makes_other_rows(tmp_path, tokenizer):
     assert place(epochs=(3.0,)) == place(weights=(2.0,)) == place(workers=2) == places[0]
 
 
+def test_the_villages_talk_is_conversations_without_exception(tmp_path, tokenizer):
+    data = talk_settings("tinyworld:chat:60", val=("tinyworld:chat:20",))
+    for split, count in (("train", 60), ("val", 20)):
+        (rows,) = prepared(data, tokenizer, tmp_path, split)
+        assert (rows.manifest["documents"], rows.manifest["skipped"], rows.manifest["too_long"]) == (count, {}, 0)
+        assert len(segments_of([rows])) == count
+
+
 def test_a_tokenizer_can_be_trained_on_conversations(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", talks(200))
     data = talk_settings(path, val_fraction=0.2)
