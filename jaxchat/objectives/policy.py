@@ -25,11 +25,9 @@ class Policy:
             that sampled: "token" p / old, "sequence" its geometric mean over the trained tokens of the sequence (GSPO),
             "sequence_sum" the ratio of whole sequences (RLOO).
         clip_low, clip_high: the ratio r is clipped to 1 - clip_low .. 1 + clip_high, and the loss is
-            -min(r A, clip(r) A) (PPO, arXiv 1707.06347); null for no bound.
-        dual_clip: where A < 0, r A is at least dual_clip * A (arXiv 1912.09729); null for no bound.
+            -min(r A, clip(r) A) (PPO, arXiv 1707.06347); None for no bound.
+        dual_clip: where A < 0, r A is at least dual_clip * A (arXiv 1912.09729); None for no bound.
         aggregate: how tokens are averaged, see `advantages.token_weights`.
-        kl: beta of the penalty beta * KL(policy || reference), see `advantages.kl_to_go`.
-        overlong_cushion: tokens over which `advantages.soft_overlong` falls; 0 for no such penalty.
         drop_equal_groups: prompts whose rewards are all equal are replaced by others (DAPO's dynamic sampling).
     """
 
@@ -39,8 +37,6 @@ class Policy:
     clip_high: float | None = 0.2
     dual_clip: float | None = None
     aggregate: Aggregate = "token_mean"
-    kl: float = 0.0
-    overlong_cushion: int = 0
     drop_equal_groups: bool = False
 
     def __post_init__(self) -> None:
@@ -54,8 +50,6 @@ class Policy:
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1 + clip_high={self.clip_high}")
         if self.ratio == "sequence_sum" and self.aggregate != "sequence_mean":
             raise ValueError(f"ratio=sequence_sum weighs sequences alike: aggregate={self.aggregate} cannot be")
-        if not 0 <= self.kl < float("inf") or self.overlong_cushion < 0:
-            raise ValueError(f"kl={self.kl} and overlong_cushion={self.overlong_cushion} must not be negative")
 
 
 OBJECTIVES: Mapping[str, Policy] = {
