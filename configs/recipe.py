@@ -162,7 +162,9 @@ def sft(
 
     Learning rates are those of pretraining times `scale`, nanochat's 0.8 unless told otherwise; no weight decay.
     """
-    data = dataclasses.replace(base.data, train=train, val=val, format="chat", epochs=epochs, weights=())
+    data = dataclasses.replace(
+        base.data, train=train, val=val, format="chat", epochs=epochs, weights=(), packing="best_fit"
+    )
     return dataclasses.replace(
         base,
         stage="sft",

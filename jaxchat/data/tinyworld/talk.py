@@ -55,8 +55,7 @@ def worked_with_calculator(problem: Problem) -> list[Message]:
     parts: list[Message] = []
     for left, operation, right, result in _STEP.findall(problem.solution):
         parts.append({"type": "python", "text": f"{left} {operation} {right}"})
-        # Division gives the calculator's numbers a point: 16 / 2 is 8.0.
-        parts.append({"type": "python_output", "text": f"{result}.0" if operation == "/" else result})
+        parts.append({"type": "python_output", "text": result})
     return [*parts, {"type": "text", "text": f"The answer is {problem.answer}."}]
 
 
