@@ -1,11 +1,26 @@
-"""Every test runs on eight virtual CPU devices, with rank promotion an error and compiled programs kept on disk."""
+"""Every test runs on eight virtual CPU devices, with rank promotion an error and compiled programs kept on disk.
 
+Programs are compiled without the compiler's costly passes, which halves the time of the suite: tests hold relations, and
+small programs run fast enough as they are. A test of what the compiler makes asks for the fixture `optimized`.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Programs as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

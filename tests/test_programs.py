@@ -14,6 +14,8 @@ from jaxchat.decode import programs
 from jaxchat.decode.sampling import History, Level, SamplingParams, pack
 from jaxchat.model import Transformer
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 B, LENGTH, VOCAB = 2, 256, 320
 
 

@@ -96,6 +96,7 @@ def test_micro_batches_on_eight_devices_give_the_gradient_of_one() -> None:
     small.assert_close(gradient("all", micro=2), gradient("one"), 1e-10)
 
 
+@functools.cache
 def start(name: str) -> tuple[Any, Any, Any]:
     """The compiled program that makes a fresh state on a mesh, its placements, and the state's shapes."""
     transformer = Transformer(model())
@@ -107,14 +108,18 @@ def start(name: str) -> tuple[Any, Any, Any]:
         return jax.jit(make, out_shardings=placed).lower(jax.random.key(0)).compile(), placed, shapes
 
 
+@functools.cache
+def local() -> Any:
+    """A fresh state on one device."""
+    transformer = Transformer(model())
+    return jax.jit(functools.partial(init_state, transformer, muon_adamw(transformer, jnp.float32)))(jax.random.key(7))
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_a_state_made_sharded_equals_the_local_one_bit_for_bit(name: str) -> None:
-    transformer = Transformer(model())
-    tx = muon_adamw(transformer, jnp.float32)
-    local = jax.jit(functools.partial(init_state, transformer, tx))(jax.random.key(7))
     compiled, placed, _ = start(name)
     made = compiled(jax.random.key(7))
-    jax.tree.map(np.testing.assert_array_equal, made, local)
+    jax.tree.map(np.testing.assert_array_equal, made, local())
     jax.tree.map(lambda leaf, wanted: leaf.sharding.is_equivalent_to(wanted, leaf.ndim) or pytest.fail(), made, placed)
 
 
