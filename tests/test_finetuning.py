@@ -159,7 +159,7 @@ def test_rl_refuses_steps_that_leave_a_rollout_batch_unfinished(place):
         run(place, "rl", "odd", steps=3)
 
 
-@pytest.mark.parametrize("stage, steps", [("sft", 10), ("rl", 8)])
+@pytest.mark.parametrize("stage, steps", [pytest.param("sft", 10, marks=pytest.mark.slow), ("rl", 8)])
 def test_killed_runs_end_as_an_uninterrupted_one(place, stage, steps):
     whole, killed = (with_base(place, f"{stage}-{name}") / stage for name in ("whole", "killed"))
     finish(launch(*flags(place, stage, f"{stage}-whole", steps=steps)))

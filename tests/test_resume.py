@@ -135,6 +135,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_of_eight_devices_goes_on_with_one_two_and_four(place, tmp_path, seen):
     sizes = {"head_dim": 4, "keep": 3}
     run(place, "eight", **sizes, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
