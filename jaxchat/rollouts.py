@@ -21,7 +21,7 @@ from jaxchat.data.packing import best_fit
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.decode.tools import TOOLS
+from jaxchat.decode.tools import named_tools
 from jaxchat.objectives import advantages
 from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.tasks import load_task
@@ -247,7 +247,7 @@ class RolloutStream:
     def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
         rl = self._rl
         sampling = SamplingParams(rl.temperature, top_k=rl.top_k, top_p=rl.top_p, max_tokens=rl.max_tokens, seed=seed)
-        tools = [TOOLS[name]() for name in task.tools]
+        tools = named_tools(task.tools)
         return Request(prompt, sampling, n=rl.samples, tools=tools, keep_sets=rl.truncates)
 
     def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:

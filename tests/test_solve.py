@@ -10,6 +10,7 @@ import pytest
 import small
 from letters import Letters
 
+from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.solve import pass_at_k, solve
@@ -68,6 +69,44 @@ def test_what_cannot_be_judged_or_asked_is_counted_and_wrong(engine):
     solved = solve(engine, Broken(), [*PROBLEMS, long], n=2, sampling=WARM, log=said.append)
     assert solved.errors == 2 * (3 + 1 + 1) and len(said) == 1 and "10 of 14 answers to judge" in said[0]
     assert solved.strict == 4 / 14
+
+
+def test_a_problem_that_cannot_be_asked_harms_no_other(engine):
+    spoken = Problem([{"role": "assistant", "content": "1"}], "3", kind="a")
+    said = []
+    mixed = solve(engine, Judge(), [PROBLEMS[0], spoken, PROBLEMS[2]], n=2, sampling=WARM, log=said.append)
+    plain = solve(engine, Judge(), [PROBLEMS[0], PROBLEMS[1], PROBLEMS[2]], n=2, sampling=WARM)
+    assert [record.error is None for record in mixed.records] == [True, True, False, False, True, True]
+    assert [r.text for r in mixed.records if r.error is None] == [r.text for r in plain.records if r.problem != 1]
+    assert mixed.errors == 2 and "2 of 6 answers to judge could not be judged" in said[0]
+
+
+@pytest.mark.parametrize("gives", [None, True, (True,), ("yes", "no"), "no", (float("nan"), True), (1, 2)], ids=repr)
+def test_what_is_no_score_counts_as_an_error_and_not_as_right(engine, gives):
+    class Odd(Judge):
+        def score(self, problem, text):
+            return gives
+
+    said = []
+    solved = solve(engine, Odd(), PROBLEMS[:1], sampling=WARM, log=said.append)
+    assert (solved.errors, solved.strict, solved.lenient, len(said)) == (1, 0, 0, 1)
+    assert f"it gave {gives!r}, and no Score" in solved.records[0].error
+
+
+def test_a_tool_that_there_is_not_and_no_answers_are_refused(engine):
+    class Baker(Judge):
+        tools = ("calculator", "oven")
+
+    with pytest.raises(UserError, match="there is no tool 'oven': name calculator"):
+        solve(engine, Baker(), PROBLEMS, sampling=WARM)
+    with pytest.raises(UserError, match="n=0 answers"):
+        solve(engine, Judge(), PROBLEMS, n=0, sampling=WARM)
+
+
+def test_no_problems_are_no_answers(engine):
+    solved = solve(engine, Judge(), [], n=2, sampling=WARM)
+    assert (solved.strict, solved.errors, solved.records, dict(solved.by_kind)) == (0, 0, (), {})
+    assert solved.pass_at == {1: (0, 0), 2: (0, 0)}
 
 
 @pytest.mark.quick

@@ -70,3 +70,22 @@ def test_nobody_asks_what_is_kept_for_the_test(talk):
                     if part["type"] == "python":
                         left, operation, right = part["text"].split()
                         assert partition(*Step(int(left), operation, int(right)).key) == "train"
+    said = "\n".join(str(message["content"]) for messages in talk for message in messages)
+    steps = re.findall(r"(\d+) ([-+*/]) (\d+)", said)
+    assert len(steps) > 800
+    assert all(partition(*Step(int(left), operation, int(right)).key) == "train" for left, operation, right in steps)
+    spelled = {word.replace("-", "") for word in re.findall(r"\b\w(?:-\w)+\b", said)}
+    assert len(spelled) > 80 and all(partition("spelling", word) == "train" for word in spelled)
+
+
+def test_the_calculator_is_asked_in_the_order_of_the_question(talk):
+    copied = 0
+    for messages in talk:
+        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+            numbers = re.findall(r"\d+", asked["content"])
+            if isinstance(answered["content"], list) and numbers:
+                first, *others = [part["text"] for part in answered["content"] if part["type"] == "python"]
+                called = re.findall(r"\d+", first) + [re.findall(r"\d+", call)[1] for call in others]
+                assert called == numbers, asked
+                copied += 1
+    assert copied > 150

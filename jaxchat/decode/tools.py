@@ -4,9 +4,11 @@ import ast
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jaxchat.config import UserError
 
 MOST_CHARACTERS = 256
 MOST_DEPTH = 32
@@ -25,8 +27,9 @@ _UNARY: Mapping[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub:
 
 @dataclass(frozen=True)
 class Calculator:
-    """Arithmetic, and `"text".count("part")`, between the python tokens, as nanochat's calculator answers them, but that
-    a whole number has no point: 48 / 2 is 24, as in the solutions of GSM8K.
+    """Arithmetic, and `"text".count("part")`, between the python tokens, as nanochat's calculator answers them.
+
+    But a whole number has no point: 48 / 2 is 24, as in the solutions of GSM8K.
 
     Numbers, + - * / // % ** with small exponents and parentheses; commas within numbers are read over. Anything else,
     and anything too long, too deep or too large, gets no answer.
@@ -91,3 +94,10 @@ def _bounded(value: int | float) -> int | float:
 
 
 TOOLS = {"calculator": Calculator}
+
+
+def named_tools(names: Sequence[str]) -> list[Calculator]:
+    """The tools of these names; raises UserError for a name of none."""
+    if unknown := [name for name in names if name not in TOOLS]:
+        raise UserError(f"there is no tool {unknown[0]!r}: name {' or '.join(TOOLS)}, or none")
+    return [TOOLS[name]() for name in names]

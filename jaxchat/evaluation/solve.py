@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.requests import Completion, Request, Tool
+from jaxchat.decode.sample import refused
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.decode.tools import TOOLS
+from jaxchat.decode.tools import named_tools
 from jaxchat.tasks import Problem, Score, Task
 from jaxchat.tokenizer import chat
 
@@ -68,14 +70,25 @@ def solve(
 ) -> Solved:
     """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line.
 
-    Problem i is asked with seed + i, so its answers depend on no other problem.
+    Problem i is asked with seed + i, so its answers depend on no other problem. A problem that cannot be asked, and an
+    answer that cannot be judged, count as wrong, and how many there are is said.
+
+    Raises:
+        UserError: n is less than 1, or the task calls a tool that there is not.
     """
-    requests = [
-        _request(engine, task, problem, n, replace(sampling, seed=sampling.seed + i), style)
-        for i, problem in enumerate(problems)
-    ]
+    if n < 1:
+        raise UserError(f"n={n} answers to a problem are too few: ask for 1 or more")
+    tools = named_tools(task.tools)
+    asked: list[Request | UserError] = []
+    for i, problem in enumerate(problems):
+        try:
+            asked.append(_request(engine, problem, n, replace(sampling, seed=sampling.seed + i), style, tools))
+        except UserError as error:
+            asked.append(error)
+    answered = iter(engine.generate([request for request in asked if isinstance(request, Request)]))
     records = []
-    for number, (problem, answers) in enumerate(zip(problems, engine.generate(requests))):
+    for number, (problem, request) in enumerate(zip(problems, asked)):
+        answers = next(answered) if isinstance(request, Request) else [refused(request)]
         # A request that cannot be run has one answer, an error, for all its samples.
         answers = answers if len(answers) == n else answers * n
         records += [_judge(task, problem, answer, number, i) for i, answer in enumerate(answers)]
@@ -84,10 +97,12 @@ def solve(
     return _summary(problems, records, n)
 
 
-def _request(engine: Engine, task: Task, problem: Problem, n: int, sampling: SamplingParams, style: Style) -> Request:
+def _request(
+    engine: Engine, problem: Problem, n: int, sampling: SamplingParams, style: Style, tools: Sequence[Tool]
+) -> Request:
     if style == "chat":
         prompt = chat.render(problem.messages, engine.tokenizer, complete=True).ids
-        return Request(prompt, sampling, n=n, tools=[TOOLS[name]() for name in task.tools])
+        return Request(prompt, sampling, n=n, tools=tools)
     prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question + " ")]
     return Request(prompt, replace(sampling, stop=("\n",)), n=n)
 
@@ -96,8 +111,10 @@ def _judge(task: Task, problem: Problem, answer: Completion, number: int, sample
     error, score = answer.error, Score(False, False)
     if error is None:
         try:
-            strict, lenient = task.score(problem, answer.text)
-            score = Score(bool(strict), bool(lenient))
+            found = task.score(problem, answer.text)
+            if not isinstance(found, tuple) or len(found) != 2 or not all(part in (False, True) for part in found):
+                raise ValueError(f"it gave {found!r}, and no Score")
+            score = Score(*map(bool, found))
         except Exception as failure:  # A task is the user's code; what it cannot judge is not right.
             error = f"the task {task.name} failed on {answer.text[:80]!r}: {failure}"
     return Record(number, sample, answer.text, *score, len(answer.tokens), answer.finish_reason, error)

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -41,9 +42,12 @@ def _own(path: Path, name: str) -> Task:
     """A class of a file of the user's."""
     if not path.is_file():
         raise UserError(f"there is no file {path} with a task in it")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not name:
+        raise UserError(f"which task of {path}? name its class: {path}:CLASS")
+    spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look up the module that they are made in.
     try:
         spec.loader.exec_module(module)
         task: Task = getattr(module, name)()

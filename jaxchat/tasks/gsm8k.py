@@ -63,10 +63,9 @@ class GSM8K:
 
 def judge(answer: str, text: str) -> tuple[bool, bool]:
     """Whether the number after the last #### is the answer, and whether that one or else the last number is."""
-    finals = _FINAL.findall(text)
+    finals, value = _FINAL.findall(text), read_number(answer)
     strict = bool(finals) and same_number(finals[-1], answer)
-    found = last_number(text)
-    return strict, strict or (found is not None and same_number(found, answer))
+    return strict, strict or (value is not None and last_number(text) == value)
 
 
 def final_answer(solution: str) -> str | None:

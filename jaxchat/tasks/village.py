@@ -5,12 +5,14 @@ import re
 from functools import cache
 
 from jaxchat.data import tinyworld
+from jaxchat.data.tinyworld.english import number_word
 from jaxchat.data.tinyworld.problems import Kind
-from jaxchat.tasks.numbers import last_number, same_number
+from jaxchat.tasks.numbers import last_number, read_number
 from jaxchat.tasks.task import Problem, Score, Split
 
 COUNTS = {"train": 8_000, "test": 2_048}
-_FINAL = re.compile(r"The answer is ([^.]+)\.$")
+_NUMBER = re.compile(r"The answer is (\d{1,9})\.$")
+_WORD = re.compile(r"The answer is (\w+)\.$")
 
 
 class Arithmetic:
@@ -24,9 +26,9 @@ class Arithmetic:
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict wants the text to end with "The answer is N."; lenient takes the last number."""
-        final, last = _FINAL.search(text.rstrip()), last_number(text)
-        strict = final is not None and same_number(final[1], problem.answer)
-        return Score(strict, strict or (last is not None and same_number(last, problem.answer)))
+        final, right = _NUMBER.search(text.rstrip()), read_number(problem.answer)
+        strict = final is not None and int(final[1]) == right
+        return Score(strict, strict or last_number(text) == right)
 
 
 class Spelling:
@@ -40,9 +42,8 @@ class Spelling:
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict wants the village's own sentence; lenient the answer as the last word."""
-        words = re.findall(r"[\w-]+", text)
+        words, final = re.findall(r"[\w-]+", text), _WORD.search(text.rstrip())
         last = bool(words) and words[-1] == problem.answer
-        final = _FINAL.search(text.rstrip())
         if "-" in problem.answer:
             return Score(text.rstrip().endswith(f"is spelled {problem.answer}."), last)
         return Score(final is not None and final[1] == problem.answer, last)
@@ -63,9 +64,16 @@ class Facts:
         ]
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Strict wants the value in the first sentence; lenient anywhere."""
-        value = problem.answer.lower()
-        return Score(value in text.partition(".")[0].lower(), value in text.lower())
+        """Strict wants the value in the first sentence; lenient anywhere. Whole words count: 8 is not in 38."""
+        value = problem.answer
+        ways = (value, number_word(int(value))) if value.isdecimal() else (value,)
+        first, whole = _words(text.partition(".")[0]), _words(text)
+        return Score(*(any(_words(way) in told for way in ways) for told in (first, whole)))
+
+
+def _words(text: str) -> str:
+    """The words of a text in small letters, with a space around each."""
+    return " ".join(["", *re.findall(r"[\w'-]+", text.lower()), ""])
 
 
 @cache

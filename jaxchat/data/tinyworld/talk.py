@@ -34,7 +34,7 @@ _STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
 
 def conversation(split: str, index: int, seed: int = 0) -> list[Message]:
-    """Conversation `index` of `train` or `val`: begun again until its first words fall on that side."""
+    """Conversation `index` of `train` or `val`: written again until its words fall on that side."""
     if split not in CONVERSATIONS:
         raise ValueError(f"split={split!r} is neither 'train' nor 'val'")
     rng = seeded("conversation", seed, split, index)
