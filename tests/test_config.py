@@ -17,6 +17,7 @@ import launch.bench
 import launch.chat
 import launch.plot
 import launch.prepare
+import launch.speedrun
 import launch.tokenizer
 import launch.train
 from jaxchat import config
@@ -274,6 +275,7 @@ HELP = {
     "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
+    "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--model.depth", "--seed"]),
 }
 
 
@@ -287,7 +289,7 @@ def test_help_names_the_fields(name, capsys):
     assert all(field in out for field in fields)
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench"])
+@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench", "speedrun"])
 def test_help_without_a_configuration_says_which_there_are(name, capsys):
     with pytest.raises(SystemExit) as stop:
         HELP[name][0].main(["--help"])

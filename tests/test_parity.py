@@ -48,8 +48,8 @@ def run(model: Transformer, params: Any, golden: Golden) -> Results:
     batch = {"tokens": tokens, "targets": targets, "weights": weights, "segments": segments}
 
     def mean(params: Any) -> jax.Array:
-        total, weight = likelihood(model)(params, batch)
-        return total / weight
+        found = likelihood(model)(params, batch)
+        return found.total / found.weight
 
     logits = jax.jit(lambda p: model.logits(p, model.apply(p, tokens)[0]))(params)
     return Results(np.asarray(logits), *jax.jit(jax.value_and_grad(mean))(params))

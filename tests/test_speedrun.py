@@ -52,6 +52,7 @@ def flags(place: Path) -> list[str]:
     return [*(f"--{key}={value}" for key, value in common.items()), "--sft:data.epochs", "--prompts", "Hello!"]
 
 
+@pytest.mark.slow
 def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     real, ran = stages.run, []
