@@ -105,6 +105,17 @@ def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
     assert len(engine.prefixes) == 0
 
 
+def test_a_short_prompt_takes_its_share_of_a_long_remembered_text() -> None:
+    """The text lies in a longer row than the prompt gets."""
+    config = small.october2025()
+    engine = make(config)
+    ask(engine, prompt(280), keep=True)
+    short = (*prompt(280)[:40], 5, 9, 2)
+    answer = ask(engine, short)
+    assert engine.prompt_stats.remembered == 40
+    assert_most_likely(config, short, answer)
+
+
 def test_memory_for_prefixes_is_bounded() -> None:
     engine = make(small.october2025(depth=1), dataclasses.replace(SHAPE, remembered_bytes=75_000))
     for seed in range(4):

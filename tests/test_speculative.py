@@ -81,6 +81,26 @@ def test_speculation_changes_no_token(config: Any, guesser: str) -> None:
         assert stats.chunks - before == np.ceil(full), "a model that guesses itself is always right"
 
 
+@pytest.mark.parametrize("guesser", ["lookup", "stranger"])
+def test_what_is_remembered_holds_no_guess(guesser: str) -> None:
+    engine = make(JULY, draft=drafts(JULY)[guesser])
+    seen = [answer.tokens[20:40] for (answer,) in plain(JULY).generate(requests()[:4])]
+    asked = [
+        Request(one.prompt, dataclasses.replace(one.sampling, stop_tokens=tokens[i : i + 1]), keep=True)
+        for i, (one, tokens) in enumerate(zip(requests(), seen))
+    ]
+    answers = [answer for (answer,) in engine.generate(asked)]
+    assert len(engine.prefixes) == 4
+    for tokens, cache in engine.prefixes._held.items():
+        assert cache.length_B.tolist() == [len(tokens)]
+        assert cache.last_B.tolist() == [tokens[-1]]
+    longer = [Request([*one.prompt, *answer.tokens, 7], one.sampling) for one, answer in zip(asked, answers)]
+    before = engine.prompt_stats.remembered
+    again = engine.generate(longer)
+    assert engine.prompt_stats.remembered > before
+    assert [one.tokens for (one,) in again] == [one.tokens for (one,) in plain(JULY).generate(longer)]
+
+
 def test_penalties_tools_and_likely_tokens_go_on_without_guesses() -> None:
     asked = [
         Request([1, 2, 3] * 5, SamplingParams(0.0, frequency_penalty=2.0, max_tokens=30)),

@@ -150,8 +150,7 @@ def decode(
 def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
     """A cache whose row `row` begins with the first `length` positions of the single row of `source`."""
     zero = jnp.zeros((1,), jnp.int32)
-    cache = seat(cache, source, zero, row[None])
-    return cache._replace(length_B=cache.length_B.at[row].set(length), last_B=cache.last_B.at[row].set(last))
+    return seat(cache, source._replace(length_B=length[None], last_B=last[None]), zero, row[None])
 
 
 def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:

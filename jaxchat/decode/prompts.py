@@ -114,7 +114,8 @@ class Reader:
         for row, remembered in enumerate(found):
             if remembered is not None:
                 done[row], source = remembered
-                cache = self._recall(cache, source, np.int32(row), done[row], prompts[row][done[row] - 1])
+                length, last = np.int32(done[row]), np.int32(prompts[row][done[row] - 1])
+                cache = self._recall(cache, source, np.int32(row), length, last)
         logits_RV = jnp.zeros((self.rows, self.transformer.config.vocab), jnp.float32)
         for size in plan.pieces:
             tokens_RT, positions_RT = np.zeros((self.rows, size), np.int32), np.full((self.rows, size), -1, np.int32)

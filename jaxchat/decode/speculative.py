@@ -155,12 +155,16 @@ def verify(
     given_BT = jnp.where(step_T < count_B[:, None], chosen_BT, -1)
     slot_BT = jnp.where(given_BT >= 0, positions_BT + 1, at.text_BL.shape[1])
     text_BL = at.text_BL.at[jnp.arange(B)[:, None], slot_BT].set(given_BT, mode="drop")
-    cache = cache._replace(last_B=jnp.where(at.paused_B, cache.last_B, before_B))
-    draft_cache = at.draft_cache
-    if draft_cache is not None:
-        draft_cache = draft_cache._replace(last_B=jnp.where(at.paused_B, draft_cache.last_B, before_B))
+    draft_cache = None if at.draft_cache is None else _take_back(at.draft_cache, at.paused_B, position_B, before_B)
+    cache = _take_back(cache, at.paused_B, position_B, before_B)
     after = Round(token_B, position_B, at.paused_B | stopped_B, cache, draft_cache, text_BL)
     return after, Steps(given_BT, logprob_BT, drawn_BT)
+
+
+def _take_back(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax.Array) -> Cache:
+    """A cache without the guesses that did not stand: what it holds of them will be written again."""
+    length_B, last_B = (jnp.where(paused_B, old, new) for old, new in zip(cache[1:], (length_B, last_B), strict=True))
+    return cache._replace(length_B=length_B, last_B=last_B)
 
 
 def speculate(
