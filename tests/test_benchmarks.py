@@ -1,4 +1,5 @@
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from outside import OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
 
 from configs import recipe
-from jaxchat.benchmarks import rl, train
+from jaxchat.benchmarks import decode, rl, train
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.sharding import Mesh
@@ -66,3 +67,17 @@ def test_rollouts_of_three_ways_are_timed_in_one_run() -> None:
 def test_unknown_benchmark_is_refused() -> None:
     with pytest.raises(UserError, match="train"):
         bench.main(["trian"])
+
+
+def test_decoding_with_and_without_the_cache_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxchat.benchmarks.cache.FEW", 4)
+    monkeypatch.setattr("jaxchat.benchmarks.cache.MANY", 16)
+    sizes: dict[str, Any] = {"batch_sizes": (2,), "prompt_tokens": 8, "decode_tokens": 6, "chunk": 3, "lengths": (7,)}
+    asked = decode.Bench(**sizes, repeats=1, temperature=0.7, top_p=0.9, speculative=False)
+    result = decode.run(experiment(), asked)
+    (batch,), (cache,) = result["batches"], result["cache"]
+    assert batch["rows"] == 2
+    assert batch["tokens_per_second"] > 0
+    assert cache["tokens"] == 7
+    assert cache["equal"]
+    assert result["prefixes"]["stored"] == [4, 16]

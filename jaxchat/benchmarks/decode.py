@@ -4,6 +4,7 @@ Both sides answer the same prompts greedily, from the same weights, in alternati
 roofline is the bytes that a step must read, over what a large copy reads in that time on this machine.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,31 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import metrics
+from jaxchat.benchmarks.cache import cache_curve, stored_prefixes
+from jaxchat.benchmarks.engines import generate, make_engine, prompts, random_weights
 from jaxchat.benchmarks.train import check_peer, machine, peer_config, say, state_dict, versions
-from jaxchat.config import UserError
-from jaxchat.decode.engine import Engine, Shape
-from jaxchat.decode.requests import Request
-from jaxchat.decode.sampling import PRESETS, SamplingParams
+from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Model, Transformer
-
-BOS = 0
-
-
-class Ids:
-    """A tokenizer of a model that was never trained: ids have no text."""
-
-    bos, specials = BOS, {"<|bos|>": BOS}
-
-    def encode(self, text: str) -> list[int]:
-        raise UserError("a benchmark's model has no text")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return ""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b""
 
 
 @dataclass(frozen=True)
@@ -52,7 +35,7 @@ class Bench:
         prompt_tokens: tokens of each prompt.
         decode_tokens: tokens of each answer.
         chunk: decoding steps a dispatch.
-        sampling: how tokens are chosen; a peer compares greedy ones only.
+        temperature, top_k, top_p: how tokens are chosen; a peer compares greedy ones only.
         repeats: how often each side answers; medians are reported.
         threads: on a CPU, how many cores either side may use.
         lengths: answer lengths at which decoding with the cache is set beside decoding without it.
@@ -64,7 +47,9 @@ class Bench:
     prompt_tokens: int = 64
     decode_tokens: int = 128
     chunk: int = 16
-    sampling: Literal["greedy", "plain", "course"] = "greedy"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     repeats: int = 5
     threads: int = 2
     lengths: tuple[int, ...] = (32, 64, 128, 256)
@@ -74,8 +59,12 @@ class Bench:
         counts = (self.prompt_tokens, self.decode_tokens, self.chunk, self.repeats, self.threads, *self.batch_sizes)
         if min(*counts, *self.lengths) < 1:
             raise ValueError("batch_sizes, prompt_tokens, decode_tokens, chunk, repeats and lengths must be at least 1")
-        if self.peer != "none" and self.sampling != "greedy":
-            raise ValueError(f"--peer={self.peer} compares greedy tokens: leave --sampling=greedy")
+        if self.peer != "none" and self.temperature:
+            raise ValueError(f"--peer={self.peer} compares greedy tokens: leave --temperature=0")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_k, self.top_p, ignore_end=True)
 
 
 def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
@@ -89,7 +78,8 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
     weights = random_weights(transformer, experiment.seed)
     peer = None if bench.peer == "none" else Peer(config, weights, bench.threads)
     batches = [one_size(transformer, weights, bench, rows, bandwidth, peer) for rows in bench.batch_sizes]
-    cache = cache_curve(transformer, weights, bench)
+    few = {"prompt_tokens": bench.prompt_tokens, "chunk": bench.chunk, "repeats": max(3, bench.repeats // 2)}
+    cache = cache_curve(transformer, weights, bench.lengths, bench.sampling, **few)
     report: dict[str, Any] = {
         "tokens_per_second": batches[-1]["tokens_per_second"],
         "peer_tokens_per_second": batches[-1]["peer_tokens_per_second"],
@@ -97,12 +87,20 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
         "roofline_fraction": batches[-1]["roofline_fraction"],
         "batches": batches,
         "cache": cache,
+        "prefixes": stored_prefixes(
+            transformer,
+            weights,
+            prompt_tokens=bench.prompt_tokens,
+            decode_tokens=bench.decode_tokens,
+            chunk=bench.chunk,
+            repeats=4 * bench.repeats,
+        ),
         "copy_bytes_per_second": round(bandwidth),
         "peak_memory_bytes": metrics.memory_bytes(),
         "prompt_tokens": bench.prompt_tokens,
         "decode_tokens": bench.decode_tokens,
         "chunk": bench.chunk,
-        "sampling": bench.sampling,
+        "sampling": {"temperature": bench.temperature, "top_k": bench.top_k, "top_p": bench.top_p},
         "model": {
             "depth": config.depth,
             "width": config.width,
@@ -123,28 +121,13 @@ def _dtype(experiment: Experiment) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def random_weights(transformer: Transformer, seed: int) -> Any:
-    """Weights of ordinary size everywhere; fresh ones have zeros in them, which make every token alike."""
-    generator = np.random.default_rng(seed)
-
-    def draw(leaf: Any) -> np.ndarray:
-        scale = 1.0 if leaf.ndim < 2 else max(leaf.shape[-2:]) ** -0.5
-        return (scale * generator.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree.map(draw, transformer.shapes())
-
-
-def prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
-    return np.random.default_rng(rows).integers(1, vocab, (rows, tokens)).tolist()
-
-
 def one_size(
     transformer: Transformer, weights: Any, bench: Bench, rows: int, bandwidth: float, peer: Any
 ) -> dict[str, Any]:
     """Time to the first token, a token, and all of them, at one batch size."""
     vocab = transformer.config.vocab
     asked = prompts(vocab, rows, bench.prompt_tokens)
-    params = SamplingParams(**PRESETS[bench.sampling], max_tokens=bench.decode_tokens, ignore_end=True)  # type: ignore[arg-type]
+    params = dataclasses.replace(bench.sampling, max_tokens=bench.decode_tokens)
     length = bench.prompt_tokens + bench.decode_tokens
     engine = make_engine(transformer, weights, length=length, slots=rows, steps=bench.chunk)
     single = make_engine(transformer, weights, length=length, slots=rows, steps=1)
@@ -192,15 +175,6 @@ def one_size(
     }
 
 
-def make_engine(transformer: Transformer, weights: Any, **shape: Any) -> Engine:
-    speculation = shape.pop("speculation", None)
-    return Engine(transformer, weights, Ids(), Shape(**shape, adapt=False), speculation=speculation)  # type: ignore[arg-type]
-
-
-def generate(engine: Engine, asked: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:
-    return [answer for (answer,) in engine.generate([Request(prompt, params) for prompt in asked])]
-
-
 def step_bytes(transformer: Transformer, rows: int, length: int) -> int:
     """Bytes that one decoding step must read: every matrix once, and each row's keys and values so far."""
     config, size = transformer.config, jnp.dtype(transformer.dtype).itemsize
@@ -227,57 +201,6 @@ def copy_bandwidth() -> float:
         copy(source).block_until_ready()
         best = max(best, 2 * size / (time.perf_counter() - start))
     return best
-
-
-def cache_curve(transformer: Transformer, weights: Any, bench: Bench) -> list[dict[str, Any]]:
-    """Seconds for answers of several lengths, with the cache and with a forward pass over the whole text a token."""
-    (prompt,) = prompts(transformer.config.vocab, 1, bench.prompt_tokens)
-    curve = []
-    for count in bench.lengths:
-        engine = make_engine(transformer, weights, length=bench.prompt_tokens + count, slots=1, steps=bench.chunk)
-        params = SamplingParams(0.0, max_tokens=count, ignore_end=True)
-        naive = Naive(transformer, engine.params)
-        answer, (slow,) = naive(prompt, count), generate(engine, [prompt], params)
-        seconds: dict[str, list[float]] = {"cached": [], "naive": []}
-        for _ in range(max(3, bench.repeats // 2)):
-            start = time.perf_counter()
-            generate(engine, [prompt], params)
-            middle = time.perf_counter()
-            naive(prompt, count)
-            seconds["cached"].append(middle - start)
-            seconds["naive"].append(time.perf_counter() - middle)
-        cached, without = (statistics.median(values) for values in seconds.values())
-        say(f"{count} tokens: cached {cached:.3f} s, naive {without:.3f} s")
-        curve.append(
-            {
-                "tokens": count,
-                "cached_seconds": round(cached, 5),
-                "naive_seconds": round(without, 5),
-                "ratio": round(without / cached, 2),
-                "equal": tuple(answer) == slow.tokens,
-            }
-        )
-    return curve
-
-
-class Naive:
-    """Greedy decoding without a cache: each token costs a compiled forward pass over the text so far."""
-
-    def __init__(self, transformer: Transformer, params: Any) -> None:
-        def step(params: Any, ids_1T: jax.Array, size: jax.Array) -> jax.Array:
-            hidden_1TM, _ = transformer.apply(params, ids_1T)
-            last_11M = jax.lax.dynamic_slice_in_dim(hidden_1TM, size - 1, 1, axis=1)
-            return jnp.argmax(transformer.logits(params, last_11M)[0, 0])
-
-        self._params, self._step = params, jax.jit(step)
-
-    def __call__(self, prompt: Sequence[int], count: int) -> list[int]:
-        ids = list(prompt)
-        for _ in range(count):
-            padded_1T = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
-            padded_1T[0, : len(ids)] = ids
-            ids.append(int(self._step(self._params, padded_1T, len(ids))))
-        return ids[len(prompt) :]
 
 
 PERIOD = 32

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat import metrics
-from jaxchat.benchmarks.decode import Ids, prompts, random_weights
+from jaxchat.benchmarks.engines import Ids, prompts, random_weights
 from jaxchat.benchmarks.train import machine, say, versions
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion, Request
