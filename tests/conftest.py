@@ -1,7 +1,7 @@
 """Every test runs on eight virtual CPU devices, with rank promotion an error and compiled programs kept on disk.
 
-Programs are compiled without the compiler's costly passes, which halves the time of the suite: tests hold relations, and
-small programs run fast enough as they are. A test of what the compiler makes asks for the fixture `optimized`.
+Programs are compiled without the compiler's costly passes, which saves a third of the suite's time: tests hold
+relations, and small programs run fast enough as they are. A test of what the compiler makes asks for `optimized`.
 """
 
 from collections.abc import Iterator

@@ -230,6 +230,7 @@ def compile_gradient(nll: Any, arguments: list[Any]) -> Any:
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_loss_needs_a_fifth_of_the_plain_ones_memory() -> None:
     arguments = loss_arguments(tokens=8192, vocab=65536, width=32)
     ours, theirs = (
@@ -265,6 +266,7 @@ def compile_train_step(mesh: sharding.Mesh, batches: int = 1, **dial: Any) -> tu
         return compilation.lower_step(setup, rows).compile(), rows * length * vocab
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_the_train_step_holds_no_array_of_all_logits(batches: int) -> None:
     compiled, logits = compile_train_step(sharding.Mesh(1), batches)
