@@ -12,6 +12,7 @@ from letters import Letters
 
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.solve import pass_at_k, solve
 from jaxchat.model import Transformer
@@ -48,13 +49,17 @@ def test_all_together_answer_as_one_by_one(engine):
     assert sum(together.finish_reasons.values()) == 18
 
 
-def test_a_base_model_goes_on_after_the_question(engine):
+def test_a_base_model_goes_on_after_the_question():
     asked = []
-    fake = SimpleNamespace(
-        tokenizer=TOKENIZER, generate=lambda requests: asked.extend(requests) or engine.generate(requests)
-    )
-    solve(fake, Judge(), PROBLEMS[:1], sampling=WARM, style="text")
-    assert asked[0].prompt == [0, *TOKENIZER.encode("1 ")] and asked[0].sampling.stop == ("\n",)
+
+    def generate(requests):
+        asked.extend(requests)
+        return [[Completion(" Three", (1, 2), (), (), (), finish_reason="stop")]]
+
+    fake = SimpleNamespace(tokenizer=TOKENIZER, generate=generate)
+    solved = solve(fake, Judge(), PROBLEMS[:1], sampling=WARM, style="text")
+    assert asked[0].prompt == [0, *TOKENIZER.encode("1")] and asked[0].sampling.stop == ("\n",)
+    assert solved.records[0].text == "Three", "the space between question and answer is neither's"
 
 
 def test_what_cannot_be_judged_or_asked_is_counted_and_wrong(engine):

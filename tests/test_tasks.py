@@ -161,7 +161,7 @@ def test_arithmetic_has_a_thousand_test_problems_with_numbers_that_training_neve
         ("1 + 12", (False, False)),  # The call 1 + 1 and its answer 2.
         ("The answer is 12 + 7.", (False, False)),
         ("The answer is 12 or 13.", (False, False)),
-        ("The answer is 12.\n", (True, True)),
+        ("The answer is 12. \n", (True, True)),
         ("The answer is 12. I think.", (False, True)),
         ("The answer is 112.", (False, False)),
         ("The answer is 12.0.", (False, True)),

@@ -91,6 +91,8 @@ def solve(
         answers = next(answered) if isinstance(request, Request) else [refused(request)]
         # A request that cannot be run has one answer, an error, for all its samples.
         answers = answers if len(answers) == n else answers * n
+        if style == "text":
+            answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]
         records += [_judge(task, problem, answer, number, i) for i, answer in enumerate(answers)]
     if failed := [record for record in records if record.error]:
         log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
@@ -103,7 +105,8 @@ def _request(
     if style == "chat":
         prompt = chat.render(problem.messages, engine.tokenizer, complete=True).ids
         return Request(prompt, sampling, n=n, tools=tools)
-    prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question + " ")]
+    # No space at the end: a token that begins a word holds the space before it.
+    prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question)]
     return Request(prompt, replace(sampling, stop=("\n",)), n=n)
 
 
