@@ -69,6 +69,7 @@ MEASURES = {
     "reward": "mean reward of an answer",
     "answer_tokens": "tokens an answer",
     "entropy": "entropy (nats a token)",
+    "kl": "KL to the start (nats an answer)",
 }
 
 
