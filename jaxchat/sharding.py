@@ -106,7 +106,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RUL
 def batch_shards() -> int:
     """In how many parts the mesh that is set splits a batch."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    return 1 if mesh.empty else shards(mesh)
 
 
 def device_count() -> int:
@@ -136,6 +136,16 @@ def _ways(mesh: Any, entry: str | Sequence[str] | None) -> int:
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Rows, the first axis, split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def shards(mesh: Any) -> int:
+    """In how many parts a mesh splits a batch."""
+    return _ways(mesh, BATCH)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

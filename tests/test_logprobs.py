@@ -128,7 +128,7 @@ def scored(g: Any, targets: Any, **static: Any) -> Any:
 
     def everything(hidden: Any, head: Any) -> Any:
         logprobs = token_logprobs(hidden, head, targets, **static)
-        again, entropy = score_tokens(hidden, head, targets, **static)
+        again, entropy, _ = score_tokens(hidden, head, targets, **static)
         return (logprobs, entropy, *jax.grad(total, argnums=(0, 1))(hidden, head)), again
 
     return jax.jit(everything)

@@ -25,6 +25,15 @@ class _Shape(NamedTuple):
     temperature: float = 1.0
 
 
+class TokenScores(NamedTuple):
+    """Of every target, (B, T): its log-probability and the entropy of the distribution, in nats, and whether no other
+    token is more probable."""
+
+    logprob_BT: jax.Array
+    entropy_BT: jax.Array
+    greedy_BT: jax.Array
+
+
 def weighted_nll(
     hidden_BTM: jax.Array,
     head_MV: jax.Array,
@@ -78,8 +87,8 @@ def score_tokens(
     temperature: float = 1.0,
     kept_BTC: jax.Array | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """What `token_logprobs` gives, and the entropy of the same distribution, both (B, T) in nats; no gradient flows."""
+) -> TokenScores:
+    """What `token_logprobs` gives, with more about the same distribution; no gradient flows."""
     shape, kept_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, kept_BTC, chunk_tokens)
     h_SBTM, w_MV, targets_SBT = jax.lax.stop_gradient((_sharded(hidden_BTM), head_MV, _sharded(targets_BT)))
 
@@ -89,11 +98,12 @@ def score_tokens(
         norm = jax.nn.logsumexp(z, axis=-1)
         log_p = z - norm[..., None]
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
-        return (), (_pick(z, targets) - norm, entropy)
+        target = _pick(z, targets)
+        return (), TokenScores(target - norm, entropy, target >= z.max(axis=-1))
 
     chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, kept_SBTC))
-    logprobs, entropy = jax.lax.scan(step, (), chunks)[1]
-    return _whole(logprobs).reshape(targets_BT.shape), _whole(entropy).reshape(targets_BT.shape)
+    scores = jax.lax.scan(step, (), chunks)[1]
+    return jax.tree.map(lambda x: _whole(x).reshape(targets_BT.shape), scores)
 
 
 def _prepare(

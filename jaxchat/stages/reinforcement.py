@@ -118,7 +118,7 @@ def scorer(setup: Setup) -> Score:
             softcap=transformer.config.softcap,
             temperature=rl.temperature,
             kept_BTC=columns.get("kept"),
-        )
+        )[:2]
 
     compiled = jax.jit(score)
 

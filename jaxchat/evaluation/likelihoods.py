@@ -1,0 +1,285 @@
+"""How likely continuations are after their contexts: batched by length, what several share computed once."""
+
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import sharding
+from jaxchat.decode import programs
+from jaxchat.model.transformer import Params, Transformer
+from jaxchat.objectives.logprobs import score_tokens
+
+BATCH_TOKENS = {"cpu": 2048, "gpu": 65536, "tpu": 65536}
+SHORTEST = 32  # The shortest row; there is no gain in shorter ones.
+IN_FLIGHT = 2
+
+
+class Item(NamedTuple):
+    """Tokens that are given, one at least, and those whose probability is asked for, one at least."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Scored(NamedTuple):
+    """Of a continuation: the log-probability of each token in nats, (tokens,) in float32; whether each is the most
+    likely one; and how many tokens of context and continuation did not fit and were not read, from the first.
+    """
+
+    logprobs: np.ndarray
+    greedy: bool
+    truncated: int
+
+
+@dataclass
+class _Row:
+    """Tokens to read, where a prediction is wanted and of what, and whose it is: item, and where in its answer."""
+
+    tokens: list[int]
+    at: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    owners: list[tuple[int, int]] = field(default_factory=list)
+
+
+class _Tree(NamedTuple):
+    """A context that several items share, and those items' numbers."""
+
+    context: list[int]
+    items: list[int]
+
+
+class Scorer:
+    """Scores items in batches of one compiled shape for each length; a score does not depend on its company.
+
+    Of a context and continuation of more than `length` + 1 tokens, the last `length` + 1 are taken. Items whose context
+    is equal share its reading: where the continuations are single tokens (letters), one row answers all of them;
+    otherwise the context's keys and values are computed once and each continuation is read after a copy of them. With a
+    mesh, rows are split over its batch axes.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        params: Params,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        length: int,
+        batch_tokens: int | None = None,
+    ) -> None:
+        if length < 1 or (batch_tokens is not None and batch_tokens < 1):
+            raise ValueError(f"length={length} and batch_tokens={batch_tokens} must be at least 1")
+        self.transformer, self.length, self._mesh = transformer, length, mesh
+        self._batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 2048)
+        whole = None if mesh is None else sharding.replicated(mesh)
+        self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
+        self._rows = jax.jit(functools.partial(score_rows, transformer), out_shardings=whole)
+        self._trees = jax.jit(functools.partial(score_trees, transformer), out_shardings=whole)
+        self.load(params)
+
+    def load(self, params: Params) -> None:
+        """Scores with these parameters from now on."""
+        with self._on_mesh():
+            self._params = self._unstack(params)
+
+    def __call__(self, items: Sequence[Item]) -> list[Scored]:
+        """The items' scores, in their order."""
+        found = dict(self.stream(items))
+        return [found[i] for i in range(len(items))]
+
+    def stream(self, items: Sequence[Item]) -> Iterator[tuple[int, Scored]]:
+        """Each item's number and score, as they become known.
+
+        Raises:
+            ValueError: an item has no context, or no continuation.
+        """
+        cut = [self._fit(item) for item in items]
+        rows, trees = _share([item for item, _ in cut])
+        answers = [np.zeros(len(item.continuation), np.float32) for item, _ in cut]
+        missing, greedy = [len(item.continuation) for item, _ in cut], [True] * len(cut)
+        batches = self._row_batches(rows), self._tree_batches(trees, [item for item, _ in cut])
+        for owners, logprobs, most_likely in self._run(batches):
+            for (number, place), logprob, likeliest in zip(owners, logprobs, most_likely):
+                answers[number][place] = logprob
+                greedy[number] &= bool(likeliest)
+                missing[number] -= 1
+                if not missing[number]:
+                    yield number, Scored(answers[number], greedy[number], cut[number][1])
+
+    def _fit(self, item: Item) -> tuple[Item, int]:
+        """What is read of an item, and how many tokens are not."""
+        context, continuation = list(item.context), list(item.continuation)
+        if not context or not continuation:
+            raise ValueError("an item needs a context and a continuation of at least one token each")
+        over = max(len(context) + len(continuation) - self.length - 1, 0)
+        if over < len(context):
+            return Item(context[over:], continuation), over
+        beyond = over - len(context) + 1  # One token stays as the context of the rest.
+        return Item(continuation[beyond - 1 : beyond], continuation[beyond:]), over
+
+    def _run(self, batches: Iterable[Iterator[Any]]) -> Iterator[tuple[list[Any], np.ndarray, np.ndarray]]:
+        """Results in order, the device always a batch ahead."""
+        flying: deque[Any] = deque()
+        for kind in batches:
+            for program, owners, arrays in kind:
+                with self._on_mesh():
+                    flying.append((owners, program(self._params, *map(self._put, arrays))))
+                if len(flying) > IN_FLIGHT:
+                    yield _landed(*flying.popleft())
+        while flying:
+            yield _landed(*flying.popleft())
+
+    def _row_batches(self, rows: list[_Row]) -> Iterator[Any]:
+        shape = lambda row: (self._size(len(row.tokens)), _wide(len(row.at)))  # noqa: E731
+        for (T, N), some in _grouped(sorted(rows, key=shape, reverse=True), shape, lambda T, N: self._count(T)):
+            B = self._count(T)
+            tokens_BT, at_BN, targets_BN = (np.zeros((B, n), np.int32) for n in (T, N, N))
+            owners = []
+            for b, row in enumerate(some):
+                tokens_BT[b, : len(row.tokens)] = row.tokens
+                at_BN[b, : len(row.at)], targets_BN[b, : len(row.at)] = row.at, row.targets
+                owners += [(b, n, owner) for n, owner in enumerate(row.owners)]
+            yield self._rows, owners, (tokens_BT, at_BN, targets_BN)
+
+    def _tree_batches(self, trees: list[_Tree], items: Sequence[Item]) -> Iterator[Any]:
+        def shape(tree: _Tree) -> tuple[int, int, int]:
+            longest = max(len(items[i].continuation) for i in tree.items)
+            return self._size(len(tree.context) - 1), _power(len(tree.items), 2), _wide(longest)
+
+        for (T, K, C), some in _grouped(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
+            B = self._tree_count(T, K, C)
+            context_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+            read_BKC, targets_BKC = (np.zeros((B, K, C), np.int32) for _ in range(2))
+            owners = []
+            for b, tree in enumerate(some):
+                length_B[b] = len(tree.context) - 1
+                context_BT[b, : length_B[b]] = tree.context[:-1]
+                for k, number in enumerate(tree.items):
+                    answer = list(items[number].continuation)
+                    read_BKC[b, k, : len(answer)] = [tree.context[-1], *answer[:-1]]
+                    targets_BKC[b, k, : len(answer)] = answer
+                    owners += [(b, k * C + c, (number, c)) for c in range(len(answer))]
+            yield self._trees, owners, (context_BT, length_B, read_BKC, targets_BKC)
+
+    def _size(self, tokens: int) -> int:
+        """The length of the row that `tokens` are read in: a power of two, or one and a half of it."""
+        power = _power(tokens, SHORTEST)
+        return min(power * 3 // 4 if tokens <= power * 3 // 4 and power > SHORTEST else power, max(self.length, 1))
+
+    def _count(self, T: int) -> int:
+        """Rows of a batch: as many as its tokens allow, in equal shares for the mesh."""
+        shards = 1 if self._mesh is None else sharding.shards(self._mesh)
+        return max(self._batch_tokens // T // shards, 1) * shards
+
+    def _tree_count(self, T: int, K: int, C: int) -> int:
+        # Copies of a context cost memory and time, but less than reading it again.
+        return self._count(max(T, K * (T + C) // 4))
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        if self._mesh is None:
+            return jnp.asarray(array)
+        placed = sharding.by_rows(self._mesh)
+        return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+def score_rows(
+    transformer: Transformer, params: Params, tokens_BT: jax.Array, at_BN: jax.Array, targets_BN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities (B, N) of targets after positions `at_BN` of rows, and whether no token is more likely."""
+    hidden_BTM, _ = transformer.apply(params, tokens_BT)
+    hidden_BNM = jnp.take_along_axis(hidden_BTM, at_BN[..., None], axis=1)
+    return _scores(transformer, params, hidden_BNM, targets_BN)
+
+
+def score_trees(
+    transformer: Transformer,
+    params: Params,
+    context_BT: jax.Array,
+    length_B: jax.Array,
+    read_BKC: jax.Array,
+    targets_BKC: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same, (B, K * C), of K continuations of each of B contexts, whose `length_B` tokens are read once.
+
+    `read_BKC` holds what is read after the context: its last token and the continuation without its last.
+    """
+    (B, T), (_, K, C) = context_BT.shape, read_BKC.shape
+    positions_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], jnp.arange(T)[None], -1)
+    cache = programs.empty(transformer, B, T + C, max(T, C))
+    _, cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=cache)
+    assert cache is not None
+    copies = programs.place(jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), cache))
+    after_NC = jnp.repeat(length_B, K)[:, None] + jnp.arange(C)[None]
+    hidden_NCM, _ = transformer.apply(params, read_BKC.reshape(B * K, C), positions_BT=after_NC, cache=copies)
+    hidden_BNM = hidden_NCM.reshape(B, K * C, -1)
+    return _scores(transformer, params, hidden_BNM, targets_BKC.reshape(B, K * C))
+
+
+def _scores(transformer: Transformer, params: Params, hidden_BNM: jax.Array, targets_BN: jax.Array) -> Any:
+    c, head = transformer.config, transformer.head(params)
+    scores = score_tokens(hidden_BNM, head, targets_BN, vocab=c.vocab, softcap=c.softcap)
+    return scores.logprob_BT, scores.greedy_BT
+
+
+def _share(items: Sequence[Item]) -> tuple[list[_Row], list[_Tree]]:
+    """Which items are read alone or together in one row, and which after a common context."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, item in enumerate(items):
+        groups.setdefault(tuple(item.context), []).append(number)
+    rows, trees = [], []
+    for context, numbers in groups.items():
+        if all(len(items[number].continuation) == 1 for number in numbers):
+            at = [len(context) - 1] * len(numbers)
+            targets = [items[number].continuation[0] for number in numbers]
+            rows.append(_Row(list(context), at, targets, [(number, 0) for number in numbers]))
+        elif len(numbers) > 1 and len(context) > SHORTEST // 2:
+            trees.append(_Tree(list(context), numbers))
+        else:
+            rows += [_row(items[number], number) for number in numbers]
+    return rows, trees
+
+
+def _row(item: Item, number: int) -> _Row:
+    answer, start = list(item.continuation), len(item.context) - 1
+    places = list(range(len(answer)))
+    return _Row([*item.context, *answer[:-1]], [start + i for i in places], answer, [(number, i) for i in places])
+
+
+def _grouped(things: list[Any], shape: Any, most: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Runs of things of one shape, none longer than `most` of it."""
+    start = 0
+    while start < len(things):
+        same = shape(things[start])
+        end = start + 1
+        while end < len(things) and end - start < most(*same) and shape(things[end]) == same:
+            end += 1
+        yield same, things[start:end]
+        start = end
+
+
+def _landed(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    logprobs_BN, greedy_BN = jax.device_get(arrays)
+    rows, columns = np.asarray([b for b, _, _ in owners]), np.asarray([n for _, n, _ in owners])
+    return [owner for _, _, owner in owners], logprobs_BN[rows, columns], greedy_BN[rows, columns]
+
+
+def _power(least: int, shortest: int) -> int:
+    """The smallest of shortest, twice that, and so on, that is at least `least`."""
+    return max(shortest, 1 << (least - 1).bit_length())
+
+
+def _wide(tokens: int) -> int:
+    """Room for `tokens` of an answer: 4, 16, 64 and so on."""
+    wide = 4
+    while wide < tokens:
+        wide *= 4
+    return wide
