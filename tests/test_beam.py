@@ -30,9 +30,9 @@ def engine() -> Engine:
     return Engine(Transformer(config), params, Letters(assistant_end=4), Shape(length=16))  # type: ignore[arg-type]
 
 
-def every_text(engine: Engine, prompt: list[int], penalty: float) -> dict[tuple[int, ...], float]:
+def every_text(engine: Engine, prompt: list[int], penalty: float, length: int = LENGTH) -> dict[tuple[int, ...], float]:
     """The score of every text that ends at an end token or at the limit."""
-    whole = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
+    whole = np.array(list(itertools.product(range(VOCAB), repeat=length)), np.int32)
     ids = np.concatenate([np.tile(prompt, (len(whole), 1)), whole], axis=1).astype(np.int32)
     model = engine.transformer
     forward = jax.jit(lambda p: jax.nn.log_softmax(model.logits(p, model.apply(p, ids)[0])))
@@ -40,7 +40,7 @@ def every_text(engine: Engine, prompt: list[int], penalty: float) -> dict[tuple[
     each_BT = np.take_along_axis(logprobs_BTV, whole[:, :, None], axis=2)[..., 0]
     scores = {}
     for text, logprobs in zip(whole.tolist(), each_BT):
-        size = next((i + 1 for i, token in enumerate(text) if token in engine.ends), LENGTH)
+        size = next((i + 1 for i, token in enumerate(text) if token in engine.ends), length)
         scores[tuple(text[:size])] = logprobs[:size].sum() / size**penalty
     return scores
 
@@ -51,12 +51,21 @@ def test_enough_beams_find_the_best_of_all_texts(engine: Engine, penalty: float)
     asked = BeamParams(beams=4**4, max_tokens=LENGTH, length_penalty=penalty, early_stopping="never")
     found = beam_search(engine, prompt, asked)
     scores = every_text(engine, prompt, penalty)
+    assert [beam.score for beam in found] == pytest.approx([scores[beam.tokens] for beam in found], rel=1e-5)
+    assert len({beam.tokens for beam in found}) == len(found)
     best = sorted(scores.items(), key=lambda item: -item[1])[:20]
     for beam, (tokens, score) in zip(found, best):
         assert beam.score == pytest.approx(score, abs=1e-5)
         assert scores[beam.tokens] == pytest.approx(score, abs=1e-5)
         assert tokens == beam.tokens or scores[tokens] == pytest.approx(score, abs=1e-5)
         assert beam.logprob == pytest.approx(beam.score * len(beam.tokens) ** penalty, abs=1e-5)
+
+
+def test_more_beams_than_there_are_texts_find_each_of_them_once(engine: Engine) -> None:
+    scores = every_text(engine, [1, 2], 1.0, length=3)
+    found = beam_search(engine, [1, 2], BeamParams(beams=100, max_tokens=3, early_stopping="never"))
+    assert sorted(beam.tokens for beam in found) == sorted(scores)
+    assert [beam.score for beam in found] == pytest.approx([scores[beam.tokens] for beam in found], rel=1e-5)
 
 
 def test_one_beam_is_greedy(engine: Engine) -> None:

@@ -163,7 +163,8 @@ def advance(
     going_W, chosen_W = jax.lax.top_k(going_C, W)
 
     best_C = jnp.arange(ends_C.shape[0]) < W  # Only what ends among the first W counts.
-    score_C = jnp.where(ends_C & best_C, logprob_C / length**length_penalty, NEVER)
+    exists_C = logprob_C > NEVER / 2
+    score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**length_penalty, NEVER)
     all_X = jnp.concatenate([state.ended_score_W, score_C])
     score_W, kept_W = jax.lax.top_k(all_X, W)
     ended_WN = jnp.concatenate([state.ended_WN, text_CN])[kept_W]
