@@ -15,8 +15,9 @@ from letters import Letters
 
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams, keep
+from jaxchat.decode.sampling import SamplingParams, keep, noise, pack
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 
@@ -171,11 +172,24 @@ def test_a_seeded_request_has_its_tokens_alone_in_company_and_in_any_slot(engine
 
 
 def test_across_compiled_shapes_tokens_differ_only_at_ties(engine: Engine) -> None:
+    """A token that differs had a rival within 1e-4, what it was drawn with included; what follows tells nothing."""
     adaptive = make(july2026(), dataclasses.replace(SHAPE, adapt=True, slots=8, steps=5, prompts=3))
-    asked = [Request(request.prompt, GREEDY) for request in company(14)]
-    for (here,), (there,) in zip(engine.generate(asked), adaptive.generate(asked)):
-        assert here.tokens == there.tokens, "no two candidates of this model lie within 1e-4"
-        np.testing.assert_allclose(here.logprobs, there.logprobs, rtol=0, atol=1e-4)
+    asked = [Request(request.prompt, params) for request in company(14) for params in (GREEDY, WARM)]
+    ties = 0
+    for request, (here,), (there,) in zip(asked, engine.generate(asked), adaptive.generate(asked)):
+        same = common(here.tokens, there.tokens)
+        np.testing.assert_allclose(here.logprobs[:same], there.logprobs[:same], rtol=0, atol=1e-4)
+        if here.tokens == there.tokens:
+            continue
+        text = [*request.prompt, *here.tokens[:same]]
+        z_V = engine.forward(text)[-1]
+        if request.sampling is WARM:
+            uniform_V = np.asarray(noise(pack([(WARM, 0)]), jnp.array([len(text) - 1]), len(z_V)))[0]
+            z_V = z_V - np.log(-np.log(uniform_V))
+        second, first = np.sort(z_V)[-2:]
+        assert first - second < 1e-4, f"token {same} of {request}"
+        ties += 1
+    assert ties <= 2, "more ties than two shapes of a random model meet"
 
 
 class Compilations:
@@ -304,6 +318,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias names token 99"),
     "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens names token -1"),
     "none": (lambda: Request([1], n=0), "n=0"),
+    "half": (lambda: Request([1], n=1.5), "n=1.5"),  # type: ignore[arg-type]
+    "text": (lambda: Request("12"), "must be a list of token ids"),  # type: ignore[arg-type]
+    "between": (lambda: Request([1.5]), "must be a list of token ids"),  # type: ignore[list-item]
+    "nothing": (lambda: Request(None), "must be a list of token ids"),  # type: ignore[arg-type]
     "kept": (lambda: Request([1], SamplingParams(top_k=3, presence_penalty=1.0), keep_sets=True), "keep_sets"),
 }
 
@@ -352,16 +370,6 @@ def test_a_stream_is_the_answers_text_and_can_be_closed(engine: Engine) -> None:
     assert next(broken) == pieces[0]
     broken.close()
     assert not engine.step()
-
-
-def test_few_slot_steps_are_wasted() -> None:
-    engine = make(small.october2025(depth=1), Shape(length=600, slots=8, steps=8))
-    lengths = np.random.default_rng(0).integers(1, 513, 64)
-    params = [SamplingParams(0.0, max_tokens=int(count), ignore_end=True) for count in lengths]
-    engine.generate([Request(prompt(9, i), asked) for i, asked in enumerate(params)])
-    stats = engine.slots.stats
-    assert stats.useful_steps == lengths.sum() - 64  # the first of each comes with its prompt
-    assert stats.useful_steps / stats.slot_steps >= 0.9
 
 
 def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> None:

@@ -1,11 +1,15 @@
 """Text as it comes: never half a character, never a part of a stop text."""
 
+import itertools
+
 import pytest
+from documents import texts
 from hypothesis import given
 from hypothesis import strategies as st
 from letters import Letters
 
 from jaxchat.decode.requests import TextStream
+from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def bytewise() -> Letters:
@@ -48,6 +52,39 @@ def test_stop_texts_leak_no_character(text: str, stop: list[str]) -> None:
     expected = min((until.index(part) for part in stop if part in until), default=len(text))
     assert "".join(pieces) == stream.text == text[:expected]
     assert stream.stopped == bool(found)
+
+
+WORDS = ["👩\u200d👩\u200d👧", "\u1112\u1161\u11ab", "e\u0301", "n\u0303", "a", "b"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=12), st.data())
+def test_neither_borders_inside_characters_nor_long_tokens_leak(words: list[str], data: st.DataObject) -> None:
+    """Tokens of any bytes: the text is what a look at all of it after each token would have let through."""
+    text = "".join(words).encode()
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=12))
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    pieces = [text[here:there] for here, there in itertools.pairwise(borders)]
+    stop = tuple(data.draw(st.lists(st.sampled_from([*WORDS, "ab", "\u200d", "\u0301b", "ba👩"]), max_size=2)))
+    stream = TextStream(Letters(dict(enumerate(pieces))), stop)  # type: ignore[arg-type]
+    stream._tokenizer.specials = {}
+    shown = [stream.add(i) for i in range(len(pieces))]
+    shown.append(stream.finish())
+    expected = text.decode()
+    for seen in (text[:border].decode(errors="ignore") for border in borders):
+        if found := [seen.index(part) for part in stop if part in seen]:
+            expected = seen[: min(found)]
+            break
+    assert "".join(shown) == stream.text == expected
+    assert "\ufffd" not in stream.text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokens_of_a_trained_tokenizer_stream_their_text(text: str) -> None:
+    tokenizer = train_tokenizer(texts(100), vocab=300, config=TokenizerConfig())
+    stream = TextStream(tokenizer)
+    pieces = [*map(stream.add, tokenizer.encode(text)), stream.finish()]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_text_that_can_be_no_stop_text_is_not_held_back() -> None:

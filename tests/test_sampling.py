@@ -206,8 +206,25 @@ def test_the_courses_worked_examples() -> None:
         ("stop", ("",)),
         ("stop", (3,)),
         ("stop_tokens", ("a",)),
+        ("stop", 5),
+        ("stop", None),
+        ("stop_tokens", 5),
+        ("stop_tokens", (True,)),
+        ("logit_bias", [3]),
+        ("logit_bias", {"a": 1.0}),
+        ("temperature", "warm"),
+        ("temperature", None),
+        ("max_tokens", 2.5),
+        ("top_k", 1.5),
+        ("seed", 0.5),
+        ("top_logprobs", True),
     ],
 )
-def test_a_parameter_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+def test_a_parameter_out_of_range_or_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = SamplingParams(np.float32(0.5), np.int32(3), seed=np.int64(7), logit_bias={np.int64(2): np.float32(1.5)})
+    assert given == SamplingParams(0.5, 3, seed=7, logit_bias={2: 1.5})

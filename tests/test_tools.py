@@ -33,42 +33,43 @@ BEGIN, END, ANSWER, DONE = 50, 51, 52, 53
         ("1e3 + .5", "1000.5"),
         ("'strawberry'.count('r')", "3"),
         ('"a,b,c".count(",")', "2"),
+        ("2.0**52", "4503599627370496"),
+        ("1e300", "1e+300"),
     ],
 )
 def test_arithmetic_is_answered(call: str, answer: str) -> None:
     assert Calculator()(call) == answer
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "",
-        "9**9**9",
-        "10**400",
-        "2.0**5000",
-        "(-8)**0.5",
-        "1/0",
-        "1e308*10",
-        "__import__('os').system('true')",
-        "().__class__",
-        "'a'.upper()",
-        "'a'*1000",
-        "[1]*9",
-        "x+1",
-        "True+1",
-        "1 if 1 else 2",
-        "lambda: 1",
-        "1; 2",
-        "import os",
-        "1 +",
-        "0x10\0",
-        "(-" * 60 + "1" + ")" * 60,
-        "(" * 5000 + "1" + ")" * 5000,
-        "-" * 200 + "1",
-        "1+" * 500_000 + "1",
-    ],
-    ids=lambda call: call[:20],
-)
+UNANSWERED = [
+    "",
+    "9**9**9",
+    "10**400",
+    "2.0**5000",
+    "(-8)**0.5",
+    "1/0",
+    "1e308*10",
+    "__import__('os').system('true')",
+    "().__class__",
+    "'a'.upper()",
+    "'a'*1000",
+    "[1]*9",
+    "x+1",
+    "True+1",
+    "1 if 1 else 2",
+    "lambda: 1",
+    "1; 2",
+    "import os",
+    "1 +",
+    "0x10\0",
+    "(-" * 60 + "1" + ")" * 60,
+    "(" * 5000 + "1" + ")" * 5000,
+    "-" * 200 + "1",
+    "1+" * 500_000 + "1",
+]
+
+
+@pytest.mark.parametrize("call", UNANSWERED, ids=lambda call: call[:20])
 def test_anything_else_gets_no_answer(call: str) -> None:
     assert Calculator()(call) is None
 
@@ -148,12 +149,40 @@ class Broken(Calculator):
         raise RuntimeError("no power")
 
 
-def test_a_tool_that_fails_ends_its_request_alone(model: tuple[Transformer, Any]) -> None:
+class Number(Calculator):
+    """Answers with what is no text."""
+
+    def __call__(self, call: str) -> str | None:
+        return 42  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("tool", "why"), [(Broken(), "no power"), (Number(), "'int' object is not iterable")])
+def test_a_tool_that_fails_ends_its_request_alone(model: tuple[Transformer, Any], tool: Calculator, why: str) -> None:
     asked = SamplingParams(1.0, logit_bias={BEGIN: 9.0, END: 9.0}, max_tokens=60, seed=1)
     machine = engine(model)
-    (bad,), (good,) = machine.generate([Request([1], asked, tools=(Broken(),)), Request([2, 3], asked)])
-    assert (bad.finish_reason, bad.error) == ("error", "the tool Broken failed: no power")
+    (bad,), (good,) = machine.generate([Request([1], asked, tools=(tool,)), Request([2, 3], asked)])
+    assert (bad.finish_reason, bad.error) == ("error", f"the tool {type(tool).__name__} failed: {why}")
     assert good.tokens == machine.generate([Request([2, 3], asked)])[0][0].tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Misheard(Calculator):
+    """Calculates this, whatever the call."""
+
+    instead: str = ""
+
+    def __call__(self, call: str) -> str | None:
+        return super().__call__(self.instead)
+
+
+def test_a_call_that_gets_no_answer_changes_no_text(model: tuple[Transformer, Any]) -> None:
+    asked = SamplingParams(1.0, logit_bias={BEGIN: 3.0, END: 3.0}, max_tokens=30, seed=1, ignore_end=True)
+    machine = engine(model)
+    plain = machine.generate([Request([1, 2], asked)])[0][0]
+    assert END in plain.tokens[plain.tokens.index(BEGIN) :]
+    heard = machine.generate([Request([1, 2], asked, tools=(Misheard(instead=call),)) for call in (*UNANSWERED, "1+1")])
+    assert [answer.tokens == plain.tokens for (answer,) in heard] == [True] * len(UNANSWERED) + [False]
+    assert all(all(answer.sampled) and answer.error is None for (answer,) in heard[:-1])
 
 
 def test_a_tool_without_its_special_tokens_is_refused(model: tuple[Transformer, Any]) -> None:

@@ -5,6 +5,7 @@ samples leave, tools answer, and waiting requests enter.
 """
 
 import functools
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -143,8 +144,8 @@ class Engine:
                 asks for the sets drawn from together with penalties.
         """
         prompt = self.check(request.prompt)
-        if request.n < 1:
-            raise UserError(f"n={request.n} must be at least 1")
+        if not isinstance(request.n, int) or request.n < 1:
+            raise UserError(f"n={request.n} must be a whole number, at least 1")
         if request.keep_sets and request.sampling.penalised:
             raise UserError("keep_sets has no meaning with penalties or a logit bias: leave one of them out")
         self._check_ids("logit_bias", request.sampling.logit_bias)
@@ -160,14 +161,17 @@ class Engine:
         self._waiting.extend(samples)
         return samples
 
-    def check(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The prompt, or UserError for one that cannot be read."""
-        tokens, length = tuple(map(int, prompt)), self.shape.length
+    def check(self, prompt: Sequence[int], *, what: str = "the prompt", room: int = 1) -> tuple[int, ...]:
+        """The prompt, or UserError for one that cannot be read, or leaves less than `room` tokens for an answer."""
+        try:
+            tokens = tuple(map(operator.index, prompt))
+        except TypeError:
+            raise UserError(f"{what} must be a list of token ids: encode a text with the tokenizer") from None
         if not tokens:
-            raise UserError("the prompt is empty: begin it with <|bos|> at least")
-        if len(tokens) >= length:
-            raise UserError(f"the prompt has {len(tokens)} tokens and the context {length}: shorten it")
-        self._check_ids("the prompt", tokens)
+            raise UserError(f"{what} is empty: begin it with <|bos|> at least")
+        if len(tokens) + room > self.shape.length:
+            raise UserError(f"{what} has {len(tokens)} tokens and the context {self.shape.length}: shorten it")
+        self._check_ids(what, tokens)
         return tokens
 
     def _check_ids(self, what: str, ids: Iterable[int]) -> None:
@@ -181,7 +185,7 @@ class Engine:
 
     def forward(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits after every token of a text, read at once without a cache: (T, V) float32."""
-        ids = self.check(tokens)
+        ids = self.check(tokens, what="the text", room=0)
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
         with self.on_mesh():

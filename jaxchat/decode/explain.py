@@ -10,12 +10,14 @@ import numpy as np
 from rich.table import Table
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.sampling import SamplingParams, keep
+from jaxchat.decode.sampling import History, Rows, SamplingParams, beginning, keep, pack, penalise
 from jaxchat.tokenizer import Tokenizer
 
 
 class Candidate(NamedTuple):
-    """A token that could have come: its logit, and its probability by the model, after temperature, top-k and top-p."""
+    """A token that could have come: its logit, and its probability by the model, after penalties and temperature, after
+    top-k, and after top-p and min-p.
+    """
 
     token: int
     chosen: bool
@@ -38,12 +40,13 @@ class Scored(NamedTuple):
 def explain(
     engine: Engine, prompt: Sequence[int], answer: Sequence[int], params: SamplingParams, *, count: int = 8
 ) -> list[list[Candidate]]:
-    """For each token of an answer, the `count` most likely candidates, and the chosen one if it is not among them.
-
-    Penalties and biases are not shown.
-    """
+    """For each token of an answer, the `count` most likely candidates, and the chosen one if it is not among them."""
     logits_TV = engine.forward([*prompt, *answer])[len(prompt) - 1 : -1]
-    columns = [np.asarray(column) for column in _stages(logits_TV, params)]
+    T, V = logits_TV.shape
+    said_TV = np.zeros((T, V), np.int32)
+    said_TV[np.arange(1, T), list(answer[:-1])] = 1
+    history = beginning([(prompt, params)] * T, rows=T, vocab=V)._replace(counts_BV=said_TV.cumsum(axis=0))
+    columns = [np.asarray(column) for column in _stages(logits_TV, pack([(params, 0)] * T), history)]
     steps = []
     for t, chosen in enumerate(answer):
         ids = np.argsort(-logits_TV[t], kind="stable")[:count].tolist()
@@ -53,18 +56,17 @@ def explain(
     return steps
 
 
-def _stages(logits_TV: np.ndarray, params: SamplingParams) -> tuple[jax.Array, ...]:
-    """Logits, and the probabilities after each step of sampling."""
-    T = len(logits_TV)
-    z_TV = jnp.asarray(logits_TV)
-    if params.temperature == 0:  # greedy: all of the mass on the most likely
-        one_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
-        return z_TV, jax.nn.softmax(z_TV), one_TV, one_TV, one_TV
-    warm_TV = z_TV / max(params.temperature, 1e-6)
-    all_T, k_T = jnp.ones((T,)), jnp.full((T,), params.top_k, jnp.int32)
-    after_k_TV = keep(warm_TV, k_T, all_T)
-    after_p_TV = keep(warm_TV, k_T, jnp.full((T,), params.top_p), jnp.full((T,), params.min_p))
-    return z_TV, *(jax.nn.softmax(x) for x in (z_TV, warm_TV, after_k_TV, after_p_TV))
+@jax.jit
+def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Array, ...]:
+    """Logits, and the probabilities after each step of sampling; of greedy ones, all of the mass on the most likely."""
+    z_TV = penalise(logits_TV, rows, history)
+    greedy_T1 = (rows.temperature == 0)[:, None]
+    best_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
+    warm_TV = z_TV / jnp.where(greedy_T1, 1.0, jnp.maximum(rows.temperature, 1e-6)[:, None])
+    after_k_TV = keep(warm_TV, rows.top_k, jnp.ones_like(rows.top_p))
+    after_p_TV = keep(warm_TV, rows.top_k, rows.top_p, rows.min_p)
+    after = (jnp.where(greedy_T1, best_TV, jax.nn.softmax(z)) for z in (warm_TV, after_k_TV, after_p_TV))
+    return logits_TV, jax.nn.softmax(logits_TV), *after
 
 
 def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
@@ -89,16 +91,21 @@ def name(tokenizer: Tokenizer, token: int) -> str:
         return " ".join(f"<{byte:02x}>" for byte in data)
 
 
-def step_table(tokenizer: Tokenizer, number: int, candidates: Sequence[Candidate], params: SamplingParams) -> Table:
-    """One step of an explanation."""
+def step_table(
+    tokenizer: Tokenizer, number: int, candidates: Sequence[Candidate], params: SamplingParams, *, sampled: bool = True
+) -> Table:
+    """One step of an explanation; a token that was not `sampled` is a tool's."""
     table = Table(title=f"token {number}", title_justify="left")
     table.add_column("candidate")
-    for header in ("logit", "p", f"T={params.temperature:g}", f"top-k={params.top_k}", f"top-p={params.top_p:g}"):
+    warm = f"{'penalties, ' if params.penalised else ''}T={params.temperature:g}"
+    last = f"top-p={params.top_p:g}" + (f", min-p={params.min_p:g}" if params.min_p else "")
+    for header in ("logit", "p", warm, f"top-k={params.top_k}", last):
         table.add_column(header, justify="right")
     table.add_column("")
+    mark = "chosen" if sampled else "a tool's"
     for c in candidates:
         shares = (f"{p:.4f}" if p else "-" for p in (c.model, c.temperature, c.top_k, c.top_p))
-        table.add_row(name(tokenizer, c.token), f"{c.logit:.3f}", *shares, "chosen" if c.chosen else "")
+        table.add_row(name(tokenizer, c.token), f"{c.logit:.3f}", *shares, mark if c.chosen else "")
     return table
 
 

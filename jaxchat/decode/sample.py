@@ -118,14 +118,13 @@ class Sample:
             self._call = None
             try:
                 answer = tool(self._tokenizer.decode(call))
-            except Exception as error:
+                words = None if answer is None else self._tokenizer.encode(answer)
+            except Exception as error:  # Of somebody's tool: it ends this sample alone.
                 self.error = f"the tool {type(tool).__name__} failed: {error}"
                 self._finish("error")
                 return
-            if answer is not None:
-                self.forced.extend(
-                    [specials[tool.answer_begin], *self._tokenizer.encode(answer), specials[tool.answer_end]]
-                )
+            if words is not None:
+                self.forced.extend([specials[tool.answer_begin], *words, specials[tool.answer_end]])
 
     def take_text(self) -> str:
         """The text that came since the last call."""

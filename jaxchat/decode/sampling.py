@@ -5,6 +5,7 @@ is found by bisection over the bits of the logits, not by a sort of the vocabula
 """
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -81,15 +82,18 @@ class SamplingParams:
             value = getattr(self, name)
             if not _number(value) or not least <= value <= most or value == math.inf:
                 raise UserError(f"{name}={value} must be {meaning}")
+            if name in _WHOLE and not isinstance(value, numbers.Integral):
+                raise UserError(f"{name}={value} must be a whole number, {meaning}")
         if not _number(self.top_p) or not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (every token)")
         if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
-        if not all(isinstance(i, int) and _number(x) and math.isfinite(x) for i, x in self.logit_bias.items()):
-            raise UserError(f"logit_bias={dict(self.logit_bias)} must map token ids to numbers")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        if not all(_whole(token) and _number(value) and math.isfinite(value) for token, value in biases):
+            raise UserError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
+        if not _listed(self.stop) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop={self.stop!r} must be a list of texts, none of them empty")
-        if not all(isinstance(token, int) for token in self.stop_tokens):
+        if not _listed(self.stop_tokens) or not all(map(_whole, self.stop_tokens)):
             raise UserError(f"stop_tokens={self.stop_tokens!r} must be a list of token ids")
 
     @property
@@ -107,8 +111,19 @@ class SamplingParams:
         return "plain" if self.temperature else "greedy"
 
 
+_WHOLE = ("top_k", "max_tokens", "seed", "top_logprobs")
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 class Rows(NamedTuple):
@@ -130,9 +145,9 @@ class Rows(NamedTuple):
 class History(NamedTuple):
     """What penalties need, (B, V): whether a token is in the prompt, its count in the answer, its bias."""
 
-    prompt_BV: jax.Array
-    counts_BV: jax.Array
-    bias_BV: jax.Array
+    prompt_BV: Any
+    counts_BV: Any
+    bias_BV: Any
 
 
 class Choice(NamedTuple):
@@ -145,6 +160,16 @@ class Choice(NamedTuple):
     logprob_B: jax.Array
     drawn_logprob_B: jax.Array
     kept_BC: jax.Array | None = None
+
+
+def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: int, vocab: int) -> History:
+    """What penalties need where nothing is answered yet, by prompt and parameters, in `rows` rows of NumPy arrays."""
+    prompt_BV, bias_BV = np.zeros((rows, vocab), bool), np.zeros((rows, vocab), np.float32)
+    for row, (prompt, params) in enumerate(asked):
+        prompt_BV[row, list(prompt)] = True
+        for token, value in params.logit_bias.items():
+            bias_BV[row, token] = value
+    return History(prompt_BV, np.zeros((rows, vocab), np.int32), bias_BV)
 
 
 def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:

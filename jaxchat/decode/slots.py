@@ -13,7 +13,7 @@ from jaxchat.decode import programs
 from jaxchat.decode.programs import Running, Steps
 from jaxchat.decode.prompts import SHORTEST_ROW, bucket
 from jaxchat.decode.sample import Sample
-from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, pack
+from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, beginning, pack
 from jaxchat.decode.speculative import Luck, Speculation, repeats, speculate
 from jaxchat.model.transformer import Cache, Params, Transformer
 
@@ -156,7 +156,8 @@ class Slots:
                 self.samples[slot[i]] = sample
             prompts = None
             if any(sample.request.sampling.penalised for _, sample in group):
-                prompts = _history([sample for _, sample in group], width, vocab)
+                asked = [(sample.prompt, sample.request.sampling) for _, sample in group]
+                prompts = beginning(asked, rows=width, vocab=vocab)
                 if self._history is None:
                     empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
                     self._history = History(*empty)
@@ -264,16 +265,6 @@ def _wanted(samples: Sequence[Sample]) -> Wanted:
         keep_sets=any(sample.keeps_sets for sample in samples),
         penalised=any(params.penalised for params in asked),
     )
-
-
-def _history(samples: Sequence[Sample], width: int, vocab: int) -> History:
-    """The history of samples at their start, in `width` rows."""
-    prompt, bias = np.zeros((width, vocab), bool), np.zeros((width, vocab), np.float32)
-    for i, sample in enumerate(samples):
-        prompt[i, list(sample.prompt)] = True
-        for token, value in sample.request.sampling.logit_bias.items():
-            bias[i, token] = value
-    return History(prompt, np.zeros((width, vocab), np.int32), bias)  # type: ignore[arg-type]
 
 
 def _give(sample: Sample, steps: Steps, k: int, slot: int) -> None:

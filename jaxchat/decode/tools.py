@@ -13,6 +13,7 @@ from jaxchat.config import UserError
 MOST_CHARACTERS = 256
 MOST_DEPTH = 32
 MOST_BITS = 256  # of an integer on the way
+MOST_EXACT = 2**53  # a float beyond has digits that nobody calculated
 
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -49,7 +50,8 @@ class Calculator:
                 tree = ast.parse(expression, mode="eval")
             value = evaluate(tree.body, MOST_DEPTH)
             # As people write it, and GSM8K's own marks do: 48 / 2 is 24, not 24.0.
-            return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+            whole = isinstance(value, float) and value.is_integer() and abs(value) < MOST_EXACT
+            return str(int(value) if whole else value)
         except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
             return None
 

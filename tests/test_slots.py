@@ -1,0 +1,25 @@
+"""Slots in use, and those that wait."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+from letters import Letters
+
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.requests import Request
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.model import Transformer
+
+
+def test_few_slot_steps_are_wasted() -> None:
+    """Idle slots count, to the last answer's end."""
+    config = small.october2025(depth=1)
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    engine = Engine(Transformer(config), params, Letters(), Shape(length=600, slots=8, steps=8))  # type: ignore[arg-type]
+    lengths = np.random.default_rng(0).integers(1, 513, 64)
+    asked = [SamplingParams(0.0, max_tokens=int(count), ignore_end=True) for count in lengths]
+    engine.generate([Request([0, 1 + i % 50, *range(1, 8)], params) for i, params in enumerate(asked)])
+    stats = engine.slots.stats
+    assert stats.useful_steps == lengths.sum() - 64  # the first of each comes with its prompt
+    assert stats.useful_steps / stats.slot_steps >= 0.9
