@@ -35,6 +35,9 @@ class UserError(Exception):
 
 def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
     """Runs a launcher: prints its result as one line of JSON, or a user's mistake as one sentence (exit status 2)."""
+    for stream in (sys.stdin, sys.stdout):  # What is no text, or what a terminal cannot show, is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         result = main(sys.argv[1:])
     except UserError as error:

@@ -24,7 +24,7 @@ class Chat:
     style: Literal["auto", "chat", "text"] = "auto"
     """Speak in turns, or continue a text; auto: by the stage that the checkpoint comes from."""
     sampling: Literal["greedy", "plain", "course"] | None = None
-    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of the next four."""
+    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of the next three."""
     temperature: float = 0.8
     """0 is greedy: the most likely token each time."""
     top_k: int = 50
@@ -39,7 +39,7 @@ class Chat:
     num_samples: int = 1
     """How many answers to --prompt."""
     beams: int = 0
-    """Search for the best answer to --prompt with so many beams."""
+    """Search for the best answer to --prompt with so many beams; sampling options change nothing then."""
     speculative: bool = False
     """Guess tokens from the text so far; faster where it repeats itself, and changes no token."""
     tools: tuple[Literal["calculator"], ...] = field(default_factory=tuple)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from jaxchat.decode import explain
 from jaxchat.decode.dialogue import Dialogue, talk
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
+from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.tools import Calculator
 from jaxchat.model import Transformer
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, chat, train_tokenizer
 
@@ -223,6 +226,52 @@ def test_talk_knows_its_commands(engine: Engine, tmp_path: Path) -> None:
     assert dialogue.messages == second
 
 
+def test_a_dialogue_loses_nothing_to_a_file_that_cannot_be_written(engine: Engine, tmp_path: Path) -> None:
+    notes, file = io.StringIO(), tmp_path / "talk.jsonl"
+    file.write_text("mine\n")
+    dialogue = Dialogue(engine, SHORT)
+    lines = [f"/save {file}", "12", "/save a\0b", "/save ~nobody-at-all/x", f"/save {tmp_path}", f"/save {file}"]
+    talk(dialogue, iter(lines), io.StringIO(), notes)
+    first, *refusals, last = notes.getvalue().splitlines()
+    assert first == "there is nothing to save yet: say something first"
+    assert len(refusals) == 3 and all("give another path to /save" in refusal for refusal in refusals)
+    assert last == f"saved to {file}"
+    assert file.read_text() == "mine\n" + json.dumps({"messages": dialogue.messages}) + "\n"
+
+
+class Five(Calculator):
+    def __call__(self, call: str) -> str:
+        return "5"
+
+
+class Scripted:
+    """An engine that says what it is told; where a tool has answered, the tool's tokens come instead."""
+
+    tokenizer, shape = WORDS, Shape(length=80)
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens = tokens
+
+    def submit(self, request: Request) -> list[Sample]:
+        return [Sample(WORDS, request, tuple(request.prompt), 0, context=80, ends={AE})]  # type: ignore[arg-type]
+
+    def follow(self, sample: Sample) -> Iterator[str]:
+        for token in self._tokens:
+            sample.give(token, 0.0, 0.0)
+            yield sample.take_text()
+
+
+def test_a_dialogue_remembers_a_tool_call_as_it_was_written() -> None:
+    dialogue = Dialogue(Scripted(3, PS, 4, 5, PE, 0, 0, 0, 7, AE), SHORT, [Five()])  # type: ignore[arg-type]
+    assert "".join(dialogue.answer("12")) == "34557"
+    assert [part["text"] for part in dialogue.messages[-1]["content"]] == ["3", "45", "5", "7"]
+    assert dialogue.last is not None
+    said = [*dialogue.last.prompt, *dialogue.last.tokens]
+    assert chat.render(dialogue.messages, WORDS).ids == said  # type: ignore[arg-type]
+    disordered = Dialogue(Scripted(PE, 3, AE), SHORT, [Five()])  # type: ignore[arg-type]
+    assert "".join(disordered.answer("12")) == disordered.messages[-1]["content"] == "3"
+
+
 def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engine) -> None:
     params = SamplingParams(temperature=0.7, top_k=6, top_p=0.8, max_tokens=10, seed=3, ignore_end=True)
     answer = engine.generate([Request([1, 2, 3], params)])[0][0]
@@ -242,6 +291,27 @@ def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engi
     assert explain.step_table(engine.tokenizer, 1, steps[0], params).row_count == len(steps[0])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_explanation_knows_penalties_and_min_p(engine: Engine, temperature: float) -> None:
+    params = SamplingParams(
+        temperature,
+        min_p=0.1,
+        repetition_penalty=1.7,
+        presence_penalty=0.5,
+        frequency_penalty=0.8,
+        logit_bias={9: 1.5},
+        max_tokens=77,
+        seed=3,
+        ignore_end=True,
+    )
+    answer = engine.generate([Request([1, 2, 3], params)])[0][0]
+    assert len(answer.tokens) == 77, "prompt and answer fill the context"
+    for t, candidates in enumerate(explain.explain(engine, [1, 2, 3], answer.tokens, params)):
+        (chosen,) = [c for c in candidates if c.chosen]
+        assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
+        assert np.log(chosen.top_p) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+
+
 def test_a_score_is_the_loss(engine: Engine) -> None:
     ids = [0, 5, 9, 9, 31, 2]
     scored = explain.score(engine, ids)
@@ -251,3 +321,6 @@ def test_a_score_is_the_loss(engine: Engine) -> None:
     np.testing.assert_allclose([s.probability for s in scored], np.exp(expected), atol=1e-6)
     table = explain.score_table(engine.tokenizer, scored)
     assert f"{-np.mean(expected):.4f}" in str(table.columns[-1].footer)
+    assert len(explain.score(engine, [1] * 80)) == 79, "a text may fill the context"
+    with pytest.raises(UserError, match="the text has 81 tokens and the context 80"):
+        explain.score(engine, [1] * 81)

@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -345,3 +346,15 @@ def test_a_full_disk_is_a_sentence_and_other_errors_are_not_hidden(capsys, monke
 def test_experiments_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().steps = 3
+
+
+def test_a_launcher_reads_and_prints_what_is_no_text():
+    code = "from jaxchat import config\nconfig.run(lambda argv: print(config.sys.stdin.read()) or {'said': argv[0]})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, b"a\xff\xf0\x9f\x91\xa9"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        input=b"b\xff\n",
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(b'{"said":"a?')

@@ -13,7 +13,7 @@ from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.tokenizer import chat
 
-HELP = "/clear forgets the conversation, /save FILE writes it, /help says this, an empty line or Ctrl-D ends"
+HELP = "/clear forgets the conversation, /save FILE adds it to a file, /help says this, an empty line or Ctrl-D ends"
 
 
 class Dialogue:
@@ -34,8 +34,18 @@ class Dialogue:
         (sample,) = self._engine.submit(Request(prompt, self._sampling, tools=self._tools, keep=True))
         self.last = sample
         yield from self._engine.follow(sample)
+        self.messages = [*said, {"role": "assistant", "content": self._content(sample)}]
+
+    def _content(self, sample: Sample) -> Any:
+        """What was said, in parts where a tool was called, so that it is read again as it was written."""
         text = sample.completion().text
-        self.messages = [*said, {"role": "assistant", "content": text or "..."}]
+        try:
+            content = chat.parse([*sample.prompt, *sample.tokens], self._engine.tokenizer)[-1]["content"]
+        except chat.Malformed:
+            return text or "..."
+        if isinstance(content, list) and "".join(part["text"] for part in content) == text:
+            return content
+        return text or "..."
 
     def stop(self) -> None:
         """Ends the answer that is being given; what was said so far is remembered."""
@@ -58,12 +68,15 @@ class Dialogue:
         self.messages, self.left_out = [], 0
 
     def save(self, path: str) -> None:
-        """Writes the messages as one line of JSON, as SFT reads them. Raises UserError where it cannot."""
+        """Adds the messages to a file as one line of JSON, as SFT reads them. Raises UserError where it cannot."""
+        if not self.messages:
+            raise UserError("there is nothing to save yet: say something first")
         try:
-            with Path(path).open("a", encoding="utf-8") as file:
+            with Path(path).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; give another path to /save") from None
+        except (OSError, ValueError, RuntimeError) as error:  # A path may hold no NUL; ~ may be nobody's.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"cannot write {path}: {reason}; give another path to /save") from None
 
 
 def talk(dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO) -> None:

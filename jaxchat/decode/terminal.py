@@ -13,7 +13,7 @@ from jaxchat.decode import explain
 from jaxchat.decode.beam import BeamParams, beam_search
 from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
 from jaxchat.decode.engine import Engine, load_engine
-from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sampling import PRESETS, SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.decode.tools import Calculator
@@ -23,13 +23,11 @@ from jaxchat.tokenizer import chat as conversation
 def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str, object] | None:
     """Does what the options of launch.chat say; returns what its last line reports."""
     sampling = _sampling(options)
-    if (options.num_samples > 1 and options.beams) or (
-        options.prompt is None and (options.num_samples > 1 or options.beams or options.explain)
-    ):
-        raise UserError("--num_samples, --beams and --explain need a --prompt; samples and beams exclude each other")
-    if options.num_samples < 1 or options.beams < 0:
-        raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
+    _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
+    chats = options.style == "chat" or (options.style == "auto" and directory.name != "pretrain")
+    if chats and options.prompt == "":
+        raise UserError("--prompt is empty: give it words, or leave it out for a conversation")
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     engine = load_engine(
         options.checkpoint,
@@ -39,14 +37,13 @@ def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str,
     )
     if options.score is not None:
         return _score(engine, options.score)
-    chats = options.style == "chat" or (options.style == "auto" and directory.name != "pretrain")
+    tools = tuple(Calculator() for _ in options.tools)
     if options.prompt is None:
-        _talk(engine, sampling, chats, options.tools, lines)
+        _talk(engine, sampling, chats, tools, lines)
         return None
     prompt = _prompt(engine, options.prompt, chats)
     if options.beams:
         return _beams(engine, prompt, options)
-    tools = tuple(Calculator() for _ in options.tools)
     answers = engine.generate([Request(prompt, sampling, n=options.num_samples, tools=tools)])[0]
     if answers[0].error:
         raise UserError(answers[0].error)
@@ -55,6 +52,30 @@ def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str,
     if options.explain:
         _explain(engine, prompt, answers[0], sampling)
     return _report(answers)
+
+
+def _check(options: Any) -> None:
+    """Raises UserError for options that do not go together: nothing that was asked for is left out in silence."""
+    if options.num_samples < 1 or options.beams < 0:
+        raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
+    asked = {
+        "prompt": options.prompt is not None,
+        "num_samples": options.num_samples > 1,
+        "beams": options.beams > 0,
+        "explain": options.explain,
+        "tools": bool(options.tools),
+        "stop": bool(options.stop),
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if options.score is not None:
+        if not options.score:
+            raise UserError("--score needs a text")
+        if given:
+            raise UserError(f"--score reads a text and answers nothing: leave out --{given[0]}")
+    elif options.prompt is None and (needy := [name for name in given if name not in ("tools", "stop")]):
+        raise UserError(f"--{needy[0]} needs a --prompt")
+    elif options.beams and (others := [name for name in given if name not in ("prompt", "beams")]):
+        raise UserError(f"--beams searches for the best text and samples nothing: leave out --{others[0]}")
 
 
 def _sampling(options: Any) -> SamplingParams:
@@ -105,25 +126,23 @@ def _beams(engine: Engine, prompt: list[int], options: Any) -> dict[str, object]
 def _explain(engine: Engine, prompt: list[int], answer: Completion, sampling: SamplingParams) -> None:
     console = Console()
     steps = explain.explain(engine, prompt, answer.tokens, sampling)
-    for number, candidates in enumerate(steps, 1):
-        console.print(explain.step_table(engine.tokenizer, number, candidates, sampling))
+    for number, (candidates, sampled) in enumerate(zip(steps, answer.sampled), 1):
+        console.print(explain.step_table(engine.tokenizer, number, candidates, sampling, sampled=sampled))
 
 
 def _score(engine: Engine, text: str) -> dict[str, object]:
     ids = [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
-    if len(ids) < 2:
-        raise UserError("--score needs a text")
     scored = explain.score(engine, ids)
     Console().print(explain.score_table(engine.tokenizer, scored))
     loss = -sum(token.logprob for token in scored) / len(scored)
     return {"tokens": len(scored), "loss": round(loss, 6), "logprob": round(-loss * len(scored), 6)}
 
 
-def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[str], lines: Iterator[str]) -> None:
+def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool], lines: Iterator[str]) -> None:
     """A conversation, or texts to be continued, from lines until an empty one."""
     if chats:
         print(HELP, file=sys.stderr)
-        talk(Dialogue(engine, sampling, [Calculator() for _ in tools]), lines, sys.stdout, sys.stderr)
+        talk(Dialogue(engine, sampling, tools), lines, sys.stdout, sys.stderr)
         return
     print("type the beginning of a text; an empty line ends", file=sys.stderr)
     for line in lines:
@@ -131,7 +150,7 @@ def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence
             return
         print(line, end="", flush=True)
         try:
-            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling))
+            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling, tools=tools))
             show(engine.follow(sample), sys.stdout, sample.cancel)
         except UserError as error:
             print(f" ({error})", file=sys.stderr)

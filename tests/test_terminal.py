@@ -1,0 +1,34 @@
+"""What launch.chat is asked to do, before it loads anything."""
+
+import pytest
+
+import launch.chat
+from jaxchat.config import UserError
+
+BEAMS = ["--prompt=a", "--beams=2"]
+
+
+@pytest.mark.parametrize(
+    ("said", "argv"),
+    [
+        ("--score needs a text", ["--score="]),
+        ("leave out --prompt", ["--score=a", "--prompt=a"]),
+        ("leave out --explain", ["--score=a", "--explain"]),
+        ("--beams needs a --prompt", ["--beams=2"]),
+        ("--num_samples needs a --prompt", ["--num_samples=2"]),
+        ("--explain needs a --prompt", ["--explain"]),
+        ("leave out --num_samples", [*BEAMS, "--num_samples=2"]),
+        ("leave out --explain", [*BEAMS, "--explain"]),
+        ("leave out --tools", [*BEAMS, "--tools=calculator"]),
+        ("leave out --stop", [*BEAMS, "--stop=a"]),
+    ],
+)
+def test_options_that_would_be_left_out_in_silence_are_refused(said: str, argv: list[str]) -> None:
+    with pytest.raises(UserError, match=said):
+        launch.chat.main(["--checkpoint=nowhere", *argv])
+
+
+def test_options_that_go_together_are_not_refused() -> None:
+    for argv in ([], ["--tools=calculator", "--stop=a"], ["--prompt=a", "--explain", "--num_samples=2"], BEAMS):
+        with pytest.raises(UserError, match="no checkpoint in nowhere"):
+            launch.chat.main(["--checkpoint=nowhere", *argv])
