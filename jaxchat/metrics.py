@@ -147,9 +147,11 @@ def _told(record: dict[str, Any]) -> str:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
         return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
     times = "+".join(f"{record[f'{part}_seconds']:.1f}" for part in ("sample", "score", "train"))
+    correct = f"correct {record['reward_correct']:.3f}  " if "reward_correct" in record else ""
+    failed = f"{record['reward_errors']} not rewarded  " if record["reward_errors"] else ""
     return (
-        f"reward {record['reward']:.3f}  correct {record['reward_correct']:.3f}  {record['answer_tokens']:.0f} tokens "
-        f"an answer  entropy {record['entropy']:.2f}  gap {record['gap_max']:.1e}  {times} s"
+        f"reward {record['reward']:.3f}  {correct}{failed}{record['answer_tokens']:.0f} tokens an answer  "
+        f"entropy {record['entropy']:.2f}  gap {record['gap_max']:.1e}  {times} s"
     )
 
 

@@ -8,7 +8,7 @@ a function of (seed, rollout batch, problem, sample), so a run that is taken up 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,15 +16,15 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
-from jaxchat.config import UserError
-from jaxchat.data.packing import best_fit
+from jaxchat.answers import Answer, Columns, answer_of, lay_out, micro_batches
+from jaxchat.config import UserError, first_line
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.objectives import advantages
 from jaxchat.objectives.policy import OBJECTIVES, Policy
-from jaxchat.tasks import load_task
+from jaxchat.tasks import load_task, problems_of
 from jaxchat.tasks.rewards import REWARDS
 from jaxchat.tasks.task import Problem, Task
 from jaxchat.tokenizer import Tokenizer, chat
@@ -134,22 +134,6 @@ class Group(NamedTuple):
     parts: dict[str, list[float]]
 
 
-@dataclass
-class Answer:
-    """One answer as the trainer sees it: arrays (T,) over the positions that predict, those of the prompt included."""
-
-    tokens_T: np.ndarray
-    targets_T: np.ndarray
-    trained_T: np.ndarray
-    sampled_logprobs_T: np.ndarray
-    kept_TC: np.ndarray | None
-    advantages_T: np.ndarray
-    logprobs_T: np.ndarray
-    weight: float = 0.0
-    norm: float = 0.0
-
-
-Columns = dict[str, np.ndarray]
 Score = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
 """Log-probabilities and entropies (R, T) of a micro-batch's targets, under some parameters."""
 
@@ -173,11 +157,13 @@ class RolloutStream:
         self._rl, self._engine, self._score, self._say = rl, engine, score, say
         self._seed, self._row_length, self._micro_rows = seed, row_length, micro_rows
         self._reference = reference
+        self._set_bytes = -(-engine.transformer.config.vocab // 8) if rl.truncates else 0
         tasks = [load_task(spec, downloads) for spec in rl.tasks]
         self._problems = _readable(rl, tasks, engine.tokenizer, row_length, say)
         self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()
         self._answers: list[Answer] = []
-        self._said: set[str] = set()
+        self._said: set[tuple[str, ...]] = set()
+        self._failure = ""
         self.cursor = 0
         """How many problems were drawn so far; a part of the state of training."""
         self.facts: dict[str, float] = {}
@@ -193,17 +179,22 @@ class RolloutStream:
         pass_, part = divmod(turn, rl.minibatches)
         order = np.random.default_rng([self._seed, index // rl.updates, pass_]).permutation(len(self._answers))
         chosen = np.sort(order[part * rl.update_samples : (part + 1) * rl.update_samples])
-        columns = self._rows([self._answers[i] for i in chosen])[0]
-        return self._micro_batches(columns)
+        columns, _ = self._rows([self._answers[i] for i in chosen])
+        return micro_batches(columns, micro_rows=self._micro_rows, most=rl.update_samples // self._micro_rows)
 
     def _draw(self, number: int, params: Any) -> None:
         """Draws, rewards and scores rollout batch `number`."""
         rl, start = self._rl, time.perf_counter()
         self._engine.load(params)
-        groups, equal = self._groups(number)
+        groups, equal, drawn = self._groups(number)
         sampled = time.perf_counter()
-        self._answers = [answer for group in groups for answer in self._answers_of(group)]
         rewards_PG = np.stack([group.rewards_G for group in groups])
+        self._check(number, rewards_PG, drawn)
+        self._answers = [
+            answer_of(group.prompt, completion, set_bytes=self._set_bytes)
+            for group in groups
+            for completion in group.answers
+        ]
         advantages_PG = advantages.group_advantages(rewards_PG, rl.policy.advantage)  # NaN counts for nothing.
         lengths_N = np.array([answer.trained_T.sum() for answer in self._answers])
         lengths_N[np.isnan(rewards_PG).ravel()] = 0
@@ -216,14 +207,35 @@ class RolloutStream:
         self.facts = {
             **_told(groups),
             **scored,
+            "groups": drawn,
             "equal_groups": equal,
             "sample_seconds": sampled - start,
             "score_seconds": done - sampled,
         }
 
-    def _groups(self, number: int) -> tuple[list[Group], int]:
-        """Groups of answers, and how many came whose answers were all equally good."""
-        rl, rounds, equal = self._rl, self._rl.rounds, 0
+    def _check(self, number: int, rewards_PG: np.ndarray, drawn: int) -> None:
+        """Refuses a rollout batch without any reward; says once when the answers to no problem differ."""
+        if np.isnan(rewards_PG).all():
+            raise UserError(
+                f"none of the {rewards_PG.size} answers of rollout batch {number} could be rewarded "
+                f"({self._failure}): correct the task, or name other --rl.rewards, and start again to go on"
+            )
+        if self._rl.policy.advantage != "none" and advantages.equal_groups(rewards_PG).all():
+            self._warn(
+                ("alike",),
+                f"warning: rollout batch {number}: the answers to each of the {drawn} problems drawn are equally "
+                "good, so that nothing is learned from their comparison; metrics.jsonl counts such equal_groups",
+            )
+
+    def _warn(self, key: tuple[str, ...], text: str) -> None:
+        """Says a warning the first time."""
+        if key not in self._said:
+            self._said.add(key)
+            self._say(text)
+
+    def _groups(self, number: int) -> tuple[list[Group], int, int]:
+        """Groups of answers; how many came whose answers were all equally good, and how many came at all."""
+        rl, rounds, equal, start = self._rl, self._rl.rounds, 0, self.cursor
         kept: list[Group] = []
         spare: list[Group] = []
         for round_ in range(1 + rounds):
@@ -242,7 +254,7 @@ class RolloutStream:
                 (spare if alike and rounds else kept).append(group)
             if len(kept) >= rl.prompts:
                 break
-        return (kept + spare)[: rl.prompts], equal
+        return (kept + spare)[: rl.prompts], equal, self.cursor - start
 
     def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
         rl = self._rl
@@ -253,16 +265,18 @@ class RolloutStream:
     def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:
         rl = self._rl
         parts: dict[str, list[float]] = {name: [] for name in dict.fromkeys((*rl.rewards, "correct", "lenient"))}
-        rewards = []
         for answer in answers:
             for name, values in parts.items():
                 values.append(self._told_reward(name, task, problem, answer))
-            total = sum(weight * parts[name][-1] for name, weight in zip(rl.rewards, rl.reward_weights))
-            rewards.append(total)
+        rewards_G = np.zeros(len(answers))
+        for name, weight in zip(rl.rewards, rl.reward_weights):
+            rewards_G += weight * np.array(parts[name])
         if rl.overlong_cushion:
-            lengths = np.array([len(answer.tokens) for answer in answers])
-            rewards += advantages.soft_overlong(lengths, longest=rl.max_tokens, cushion=rl.overlong_cushion)
-        return Group(prompt, answers, np.array(rewards, np.float64), parts)
+            lengths_G = np.array([len(answer.tokens) for answer in answers])
+            penalty_G = advantages.soft_overlong(lengths_G, longest=rl.max_tokens, cushion=rl.overlong_cushion)
+            rewards_G += penalty_G
+            parts["overlong"] = penalty_G.tolist()
+        return Group(prompt, answers, rewards_G, parts)
 
     def _told_reward(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
         """One reward; NaN, said once, where its function fails or gives no number: such an answer trains nothing."""
@@ -273,28 +287,15 @@ class RolloutStream:
             if not math.isfinite(value):
                 raise ValueError(f"it gave {value}")
         except Exception as error:  # A task is the user's code; an answer that it cannot score is left out.
-            if name not in self._said:
-                self._said.add(name)
-                self._say(f"warning: reward {name!r} of task {task.name} failed ({error}); such answers are left out")
+            failure, trained = (
+                f"reward {name!r} of task {task.name} failed: {first_line(error)}",
+                name in self._rl.rewards,
+            )
+            self._failure = failure if trained else self._failure
+            left_out = "such answers train nothing" if trained else "it is only measured, where it does not fail"
+            self._warn((name, task.name), f"warning: {failure}; {left_out}")
             return math.nan
         return value
-
-    def _answers_of(self, group: Group) -> list[Answer]:
-        vocab = self._engine.transformer.config.vocab
-        made = []
-        for answer in group.answers:
-            ids = np.array([*group.prompt, *answer.tokens], np.int32)
-            first, T = len(group.prompt) - 1, len(ids) - 1
-            trained_T, sampled_T = np.zeros(T, bool), np.zeros(T, np.float32)
-            trained_T[first:], sampled_T[first:] = answer.sampled, answer.drawn_logprobs
-            kept_TC = None
-            if self._rl.truncates:
-                kept_TC = np.full((T, -(-vocab // 8)), 255, np.uint8)
-                if answer.kept is not None and len(answer.tokens):
-                    kept_TC[first:] = answer.kept
-            zero_T = np.zeros(T, np.float32)
-            made.append(Answer(ids[:-1], ids[1:], trained_T, sampled_T, kept_TC, zero_T, zero_T))
-        return made
 
     def _score_all(self, params: Any) -> dict[str, float]:
         """Gives every answer the trainer's log-probabilities and its KL; tells how sampler and trainer differ."""
@@ -316,6 +317,15 @@ class RolloutStream:
         told |= {"gap_p99": float(np.quantile(np.abs(gap_N), 0.99))}
         return told | ({} if reference_RT is None else {"kl": kl})
 
+    def _rows(self, answers: Sequence[Answer]) -> tuple[Columns, list[tuple[int, int]]]:
+        return lay_out(
+            answers,
+            row_length=self._row_length,
+            micro_rows=self._micro_rows,
+            share_rows=self._engine.transformer.config.isolate_documents,
+            set_bytes=self._set_bytes,
+        )
+
     def _scored(self, params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         size = self._micro_rows
         parts = [
@@ -324,53 +334,6 @@ class RolloutStream:
         ]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def _rows(self, answers: Sequence[Answer]) -> tuple[Columns, list[tuple[int, int]]]:
-        """Answers side by side in rows, and the row and position where each begins."""
-        T, vocab = self._row_length, self._engine.transformer.config.vocab
-        lengths = [len(answer.tokens_T) for answer in answers]
-        isolated = self._engine.transformer.config.isolate_documents
-        row_N = best_fit(lengths, T) if isolated else np.arange(len(answers))
-        rows = -(-(int(max(row_N, default=0)) + 1) // self._micro_rows) * self._micro_rows
-        columns = {name: np.zeros((rows, T), np.int32) for name in ("tokens", "targets", "segments")}
-        more = ("weights", "norms", "advantages", "old_logprobs", "sampled", "trained")
-        columns |= {name: np.zeros((rows, T), np.float32) for name in more}
-        if self._rl.truncates:
-            columns["kept"] = np.full((rows, T, -(-vocab // 8)), 255, np.uint8)
-        filled, places = np.zeros(rows, int), []
-        for row, answer, length in zip(row_N.tolist(), answers, lengths):
-            at = int(filled[row])
-            span = slice(at, at + length)
-            columns["segments"][row, at:] += 1
-            for name, values in (
-                ("tokens", answer.tokens_T),
-                ("targets", answer.targets_T),
-                ("weights", answer.weight * answer.trained_T),
-                ("norms", answer.norm * answer.trained_T),
-                ("advantages", answer.advantages_T),
-                ("old_logprobs", answer.logprobs_T),
-                ("sampled", answer.sampled_logprobs_T),
-                ("trained", answer.trained_T),
-                ("kept", answer.kept_TC),
-            ):
-                if values is not None:
-                    columns[name][row, span] = values
-            filled[row] += length
-            places.append((row, at))
-        for row, end in enumerate(filled):  # What is left of a row is a segment of its own.
-            columns["segments"][row, end:] += 1
-        return columns, places
-
-    def _micro_batches(self, columns: Columns) -> tuple[Columns, int]:
-        """Micro-batches of equal shape, as many as the worst case needs; the last ones are empty and not computed."""
-        used = len(columns["tokens"]) // self._micro_rows
-        most = self._rl.update_samples // self._micro_rows
-        cut: Columns = {}
-        for name in ("tokens", "targets", "segments", "weights", "norms", "advantages", "old_logprobs", "kept"):
-            if name in columns:
-                column = columns[name].reshape(used, self._micro_rows, *columns[name].shape[1:])
-                cut[name] = np.concatenate([column, np.zeros((most - used, *column.shape[1:]), column.dtype)])
-        return cut, used
-
 
 def _readable(
     rl: RL, tasks: Sequence[Task], tokenizer: Tokenizer, row_length: int, say: Log
@@ -378,7 +341,7 @@ def _readable(
     """Every training problem with its prompt, but for those that leave no room for an answer."""
     found, long = [], 0
     for task in tasks:
-        for problem in task.problems("train"):
+        for problem in problems_of(task, "train"):
             prompt = chat.render(problem.messages, tokenizer, complete=True).ids
             if len(prompt) + rl.max_tokens > row_length:
                 long += 1
@@ -401,16 +364,14 @@ def _seed(*key: int) -> int:
 
 
 def _told(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a rollout batch."""
+    """Means over the answers of a rollout batch; each reward apart, before its weight."""
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.concatenate([group.rewards_G for group in groups])
-    parts: Mapping[str, list[float]] = {
-        name: [value for group in groups for value in group.parts[name]] for name in groups[0].parts
-    }
-    told = {"reward": float(np.nanmean(rewards)) if not np.isnan(rewards).all() else 0.0}
-    told |= {
-        f"reward_{name}": float(np.nanmean(values)) for name, values in parts.items() if not np.isnan(values).all()
-    }
+    told = {"reward": float(np.nanmean(rewards))}
+    for name in groups[0].parts:
+        values = [value for group in groups for value in group.parts[name]]
+        if not np.isnan(values).all():
+            told[f"reward_{name}"] = float(np.nanmean(values))
     return told | {
         "reward_errors": int(np.isnan(rewards).sum()),
         "answer_tokens": float(np.mean([len(answer.tokens) for answer in answers])),

@@ -15,7 +15,7 @@ LEVELS = (
     ("data", "tasks"),
     ("model", "optim", "metrics", "sharding"),
     ("objectives", "decode", "checkpoint"),
-    ("train", "evaluation", "rollouts"),
+    ("train", "evaluation", "answers", "rollouts"),
     ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "speedrun"),
     ("launch", "configs"),
 )

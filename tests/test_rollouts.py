@@ -169,7 +169,8 @@ def test_an_answer_that_cannot_be_scored_trains_nothing_and_is_counted(task):
     one = stream(task, engine)
     batch, _ = one.batch(0, None)
     assert one.facts["reward_errors"] == 3
-    assert len(said) == 2 and "reward 'correct' of task digits failed (seven)" in said[0]
+    assert len(said) == 2 and "reward 'correct' of task digits failed: seven; such answers train nothing" in said[0]
+    assert "it is only measured" in said[1]
     trained = (batch["weights"] > 0).sum()
     every = sum(sum(engine.answer(request, i).sampled) for request in engine.asked[0] for i in (0, 1, 3))
     assert trained == every and np.isfinite(batch["advantages"]).all()
@@ -178,7 +179,49 @@ def test_an_answer_that_cannot_be_scored_trains_nothing_and_is_counted(task):
 def test_groups_whose_answers_are_equally_good_are_counted_and_train_nothing(task):
     one = stream(task, Engine(right=1.0))
     batch, _ = one.batch(0, None)
-    assert one.facts["equal_groups"] == 3 and not batch["advantages"].any()
+    assert one.facts["equal_groups"] == one.facts["groups"] == 3 and not batch["advantages"].any()
+    one.batch(1, None)
+    assert len(said) == 1 and "rollout batch 0: the answers to each of the 3 problems drawn are equally good" in said[0]
+
+
+@pytest.mark.parametrize("gives", ["math.nan", "1 / 0", "'much'"])
+def test_a_batch_without_any_reward_is_refused_with_the_reason(tmp_path, gives):
+    (tmp_path / "lost.py").write_text(
+        "import math\n" + TASK.replace("right = text.startswith(problem.answer)", f"right = {gives}")
+    )
+    with pytest.raises(
+        UserError, match=r"none of the 12 answers of rollout batch 0 .*'correct' of task digits"
+    ) as told:
+        stream(f"{tmp_path / 'lost.py'}:Digits").batch(0, None)
+    assert "\n" not in str(told.value) and len(said) <= 2, "said once each"
+    measured = stream(f"{tmp_path / 'lost.py'}:Digits", rewards=("ending",))
+    measured.batch(0, None)
+    assert "reward_correct" not in measured.facts and measured.facts["reward_errors"] == 0
+
+
+def test_long_answers_lose_reward_by_their_tokens_and_that_is_told_apart(task):
+    """DAPO's penalty on top of the reward: a tool's words count, for they fill the context too."""
+    engine = Engine()
+    one = stream(task, engine, overlong_cushion=4, objective="reinforce", samples=6)
+    batch, _ = one.batch(0, None)
+    expected = sorted(
+        float(answer.text.startswith(chr(48 + request.prompt[2]))) - max(0, len(answer.tokens) - 2) / 4
+        for request in engine.asked[0]
+        for answer in (engine.answer(request, i) for i in range(6))
+    )
+    ends = batch["targets"] == 53
+    np.testing.assert_allclose(sorted(batch["advantages"][ends & (batch["weights"] > 0)]), expected, atol=1e-6)
+    assert one.facts["reward"] == pytest.approx(np.mean(expected))
+    assert one.facts["reward"] == pytest.approx(one.facts["reward_correct"] + one.facts["reward_overlong"])
+    assert one.facts["reward_overlong"] < 0
+
+
+def test_bonuses_are_told_apart_and_before_their_weight(task):
+    one = stream(task, rewards=("correct", "ending", "brevity"), reward_weights=(1.0, 0.25, 0.5))
+    one.batch(0, None)
+    facts = one.facts
+    assert facts["reward_ending"] == facts["reward_brevity"] == 1 and 0 < facts["reward_correct"] < 1
+    assert facts["reward"] == pytest.approx(facts["reward_correct"] + 0.25 + 0.5)
 
 
 def test_dynamic_sampling_asks_for_more_until_answers_differ(task):
@@ -192,8 +235,11 @@ def test_dynamic_sampling_asks_for_more_until_answers_differ(task):
     batch, _ = one.batch(0, None)
     assert len(engine.asked) > 1 and one.facts["equal_groups"] >= 3 and one.cursor == 3 * len(engine.asked)
     assert batch["advantages"].any()
+    seeds = [request.sampling.seed for asked in engine.asked for request in asked]
+    assert len(set(seeds)) == len(seeds), "no two rounds share noise"
     never = stream(task, Engine(right=1.0), dynamic_rounds=2)
     assert not never.batch(0, None)[0]["advantages"].any(), "and gives up"
+    assert never.facts["equal_groups"] == never.facts["groups"] == 9 and "the 9 problems drawn" in said[-1]
 
 
 def test_the_kl_to_the_start_lowers_the_advantage_of_what_leads_to_it(task):
@@ -203,8 +249,28 @@ def test_the_kl_to_the_start_lowers_the_advantage_of_what_leads_to_it(task):
     mask = without["weights"] > 0
     cost = (without["advantages"] - with_["advantages"])[mask]
     assert plain.facts["kl"] == held.facts["kl"] < 0, "here the reference gives everything a higher probability"
-    assert np.unique(np.round(cost / (0.5 * (0.001 - 0.25)), 3) % 1).tolist() in ([0.0], [0.0, 1.0])
+    still_to_come = cost / (0.5 * (0.001 - 0.25))  # How many trained tokens, this one among them.
+    np.testing.assert_allclose(still_to_come, np.round(still_to_come), atol=1e-3)
+    assert set(np.round(still_to_come)) == set(range(1, int(still_to_come.max() + 1.5)))
     assert "kl" not in stream(task).facts
+
+
+@pytest.mark.parametrize("settings", [{"kl": 0.0, "objective": "grpo"}, {"kl": 0.0, "objective": "reinforce"}])
+def test_a_kl_without_weight_is_measured_only(task, settings):
+    measured, plain = stream(task, **settings), stream(task, **settings | {"kl": None})
+    (with_, _), (without, _) = measured.batch(0, None), plain.batch(0, None)
+    assert with_.keys() == without.keys() and measured.facts["kl"] != 0
+    for name, column in with_.items():
+        np.testing.assert_array_equal(column, without[name])
+
+
+def test_every_update_takes_its_ratios_against_the_parameters_that_sampled(task):
+    one = stream(task, epochs=2, minibatches=2)
+    old: list[list[float]] = []
+    for index in range(4):
+        batch, _ = one.batch(index, f"parameters of step {index}")
+        old.append(batch["old_logprobs"][batch["weights"] > 0].tolist())
+    assert sorted(old[0] + old[1]) == sorted(old[2] + old[3])
 
 
 def test_a_problem_that_leaves_no_room_for_an_answer_is_left_out(task):

@@ -91,3 +91,15 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
     assert text == "".join(
         f"\n## Step {step}\n- **a** {one}\n\nand on\n- **b** {two}\n\nand on\n" for step, (one, two) in sections.items()
     )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("correct", [{}, {"reward_correct": 0.5}])
+def test_a_step_of_answers_is_told_also_where_none_could_be_judged(capsys, correct):
+    record = {"step": 1, "loss": 0.0, "grad_norm": 0.0, "skipped": 0, "seconds": 3.0, "reward": 1.0, "reward_errors": 4}
+    record |= {"answer_tokens": 7.0, "entropy": 1.0, "gap_max": 1e-6}
+    record |= {"sample_seconds": 1.0, "score_seconds": 0.5, "train_seconds": 1.5}
+    metrics.Terminal(2).write(record | correct)
+    said = capsys.readouterr().err
+    assert "reward 1.000" in said and "4 not rewarded" in said and ("correct 0.500" in said) == bool(correct)
+    assert "1.0+0.5+1.5 s  0:03 left" in said

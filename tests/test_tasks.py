@@ -14,7 +14,7 @@ from jaxchat.config import UserError
 from jaxchat.data import tinyworld
 from jaxchat.data.tinyworld.chance import partition
 from jaxchat.data.tinyworld.problems import Step
-from jaxchat.tasks import TASKS, Problem, load_task
+from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
 from jaxchat.tasks.gsm8k import GSM8K, judge
 from jaxchat.tasks.numbers import last_number, read_number
@@ -236,6 +236,23 @@ def test_a_task_that_is_none_is_refused_with_a_guess(tmp_path):
         load_task(f"{tmp_path}/mine.py:Mine")
     with pytest.raises(UserError, match="Other cannot be made"):
         load_task(f"{tmp_path}/mine.py:Other")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "gives, told",
+    [
+        ("raise OSError('no file')", "cannot give its train problems: no file"),
+        ("return []", "has no train problems"),
+        ("return ['Two and two?']", "'Two and two.' as a train problem"),
+        ("return None", "cannot give its train problems"),
+    ],
+)
+def test_problems_that_are_none_are_refused(tmp_path, gives, told):
+    code = f"class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): {gives}\n"
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(UserError, match=f"the task own .*{told}"):
+        problems_of(load_task(f"{tmp_path}/own.py:Own"), "train")
 
 
 def test_a_task_of_ones_own_may_be_a_dataclass(tmp_path):

@@ -92,8 +92,10 @@ def policy_gradient(transformer: Transformer, policy: Policy, *, temperature: fl
 def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:
     """Sum over trained tokens of weight * loss, and of their shares of the divisor (see `advantages.token_weights`).
 
-    Columns, all (B, T): weights and norms, 0 where a target is not trained; advantages; old_logprobs, those with which
-    the targets were sampled, in nats; segments, from 0 to T in a row. What stands where weights are 0 does not matter.
+    Columns, all (B, T): weights and norms, 0 where a target is not trained; advantages; old_logprobs, in nats, of the
+    targets under the parameters that sampled them (rollouts give those that the trainer computed itself, not the
+    sampler's, so that the first ratio is 1); segments, from 0 to T in a row. What stands where weights are 0 does not
+    matter.
     Extras are sums over trained tokens: their number; the ratio (of tokens where the objective has none); how many the
     clip binds; and r - 1 - log r >= 0 of tokens, whose mean estimates KL(old || policy) in nats (Schulman's k3).
     """

@@ -76,10 +76,12 @@ class Reinforcement:
         self._told[index + 1] = {**self._stream.facts, **times, "micro_batches": used}
         return batch
 
-    def numbers(self, number: int, values: dict[str, float], seconds: float) -> dict[str, Any]:
+    def numbers(self, number: int, values: dict[str, float]) -> dict[str, Any]:
         """What was sampled, how well sampler and trainer agree, and where the time went."""
         told = self._told.pop(number)
         told.setdefault("train_seconds", time.perf_counter() - self._dispatched)
+        # The loop's clock would count the next step's sampling for this one.
+        told["seconds"] = sum(told[f"{part}_seconds"] for part in ("sample", "score", "train"))
         return told | {name: values[name] for name in ("ratio", "clipped", "kl_old", "trained_tokens")}
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:

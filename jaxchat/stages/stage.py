@@ -31,8 +31,8 @@ class Stage(Protocol):
         """The batch of optimizer step `index`, on the devices."""
 
     @property
-    def numbers(self) -> Callable[[int, dict[str, float], float], Record] | None:
-        """What else a step's record holds; None where each step trains on as many tokens, and so has a speed."""
+    def numbers(self) -> Callable[[int, dict[str, float]], Record] | None:
+        """What else a record holds, of a step's number and metrics; None where each step trains on as many tokens."""
 
     def score(self, state: State, *, last: bool) -> Record:
         """What an evaluation found."""

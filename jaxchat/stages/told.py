@@ -1,6 +1,5 @@
 """What a stage tells: lines and records of its steps, the plan before, samples of its writing."""
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ class StepLog:
         setup: Setup,
         peak: float | None,
         writers: list[metrics.Writer],
-        more: Callable[[int, dict[str, float], float], dict[str, Any]] | None = None,
+        more: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
     ) -> None:
         e = setup.experiment
         self._experiment, self._writers, self._more = e, writers, more
@@ -57,9 +56,10 @@ class StepLog:
                 "tokens_per_second": speed,
                 "mfu": None if self._peak is None else speed * self._flops / self._peak,
             }
-        else:
-            record |= self._more(number, values, seconds)
-        record |= {"seconds": seconds, "skipped": values["skipped"], "memory_bytes": metrics.memory_bytes()}
+        record["seconds"] = seconds
+        if self._more is not None:
+            record |= self._more(number, values)
+        record |= {"skipped": values["skipped"], "memory_bytes": metrics.memory_bytes()}
         self.loss = values["loss"]
         self._seconds.append(seconds)
         for writer in self._writers:
@@ -115,15 +115,6 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
 def _sampled_step(part: str) -> int:
     heading = re.match(r"\n## Step (\d+)$", part, flags=re.M)
     return int(heading[1]) if heading else -1
-
-
-def write_manifests(experiment: Experiment, rows: dict[str, Any]) -> None:
-    """What the run trained on and was scored on, beside its checkpoints."""
-    place = experiment.run_directory / "rows"
-    place.mkdir(parents=True, exist_ok=True)
-    for split, parts in rows.items():
-        manifests = [part.manifest for part in (parts if isinstance(parts, list) else [parts])]
-        (place / f"{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
 
 
 def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[metrics.Writer]:

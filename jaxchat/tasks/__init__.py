@@ -3,15 +3,15 @@
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxchat.config import UserError, first_line
 from jaxchat.tasks.gsm8k import GSM8K
-from jaxchat.tasks.task import Problem, Score, Task
+from jaxchat.tasks.task import Problem, Score, Split, Task
 from jaxchat.tasks.village import Arithmetic, Facts, Spelling
 
-__all__ = ["TASKS", "Problem", "Score", "Task", "load_task"]
+__all__ = ["TASKS", "Problem", "Score", "Task", "load_task", "problems_of"]
 
 TASKS: Mapping[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
@@ -36,6 +36,22 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
     if rest and name != "gsm8k":
         raise UserError(f"the task {name} reads no files: write {name} alone, not {spec}")
     return GSM8K(rest, downloads) if name == "gsm8k" else TASKS[name]()
+
+
+def problems_of(task: Task, split: Split) -> Sequence[Problem]:
+    """The problems of one side of a task; raises UserError where there are none, or other things."""
+    try:
+        problems = task.problems(split)
+        wrong = next((problem for problem in problems if not isinstance(problem, Problem)), None)
+    except UserError:
+        raise
+    except Exception as error:  # The user's code may fail in any way.
+        raise UserError(f"the task {task.name} cannot give its {split} problems: {first_line(error)}") from error
+    if wrong is not None:
+        raise UserError(f"the task {task.name} gives {wrong!r:.80} as a {split} problem, and that is no Problem")
+    if not problems:
+        raise UserError(f"the task {task.name} has no {split} problems: let its problems({split!r}) give some")
+    return problems
 
 
 def _own(path: Path, name: str) -> Task:

@@ -1,0 +1,106 @@
+"""Sampled answers as the trainer reads them: arrays over positions, several answers to a row, rows in micro-batches.
+
+R rows, T positions of a row or of one answer, C = ceil(vocab / 8) bytes of a set of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxchat.data.packing import best_fit
+from jaxchat.decode.requests import Completion
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass
+class Answer:
+    """One answer as the trainer sees it: arrays (T,) over the positions that predict, those of the prompt included.
+
+    Attributes:
+        trained_T: where the target was sampled, the end of the answer too; not the prompt, nor what a tool said.
+        sampled_logprobs_T: the sampler's, in nats.
+        kept_TC: bits of the tokens that the target was drawn from, where the sampler truncated.
+        logprobs_T: the trainer's, with the parameters that sampled; ratios are taken against these.
+        weight, norm: see `advantages.token_weights`.
+    """
+
+    tokens_T: np.ndarray
+    targets_T: np.ndarray
+    trained_T: np.ndarray
+    sampled_logprobs_T: np.ndarray
+    kept_TC: np.ndarray | None
+    advantages_T: np.ndarray
+    logprobs_T: np.ndarray
+    weight: float = 0.0
+    norm: float = 0.0
+
+
+def answer_of(prompt: Sequence[int], completion: Completion, *, set_bytes: int) -> Answer:
+    """A completion after its prompt, not scored yet; `set_bytes` is C where the sampler truncated, otherwise 0."""
+    ids = np.array([*prompt, *completion.tokens], np.int32)
+    first, T = len(prompt) - 1, len(ids) - 1
+    trained_T, sampled_T = np.zeros(T, bool), np.zeros(T, np.float32)
+    trained_T[first:], sampled_T[first:] = completion.sampled, completion.drawn_logprobs
+    kept_TC = None
+    if set_bytes:
+        kept_TC = np.full((T, set_bytes), 255, np.uint8)
+        if completion.kept is not None and len(completion.tokens):
+            kept_TC[first:] = completion.kept
+    zero_T = np.zeros(T, np.float32)
+    return Answer(ids[:-1], ids[1:], trained_T, sampled_T, kept_TC, zero_T, zero_T)
+
+
+def lay_out(
+    answers: Sequence[Answer], *, row_length: int, micro_rows: int, share_rows: bool, set_bytes: int
+) -> tuple[Columns, list[tuple[int, int]]]:
+    """Columns (R, T) of answers side by side, and the row and position where each begins.
+
+    R is a multiple of `micro_rows`. Answers share rows, each a segment of its own, only with `share_rows`.
+    """
+    lengths = [len(answer.tokens_T) for answer in answers]
+    row_N = best_fit(lengths, row_length) if share_rows else np.arange(len(answers))
+    rows = -(-(int(max(row_N, default=0)) + 1) // micro_rows) * micro_rows
+    columns = {name: np.zeros((rows, row_length), np.int32) for name in ("tokens", "targets", "segments")}
+    more = ("weights", "norms", "advantages", "old_logprobs", "sampled", "trained")
+    columns |= {name: np.zeros((rows, row_length), np.float32) for name in more}
+    if set_bytes:
+        columns["kept"] = np.full((rows, row_length, set_bytes), 255, np.uint8)
+    filled, places = np.zeros(rows, int), []
+    for row, answer, length in zip(row_N.tolist(), answers, lengths):
+        at = int(filled[row])
+        span = slice(at, at + length)
+        columns["segments"][row, at:] += 1
+        for name, values in (
+            ("tokens", answer.tokens_T),
+            ("targets", answer.targets_T),
+            ("weights", answer.weight * answer.trained_T),
+            ("norms", answer.norm * answer.trained_T),
+            ("advantages", answer.advantages_T),
+            ("old_logprobs", answer.logprobs_T),
+            ("sampled", answer.sampled_logprobs_T),
+            ("trained", answer.trained_T),
+            ("kept", answer.kept_TC),
+        ):
+            if values is not None:
+                columns[name][row, span] = values
+        filled[row] += length
+        places.append((row, at))
+    for row, end in enumerate(filled):  # What is left of a row is a segment of its own.
+        columns["segments"][row, end:] += 1
+    return columns, places
+
+
+def micro_batches(columns: Columns, *, micro_rows: int, most: int) -> tuple[Columns, int]:
+    """What a step reads, as (micro-batches, rows, T), and how many micro-batches are not empty.
+
+    There are always `most`, as many as the worst case needs, so that the step is compiled once.
+    """
+    used = len(columns["tokens"]) // micro_rows
+    cut: Columns = {}
+    for name in ("tokens", "targets", "segments", "weights", "norms", "advantages", "old_logprobs", "kept"):
+        if name in columns:
+            column = columns[name].reshape(used, micro_rows, *columns[name].shape[1:])
+            cut[name] = np.concatenate([column, np.zeros((most - used, *column.shape[1:]), column.dtype)])
+    return cut, used
