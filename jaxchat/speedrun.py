@@ -1,8 +1,10 @@
 """The whole road: every stage of a configuration, one after another, and a report of it."""
 
+import contextlib
 import json
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ from jaxchat import checkpoint, stages
 from jaxchat.config import json_line
 from jaxchat.data.cache import write_json
 from jaxchat.decode.engine import load_engine
-from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation import report
-from jaxchat.evaluation.solve import solve
-from jaxchat.experiment import Experiment
-from jaxchat.stages.scores import EVALUATION_SEED
+from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.stages.scores import task_scores
+from jaxchat.stages.stage import inherited
 from jaxchat.tasks import load_task
 
 PROGRESS = "speedrun.json"
+BASE = "scoring the base model"
+BEAT = 5.0  # Seconds of a stage that a kill may leave uncounted.
 Say = Callable[[str], None]
 
 
@@ -27,27 +30,32 @@ def run(
     """Runs every stage that is not finished, scores the base model on the last stage's problems, writes report.md.
 
     What is finished, and the seconds that each stage took over all its starts, is kept in speedrun.json.
+
+    Raises:
+        UserError: what a stage refuses, a finished one too: its directory may hold another experiment.
     """
-    place = road[0].run_directory
+    place, went_on = road[0].run_directory, ""
     for number, e in enumerate(road, 1):
         progress = _read(place)
         known = progress.get(e.stage, {})
         wanted = e.steps or known.get("result", {}).get("step")
-        if known.get("finished") and checkpoint.finished_steps(e.stage_directory)[-1:] == [wanted]:
+        newest = checkpoint.finished_steps(e.stage_directory)[-1:]
+        if went_on and newest:
+            say(f"warning: {e.stage_directory} started from {went_on} as it was before: remove it to train it again")
+        if known.get("finished") and newest == [wanted]:
+            checkpoint.check_same(e.stage_directory, inherited(e)[0], RESUMABLE)
             say(f"== {e.stage} ({number} of {len(road)}) is finished")
             continue
         say(f"== {e.stage} ({number} of {len(road)})")
-        start = time.monotonic()
-        try:
-            known = {"finished": True, "result": stages.run(e, stopped)}
-        finally:
-            known["seconds"] = round(progress.get(e.stage, {}).get("seconds", 0.0) + time.monotonic() - start, 1)
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(place / PROGRESS, progress | {e.stage: known})
+        with timed(place, e.stage):
+            result = stages.run(e, stopped)
+        _note(place, e.stage, {"finished": True, "result": result, "base": None})
+        went_on = e.stage if known.get("finished") else went_on
+    if not _read(place)[road[0].stage].get("base"):
+        with timed(place, BASE):
+            base = score_base(road[0], road[-1], say)
+        _note(place, road[0].stage, {"base": base})
     progress = _read(place)
-    if "base" not in progress[road[0].stage]:
-        progress[road[0].stage]["base"] = score_base(road[0], road[-1], say)
-        write_json(place / PROGRESS, progress)
     path = report.write(place, [e.stage for e in road], progress, say=say, dollars_per_hour=dollars_per_hour)
     return {
         **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in road},
@@ -58,16 +66,42 @@ def run(
 def score_base(e: Experiment, last: Experiment, say: Say) -> dict[str, float]:
     """The base model on the problems of the last stage, asked in the words of its own text."""
     engine = load_engine(str(e.stage_directory), Experiment, slots=64, prompts=8)
-    found: dict[str, float] = {}
-    for spec in last.tasks:
-        task = load_task(spec, e.cache_directory / "downloads")
-        sampling = SamplingParams(1.0, max_tokens=last.eval_tokens, seed=EVALUATION_SEED)
-        solved = solve(
-            engine, task, task.problems("test")[: last.eval_problems], n=1, sampling=sampling, style="text", log=say
-        )
-        found |= {f"{task.name}_strict": solved.strict, f"{task.name}_lenient": solved.lenient}
+    tasks = [load_task(spec, e.cache_directory / "downloads") for spec in last.tasks]
+    found = task_scores(engine, tasks, last, say, style="text")
     say(f"the base model, asked in text: {json_line(found)}")
     return found
+
+
+@contextlib.contextmanager
+def timed(place: Path, part: str) -> Iterator[None]:
+    """Adds the seconds of a block to those of a part in speedrun.json, as they pass, so that a kill loses few.
+
+    Writes nothing before the run directory is there.
+    """
+    before, start, done = _read(place).get(part, {}).get("seconds", 0.0), time.monotonic(), threading.Event()
+
+    def count() -> None:
+        if place.is_dir():
+            _note(place, part, {"seconds": round(before + time.monotonic() - start, 1)})
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            count()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        count()
+
+
+def _note(place: Path, part: str, facts: Mapping[str, Any]) -> None:
+    """Changes some facts of a part in speedrun.json."""
+    progress = _read(place)
+    write_json(place / PROGRESS, progress | {part: progress.get(part, {}) | dict(facts)})
 
 
 def _read(place: Path) -> dict[str, Any]:

@@ -13,10 +13,19 @@ from jaxchat.config import UserError
 ROAD = ("pretrain", "sft", "rl")
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config FILE` as one word, as `--config=FILE` is; so too the price."""
+    words, out = iter(argv), []
+    for word in words:
+        value = next(words, None) if word in ("--config", "--dollars_per_hour") else None
+        out.append(word if value is None else f"{word}={value}")
+    return out
+
+
 def stage_arguments(argv: Sequence[str], stage: str) -> list[str]:
     """The arguments that concern a stage, for launch.train."""
     kept, mine = [], True
-    for word in argv:
+    for word in joined(argv):
         if word.startswith("--"):
             owner, colon, rest = word[2:].partition(":")
             mine = not (colon and owner in ROAD) or owner == stage
@@ -30,7 +39,7 @@ def stage_arguments(argv: Sequence[str], stage: str) -> list[str]:
 
 def main(argv: list[str]) -> dict[str, object]:
     price, rest = None, []
-    for word in argv:
+    for word in joined(argv):
         if word.startswith("--dollars_per_hour="):
             try:
                 price = float(word.partition("=")[2])

@@ -15,6 +15,7 @@ from jaxchat import checkpoint, config, stages
 from jaxchat.config import UserError
 from jaxchat.data.streams import open_rows
 from jaxchat.experiment import Experiment
+from jaxchat.stages import running
 
 
 def flags(place: Path, stage: str, name: str = "road", **changes) -> list[str]:
@@ -84,11 +85,12 @@ def with_base(place: Path, name: str) -> Path:
 
 def test_fine_tuning_starts_from_the_base_model_and_tells_what_it_forgets(place):
     directory = with_base(place, "tuned")
-    told = run(place, "sft", "tuned", tasks="arithmetic")
+    told = run(place, "sft", "tuned", tasks="arithmetic", eval_samples=2)
     first, *_ = records(directory / "sft")
     base = [line["val_bpb"] for line in records(directory / "pretrain") if "val_bpb" in line][-1]
     assert first["step"] == 0 and first["val_bpb"] == pytest.approx(base, rel=1e-6) == told["val_bpb_before"]
     assert told["val_loss"] < told["val_loss_before"] and "arithmetic_strict" in told
+    assert all(0 <= told[f"arithmetic_{kind}"] <= told[f"arithmetic_{kind}_pass@2"] for kind in ("strict", "lenient"))
     assert told["stage"] == "sft" and json.loads((directory / "rows/sft-train.json").read_text())
     assert (directory / "sft/samples.md").exists() is False, "no prompts were asked for"
     start = jax.tree.leaves(parameters(directory / "pretrain"))
@@ -124,11 +126,33 @@ def test_a_stage_without_its_start_says_what_to_run(place):
         run(place, "sft", "nowhere")
 
 
+def test_what_cannot_be_is_refused_before_anything_is_compiled(place, monkeypatch):
+    monkeypatch.setattr(running, "compile_step", lambda *_: pytest.fail("compiled"))
+    directory = with_base(place, "refused")
+    (directory / "baker.py").write_text(
+        "class Baker:\n    name, tools, problems, score = 'baker', ('oven',), None, None\n"
+    )
+    for told, stage, changes in (
+        ("did you mean arithmetic", "rl", {"rl.tasks": "aritmetic"}),
+        ("did you mean spelling", "sft", {"tasks": "speling"}),
+        ("there is no tool 'oven'", "rl", {"rl.tasks": f"{directory / 'baker.py'}:Baker"}),
+        ("rl.max_tokens=160 leaves no room for a question in a row of 160", "rl", {"rl.max_tokens": 160}),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(place, stage, "refused", **changes)
+    assert not (directory / "rl").exists() and not (directory / "sft").exists()
+
+
 def test_rl_gives_every_number_of_a_step(place):
     with_base(place, "learned")
     told = run(place, "rl", "learned", tasks="arithmetic")
     steps = [line for line in records(place / "runs/learned/rl") if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    written = (place / "runs/learned/rl/metrics.jsonl").read_text().splitlines()
+    for line in (line for line in map(json.loads, written) if "loss" in line):
+        parts = [line[f"{part}_seconds"] for part in ("sample", "score", "train")]
+        assert line["seconds"] == pytest.approx(sum(parts)) and line["train_seconds"] > 0
+        assert (line["sample_seconds"] > 0) == (line["step"] % 2 == 1), "a rollout batch is trained on twice"
     for line in steps:
         assert line["gap_max"] < 1e-4 and line["answers"] == 8 and line["reward"] == line["reward_brevity"]
     # The first update of a rollout batch is at the policy that sampled it.

@@ -2,12 +2,13 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 import launch.speedrun
-from jaxchat import stages
+from jaxchat import speedrun, stages
 from jaxchat.config import UserError
 from jaxchat.evaluation import report
 from launch.speedrun import stage_arguments
@@ -19,6 +20,11 @@ def test_arguments_go_to_every_stage_or_to_one():
     assert stage_arguments(argv, "pretrain") == ["--config=configs/tiny.py:pretrain", "--seed=3", "--name=x"]
     assert stage_arguments(argv, "sft")[2:] == ["--data.train", "a", "b", "--name=x"]
     assert stage_arguments(argv, "rl")[2:] == ["--rl.samples=2", "--name=x"]
+    assert stage_arguments(["--config", "configs/tiny.py", "--seed", "3"], "rl") == [
+        "--config=configs/tiny.py:rl",
+        "--seed",
+        "3",
+    ]
     with pytest.raises(UserError, match="runs every stage"):
         stage_arguments(["--config=configs/tiny.py:sft"], "sft")
 
@@ -75,12 +81,33 @@ def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     text = Path(told["report"]).read_text()
     for title in ("# tiny", "## Plan", "## Scores", "## Time", "## pretrain", "## sft", "## rl", "**Hello!**"):
         assert title in text
-    scores = {row.split("|")[1].strip(): row.split("|")[2:5] for row in text.splitlines() if row.startswith("| ")}
+    scores = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in text.splitlines() if row.startswith("| ")}
     assert all(re.fullmatch(r" \d\.\d{4} ", cell) for cell in scores["arithmetic_strict"]), "of the base model too"
-    bits = [float(cell) for cell in scores["val_bpb"]]
-    assert bits == pytest.approx([told[stage]["val_bpb"] for stage in ("pretrain", "sft", "rl")], abs=1e-4)
-    seconds = sum(told[stage]["seconds"] for stage in ("pretrain", "sft", "rl"))
+    bits = dict(zip(scores[""], map(float, scores["val_bpb"])))
+    for stage in ("pretrain", "sft", "rl"):
+        assert bits[f" after {stage} "] == pytest.approx(told[stage]["val_bpb"], abs=1e-4)
+    assert bits[" before sft "] == bits[" after pretrain "] and bits[" before rl "] == bits[" after sft "]
+    parts = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
+    seconds = sum(part["seconds"] for part in parts.values())
     assert f"| all | {seconds / 60:.1f} | {seconds / 100:.2f} |" in text
+    with pytest.raises(UserError, match="holds another experiment: seed was 0 and is now 5"):
+        launch.speedrun.main([*flags(tmp_path), "--seed=5"])
+
+
+def test_a_killed_stage_keeps_the_seconds_it_took(tmp_path, monkeypatch):
+    """What a kill leaves is what the file says in the middle of a stage."""
+    monkeypatch.setattr(speedrun, "BEAT", 0.05)
+    told = lambda: json.loads((tmp_path / "speedrun.json").read_text())["sft"]["seconds"]  # noqa: E731
+    with speedrun.timed(tmp_path, "sft"):
+        time.sleep(0.4)
+        first = told()
+    assert 0.1 <= first <= told()
+    with speedrun.timed(tmp_path, "sft"):
+        time.sleep(0.3)
+        assert told() > first, "goes on counting"
+    with speedrun.timed(tmp_path / "nowhere", "sft"):
+        pass
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.quick
@@ -90,4 +117,7 @@ def test_the_report_says_what_was_forgotten_and_why():
 
     (calm,), (lost,) = (report.forgetting(["pretrain", "rl"], progress(last)) for last in (1.04, 1.2))
     assert calm == "Bits per byte of the pretraining text went from 1.0000 to 1.0400 (+4.0%)."
-    assert "(+20.0%)" in lost and "more than 5 percent" in lost and "--optimizer.scale" in lost
+    assert "(+20.0%)" in lost and "More than 5 percent" in lost and "--optimizer.scale" in lost
+    gained = progress(0.99) | {"sft": {"result": {"val_bpb": 0.9}}}
+    (regained,) = report.forgetting(["pretrain", "sft", "rl"], gained)
+    assert "(-1.0%)" in regained and "in rl 0.9900 after 0.9000 (+10.0%)" in regained, "though less than before SFT"

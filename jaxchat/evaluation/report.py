@@ -1,5 +1,6 @@
 """report.md: the plan, the scores before and after each stage, curves, samples, time and cost of a whole road."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ def write(
 ) -> Path:
     """Writes report.md and its pictures into a run directory; returns the report's path."""
     lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
+    lines += ["", asked(place / stages[-1])]
     lines += ["", *forgetting(stages, progress), "", "## Time", "", *times(stages, progress, dollars_per_hour)]
     for stage in stages:
         lines += ["", f"## {stage}", ""]
@@ -31,6 +33,7 @@ def write(
             lines += [f"![curves of {stage}](pictures/{picture.name})", ""]
         except UserError as error:
             say(f"no picture of {stage}: {error}")
+            lines += [f"No picture: {error}.", ""]
         lines += last_samples(place / stage / "samples.md")
     path = place / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -44,7 +47,11 @@ def plan(place: Path, stages: Sequence[str]) -> list[str]:
     for stage in stages:
         e = json.loads((place / stage / "experiment.json").read_text(encoding="utf-8"))
         rl, model = e.get("rl"), e["model"]
-        step = f"{e['batch_tokens']:,} tokens" if rl is None else f"{rl['prompts']} prompts x {rl['samples']} answers"
+        step = (
+            f"{e['batch_tokens']:,} tokens"
+            if rl is None
+            else f"{rl['prompts']} prompts x {rl['samples']} answers, {rl['objective']}"
+        )
         source = e["data"]["train"] if rl is None else rl["tasks"]
         about = f"depth {model['depth']}, width {model['width']}, vocabulary {model['vocab']:,}"
         lines.append(f"| {stage} | {about} | {e['steps']:,} | {step} | {', '.join(source)} |")
@@ -52,14 +59,30 @@ def plan(place: Path, stages: Sequence[str]) -> list[str]:
 
 
 def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """A column a stage, a row a measure; of the base model what it scores when it is asked in text."""
-    found = {stage: progress[stage].get("base", {}) | progress[stage]["result"] for stage in stages}
-    names = [name for name in dict.fromkeys(key for result in found.values() for key in result) if _is_score(name)]
-    lines = [f"| | {' | '.join(stages)} |", "|---" * (1 + len(stages)) + "|"]
+    """Columns before and after each stage, a row a measure; of the base model what it scores when asked in text."""
+    columns: dict[str, Mapping[str, Any]] = {}
+    for stage in stages:
+        after = (progress[stage].get("base") or {}) | progress[stage]["result"]
+        before = {name.removesuffix("_before"): x for name, x in after.items() if name.endswith("_before")}
+        columns |= {f"before {stage}": before, f"after {stage}": after} if before else {f"after {stage}": after}
+    names = [name for name in dict.fromkeys(key for found in columns.values() for key in found) if _is_score(name)]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
-        told = [found[stage].get(name) for stage in stages]
+        told = [found.get(name) for found in columns.values()]
         lines.append(f"| {name} | {' | '.join('' if x is None else f'{x:.4f}' for x in told)} |")
     return lines
+
+
+def asked(directory: Path) -> str:
+    """How the problems of the scores were asked, out of the last stage's experiment.json."""
+    e = json.loads((directory / "experiment.json").read_text(encoding="utf-8"))
+    if not e["tasks"]:
+        return "No problems were asked: name some with --tasks."
+    return (
+        f"Problems are {', '.join(e['tasks'])}: {e['eval_problems']:,} of the test side of each, or all where it has "
+        f"fewer, {e['eval_samples']} answer{'s' * (e['eval_samples'] > 1)} to each at temperature 1. The base model is "
+        "asked in the words of its text, and before the next stage, the same model, as a chat model."
+    )
 
 
 def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
@@ -69,21 +92,28 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
         return ["The bits per byte of the pretraining text were not measured after the last stage."]
     change = last / base - 1
     told = f"Bits per byte of the pretraining text went from {base:.4f} to {last:.4f} ({change:+.1%})."
-    if change > 0.05:
-        steps = [f"{s} {progress[s]['result']['val_bpb']:.4f}" for s in stages if progress[s]["result"].get("val_bpb")]
+    measured = [
+        (stage, progress[stage]["result"]["val_bpb"]) for stage in stages if "val_bpb" in progress[stage]["result"]
+    ]
+    lost = [
+        f"{after} {worse:.4f} after {better:.4f} ({worse / better - 1:+.1%})"
+        for (_, better), (after, worse) in itertools.pairwise(measured)
+        if worse / better > 1.05
+    ]
+    if lost or change > 0.05:
         told += (
-            f" That is more than 5 percent ({', '.join(steps)}): later stages train on other text at these learning "
-            "rates and nothing holds the old text in place; a lower --optimizer.scale in the stage that lost most, or "
+            f" More than 5 percent were lost{' in ' if lost else ''}{', '.join(lost)}: that stage trains on other text "
+            "at these learning rates, and nothing holds the old text in place; a lower --optimizer.scale there, or "
             "--rl.kl above 0, forgets less."
         )
     return [told]
 
 
 def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[str]:
-    """Wall time of every stage over all its starts, and what it cost."""
+    """Wall time of every stage over all its starts, within seconds where one was killed, and what it cost."""
     priced = dollars_per_hour is not None
     lines = [f"| stage | minutes |{' dollars |' * priced}", f"|---|---|{'---|' * priced}"]
-    seconds = {stage: progress[stage]["seconds"] for stage in stages}
+    seconds = {part: known["seconds"] for part, known in progress.items() if "seconds" in known}
     for stage, took in {**seconds, "all": sum(seconds.values())}.items():
         cost = f" {took / 3600 * (dollars_per_hour or 0):.2f} |" * priced
         lines.append(f"| {stage} | {took / 60:.1f} |{cost}")

@@ -14,11 +14,13 @@ from jaxchat import checkpoint, metrics, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.config import UserError
 from jaxchat.data import cache, prepare
+from jaxchat.decode.tools import named_tools
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.stages.reinforcement import Reinforcement
 from jaxchat.stages.rows import FromRows
 from jaxchat.stages.stage import Stage, inherited, locate_start, started
 from jaxchat.stages.told import StepLog, describe, make_writers, write_samples
+from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, all_finite, fit, init_state
 
@@ -35,6 +37,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     e, tokenizer = inherited(experiment)
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
     check_ahead(e)
+    check_tasks(e)
     setup = make_setup(e, terminal.say)
     cache.make_directory(e.stage_directory, "--directory")
     with alone(e, terminal.say):
@@ -149,6 +152,17 @@ def check_ahead(e: Experiment) -> None:
     newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
     if newest > e.steps > 0:
         raise UserError(f"{e.stage_directory} is at step {newest} already: ask for at least --steps={newest}")
+
+
+def check_tasks(e: Experiment) -> None:
+    """Raises `UserError` for a task or a tool that there is not, and for answers as long as a row."""
+    for spec in (*e.tasks, *(e.rl.tasks if e.rl else ())):
+        named_tools(load_task(spec, e.cache_directory / "downloads").tools)
+    if e.rl is not None and e.rl.max_tokens >= e.data.row_length:
+        raise UserError(
+            f"rl.max_tokens={e.rl.max_tokens} leaves no room for a question in a row of {e.data.row_length} tokens: "
+            "lower it, or raise --data.row_length"
+        )
 
 
 @contextlib.contextmanager

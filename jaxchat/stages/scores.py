@@ -1,5 +1,6 @@
 """What SFT and RL are scored on beside their own loss: pretraining text that may be forgotten, and problems."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from jaxchat.data import prepare
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
-from jaxchat.evaluation.solve import solve
+from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params
 from jaxchat.stages.stage import Say
-from jaxchat.tasks import load_task
+from jaxchat.tasks import Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 EVALUATION_SEED = 1_000_003  # Its noise is the same at every step, and not that of any rollout.
@@ -54,13 +55,19 @@ class TaskScores:
             shape = Shape(length=e.data.row_length, slots=64, prompts=8)
             self._engine = Engine(self._setup.transformer, params, self._tokenizer, shape)
         self._engine.load(params)
-        found: dict[str, Any] = {}
-        for task in self._tasks:
-            problems = task.problems("test")[: e.eval_problems]
-            sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)
-            solved = solve(self._engine, task, problems, n=e.eval_samples, sampling=sampling, log=self._say)
-            found[f"{task.name}_strict"], found[f"{task.name}_lenient"] = solved.strict, solved.lenient
-            for k, (strict, _) in solved.pass_at.items():
-                if k > 1:
-                    found[f"{task.name}_pass@{k}"] = strict
-        return found
+        return task_scores(self._engine, self._tasks, e, self._say)
+
+
+def task_scores(
+    engine: Engine, tasks: Sequence[Task], e: Experiment, say: Say, *, style: Style = "chat"
+) -> dict[str, float]:
+    """Shares of an experiment's test problems that are solved, and pass@k, each judged strictly and leniently."""
+    found: dict[str, float] = {}
+    for task in tasks:
+        problems = problems_of(task, "test")[: e.eval_problems]
+        sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)
+        solved = solve(engine, task, problems, n=e.eval_samples, sampling=sampling, style=style, log=say)
+        for k, (strict, lenient) in solved.pass_at.items():
+            at = f"_pass@{k}" if k > 1 else ""
+            found |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
+    return found
