@@ -11,7 +11,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "choices": [f"{i + 1}", f"{2 * i}", f"{2 * i}5"],
             "gold": i % 3,
         }
-        for i in range(9)
+        for i in range(2, 11)
     ],
     "schema": [
         {
