@@ -17,6 +17,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -40,6 +41,11 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         result = main(sys.argv[1:])
+        if result is not None:
+            print(json_line(result, ascii_only=False), flush=True)
+    except BrokenPipeError:  # Whoever read the output has seen enough; Python would complain again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -52,8 +58,6 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    if result is not None:
-        print(json_line(result, ascii_only=False), flush=True)
 
 
 def json_line(value: Any, *, ascii_only: bool = True) -> str:

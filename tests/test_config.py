@@ -358,3 +358,14 @@ def test_a_launcher_reads_and_prints_what_is_no_text():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(b'{"said":"a?')
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    program = "from jaxchat import config; config.run(lambda argv: print('x' * 100_000, flush=True) or {'a': 1})"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
