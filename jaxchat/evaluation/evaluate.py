@@ -1,0 +1,283 @@
+"""Any checkpoint on any tasks: questions by likelihood, problems by answering, texts by bits per byte; resumable."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError, to_json
+from jaxchat.data import sources
+from jaxchat.data.files import Reading
+from jaxchat.decode.engine import Engine
+from jaxchat.decode.sampling import SamplingParams
+from jaxchat.evaluation.choice import arc_questions, mmlu_questions
+from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
+from jaxchat.evaluation.likelihoods import Item, Scorer
+from jaxchat.evaluation.questions import Answer, Question, ask
+from jaxchat.evaluation.records import Records
+from jaxchat.evaluation.solve import Style, solve
+from jaxchat.evaluation.statistics import wilson
+from jaxchat.tasks import Task, load_task
+
+TOGETHER = 256  # Problems answered between two writings of their records.
+CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are asked.
+
+    Attributes:
+        style: in turns, or as texts to go on with.
+        limit: questions of each task; None for all.
+        samples: answers to each problem.
+        max_tokens: longest answer.
+        mode: how CORE's prompts are written.
+    """
+
+    style: Style
+    limit: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    max_tokens: int = 512
+    seed: int = 0
+    mode: Mode = "nanochat"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task of questions: its baseline is the share that guessing gets right, by version of the table."""
+
+    name: str
+    questions: Callable[[Any, int | None], Sequence[Question]]
+    baselines: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Solving:
+    """A task of problems to be answered."""
+
+    name: str
+    task: Task
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents whose bits per byte are measured."""
+
+    name: str
+    spec: str
+
+
+Job = Asked | Solving | Texts
+
+
+def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]:
+    """What the specs name: core:DIR, core/LABEL:DIR, arc_easy:DIR, arc_challenge:DIR, mmlu:DIR, bpb:FILES, and every
+    task of `load_task`.
+
+    Raises:
+        UserError: a spec names nothing, a file is missing, or a task is named twice.
+    """
+    found: list[Job] = []
+    for spec in specs:
+        name, _, place = spec.partition(":")
+        if name == "core" or name.startswith("core/"):
+            found += _core_jobs(name, place, settings.mode)
+        elif name in ("arc_easy", "arc_challenge", "mmlu"):
+            if not place:
+                raise UserError(f"where is {name}? name the directory of its files: {name}:DIRECTORY")
+            make = mmlu_questions if name == "mmlu" else partial(arc_questions, name)
+            ask_them = partial(_styled, make, Path(place), settings.style)
+            found.append(Asked(name, ask_them, {"chance": 0.25}))
+        elif name == "bpb":
+            found.append(Texts("bpb", place or "tinyworld:val"))
+        else:
+            task = load_task(spec, downloads)
+            found.append(Solving(task.name, task))
+    names = [job.name for job in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"the task {twice[0]} is named twice: name it once")
+    return found
+
+
+def _styled(make: Any, place: Path, style: Style, tokenizer: Any, limit: int | None) -> Sequence[Question]:
+    return make(place, style, tokenizer, limit)
+
+
+def _core_jobs(name: str, place: str, mode: Mode) -> list[Job]:
+    if not place:
+        raise UserError("where is the CORE bundle? name its directory, with eval_data in it: core:DIRECTORY")
+    wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
+    if not wanted:
+        raise UserError(f"CORE has no task {name[5:]!r}: there are {', '.join(task.label for task in CORE)}")
+    rows = [CoreRows(task, Path(place), mode) for task in wanted]
+    there = [one for one in rows if one.file is not None]
+    if not there:
+        raise UserError(f"no file of CORE in {Path(place) / 'eval_data'}: is this the CORE bundle?")
+    return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in there]
+
+
+def evaluate(
+    engine: Engine,
+    found: Sequence[Job],
+    settings: Settings,
+    out: Path,
+    about: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Every task's result by name, and CORE and ChatCORE where their tasks were asked.
+
+    Records of single answers are kept in `out`; what is there already is not asked again.
+
+    Raises:
+        UserError: a file is missing or malformed, or `out` holds another evaluation.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    about = {**about, "settings": to_json(settings)}
+    scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
+    asked = [job for job in found if isinstance(job, Asked)]
+    if asked:
+        results |= _ask(engine, scorer, asked, settings, out, about, say)
+    for job in found:
+        if isinstance(job, Solving):
+            results[job.name] = _solve(engine, job, settings, out, about, say)
+        elif isinstance(job, Texts):
+            results[job.name] = bits_per_byte(engine, scorer, job.spec, settings.limit)
+        if not isinstance(job, Asked):
+            say(f"{job.name}: {told(results[job.name])}")
+    return results | summaries(results)
+
+
+def _ask(
+    engine: Engine,
+    scorer: Scorer,
+    asked: Sequence[Asked],
+    settings: Settings,
+    out: Path,
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """All questions of all tasks at once, so that their items share batches."""
+    questions, owners, records = [], [], {}
+    try:
+        for job in asked:
+            records[job.name] = kept = Records(_path(out, job.name), {**about, "task": job.name})
+            mine = job.questions(engine.tokenizer, settings.limit)
+            say(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
+            for index, question in enumerate(mine):
+                if index not in kept.done:
+                    questions.append(question)
+                    owners.append((job.name, index))
+        for count, (number, answer) in enumerate(ask(scorer, questions), 1):
+            name, index = owners[number]
+            records[name].add(index, _record(questions[number], answer))
+            if count % max(len(questions) // 20, 1) == 0:
+                say(f"{count:,} of {len(questions):,} questions")
+        results = {job.name: _share(list(records[job.name].done.values()), job.baselines) for job in asked}
+    finally:
+        for kept in records.values():
+            kept.close()
+    for name, result in results.items():
+        say(f"{name}: {told(result)}")
+    return results
+
+
+def _record(question: Question, answer: Answer) -> dict[str, Any]:
+    return {"gold": question.gold, **answer._asdict()}
+
+
+def _share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
+    right, count = sum(record["right"] for record in records), len(records)
+    low, high = wilson(right, count)
+    accuracy = right / max(count, 1)
+    result = {"accuracy": accuracy, "low": low, "high": high, "count": count}
+    result |= {f"centered_{name}": centered(accuracy, baseline) for name, baseline in baselines.items()}
+    return result | {"truncated": sum(record["truncated"] > 0 for record in records)}
+
+
+def _solve(
+    engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Answers the test problems, `TOGETHER` of them at a time, and judges them."""
+    problems = list(job.task.problems("test"))[: s.limit]
+    with Records(_path(out, job.name), {**about, "task": job.name}) as records:
+        todo = [i for i in range(len(problems)) if i not in records.done]
+        for start in range(0, len(problems), TOGETHER):
+            mine = [i for i in todo if start <= i < start + TOGETHER]
+            if not mine:
+                continue
+            # A problem's noise is that of its number, whoever else is asked.
+            first = min(mine)
+            sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + first)
+            batch = problems[first : start + TOGETHER]
+            solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=say)
+            for i in range(first, min(start + TOGETHER, len(problems))):
+                answers = [record for record in solved.records if record.problem == i - first]
+                if i in mine:
+                    told_of = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
+                    texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
+                    records.add(i, {"right": answers[0].strict, **told_of, **texts})
+            say(f"{job.name}: {min(start + TOGETHER, len(problems)):,} of {len(problems):,} problems")
+        made = [records.done[i] for i in range(len(problems))]
+    strict, lenient = ([answer for record in made for answer in record[how]] for how in ("strict", "lenient"))
+    low, high = wilson(sum(strict), len(strict)) if s.samples == 1 else (None, None)
+    return {
+        "accuracy": sum(strict) / max(len(strict), 1),
+        "low": low,
+        "high": high,
+        "lenient": sum(lenient) / max(len(lenient), 1),
+        "count": len(made),
+        "errors": sum(len(record["errors"]) for record in made),
+    }
+
+
+def bits_per_byte(engine: Engine, scorer: Scorer, spec: str, limit: int | None) -> dict[str, Any]:
+    """Bits per byte of the first `limit` documents, every token scored once after up to a row of its document."""
+    items, size = [], 0
+    tokenizer, length = engine.tokenizer, scorer.length
+    texts = (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
+    for number, text in enumerate(texts):
+        if limit is not None and number >= limit:
+            break
+        ids = [tokenizer.bos, *tokenizer.encode(text)]
+        size += len(text.encode("utf-8", errors="replace"))
+        items += [Item(ids[i : i + 1], ids[i + 1 : i + 1 + length]) for i in range(0, len(ids) - 1, length)]
+    if not items:
+        raise UserError(f"bpb:{spec} has no text")
+    nats = -sum(float(scored.logprobs.astype("float64").sum()) for scored in scorer(items))
+    return {"bpb": nats / math.log(2) / size, "bytes": size, "tokens": sum(len(item.continuation) for item in items)}
+
+
+def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """CORE over the tasks of it that were asked, and ChatCORE where all five of its tasks were."""
+    made: dict[str, dict[str, Any]] = {}
+    core = {name: result for name, result in results.items() if name.startswith("core/")}
+    if len(core) > 1:
+        mean = lambda key: sum(result[key] for result in core.values()) / len(core)  # noqa: E731
+        made["core"] = {
+            "core": mean("centered_v1"),
+            "core_v2": mean("centered_v2"),
+            "tasks": len(core),
+            "of": len(CORE),
+        }
+    if CHATCORE.keys() <= results.keys():
+        shares = [centered(results[name]["accuracy"], chance) for name, chance in CHATCORE.items()]
+        made["chatcore"] = {"chatcore": sum(shares) / len(shares)}
+    return made
+
+
+def told(result: Mapping[str, Any]) -> str:
+    """A result in a few words."""
+    if "bpb" in result:
+        return f"{result['bpb']:.4f} bits per byte of {result['bytes']:,} bytes"
+    interval = "" if result["low"] is None else f" ({100 * result['low']:.2f} to {100 * result['high']:.2f})"
+    cut = f", {result['truncated']} truncated" if result.get("truncated") else ""
+    return f"{100 * result['accuracy']:.2f}%{interval} of {result['count']:,}{cut}"
+
+
+def _path(out: Path, name: str) -> Path:
+    return out / f"{name.replace('/', '-')}.jsonl"

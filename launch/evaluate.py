@@ -1,0 +1,99 @@
+"""Scores a checkpoint: python -m launch.evaluate --checkpoint=runs/d4/pretrain --tasks core:BUNDLE mmlu:FILES
+
+Tasks: core:DIRECTORY (the DCLM CORE bundle) or one of it, core/piqa:DIRECTORY; arc_easy:DIRECTORY,
+arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; arithmetic, spelling and facts of the built-in village;
+FILE.py:CLASS of one's own; bpb:FILES.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxchat import config
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Which checkpoint (its latest step, or runs/tiny/sft@300), and what it is asked."""
+
+    checkpoint: str = ""
+    tasks: tuple[str, ...] = ("bpb",)
+    limit: int = 0
+    """Questions of each task; 0 asks all."""
+    style: Literal["auto", "chat", "text"] = "auto"
+    """Ask in turns, or by texts to go on with; auto: by the stage that the checkpoint comes from."""
+    samples: int = 1
+    """Answers to each problem."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    max_tokens: int = 512
+    """Longest answer."""
+    seed: int = 0
+    mode: Literal["nanochat", "dclm"] = "nanochat"
+    """How CORE's prompts are written."""
+    slots: int = 64
+    """Answers decoded at once."""
+    out: str = ""
+    """Where results and records go; by default eval/ in the checkpoint's directory."""
+    compare: tuple[str, ...] = ()
+    """Instead of asking: two directories of results, compared question by question."""
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    options = config.parse(Evaluate, argv, description=__doc__)
+    if options.compare:
+        from jaxchat.evaluation.compare import compare
+
+        if len(options.compare) != 2:
+            raise config.UserError("--compare takes two directories of results, such as runs/a/sft/eval/500-... twice")
+        return compare(Path(options.compare[0]), Path(options.compare[1]))
+    if not options.checkpoint:
+        raise config.UserError("which checkpoint? --checkpoint=runs/tiny/pretrain")
+    for name in ("limit", "max_tokens", "samples", "slots"):
+        if getattr(options, name) < (0 if name == "limit" else 1):
+            raise config.UserError(f"--{name}={getattr(options, name)} is too small")
+    return _evaluate(options)
+
+
+def _evaluate(options: Evaluate) -> dict[str, object]:
+    import jax
+
+    from jaxchat import checkpoint
+    from jaxchat.decode.engine import load_engine
+    from jaxchat.evaluation import evaluate
+    from jaxchat.evaluation.table import score_table
+    from jaxchat.experiment import Experiment
+
+    directory, step = checkpoint.locate(options.checkpoint)
+    runs = directory.parent.parent
+    jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
+    style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
+    settings = evaluate.Settings(
+        style=style,  # type: ignore[arg-type]
+        limit=options.limit or None,
+        samples=options.samples,
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        mode=options.mode,
+    )
+    found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
+    engine = load_engine(f"{directory}@{step}", Experiment, slots=options.slots, prompts=min(8, options.slots))
+    about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
+    mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
+    out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    results = evaluate.evaluate(engine, found, settings, out, about, say=say)
+    (out / "results.json").write_text(
+        json.dumps({**about, "settings": config.to_json(settings), "results": results}, indent=1) + "\n",
+        encoding="utf-8",
+    )
+    score_table(results, sys.stderr)
+    return {"out": str(out), **results}
+
+
+if __name__ == "__main__":
+    config.run(main)

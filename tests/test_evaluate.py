@@ -1,0 +1,165 @@
+"""launch.evaluate: batches as one by one, a stop that loses nothing, pairs compared, and what is refused."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+from core_rows import ROWS
+from test_core import bundle
+
+from jaxchat.config import UserError
+from jaxchat.data import tinyworld
+from jaxchat.decode.engine import Engine, Shape
+from jaxchat.evaluation import evaluate as evaluation
+from jaxchat.evaluation.compare import compare
+from jaxchat.evaluation.core import CORE
+from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
+from jaxchat.evaluation.likelihoods import Scorer
+from jaxchat.evaluation.questions import ask
+from jaxchat.evaluation.records import Records
+from jaxchat.evaluation.statistics import paired, wilson
+from jaxchat.model import Transformer
+from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
+
+LABELS = {"piqa": "multiple_choice", "winograd": "schema", "bigbench_operators": "language_modeling"}
+MMLU = [
+    {"question": f"What is {i}?", "subject": "small_numbers", "choices": ["a", "b", f"{i}", "d"], "answer": i % 4}
+    for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    tokenizer = train_tokenizer(
+        list(itertools.islice(tinyworld.documents("train"), 300)), vocab=400, config=TokenizerConfig()
+    )
+    config = small.october2025(vocab=400)
+    params = jax.tree.map(jnp.asarray, small.parameters(config))
+    return Engine(Transformer(config), params, tokenizer, Shape(length=192, slots=4, steps=4))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    for task in CORE:
+        if task.label in LABELS:
+            bundle(directory, task, ROWS[LABELS[task.label]] * 2)
+    for split in ("test", "dev"):
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
+    return directory
+
+
+def run(engine: Engine, data: Path, out: Path, specs: Any = ("core", "mmlu"), **settings: Any) -> dict[str, Any]:
+    chosen = Settings(**{"style": "text", "max_tokens": 4} | settings)
+    found = jobs([f"{spec}:{data}" if spec in ("core", "mmlu") else spec for spec in specs], chosen, out)
+    return evaluate(engine, found, chosen, out, {}, say=lambda text: None)
+
+
+def test_all_together_answer_as_one_by_one(engine: Engine, data: Path, tmp_path: Path) -> None:
+    for style in ("text", "chat"):
+        out = tmp_path / style
+        run(engine, data, out, style=style)
+        chosen, alone = Settings(style), Scorer(engine.transformer, engine.params, length=192, batch_tokens=1)  # type: ignore
+        for job in jobs([f"core:{data}", f"mmlu:{data}"], chosen, out):
+            assert isinstance(job, evaluation.Asked)
+            lines = (out / f"{job.name.replace('/', '-')}.jsonl").read_text().splitlines()[1:]
+            records = {record["index"]: record for record in map(json.loads, lines)}
+            for index, question in enumerate(job.questions(engine.tokenizer, None)):
+                ((_, answer),) = ask(alone, [question])
+                assert records[index]["scores"] == pytest.approx(answer.scores, abs=1e-4)
+                ordered = sorted(answer.scores)
+                if len(ordered) == 1 or ordered[-1] - ordered[-2] > 1e-4:
+                    assert records[index]["right"] == answer.right
+
+
+def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
+    engine: Engine, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(engine, data, tmp_path / "whole", ("core", "mmlu", "arithmetic"), limit=12)
+    add, asked = Records.add, list[Any]()
+
+    def stop(self: Records, index: int, record: Any) -> None:
+        if len(asked) == 25:
+            raise KeyboardInterrupt
+        asked.append((self.path.name, index))
+        add(self, index, record)
+
+    monkeypatch.setattr(Records, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, data, tmp_path / "stopped", ("core", "mmlu", "arithmetic"), limit=12)
+    with open(next((tmp_path / "stopped").glob("core-*.jsonl")), "a") as file:
+        file.write('{"index": 3, "ri')  # as a kill leaves it
+
+    def count(self: Records, index: int, record: Any) -> None:
+        asked.append((self.path.name, index))
+        add(self, index, record)
+
+    monkeypatch.setattr(Records, "add", count)
+    assert run(engine, data, tmp_path / "stopped", ("core", "mmlu", "arithmetic"), limit=12) == whole
+    assert len(set(asked)) == len(asked) == sum(result.get("count", 0) for result in whole.values())
+
+
+def test_core_says_over_how_many_tasks_its_mean_is(engine: Engine, data: Path, tmp_path: Path) -> None:
+    results = run(engine, data, tmp_path, ("core",))
+    assert (results["core"]["tasks"], results["core"]["of"]) == (3, 22)
+    centred = [results[f"core/{label}"]["centered_v1"] for label in LABELS]
+    assert results["core"]["core"] == pytest.approx(sum(centred) / 3)
+    assert results["core/bigbench_operators"]["truncated"] > 0, "ten examples do not fit 192 tokens"
+
+
+def test_bits_per_byte_are_those_of_the_full_forward(engine: Engine, tmp_path: Path) -> None:
+    texts = ["One morning Mia went out. " * 40, "Tom stayed."]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    result = run(engine, tmp_path, tmp_path / "out", (f"bpb:{path}",))["bpb"]
+    nats = 0.0
+    for text in texts:
+        ids = [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
+        for i in range(0, len(ids) - 1, 192):
+            part = ids[i : i + 193]
+            logprobs = jax.nn.log_softmax(engine.forward(part[:-1]))
+            nats -= float(sum(logprobs[t, token] for t, token in enumerate(part[1:])))
+    assert result["bpb"] == pytest.approx(nats / math.log(2) / sum(map(len, texts)), rel=1e-4)
+
+
+def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path, tmp_path: Path) -> None:
+    refused: dict[tuple[str, ...], str] = {
+        ("cor:x",): "did you mean|no task",
+        ("core/pika:x",): "CORE has no task",
+        ("mmlu:",): "where is mmlu",
+        ("facts", "facts"): "named twice",
+        (f"core:{tmp_path}",): "is this the CORE bundle",
+    }
+    for specs, said in refused.items():
+        with pytest.raises(UserError, match=said):
+            jobs(specs, Settings("text"), tmp_path)
+    run(engine, data, tmp_path, ("mmlu",), limit=2)
+    with pytest.raises(UserError, match="another evaluation"):
+        run(engine, data, tmp_path, ("mmlu",), limit=3)
+
+
+def test_two_evaluations_are_compared_question_by_question(engine: Engine, data: Path, tmp_path: Path) -> None:
+    run(engine, data, tmp_path / "a", ("mmlu",))
+    run(engine, data, tmp_path / "b", ("mmlu",))
+    found = compare(tmp_path / "a", tmp_path / "b")["mmlu"]
+    assert (found["difference"], found["p"], found["count"]) == (0.0, 1.0, 12)
+    with pytest.raises(UserError, match="no task in common"):
+        compare(tmp_path / "a", tmp_path)
+
+
+def test_intervals_and_the_paired_test_are_the_textbooks() -> None:
+    assert wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
+    assert wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert wilson(10, 10)[1] == 1 and wilson(0, 0) == (0, 1)
+    first = [True] * 5 + [False] * 15 + [True] * 30
+    second = [False] * 5 + [True] * 15 + [True] * 30
+    found = paired(first, second)
+    assert (found.only_first, found.only_second, found.difference) == (5, 15, 0.2)
+    assert found.p == pytest.approx(0.041389, abs=1e-6)
+    assert found.low < 0.2 < found.high
