@@ -148,7 +148,7 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     run(engine, data, tmp_path / "a", ("mmlu",))
     run(engine, data, tmp_path / "b", ("mmlu",))
     found = compare(tmp_path / "a", tmp_path / "b")["mmlu"]
-    assert (found["difference"], found["p"], found["count"]) == (0.0, 1.0, 12)
+    assert (found["difference"], found["p"], found["questions"]) == (0.0, 1.0, 12)
     with pytest.raises(UserError, match="no task in common"):
         compare(tmp_path / "a", tmp_path)
 

@@ -23,7 +23,7 @@ class Paired(NamedTuple):
     less the first's) with its 95 percent interval, and the probability of so uneven a split if they were equally good.
     """
 
-    count: int
+    questions: int
     only_first: int
     only_second: int
     difference: float

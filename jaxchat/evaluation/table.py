@@ -11,7 +11,7 @@ def score_table(results: Mapping[str, Mapping[str, Any]], file: TextIO) -> None:
     """A row for each task, with its interval and what was cut."""
     table = Table()
     for name in ("task", "score", "95 percent interval", "centred", "questions", "truncated"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for name, result in results.items():
         value = next(result[key] for key in ("accuracy", "bpb", "core", "chatcore") if key in result)
         low, high = result.get("low"), result.get("high")
@@ -19,4 +19,4 @@ def score_table(results: Mapping[str, Mapping[str, Any]], file: TextIO) -> None:
         middle = next((f"{result[key]:.4f}" for key in ("centered_v1", "centered_chance") if key in result), "")
         count = f"{result['tasks']} of {result['of']} tasks" if "tasks" in result else str(result.get("count", ""))
         table.add_row(name, f"{value:.4f}", interval, middle, count, str(result.get("truncated", "")))
-    Console(file=file).print(table)
+    Console(file=file, width=None if file.isatty() else 120).print(table)
