@@ -227,7 +227,7 @@ def _mistake(kind: Kind, row: Any) -> str:
     for name, kind_of in FIELDS[kind].items():
         if not isinstance(row.get(name), kind_of) or isinstance(row.get(name), bool):
             return f"it has no {name} that is {'text' if kind_of is str else f'a {kind_of.__name__}'}"
-    options = row.get("choices", row.get("context_options"))
+    options = row.get("choices") or row.get("context_options") or []
     if kind == "language_modeling":
         return "" if row["continuation"].strip() else "its continuation is empty"
     if len(options) < 2 or not all(isinstance(option, str) for option in options):

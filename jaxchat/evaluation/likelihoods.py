@@ -214,9 +214,8 @@ def score_trees(
     """
     (B, T), (_, K, C) = context_BT.shape, read_BKC.shape
     positions_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], jnp.arange(T)[None], -1)
-    cache = programs.empty(transformer, B, T + C, max(T, C))
-    _, cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=cache)
-    assert cache is not None
+    empty = programs.empty(transformer, B, T + C, max(T, C))
+    _, cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=empty)
     copies = programs.place(jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), cache))
     after_NC = jnp.repeat(length_B, K)[:, None] + jnp.arange(C)[None]
     hidden_NCM, _ = transformer.apply(params, read_BKC.reshape(B * K, C), positions_BT=after_NC, cache=copies)
