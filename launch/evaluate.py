@@ -1,8 +1,8 @@
 """Scores a checkpoint: python -m launch.evaluate --checkpoint=runs/d4/pretrain --tasks core:BUNDLE mmlu:FILES
 
 Tasks: core:DIRECTORY (the DCLM CORE bundle) or one of it, core/piqa:DIRECTORY; arc_easy:DIRECTORY,
-arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; arithmetic, spelling and facts of the built-in village;
-FILE.py:CLASS of one's own; bpb:FILES.
+arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; humaneval:DIRECTORY; arithmetic, spelling and facts of the
+built-in village; FILE.py:CLASS of one's own; bpb:FILES.
 """
 
 import hashlib

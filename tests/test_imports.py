@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("config", "signals", "tokenizer"),
+    ("config", "signals", "sandbox", "tokenizer"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "sharding"),
     ("objectives", "decode", "checkpoint"),
@@ -20,7 +20,7 @@ LEVELS = (
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-WITHOUT_JAX = ("config", "signals", "tokenizer", "tasks", "data")
+WITHOUT_JAX = ("config", "signals", "sandbox", "tokenizer", "tasks", "data")
 FILES = sorted(
     path.relative_to(ROOT) for top in ("jaxchat", "launch", "configs") for path in (ROOT / top).rglob("*.py")
 )

@@ -6,6 +6,7 @@
     hub:smoltalk[:N]            smol-smoltalk, 460,000 conversations
     hub:gsm8k                   word problems, worked out with a calculator
     hub:mmlu                    questions with four choices: the auxiliary training set
+    hub:humaneval               functions to be written; the one file is for testing
     hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
 
 N is the number of shards, 8 by default, from the first. The same name means for validation the files that are made
@@ -61,6 +62,7 @@ DATA_SETS = {
     "smoltalk": DataSet("HuggingFaceTB/smol-smoltalk", "data", "^data/train-", "^data/test-"),
     "gsm8k": DataSet("openai/gsm8k", "main", "^main/train-", "^main/test-"),
     "mmlu": DataSet("cais/mmlu", "all", "^all/auxiliary_train-", "^all/validation-"),
+    "humaneval": DataSet("openai/openai_humaneval", "openai_humaneval", "/test-", "/test-"),
 }
 
 
@@ -149,7 +151,7 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
         return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
 
     index = _patiently(ask, data_set.repository, threading.Event(), log)
-    if len(index["shards"]) < 2:
+    if len(index["shards"]) < 2 and not data_set.train:
         raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; one to train on and one for validation")
     log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
     write_json(place / "index.json", index)

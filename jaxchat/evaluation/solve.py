@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine
@@ -68,7 +68,8 @@ def solve(
     style: Style = "chat",
     log: Callable[[str], None] = print,
 ) -> Solved:
-    """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line.
+    """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line, or to
+    the task's own `stop`.
 
     Problem i is asked with seed + i, so its answers depend on no other problem. A problem that cannot be asked, and an
     answer that cannot be judged, count as wrong, and how many there are is said.
@@ -79,47 +80,70 @@ def solve(
     if n < 1:
         raise UserError(f"n={n} answers to a problem are too few: ask for 1 or more")
     tools = named_tools(task.tools)
+    if notice := getattr(task, "notice", ""):
+        log(notice)
     asked: list[Request | UserError] = []
     for i, problem in enumerate(problems):
         try:
-            asked.append(_request(engine, problem, n, replace(sampling, seed=sampling.seed + i), style, tools))
+            asked.append(_request(engine, task, problem, n, replace(sampling, seed=sampling.seed + i), style, tools))
         except UserError as error:
             asked.append(error)
     answered = iter(engine.generate([request for request in asked if isinstance(request, Request)]))
-    records = []
-    for number, (problem, request) in enumerate(zip(problems, asked)):
+    given: list[tuple[int, int, Completion]] = []
+    for number, request in enumerate(asked):
         answers = next(answered) if isinstance(request, Request) else [refused(request)]
         # A request that cannot be run has one answer, an error, for all its samples.
         answers = answers if len(answers) == n else answers * n
-        if style == "text":
+        if style == "text" and not hasattr(task, "stop"):
             answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]
-        records += [_judge(task, problem, answer, number, i) for i, answer in enumerate(answers)]
+        given += [(number, sample, answer) for sample, answer in enumerate(answers)]
+    said = iter(_said(task, [(problems[number], answer.text) for number, _, answer in given if answer.error is None]))
+    records = [
+        _judge(task, None if answer.error else next(said), answer, number, sample) for number, sample, answer in given
+    ]
     if failed := [record for record in records if record.error]:
         log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
     return _summary(problems, records, n)
 
 
 def _request(
-    engine: Engine, problem: Problem, n: int, sampling: SamplingParams, style: Style, tools: Sequence[Tool]
+    engine: Engine, task: Task, problem: Problem, n: int, sampling: SamplingParams, style: Style, tools: Sequence[Tool]
 ) -> Request:
     if style == "chat":
         prompt = chat.render(problem.messages, engine.tokenizer, complete=True).ids
         return Request(prompt, sampling, n=n, tools=tools)
     # No space at the end: a token that begins a word holds the space before it.
     prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question)]
-    return Request(prompt, replace(sampling, stop=("\n",)), n=n)
+    return Request(prompt, replace(sampling, stop=tuple(getattr(task, "stop", ("\n",)))), n=n)
 
 
-def _judge(task: Task, problem: Problem, answer: Completion, number: int, sample: int) -> Record:
+def _said(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
+    """What a task says of each answer, or the error that it raised: a task is the user's code."""
+    if hasattr(task, "score_many"):
+        try:
+            found = list(task.score_many(answers))
+        except Exception as failure:
+            return [failure] * len(answers)
+        short = ValueError(f"it scored {len(found)} of {len(answers)} answers")
+        return found if len(found) == len(answers) else [short] * len(answers)
+    found = []
+    for problem, text in answers:
+        try:
+            found.append(task.score(problem, text))
+        except Exception as failure:
+            found.append(failure)
+    return found
+
+
+def _judge(task: Task, said: Any, answer: Completion, number: int, sample: int) -> Record:
+    """The record of an answer; one that could not be judged is not right."""
     error, score = answer.error, Score(False, False)
     if error is None:
-        try:
-            found = task.score(problem, answer.text)
-            if not isinstance(found, tuple) or len(found) != 2 or not all(part in (False, True) for part in found):
-                raise ValueError(f"it gave {found!r}, and no Score")
-            score = Score(*map(bool, found))
-        except Exception as failure:  # A task is the user's code; what it cannot judge is not right.
-            error = f"the task {task.name} failed on {answer.text[:80]!r}: {failure}"
+        if isinstance(said, tuple) and len(said) == 2 and all(part in (False, True) for part in said):
+            score = Score(*map(bool, said))
+        else:
+            what = said if isinstance(said, Exception) else f"it gave {said!r}, and no Score"
+            error = f"the task {task.name} failed on {answer.text[:80]!r}: {what}"
     return Record(number, sample, answer.text, *score, len(answer.tokens), answer.finish_reason, error)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxchat.config import UserError, first_line
 from jaxchat.tasks.gsm8k import GSM8K
+from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.task import Problem, Score, Split, Task
 from jaxchat.tasks.village import Arithmetic, Facts, Spelling
 
@@ -17,14 +18,16 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "arithmetic": Arithmetic,
     "facts": Facts,
     "gsm8k": GSM8K,
+    "humaneval": HumanEval,
     "spelling": Spelling,
 }
+_WITH_FILES = ("gsm8k", "humaneval")
 
 
 def load_task(spec: str, downloads: Path | None = None) -> Task:
-    """The task of a spec: a name of TASKS, gsm8k:DIRECTORY with its files, or FILE.py:CLASS of one's own.
+    """The task of a spec: a name of TASKS, or FILE.py:CLASS of one's own.
 
-    Files that are not named are those of the hub, kept in `downloads`.
+    gsm8k:DIRECTORY and humaneval:DIRECTORY name their files; those that are not named are the hub's, in `downloads`.
     """
     name, _, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     if name.endswith(".py"):
@@ -33,9 +36,10 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
         guess = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(TASKS)}, and FILE.py:CLASS of your own"
         raise UserError(f"there is no task {name!r}: {hint}")
-    if rest and name != "gsm8k":
+    reads = name in _WITH_FILES
+    if rest and not reads:
         raise UserError(f"the task {name} reads no files: write {name} alone, not {spec}")
-    return GSM8K(rest, downloads) if name == "gsm8k" else TASKS[name]()
+    return TASKS[name](rest, downloads) if reads else TASKS[name]()
 
 
 def problems_of(task: Task, split: Split) -> Sequence[Problem]:

@@ -44,7 +44,12 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """Problems for learning and for testing, different ones, and their judge."""
+    """Problems for learning and for testing, different ones, and their judge.
+
+    A task may also have `score_many(answers)`, which takes pairs of problem and text and gives for each a score, or the
+    exception that stands for one; `stop`, the texts that end a base model's answer, by default the end of the line;
+    and `notice`, a sentence that is said before it is used.
+    """
 
     @property
     def name(self) -> str: ...
