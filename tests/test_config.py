@@ -16,6 +16,7 @@ import pytest
 
 import launch.bench
 import launch.chat
+import launch.evaluate
 import launch.plot
 import launch.prepare
 import launch.speedrun
@@ -276,6 +277,7 @@ HELP = {
     "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
+    "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
     "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--model.depth", "--seed"]),
 }
 
