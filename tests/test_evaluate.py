@@ -130,7 +130,8 @@ def test_bits_per_byte_are_those_of_the_full_forward(engine: Engine, tmp_path: P
 
 def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path, tmp_path: Path) -> None:
     refused: dict[tuple[str, ...], str] = {
-        ("cor:x",): "did you mean|no task",
+        ("cor:x",): "did you mean core",
+        ("arithmetik",): "did you mean arithmetic",
         ("core/pika:x",): "CORE has no task",
         ("mmlu:",): "where is mmlu",
         ("facts", "facts"): "named twice",

@@ -1,5 +1,6 @@
 """Any checkpoint on any tasks: questions by likelihood, problems by answering, texts by bits per byte; resumable."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from jaxchat.evaluation.questions import Answer, Question, ask
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
-from jaxchat.tasks import Task, load_task
+from jaxchat.tasks import TASKS, Task, load_task
 
 TOGETHER = 256  # Problems answered between two writings of their records.
+OWN = ("core", "arc_easy", "arc_challenge", "mmlu", "bpb")  # Named here alone; the others are those of load_task.
 CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
 
@@ -95,6 +97,8 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
         elif name == "bpb":
             found.append(Texts("bpb", place or "tinyworld:val"))
         else:
+            if not name.endswith(".py") and (near := difflib.get_close_matches(name, OWN, n=1)) and name not in TASKS:
+                raise UserError(f"there is no task {name!r}: did you mean {near[0]}?")
             task = load_task(spec, downloads)
             found.append(Solving(task.name, task))
     names = [job.name for job in found]
