@@ -48,7 +48,7 @@ def flags(place: Path) -> list[str]:
         "eval_tokens": 8,
         "directory": place / "runs",
         "pretrain:data.train": "tinyworld:train:150",
-        "pretrain:data.val": "tinyworld:val:20",
+        "pretrain:data.val": "tinyworld:val:4",
         "sft:data.train": "tinyworld:chat:60",
         "sft:data.val": "tinyworld:chat:20",
         "rl:rl.prompts": 2,
