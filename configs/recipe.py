@@ -227,6 +227,21 @@ def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> 
     }
 
 
+def imported(model: Model, length: int, stage: str) -> Experiment:
+    """The experiment beside parameters that were trained elsewhere, on texts of up to `length` tokens."""
+    dial = Dial(
+        depth=model.depth,
+        family="october2025",
+        steps=1,
+        batch_tokens=length,
+        vocab=model.vocab,
+        row_length=length,
+        head_dim=model.pattern[0].head_dim,
+    )
+    data = Data(vocab=model.vocab, row_length=length)
+    return Experiment(model, optimizer(dial), data, model.depth, 1, length, stage=stage, name="imported")
+
+
 def chosen(stage: str, **stages: Callable[[], Experiment]) -> Experiment:
     """The experiment of a stage; raises ValueError for one that does not exist."""
     if stage not in stages:

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import small
 from letters import Letters
-from outside import GOLDEN, OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
+from outside import GOLDEN, read
 
 from jaxchat.config import UserError
 from jaxchat.decode.beam import BeamParams, beam_search
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.export import huggingface
+from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 
 VOCAB, LENGTH = 5, 5
@@ -77,8 +79,8 @@ def test_one_beam_is_greedy(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def transformers_engine() -> Engine:
     golden = read("nanochat_v1_gqa")
-    config = october_model(golden.config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    config = huggingface.read_config(golden.config)
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
     return Engine(Transformer(config), params, Letters(), Shape(length=32))  # type: ignore[arg-type]
 
 

@@ -4,12 +4,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from outside import OCTOBER_ENDS, OCTOBER_LAYER, october_model, read, to_params
+from outside import read
 
 from configs import recipe
 from jaxchat.benchmarks import decode, rl, train
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.export import huggingface
+from jaxchat.export.places import to_params
 from jaxchat.sharding import Mesh
 from launch import bench
 
@@ -24,8 +26,8 @@ def experiment(dial: recipe.Dial = DIAL) -> Experiment:
 
 def test_peer_gets_the_weights_under_its_own_names() -> None:
     golden = read("nanochat_v1_gqa")
-    config = october_model(golden.config)
-    state = train.state_dict(config, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    config = huggingface.read_config(golden.config)
+    state = train.state_dict(config, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
     assert state.keys() == golden.weights.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)

@@ -12,18 +12,16 @@ import reference
 from outside import (
     HEAD_ENDS,
     HEAD_LAYER,
-    OCTOBER_ENDS,
-    OCTOBER_LAYER,
     Golden,
     head_model,
-    october_model,
     read,
-    to_params,
 )
 
 from configs import recipe
 from configs.recipe import Dial
 from jaxchat import optim
+from jaxchat.export import huggingface
+from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.attention import Context, attend_row
 from jaxchat.model.transformer import flops_per_token, parameter_counts
@@ -67,21 +65,21 @@ def assert_tree_close(ours: Any, theirs: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(("variant", "loop"), [("mha", "unroll"), ("gqa", "scan")])
 def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config = october_model(golden.config)
+    config = huggingface.read_config(golden.config)
     model = Transformer(dataclasses.replace(config, layer_loop=loop))
-    params = to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS)
+    params = to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS)
     ours = run(model, params, golden)
     assert np.abs(ours.logits - golden.arrays["logits"]).max() < 1e-4
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-6)
-    assert_tree_close(ours.gradients, to_params(config, golden.gradients, OCTOBER_LAYER, OCTOBER_ENDS), 1e-4)
+    assert_tree_close(ours.gradients, to_params(config, golden.gradients, huggingface.LAYERS, huggingface.ENDS), 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config = october_model(golden.config)
+    config = huggingface.read_config(golden.config)
     model = Transformer(config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, OCTOBER_LAYER, OCTOBER_ENDS))
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
     params = model.unstack(params)
     expected = golden.arrays["generated"]
     prompt = len(expected) - 32

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -290,11 +290,29 @@ class Engine:
         return plan(len(prompt), remembered, piece=self.shape.piece, length=self.shape.length)
 
 
-def load_engine(path: str, experiment_class: type, *, speculation: Speculation | None = None, **shape: Any) -> Engine:
-    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device.
+class Loaded(NamedTuple):
+    """A checkpoint that was found: where, of which step, its experiment and its run's tokenizer."""
 
-    `shape` are fields of Shape; the length is the model's row length unless given.
-    """
+    directory: Path
+    step: int
+    experiment: Any
+    tokenizer: Tokenizer
+
+    def transformer(self) -> Transformer:
+        """The model: in float32 on a CPU and where it was trained in float32, else in bfloat16."""
+        wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
+        return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
+
+    def params(self) -> Params:
+        """The parameters, float32, on the first device."""
+        placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = Transformer(self.experiment.model).shapes()
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
+        return checkpoint.load_params(self.directory, self.step, abstract)
+
+
+def load_checkpoint(path: str, experiment_class: type) -> Loaded:
+    """Finds a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300; reads all but its parameters."""
     directory, step = checkpoint.locate(path)
     experiment = checkpoint.read_experiment(directory, experiment_class)
     tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
@@ -303,11 +321,14 @@ def load_engine(path: str, experiment_class: type, *, speculation: Speculation |
             f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids and the model of "
             f"{directory} {experiment.model.vocab}: restore the run's own tokenizer"
         )
-    device = jax.devices()[0]
-    dtype = jnp.float32 if device.platform == "cpu" or experiment.dtype == "float32" else jnp.bfloat16
-    transformer = Transformer(experiment.model, dtype)
-    placed = jax.sharding.SingleDeviceSharding(device)
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), transformer.shapes())
-    params = checkpoint.load_params(directory, step, abstract)
-    whole = Shape(**{"length": experiment.data.row_length} | shape)
-    return Engine(transformer, params, tokenizer, whole, speculation=speculation)
+    return Loaded(directory, step, experiment, tokenizer)
+
+
+def load_engine(path: str, experiment_class: type, *, speculation: Speculation | None = None, **shape: Any) -> Engine:
+    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device.
+
+    `shape` are fields of Shape; the length is the model's row length unless given.
+    """
+    loaded = load_checkpoint(path, experiment_class)
+    whole = Shape(**{"length": loaded.experiment.data.row_length} | shape)
+    return Engine(loaded.transformer(), loaded.params(), loaded.tokenizer, whole, speculation=speculation)

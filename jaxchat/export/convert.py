@@ -1,0 +1,110 @@
+"""What launch.convert does: a checkpoint to another program's files, or such files to a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import checkpoint
+from jaxchat.config import UserError
+from jaxchat.decode.engine import Loaded, load_checkpoint
+from jaxchat.experiment import Experiment
+from jaxchat.export import huggingface, stablehlo
+from jaxchat.export.files import DTYPES, whole
+from jaxchat.model.transformer import Model, Params, Transformer, parameter_counts
+from jaxchat.tokenizer import Tokenizer
+
+STAGES = ("pretrain", "sft")  # What an imported checkpoint may be taken for: RL has settings that no file tells.
+
+
+class Imported(NamedTuple):
+    """What a checkpoint holds of a model that was trained elsewhere."""
+
+    params: Any
+    step: Any
+
+
+def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) -> dict[str, object]:
+    """Does what the options of launch.convert say; returns what its last line reports.
+
+    `make_experiment` gives an imported model, with its longest text and stage, the rest of an experiment.
+    """
+    out = Path(options.out)
+    if (options.to is None) == (options.source is None):
+        raise UserError("say either --to=huggingface, --to=stablehlo or --from=huggingface")
+    if options.tokenizer is not None and options.source is None:
+        raise UserError("--tokenizer goes with --from: an export takes the run's own")
+    if options.source is not None:
+        return _import(Path(options.checkpoint), out, options.tokenizer, make_experiment)
+    given = {name: getattr(options, name) for name in ("rows", "length", "piece")}
+    if options.to == "huggingface" and (odd := [name for name, value in given.items() if value]):
+        raise UserError(f"--{odd[0]} is for --to=stablehlo, whose programs have fixed shapes")
+    loaded = load_checkpoint(options.checkpoint, Experiment)
+    if options.to == "huggingface":
+        _to_huggingface(loaded, out, options.dtype)
+    else:
+        _to_stablehlo(loaded, out, options.dtype, **given)
+    return {
+        "out": str(out),
+        "parameters": parameter_counts(loaded.experiment.model)["total"],
+        "checkpoint": f"{loaded.directory}@{loaded.step}",
+        "to": options.to,
+        "dtype": options.dtype,
+    }
+
+
+def _to_huggingface(loaded: Loaded, out: Path, dtype: str) -> None:
+    e = loaded.experiment
+    huggingface.check_exportable(e.model)
+    huggingface.write(out, e.model, loaded.params(), loaded.tokenizer, length=e.data.row_length, dtype=dtype)
+
+
+def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: int, piece: int) -> None:
+    e = loaded.experiment
+    rows, length = rows or 1, length or e.data.row_length
+    piece = min(piece or 128, length)
+    if min(rows, length, piece) < 1:
+        raise UserError(f"rows={rows}, length={length} and piece={piece} must be at least 1")
+    transformer = Transformer(e.model, jnp.dtype(DTYPES[dtype]))
+    stablehlo.write(out, transformer, loaded.params(), loaded.tokenizer, rows=rows, length=length, piece=piece)
+
+
+def _import(
+    source: Path, out: Path, tokenizer: str | None, make_experiment: Callable[[Model, int, str], Experiment]
+) -> dict[str, object]:
+    if out.name not in STAGES:
+        raise UserError(f"--out={out} must end in a stage, such as runs/imported/pretrain, or .../sft for a chat model")
+    if not source.is_dir():
+        raise UserError(f"no directory {source}: --checkpoint names the one that has config.json and *.safetensors")
+    own = None if tokenizer is None else Tokenizer.load(tokenizer)
+    model, length, params, found = huggingface.read(source, own)
+    try:
+        experiment = make_experiment(model, length, out.name)
+    except ValueError as error:
+        raise UserError(f"{source} makes no experiment: {error}") from None
+    place = out.parent / "tokenizer"
+    if place.exists() and Tokenizer.load(place).hash != found.hash:
+        raise UserError(f"{place} is another tokenizer: give --out a run of its own")
+    with whole(out) as directory:
+        write_checkpoint(directory, experiment, params)
+        found.save(place)
+    return {
+        "out": str(out),
+        "parameters": parameter_counts(model)["total"],
+        "checkpoint": f"{out}@0",
+        "from": "huggingface",
+    }
+
+
+def write_checkpoint(directory: Path, experiment: Experiment, params: Params) -> None:
+    """Checkpoint 0 of a stage directory: parameters that others start from, without an optimizer."""
+    checkpoint.write_experiment(directory, experiment)
+    checkpoints = checkpoint.Checkpoints(directory, keep=1)
+    try:
+        state = Imported(jax.tree.map(jnp.asarray, params), np.zeros((), np.int32))
+        checkpoints.save(0, state, {})
+    finally:
+        checkpoints.close()

@@ -1,0 +1,114 @@
+"""A parameter tree and a state dict of another project: which parameter is found under which name, laid out how.
+
+State dicts hold matrices as torch's Linear does, outputs before inputs; ours have inputs first and heads apart.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxchat.model import GQA, Model, Transformer
+from jaxchat.model.transformer import Params
+
+Array = np.ndarray
+
+
+class Layout(NamedTuple):
+    """How a matrix of a state dict becomes ours, and ours becomes that."""
+
+    read: Callable[[Array, GQA], Array]
+    write: Callable[[Array], Array]
+
+
+class Place(NamedTuple):
+    """The name that a layer's parameter has in a state dict, `{}` standing for the layer's number, and its layout."""
+
+    name: str
+    layout: Layout
+
+
+HEADS_OUT = Layout(
+    lambda w_OI, mixer: w_OI.T.reshape(w_OI.shape[1], -1, mixer.head_dim),
+    lambda w_MHD: w_MHD.reshape(w_MHD.shape[0], -1).T,
+)
+HEADS_IN = Layout(
+    lambda w_OI, mixer: w_OI.T.reshape(-1, mixer.head_dim, w_OI.shape[0]),
+    lambda w_HDM: w_HDM.reshape(-1, w_HDM.shape[-1]).T,
+)
+TRANSPOSED = Layout(lambda w_OI, _: w_OI.T, lambda w_IO: w_IO.T)
+
+Layers = Mapping[tuple[str, str], Place]
+Ends = Mapping[str, str]
+
+
+def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: Ends) -> Params:
+    """Our parameter tree (of weights or of gradients) from a state dict; the padded vocabulary is filled with zeros.
+
+    Raises:
+        ValueError: a parameter is missing, has another shape, or is left over.
+    """
+    used = set()
+
+    def take(name: str) -> Array:
+        used.add(name)
+        if name not in state:
+            raise ValueError(f"there is no {name}")
+        return np.asarray(state[name])
+
+    def end(path: Any, shape: Any) -> Array:
+        name = path[-1].key
+        value = take(ends[name])
+        value = value.T if name == "head" else value
+        # Scalars and gates may carry axes of size one.
+        value = value.reshape(()) if shape.ndim == 0 else value[0] if value.ndim > shape.ndim else value
+        return _padded(value, shape, config, ends[name])
+
+    def stacked(position: int, path: Any, shape: Any) -> Array:
+        place, mixer = layers[tuple(step.key for step in path)], config.pattern[position]
+        names = [place.name.format(i) for i in range(position, config.depth, len(config.pattern))]
+        try:
+            value = np.stack([place.layout.read(take(name), mixer) for name in names])
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from None
+        return _padded(value, shape, config, names[0])
+
+    def layer(position: int, tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, shape: stacked(position, path, shape), tree)
+
+    shapes = Transformer(config).shapes()
+    params = {
+        "ends": jax.tree_util.tree_map_with_path(end, shapes["ends"]),
+        "layers": tuple(layer(i, tree) for i, tree in enumerate(shapes["layers"])),
+    }
+    if left := sorted(set(state) - used):
+        raise ValueError(
+            f"{left[0]} has no place in this model" + (f", nor have {len(left) - 1} others" * (left[1:] != []))
+        )
+    return params
+
+
+def to_state(config: Model, params: Params, layers: Layers, ends: Ends) -> Iterator[tuple[str, Array]]:
+    """The entries of a state dict, one at a time, without the vocabulary's padding; embedding and head are all ends."""
+    embed_VM = np.asarray(params["ends"]["embed"])
+    yield ends["embed"], embed_VM[: config.vocab]
+    if not config.tied:
+        head_MV = np.asarray(params["ends"]["head"])
+        yield ends["head"], head_MV[:, : config.vocab].T
+    for position, stacked in enumerate(params["layers"]):
+        for (part, name), place in layers.items():
+            arrays = np.asarray(stacked[part][name])
+            for repeat, array in enumerate(arrays):
+                yield place.name.format(position + repeat * len(config.pattern)), place.layout.write(array)
+
+
+def _padded(value: Array, shape: Any, config: Model, name: str) -> Array:
+    """The value with zeros behind its end along the vocabulary; every other size must be right."""
+    vocab = (config.vocab, config.padded_vocab)
+    pairs = zip(value.shape, shape.shape)
+    if value.ndim != len(shape.shape) or any(have != want and (have, want) != vocab for have, want in pairs):
+        raise ValueError(f"{name} has the shape {value.shape} and should have {shape.shape}")
+    out = np.zeros(shape.shape, value.dtype)
+    out[tuple(slice(size) for size in value.shape)] = value
+    return out

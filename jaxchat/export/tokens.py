@@ -1,0 +1,116 @@
+"""The tokenizer as transformers and vLLM read it: tokenizer.json for the `tokenizers` library, and what goes with it.
+
+The same ids for every text. sentencepiece writes spaces as U+2581 and so cannot tell the two apart; here pieces hold
+real spaces, and U+2581 is a character without a piece, which its bytes spell, as in `Tokenizer.encode`. Special tokens
+are found in text, as the chat template needs; `split_special_tokens=True` reads their names as the letters they are,
+which is what `Tokenizer.encode` always does. `add_special_tokens=True`, the default, puts <|bos|> before a text.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from jaxchat.config import UserError
+from jaxchat.export.files import write_json
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer.chat import CHAT_TEMPLATE
+from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK
+
+BOS, END = "<|bos|>", "<|assistant_end|>"
+# A word with the spaces before it: no piece has a space after another character (`Tokenizer` refuses such models), so
+# cutting there changes nothing and lets repeated words come from a cache.
+WORDS = " *[^ ]+| +"
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and the sentencepiece model itself."""
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": END,
+        "pad_token": BOS,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+        "model_max_length": length,
+    }
+    write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
+    write_json(directory / "tokenizer_config.json", described)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / MODEL_FILE).write_bytes(tokenizer.model)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of an export; `UserError` for one that jaxchat did not make."""
+    path = directory / MODEL_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} has no {MODEL_FILE}: jaxchat reads sentencepiece models, so name the directory of one of its "
+            "own tokenizers with --tokenizer=DIR"
+        )
+    try:
+        return Tokenizer(path.read_bytes())
+    except RuntimeError:
+        raise UserError(f"{path} is not a sentencepiece model: name another tokenizer with --tokenizer=DIR") from None
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **special} for name, i in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, begin, second],
+            "special_tokens": {BOS: {"id": BOS, "ids": [tokenizer.bos], "tokens": [BOS]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": _model(processor),
+    }
+
+
+def _model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i).replace(SPACE_MARK, " ") for i in ids]
+    unwritten = (processor.is_control, processor.is_byte, processor.is_unknown)
+    scores = {pieces[i]: processor.get_score(i) for i in ids if not any(kind(i) for kind in unwritten)}
+    # Scores of BPE are the order of merges, whole numbers; those of Unigram are log-probabilities.
+    if any(score % 1 for score in scores.values()):
+        raise UserError(
+            "transformers would cut some texts elsewhere than this Unigram tokenizer, whose equal scores round apart: "
+            "only BPE tokenizers are exported (--data.tokenizer.algorithm=bpe, the default)"
+        )
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": _merges(scores),
+    }
+
+
+def _merges(scores: dict[str, float]) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, the best piece first.
+
+    sentencepiece merges whichever pair makes the best piece, the leftmost of equals. Here each pair has a rank of its
+    own; of two pairs of one piece the one with the shorter left part goes first.
+    """
+    merges = []
+    for piece in sorted((piece for piece in scores if len(piece) > 1), key=scores.__getitem__, reverse=True):
+        pairs = ([piece[:cut], piece[cut:]] for cut in range(1, len(piece)))
+        merges += [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+    return merges

@@ -1,0 +1,46 @@
+"""A run whose model transformers knows, made without training, for tests of what leaves jaxchat."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import small
+from documents import texts
+
+from configs.recipe import imported
+from jaxchat.export.convert import write_checkpoint
+from jaxchat.model import Model
+from jaxchat.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+VOCAB = 420
+SYLLABLES = list(zip("bdfghklmnprst", "aeiouaeiouaei"))
+RUNS = "    return x\n        if x:\n\n----------  ====== 1867 나는 학교에 갔다. 나는 친구를 만났다.\n"
+
+
+@cache
+def tokenizer(algorithm: str = "bpe") -> Tokenizer:
+    """Some words, runs of spaces and signs, Hangul; the rest is bytes."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(SYLLABLES, random.integers(1, 4)).ravel()) for _ in range(3000)]
+    told = [*texts(80), *[RUNS] * 20, " ".join(words)]
+    return train_tokenizer(told, vocab=VOCAB, config=TokenizerConfig(algorithm=algorithm))  # type: ignore[arg-type]
+
+
+def model(**changes: object) -> Model:
+    return small.october2025(**{"vocab": VOCAB} | changes)
+
+
+def write_run(directory: Path, config: Model, *, stage: str = "sft", length: int = 64, scale: float = 0.3) -> str:
+    """A stage directory with random parameters as checkpoint 0; returns its path.
+
+    Its model prefers pieces of text to single bytes: what is no UTF-8 is shown in one way here and another elsewhere.
+    """
+    experiment = dataclasses.replace(imported(config, length, stage), directory=str(directory))
+    params = small.parameters(config, scale=scale)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer().model)
+    params["ends"]["head"][:, list(filter(pieces.is_byte, range(VOCAB)))] = 0
+    write_checkpoint(directory / "run" / stage, experiment, params)
+    tokenizer().save(directory / "run" / "tokenizer")
+    return str(directory / "run" / stage)
