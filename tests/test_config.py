@@ -16,7 +16,9 @@ import pytest
 
 import launch.bench
 import launch.chat
+import launch.convert
 import launch.evaluate
+import launch.harness
 import launch.plot
 import launch.prepare
 import launch.speedrun
@@ -278,6 +280,8 @@ HELP = {
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
     "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
+    "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),
+    "harness": (launch.harness, [], ["--checkpoint", "--tasks", "--include_path"]),
     "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--model.depth", "--seed"]),
 }
 

@@ -223,6 +223,7 @@ def test_a_checkpoint_goes_out_and_comes_back_by_the_command_line(run: str, tmp_
 @pytest.mark.parametrize("family", [small.july2026(vocab=VOCAB), model()], ids=["july2026", "october2025"])
 def test_the_stablehlo_readmes_code_gives_the_engines_tokens(family: Model, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
+    pytest.importorskip("flatbuffers")
     params, transformer, words = small.parameters(family), Transformer(family), tokenizer()
     stablehlo.write(tmp_path / "out", transformer, params, words, rows=2, length=48, piece=8)
     code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -89,7 +89,8 @@ class Adapter:
         """
         if not string.startswith("<|bos|>"):
             return [self._words.bos] * (add_special_tokens is not False) + self._words.encode(string)
-        specials, ids = self._words.specials, []
+        specials = self._words.specials
+        ids: list[int] = []
         for part in self._names.split(string):
             ids += [specials[part]] if part in specials else self._words.encode(part)
         return ids

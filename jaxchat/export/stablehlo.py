@@ -73,7 +73,7 @@ def write(
 
 def _serialized(made: export.Exported) -> bytes:
     try:
-        return made.serialize()
+        return bytes(made.serialize())
     except ImportError:
         raise UserError("--to=stablehlo needs flatbuffers: pip install flatbuffers") from None
 
