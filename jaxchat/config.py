@@ -34,6 +34,11 @@ class UserError(Exception):
     """A mistake of the user's; the message is one sentence that names the remedy."""
 
 
+def say(text: str) -> None:
+    """A line for whoever runs a launcher; stdout is for its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
     """Runs a launcher: prints its result as one line of JSON, or a user's mistake as one sentence (exit status 2)."""
     for stream in (sys.stdin, sys.stdout):  # What is no text, or what a terminal cannot show, is no reason to stop.

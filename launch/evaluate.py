@@ -85,8 +85,7 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    results = evaluate.evaluate(engine, found, settings, out, about, say=say)
+    results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
     (out / "results.json").write_text(
         json.dumps({**about, "settings": config.to_json(settings), "results": results}, indent=1) + "\n",
         encoding="utf-8",

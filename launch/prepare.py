@@ -3,8 +3,6 @@
 Training does this by itself; here it is alone, for a machine with many cores, or to see what packing costs.
 """
 
-import sys
-
 from jaxchat import config
 
 
@@ -12,9 +10,7 @@ def main(argv: list[str]) -> dict[str, object]:
     experiment = config.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr)
-
+    log = config.say
     tokenizer = prepare.ensure_tokenizer(experiment.data, experiment.cache_directory, seed=experiment.seed, log=log)
     rows = {
         split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=log)

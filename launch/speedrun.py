@@ -53,8 +53,7 @@ def main(argv: list[str]) -> dict[str, object]:
             from jaxchat import compilation, speedrun
 
             compilation.prepare_backend(road[0])
-            say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            return speedrun.run(road, stopped, say, dollars_per_hour=price)
+            return speedrun.run(road, stopped, config.say, dollars_per_hour=price)
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

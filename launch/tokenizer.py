@@ -4,7 +4,6 @@ Training a model does this by itself; here it is alone, with the bytes that a to
 and beside rustbpe with nanochat's pattern on the same text at the same size, where the extra `peers` is installed.
 """
 
-import sys
 import time
 
 from rich.console import Console
@@ -19,15 +18,12 @@ def main(argv: list[str]) -> dict[str, object]:
     experiment = config.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr)
-
     data, cache, seed = experiment.data, experiment.cache_directory, experiment.seed
     start = time.monotonic()
-    path = prepare.ensure_tokenizer_directory(data, cache, seed, log)
+    path = prepare.ensure_tokenizer_directory(data, cache, seed, config.say)
     seconds = time.monotonic() - start
     tokenizer = Tokenizer.load(path)
-    held_out = list(prepare.texts(data, "val", cache, log))
+    held_out = list(prepare.texts(data, "val", cache, config.say))
     found = report(tokenizer, held_out)
     result = {
         "vocab": tokenizer.vocab_size,
@@ -35,7 +31,7 @@ def main(argv: list[str]) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "path": str(path),
     }
-    trained_on = sample(prepare.texts(data, "train", cache, log), data.tokenizer.sample_bytes, seed=seed)
+    trained_on = sample(prepare.texts(data, "train", cache, config.say), data.tokenizer.sample_bytes, seed=seed)
     peer = peer_bytes_per_token(trained_on, held_out, vocab=tokenizer.vocab_size)
     show(found, peer)
     return result | ({} if peer is None else {"peer_bytes_per_token": round(peer, 4)})

@@ -133,7 +133,6 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
         ("cor:x",): "did you mean core",
         ("arithmetik",): "did you mean arithmetic",
         ("core/pika:x",): "CORE has no task",
-        ("mmlu:",): "where is mmlu",
         ("facts", "facts"): "named twice",
         (f"core:{tmp_path}",): "is this the CORE bundle",
     }

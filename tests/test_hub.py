@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -13,8 +14,9 @@ from documents import settings, silent, texts, write
 pytest.importorskip("huggingface_hub")
 
 from jaxchat.config import UserError
-from jaxchat.data import hub
+from jaxchat.data import downloads, hub
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
+from jaxchat.evaluation import choice
 
 REPOSITORY = "owner/texts"
 FILES = {f"data/shard_{i}.parquet": bytes([65 + i]) * (70_000 + i) for i in range(4)}
@@ -34,6 +36,9 @@ class FakeHub:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 owner.answer(self)
+
+            def do_HEAD(self):
+                owner.send(self, 200, owner.files[self.path.removeprefix("/plain/")], body_too=False)
 
             def log_message(self, *_):
                 pass
@@ -59,6 +64,8 @@ class FakeHub:
             self.send(handler, 200, json.dumps({"id": self.repository, "sha": "c0ffee"}).encode())
         elif path.startswith(f"/datasets/{self.repository}/resolve/c0ffee/"):
             self.file(handler, path.split("/c0ffee/")[1])
+        elif path.startswith("/plain/"):
+            self.file(handler, path.removeprefix("/plain/"))
         else:
             self.send(handler, 404, b"{}")
 
@@ -86,17 +93,18 @@ class FakeHub:
             handler.connection.close()
         return None
 
-    def send(self, handler, status, body):
+    def send(self, handler, status, body, *, body_too=True):
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
-        handler.wfile.write(body)
+        if body_too:
+            handler.wfile.write(body)
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(downloads, "BACKOFF_SECONDS", 0.001)
     fake = FakeHub()
     yield fake
     fake.close()
@@ -130,7 +138,7 @@ def test_a_broken_connection_is_resumed_where_it_broke(server, tmp_path):
 
 
 def test_a_partial_file_of_an_earlier_process_is_resumed(server, tmp_path):
-    server.faults["data/shard_0.parquet"] = ["cut", *["503"] * hub.ATTEMPTS]
+    server.faults["data/shard_0.parquet"] = ["cut", *["503"] * downloads.ATTEMPTS]
     with pytest.raises(UserError, match=r"could not be fetched in 6 attempts.*503"):
         fetch(server, tmp_path, f"hub:{REPOSITORY}:1")
     server.faults.clear()
@@ -168,7 +176,7 @@ def test_a_busy_hub_is_asked_again(server, tmp_path):
     [
         ("hub:nothing", "no data set 'nothing': name one of fineweb-edu, fineweb-edu-100bt, climbmix, smoltalk"),
         ("hub:climbmix:0", "is not hub:NAME or hub:NAME:SHARDS"),
-        ("hub:owner/missing:1", r"was refused by the hub \(404\): check its name"),
+        ("hub:owner/missing:1", r"was refused \(404\): check its name"),
         (f"hub:{REPOSITORY}:4", "asks for 4 shards; owner/texts has 3 to train on"),
     ],
 )
@@ -184,7 +192,7 @@ def test_a_forbidden_file_names_the_token(server, tmp_path):
 
 
 def serve(monkeypatch, repository, names):
-    monkeypatch.setattr(hub, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(downloads, "BACKOFF_SECONDS", 0.001)
     return FakeHub(repository, {name: name.encode() for name in names})
 
 
@@ -251,3 +259,70 @@ def test_conversations_of_the_hub_become_rows(monkeypatch, tmp_path):
         assert [part.manifest["documents"] for (part,) in counted] == [20, 3]
     finally:
         server.close()
+
+
+ARC = [
+    {
+        "id": "a",
+        "question": "Which is hot?",
+        "choices": {"text": ["ice", "fire"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    {
+        "id": "b",
+        "question": "Which is wet?",
+        "choices": {"text": ["sea", "sand"], "label": ["1", "2"]},
+        "answerKey": "1",
+    },
+]
+MMLU = [{"question": "Which?", "subject": "small_things", "choices": ["a", "b", "c", "d"], "answer": 2}]
+
+
+def test_questions_with_choices_come_from_the_hub(monkeypatch, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def table(rows):
+        pq.write_table(pa.Table.from_pylist(rows), sink := io.BytesIO())
+        return sink.getvalue()
+
+    arc = {"ARC-Easy/test-0.parquet": table(ARC), "ARC-Easy/train-0.parquet": table(ARC[:1])}
+    mmlu = {"all/test-0.parquet": table(MMLU), "all/dev-0.parquet": table(MMLU * 2), "all/validation-0.parquet": b""}
+    for repository, files in (("allenai/ai2_arc", arc), ("cais/mmlu", mmlu)):
+        server = FakeHub(repository, files)
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, "download", functools.partial(hub.download, endpoint=server.endpoint))
+            try:
+                if files is arc:
+                    found = choice.arc("", "arc_easy", tmp_path)
+                    assert [(one.question, one.choices, one.gold) for one in found] == [
+                        ("Which is hot?", ("ice", "fire"), 1),
+                        ("Which is wet?", ("sea", "sand"), 0),
+                    ]
+                else:
+                    assert choice.mmlu("", "test", tmp_path) == [
+                        choice.Choice("Which?", tuple("abcd"), 2, "small_things")
+                    ]
+                    assert len(choice.mmlu("", "dev", tmp_path)) == 2
+            finally:
+                server.close()
+
+
+def test_an_archive_is_fetched_once_and_unpacked(server, tmp_path):
+    with zipfile.ZipFile(sink := io.BytesIO(), "w") as archive:
+        archive.writestr("eval_bundle/eval_data/a.jsonl", "{}\n" * 30_000)
+    server.files["bundle.zip"] = sink.getvalue()
+    server.faults["bundle.zip"] = ["cut", "503"]
+    place = tmp_path / "downloads" / "core"
+    place.parent.mkdir()
+    for _ in range(2):
+        assert downloads.unpacked(f"{server.endpoint}/plain/bundle.zip", place, log=silent) == place
+    assert (place / "eval_bundle/eval_data/a.jsonl").read_text() == "{}\n" * 30_000
+    assert [asked for path, asked in server.requests if path == "/plain/bundle.zip"] == [
+        None,
+        "bytes=50000-",
+        "bytes=50000-",
+    ]
+    server.files["bad.zip"] = b"no archive"
+    with pytest.raises(UserError, match="is no whole zip archive"):
+        downloads.unpacked(f"{server.endpoint}/plain/bad.zip", tmp_path / "bad", log=silent)
+    assert not list(tmp_path.glob("bad*"))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxchat.benchmarks.engines import generate, make_engine, prompts
-from jaxchat.benchmarks.train import say
+from jaxchat.config import say
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams, choose, pack
 from jaxchat.model.transformer import Transformer

@@ -18,7 +18,8 @@ import numpy as np
 from jaxchat import metrics
 from jaxchat.benchmarks.cache import cache_curve, stored_prefixes
 from jaxchat.benchmarks.engines import generate, make_engine, prompts, random_weights
-from jaxchat.benchmarks.train import check_peer, machine, peer_config, say, state_dict, versions
+from jaxchat.benchmarks.train import check_peer, machine, peer_config, state_dict, versions
+from jaxchat.config import say
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.experiment import Experiment

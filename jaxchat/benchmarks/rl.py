@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from jaxchat import metrics
 from jaxchat.benchmarks.engines import Ids, prompts, random_weights
-from jaxchat.benchmarks.train import machine, say, versions
+from jaxchat.benchmarks.train import machine, versions
+from jaxchat.config import say
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams

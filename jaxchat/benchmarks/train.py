@@ -8,7 +8,6 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxchat import compilation, metrics, sharding
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Model, flops_per_token
 from jaxchat.optim import AdamW, Optimizer
@@ -288,7 +287,3 @@ def machine(threads: int) -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
     }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

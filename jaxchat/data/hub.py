@@ -6,6 +6,9 @@
     hub:smoltalk[:N]            smol-smoltalk, 460,000 conversations
     hub:gsm8k                   word problems, worked out with a calculator
     hub:mmlu                    questions with four choices: the auxiliary training set
+    hub:mmlu-test               its test questions; its few examples are the part to train on
+    hub:arc-easy                questions of ARC with choices, the easy ones
+    hub:arc-challenge           and the others
     hub:humaneval               functions to be written; the one file is for testing
     hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
 
@@ -15,13 +18,9 @@ are not read. The list of files is kept at the commit of the first download, so 
 not change under a run, and files that are there need no network.
 """
 
-import hashlib
-import http.client
 import re
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,18 +29,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.data.cache import locked, read_json, write_json
+from jaxchat.data.downloads import Log, Shard, fetch, patiently
 from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
 
 DEFAULT_SHARDS = 8
 AT_ONCE = 4
-ATTEMPTS = 6
-BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
-TIMEOUT_SECONDS = 30.0
-CHUNK = 1 << 20
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,24 +56,14 @@ DATA_SETS = {
     "smoltalk": DataSet("HuggingFaceTB/smol-smoltalk", "data", "^data/train-", "^data/test-"),
     "gsm8k": DataSet("openai/gsm8k", "main", "^main/train-", "^main/test-"),
     "mmlu": DataSet("cais/mmlu", "all", "^all/auxiliary_train-", "^all/validation-"),
+    "mmlu-test": DataSet("cais/mmlu", "all", "^all/dev-", "^all/test-"),
+    "arc-easy": DataSet("allenai/ai2_arc", "ARC-Easy", "/train-", "/test-"),
+    "arc-challenge": DataSet("allenai/ai2_arc", "ARC-Challenge", "/train-", "/test-"),
     "humaneval": DataSet("openai/openai_humaneval", "openai_humaneval", "/test-", "/test-"),
 }
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of a data set; sha256 where the hub gives one."""
-
-    path: str
-    size: int
-    sha256: str | None
-
-    @property
-    def name(self) -> str:
-        return self.path.replace("/", "--")
-
-
-def download(spec: str, split: str, directory: Path, *, log: Log = print, endpoint: str | None = None) -> list[Path]:
+def download(spec: str, split: str, directory: Path, *, log: Log = say, endpoint: str | None = None) -> list[Path]:
     """The files that a spec names for a split, downloaded where they are missing."""
     name, data_set, count = _parse(spec)
     place = directory / re.sub(r"[^\w.-]+", "--", name)
@@ -150,7 +134,7 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
         shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
         return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
 
-    index = _patiently(ask, data_set.repository, threading.Event(), log)
+    index = patiently(ask, data_set.repository, threading.Event(), log, _transient())
     if len(index["shards"]) < 2 and not data_set.train:
         raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; one to train on and one for validation")
     log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
@@ -169,108 +153,35 @@ def _fetch_all(
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=sum(shard.size for shard in shards))
 
-        def fetch(shard: Shard) -> None:
+        def one(shard: Shard) -> None:
             url = library.hf_hub_url(
                 data_set.repository, shard.path, repo_type="dataset", revision=commit, endpoint=endpoint
             )
             show = lambda size: progress.advance(bar, size)  # noqa: E731
             try:
-                _patiently(lambda: _fetch(url, headers, shard, place, show, stop), url, stop, log)
+                attempt = lambda: fetch(url, shard, place, stop, headers=headers, show=show)  # noqa: E731
+                patiently(attempt, url, stop, log, _transient())
             except BaseException:
                 stop.set()
                 raise
 
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            for _ in pool.map(fetch, shards):
+            for _ in pool.map(one, shards):
                 pass
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fetch(
-    url: str,
-    headers: dict[str, str],
-    shard: Shard,
-    place: Path,
-    show: Callable[[int], None],
-    stop: threading.Event,
-) -> None:
-    """One attempt: continues a partial file, checks the whole, and gives it its name."""
-    partial = place / f"{shard.name}.{(shard.sha256 or 'unknown')[:12]}.partial"
-    have = partial.stat().st_size if partial.exists() else 0
-    if have < shard.size:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        for name, value in headers.items():
-            # The hub redirects to a store that signs its addresses and must not see the token.
-            request.add_unredirected_header(name, value)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-            resumed = have > 0 and answer.status == http.HTTPStatus.PARTIAL_CONTENT
-            show(have if resumed else 0)
-            with partial.open("ab" if resumed else "wb") as file:
-                while block := answer.read(CHUNK):
-                    if stop.is_set():
-                        raise UserError("download stopped; start again to continue it")
-                    file.write(block)
-                    show(len(block))
-    have = partial.stat().st_size
-    if have < shard.size:
-        raise http.client.IncompleteRead(b"", shard.size - have)
-    if have > shard.size or (shard.sha256 and _sha256(partial) != shard.sha256):
-        partial.unlink()
-        raise _Corrupt(f"{shard.path} arrived with another checksum than the hub states")
-    partial.replace(place / shard.name)
-
-
-class _Corrupt(Exception):
-    """What arrived is not what the hub has; worth another attempt."""
-
-
-def _patiently(attempt: Callable[[], Any], what: str, stop: threading.Event, log: Log) -> Any:
-    """Runs an attempt until it succeeds, with growing pauses; a refusal, and the last failure, is a `UserError`."""
-    # The library's own errors are, by version, those of requests or of one of two httpx.
-    library_errors = _library().errors.HfHubHTTPError.__bases__
-    transient = (OSError, http.client.HTTPException, _Corrupt, *library_errors)
-    for i in range(ATTEMPTS):
-        try:
-            return attempt()
-        except transient as error:
-            status = _status(error)
-            if status is not None and 400 <= status < 500 and status not in (408, 429):
-                raise UserError(f"{what} was refused by the hub ({status}): {_hint(status)}") from None
-            if i == ATTEMPTS - 1:
-                raise UserError(
-                    f"{what} could not be fetched in {ATTEMPTS} attempts ({error or type(error).__name__}); "
-                    "start again to continue, or name files that are there"
-                ) from None
-            pause = BACKOFF_SECONDS * 2**i
-            log(f"{what}: {error or type(error).__name__}; trying again in {pause:g} s")
-        if stop.wait(pause):
-            raise UserError("download stopped; start again to continue it")
-    raise AssertionError("unreachable")
-
-
-def _status(error: BaseException) -> int | None:
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
-
-
-def _hint(status: int) -> str:
-    if status in (401, 403):
-        return "set HF_TOKEN to a token that may read it, and accept its terms on its page"
-    return "check its name"
-
-
 def _is_there(path: Path, shard: Shard) -> bool:
     return path.exists() and path.stat().st_size == shard.size
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _transient() -> tuple[type[Exception], ...]:
+    """The library's own errors that are worth another attempt: by version, those of requests or of one of two httpx."""
+    found: tuple[type[Exception], ...] = _library().errors.HfHubHTTPError.__bases__
+    return found
 
 
 def _library() -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.data import conversations
 from jaxchat.data.files import Reading, Source, no_column, objects, place, read_text
 from jaxchat.tokenizer.sentencepiece import scalar_values
@@ -38,7 +38,7 @@ def find(
     *,
     suffixes: Mapping[str, str] = SUFFIXES,
     hub_directory: str | Path | None = None,
-    log: Callable = print,
+    log: Callable = say,
 ) -> list[Source]:
     """The sources that a spec names, in a fixed order; for a directory, those of the split with one of the suffixes."""
     if spec.startswith("tinyworld:"):

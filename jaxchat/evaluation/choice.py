@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.config import UserError
-from jaxchat.data.files import Reading, Source, objects, place
+from jaxchat.data import sources
+from jaxchat.data.files import Reading, objects
+from jaxchat.data.files import place as stands
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
 from jaxchat.tokenizer import Tokenizer, chat
 
+HUB: Mapping[str, tuple[str, sources.Split]] = {
+    "arc_easy": ("hub:arc-easy", "val"),
+    "arc_challenge": ("hub:arc-challenge", "val"),
+    "test": ("hub:mmlu-test", "val"),
+    "dev": ("hub:mmlu-test", "train"),
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOTS = 5
 
@@ -29,30 +37,22 @@ class Choice(NamedTuple):
     subject: str = ""
 
 
-def arc(directory: Path, name: str) -> list[Choice]:
-    """The rows of arc_easy.jsonl or arc_challenge.jsonl, in a directory or in a CORE bundle: query, choices, gold.
+def arc(place: str, name: str, downloads: Path) -> list[Choice]:
+    """The questions of arc_easy or arc_challenge: NAME.jsonl[.gz] in a directory or a CORE bundle, else the hub's.
 
     Raises:
-        UserError: there is no such file, or a row is not of that kind.
+        UserError: there is no such file, or a row is no question.
     """
-    places = (directory, directory / "eval_data" / "world_knowledge")
-    return [
-        Choice(row["query"].removeprefix("Question: "), tuple(row["choices"]), row["gold"])
-        for row in _rows(places, name, {"query": str, "choices": list, "gold": int}, "gold")
-    ]
+    return list(_read(name, (place, f"{place}/eval_data/world_knowledge") if place else (), downloads))
 
 
-def mmlu(directory: Path, split: str) -> list[Choice]:
-    """The rows of test.jsonl or dev.jsonl: question, choices, answer (a number), subject.
+def mmlu(place: str, split: str, downloads: Path) -> list[Choice]:
+    """The questions of MMLU, test or dev: SPLIT.jsonl[.gz] in a directory, else the hub's.
 
     Raises:
-        UserError: there is no such file, or a row is not of that kind.
+        UserError: there is no such file, or a row is no question.
     """
-    fields = {"question": str, "choices": list, "answer": int, "subject": str}
-    return [
-        Choice(row["question"], tuple(row["choices"]), row["answer"], row["subject"])
-        for row in _rows((directory,), split, fields, "answer")
-    ]
+    return list(_read(split, (place,) if place else (), downloads))
 
 
 def in_turns(choice: Choice, tokenizer: Tokenizer) -> Question:
@@ -86,21 +86,25 @@ def mmlu_in_text(choice: Choice, tokenizer: Tokenizer, examples: Sequence[Choice
     return _in_text(head + shown + _listed(choice), LETTERS[: len(choice.choices)], choice.gold, tokenizer)
 
 
-def mmlu_questions(directory: Path, style: Style, tokenizer: Tokenizer, limit: int | None) -> list[Question]:
+def mmlu_questions(
+    place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
+) -> list[Question]:
     """MMLU's test questions, the first `limit` of them."""
-    asked = mmlu(directory, "test")[:limit]
+    asked = mmlu(place, "test", downloads)[:limit]
     if style == "chat":
         return [in_turns(choice, tokenizer) for choice in asked]
     shown: dict[str, list[Choice]] = {}
-    for one in mmlu(directory, "dev"):
+    for one in mmlu(place, "dev", downloads):
         shown.setdefault(one.subject, []).append(one)
     return [mmlu_in_text(choice, tokenizer, shown.get(choice.subject, [])[:SHOTS]) for choice in asked]
 
 
-def arc_questions(name: str, directory: Path, style: Style, tokenizer: Tokenizer, limit: int | None) -> list[Question]:
+def arc_questions(
+    name: str, place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
+) -> list[Question]:
     """The questions of arc_easy or arc_challenge, the first `limit` of them."""
     make: Callable[[Choice, Tokenizer], Question] = in_turns if style == "chat" else arc_in_text
-    return [make(choice, tokenizer) for choice in arc(directory, name)[:limit]]
+    return [make(choice, tokenizer) for choice in arc(place, name, downloads)[:limit]]
 
 
 def _listed(choice: Choice) -> str:
@@ -119,16 +123,39 @@ def _in_text(prompt: str, answers: Sequence[str], gold: int, tokenizer: Tokenize
     return Question(tuple(items), gold, "sum")
 
 
-def _rows(directories: Sequence[Path], name: str, fields: Mapping[str, type], gold: str) -> Iterator[dict[str, Any]]:
-    path = next((p for d in directories for p in (d / f"{name}.jsonl", d / f"{name}.jsonl.gz") if p.is_file()), None)
-    if path is None:
-        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {directories[0]}: name the directory that has it")
-    source = Source("jsonl.gz" if path.suffix == ".gz" else "jsonl", str(path), path.stat().st_size)
+def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]:
+    """The rows of a file in the first of some directories that has it; of the hub's, where no directory is named."""
+    names = [Path(place) / f"{name}{suffix}" for place in places for suffix in (".jsonl", ".jsonl.gz")]
+    if places and not any(path.is_file() for path in names):
+        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that has it")
+    data_set, split = HUB[name]
+    spec = str(next(path for path in names if path.is_file())) if places else data_set
     reading = Reading()
-    for number, row in objects(source, reading):
-        right = isinstance(row, dict) and all(isinstance(row.get(field), kind) for field, kind in fields.items())
-        if not right or not all(isinstance(text, str) for text in row["choices"]):
-            raise UserError(f"{place(source, reading, number)} is no row with {', '.join(fields)}")
-        if not 0 <= row[gold] < len(row["choices"]) <= len(LETTERS):
-            raise UserError(f"{place(source, reading, number)}: {gold}={row[gold]} names none of its choices")
-        yield row
+    for source in sources.find(spec, split, hub_directory=downloads):
+        for number, row in objects(source, reading):
+            try:
+                choice = _choice(row)
+            except (KeyError, TypeError, ValueError):
+                where = stands(source, reading, number)
+                raise UserError(f"{where} is no question with choices, all of them text, and the right one's") from None
+            if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
+                raise UserError(
+                    f"{stands(source, reading, number)}: its answer is number {choice.gold} of "
+                    f"{len(choice.choices)} choices, counted from 0"
+                )
+            yield choice
+
+
+def _choice(row: Any) -> Choice:
+    """A row of a CORE bundle, of MMLU, or of the hub's ARC; raises KeyError, TypeError or ValueError for others."""
+    if "query" in row:
+        question, choices, gold = row["query"].removeprefix("Question: "), row["choices"], row["gold"]
+    elif "answerKey" in row:
+        question, choices = row["question"], row["choices"]["text"]
+        gold = list(row["choices"]["label"]).index(row["answerKey"])
+    else:
+        question, choices, gold = row["question"], row["choices"], row["answer"]
+    subject = row.get("subject", "")
+    if not all(isinstance(text, str) for text in (question, subject, *choices)) or type(gold) is not int:
+        raise TypeError
+    return Choice(question, tuple(choices), gold, subject)

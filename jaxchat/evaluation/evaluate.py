@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError, to_json
+from jaxchat.config import UserError, say, to_json
 from jaxchat.data import sources
+from jaxchat.data.downloads import unpacked
 from jaxchat.data.files import Reading
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.sampling import SamplingParams
@@ -22,6 +23,7 @@ from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
 from jaxchat.tasks import TASKS, Task, load_task
 
+BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
 TOGETHER = 256  # Problems answered between two writings of their records.
 OWN = ("core", "arc_easy", "arc_challenge", "mmlu", "bpb")  # Named here alone; the others are those of load_task.
 CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
@@ -78,7 +80,7 @@ Job = Asked | Solving | Texts
 
 def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]:
     """What the specs name: core:DIR, core/LABEL:DIR, arc_easy:DIR, arc_challenge:DIR, mmlu:DIR, bpb:FILES, and every
-    task of `load_task`.
+    task of `load_task`. What names no directory is downloaded.
 
     Raises:
         UserError: a spec names nothing, a file is missing, or a task is named twice.
@@ -87,13 +89,10 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
     for spec in specs:
         name, _, place = spec.partition(":")
         if name == "core" or name.startswith("core/"):
-            found += _core_jobs(name, place, settings.mode)
+            found += _core_jobs(name, place, settings.mode, downloads)
         elif name in ("arc_easy", "arc_challenge", "mmlu"):
-            if not place:
-                raise UserError(f"where is {name}? name the directory of its files: {name}:DIRECTORY")
             make = mmlu_questions if name == "mmlu" else partial(arc_questions, name)
-            ask_them = partial(_styled, make, Path(place), settings.style)
-            found.append(Asked(name, ask_them, {"chance": 0.25}))
+            found.append(Asked(name, partial(make, place, downloads, settings.style), {"chance": 0.25}))
         elif name == "bpb":
             found.append(Texts("bpb", place or "tinyworld:val"))
         else:
@@ -107,20 +106,15 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
     return found
 
 
-def _styled(make: Any, place: Path, style: Style, tokenizer: Any, limit: int | None) -> Sequence[Question]:
-    return make(place, style, tokenizer, limit)
-
-
-def _core_jobs(name: str, place: str, mode: Mode) -> list[Job]:
-    if not place:
-        raise UserError("where is the CORE bundle? name its directory, with eval_data in it: core:DIRECTORY")
+def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
         raise UserError(f"CORE has no task {name[5:]!r}: there are {', '.join(task.label for task in CORE)}")
-    rows = [CoreRows(task, Path(place), mode) for task in wanted]
+    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=say) / "eval_bundle"
+    rows = [CoreRows(task, directory, mode) for task in wanted]
     there = [one for one in rows if one.file is not None]
     if not there:
-        raise UserError(f"no file of CORE in {Path(place) / 'eval_data'}: is this the CORE bundle?")
+        raise UserError(f"no file of CORE in {directory / 'eval_data'}: is this the CORE bundle?")
     return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in there]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sample import refused
@@ -66,7 +66,7 @@ def solve(
     n: int = 1,
     sampling: SamplingParams,
     style: Style = "chat",
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> Solved:
     """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line, or to
     the task's own `stop`.

@@ -1,0 +1,151 @@
+"""Files of the network: downloads that continue where they stopped, tried again with growing pauses, and checked."""
+
+import hashlib
+import http.client
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import UserError
+from jaxchat.data.cache import locked
+
+ATTEMPTS = 6
+BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
+TIMEOUT_SECONDS = 30.0
+CHUNK = 1 << 20
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a data set; sha256 where its source gives one."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.replace("/", "--")
+
+
+class Corrupt(Exception):
+    """What arrived is not what was asked for; worth another attempt."""
+
+
+def fetch(
+    url: str,
+    shard: Shard,
+    place: Path,
+    stop: threading.Event,
+    *,
+    headers: Mapping[str, str] | None = None,
+    show: Callable[[int], None] = lambda size: None,
+) -> None:
+    """One attempt: continues a partial file, checks the whole, and gives it its name; `show` is told every arrival."""
+    partial = place / f"{shard.name}.{(shard.sha256 or 'unknown')[:12]}.partial"
+    have = partial.stat().st_size if partial.exists() else 0
+    if have < shard.size:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        for name, value in (headers or {}).items():
+            # The hub redirects to a store that signs its addresses and must not see the token.
+            request.add_unredirected_header(name, value)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            resumed = have > 0 and answer.status == http.HTTPStatus.PARTIAL_CONTENT
+            show(have if resumed else 0)
+            with partial.open("ab" if resumed else "wb") as file:
+                while block := answer.read(CHUNK):
+                    if stop.is_set():
+                        raise UserError("download stopped; start again to continue it")
+                    file.write(block)
+                    show(len(block))
+    have = partial.stat().st_size
+    if have < shard.size:
+        raise http.client.IncompleteRead(b"", shard.size - have)
+    if have > shard.size or (shard.sha256 and _sha256(partial) != shard.sha256):
+        partial.unlink()
+        raise Corrupt(f"{shard.path} arrived with another checksum than its source states")
+    partial.replace(place / shard.name)
+
+
+def patiently(
+    attempt: Callable[[], Any], what: str, stop: threading.Event, log: Log, also: tuple[type[Exception], ...] = ()
+) -> Any:
+    """Runs an attempt until it succeeds, with growing pauses; a refusal, and the last failure, is a `UserError`.
+
+    Errors of the network, and those of `also`, are worth another attempt.
+    """
+    for i in range(ATTEMPTS):
+        try:
+            return attempt()
+        except (OSError, http.client.HTTPException, Corrupt, *also) as error:
+            status = _status(error)
+            if status is not None and 400 <= status < 500 and status not in (408, 429):
+                raise UserError(f"{what} was refused ({status}): {_hint(status)}") from None
+            if i == ATTEMPTS - 1:
+                raise UserError(
+                    f"{what} could not be fetched in {ATTEMPTS} attempts ({error or type(error).__name__}); "
+                    "start again to continue, or name files that are there"
+                ) from None
+            pause = BACKOFF_SECONDS * 2**i
+            log(f"{what}: {error or type(error).__name__}; trying again in {pause:g} s")
+        if stop.wait(pause):
+            raise UserError("download stopped; start again to continue it")
+    raise AssertionError("unreachable")
+
+
+def unpacked(url: str, place: Path, *, log: Log) -> Path:
+    """The directory `place` with the files of a zip archive, downloaded and unpacked where it is not there.
+
+    Raises:
+        UserError: the archive cannot be fetched, or is none.
+    """
+    with locked(place.parent, log):
+        if place.is_dir():
+            return place
+        stop = threading.Event()
+        size = patiently(lambda: _size(url), url, stop, log)
+        shard = Shard(place.name + ".zip", size, None)
+        archive = place.parent / shard.name
+        if not archive.exists():
+            log(f"downloading {url} ({size / 1e6:.0f} MB) to {archive}")
+            patiently(lambda: fetch(url, shard, place.parent, stop), url, stop, log)
+        half = place.with_name(place.name + ".partial")
+        try:
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(half)  # Checks every file's checksum, and keeps all of them inside.
+        except zipfile.BadZipFile as error:
+            archive.unlink()
+            raise UserError(f"what {url} sent is no whole zip archive ({error}): start again") from None
+        half.replace(place)
+        archive.unlink()
+        return place
+
+
+def _size(url: str) -> int:
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS) as answer:
+        return int(answer.headers["Content-Length"])
+
+
+def _status(error: BaseException) -> int | None:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return "set HF_TOKEN to a token that may read it, and accept its terms on its page"
+    return "check its name"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
