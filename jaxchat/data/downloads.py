@@ -81,10 +81,11 @@ def patiently(
 
     Errors of the network, and those of `also`, are worth another attempt.
     """
+    transient: tuple[type[Exception], ...] = (OSError, http.client.HTTPException, Corrupt, *also)
     for i in range(ATTEMPTS):
         try:
             return attempt()
-        except (OSError, http.client.HTTPException, Corrupt, *also) as error:
+        except transient as error:
             status = _status(error)
             if status is not None and 400 <= status < 500 and status not in (408, 429):
                 raise UserError(f"{what} was refused ({status}): {_hint(status)}") from None

@@ -129,7 +129,7 @@ class Adapter:
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **more: Any
     ) -> list[tuple[float, bool]]:
         answers = []
         if empty := [texts for texts, _, continuation in requests if not continuation]:
