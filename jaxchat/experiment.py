@@ -52,8 +52,9 @@ class Experiment:
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
-        tasks: problems that a chat model is scored on: arithmetic, gsm8k:DIRECTORY, my_task.py:Task.
-        eval_problems: how many problems of each task, the same at every evaluation.
+        tasks: problems and questions that the model is scored on with every evaluation: arithmetic, gsm8k:DIRECTORY,
+            core:DIRECTORY, my_task.py:Task; any that launch.evaluate knows.
+        eval_problems: how many problems or questions of each task, the same at every evaluation.
         eval_tokens: longest answer to one of them.
         eval_samples: answers to each problem, drawn at temperature 1; pass@k is told up to this k.
     """

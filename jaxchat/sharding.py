@@ -4,6 +4,7 @@ Parameters and activations carry logical axes; a rule table maps each to mesh ax
 `fsdp` splits them along their width, `tensor` splits heads, hidden units and the vocabulary.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxchat.config import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -77,6 +80,22 @@ def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) 
             f"set micro_rows to a multiple of {data * config.fsdp}, or a smaller mesh"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
+
+
+def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
+    """The mesh that a model is read on: None where that is one device; on a CPU, as many host devices as it wants.
+
+    Raises:
+        UserError: there are fewer devices.
+    """
+    with contextlib.suppress(RuntimeError):  # In a notebook or a test the backend may run already.
+        jax.config.update("jax_num_cpu_devices", (config.data or 1) * config.fsdp * config.tensor)
+    if len(jax.devices()) == config.fsdp == config.tensor == 1 and config.data < 2:
+        return None
+    try:
+        return make_mesh(config, rows=0)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:

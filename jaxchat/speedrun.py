@@ -11,12 +11,11 @@ from typing import Any
 from jaxchat import checkpoint, stages
 from jaxchat.config import json_line
 from jaxchat.data.cache import write_json
-from jaxchat.decode.engine import load_engine
+from jaxchat.decode.engine import load_checkpoint
 from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
-from jaxchat.stages.scores import task_scores
+from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import inherited
-from jaxchat.tasks import load_task
 
 PROGRESS = "speedrun.json"
 BASE = "scoring the base model"
@@ -65,9 +64,9 @@ def run(
 
 def score_base(e: Experiment, last: Experiment, say: Say) -> dict[str, float]:
     """The base model on the problems of the last stage, asked in the words of its own text."""
-    engine = load_engine(str(e.stage_directory), Experiment, slots=64, prompts=8)
-    tasks = [load_task(spec, e.cache_directory / "downloads") for spec in last.tasks]
-    found = task_scores(engine, tasks, last, say, style="text")
+    base = load_checkpoint(str(e.stage_directory), Experiment)
+    score = TaskScores(last, base.transformer(), base.tokenizer, say, style="text")
+    found = score(base.params())
     say(f"the base model, asked in text: {json_line(found)}")
     return found
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxchat import config
+from jaxchat.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Evaluate:
     """How CORE's prompts are written."""
     slots: int = 64
     """Answers decoded at once."""
+    mesh: Mesh = Mesh()
+    """How devices share the work; all of them unless told otherwise."""
     out: str = ""
     """Where results and records go; by default eval/ in the checkpoint's directory."""
     compare: tuple[str, ...] = ()
@@ -66,10 +69,12 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     from jaxchat.evaluation import evaluate
     from jaxchat.evaluation.table import score_table
     from jaxchat.experiment import Experiment
+    from jaxchat.sharding import decoding_mesh
 
     directory, step = checkpoint.locate(options.checkpoint)
     runs = directory.parent.parent
     jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
+    mesh = decoding_mesh(options.mesh)
     style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]
@@ -81,7 +86,9 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
         mode=options.mode,
     )
     found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
-    engine = load_engine(f"{directory}@{step}", Experiment, slots=options.slots, prompts=min(8, options.slots))
+    engine = load_engine(
+        f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prompts=min(8, options.slots)
+    )
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, sharding
 from jaxchat.config import UserError
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
@@ -303,11 +303,16 @@ class Loaded(NamedTuple):
         wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
         return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
 
-    def params(self) -> Params:
-        """The parameters, float32, on the first device."""
-        placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = Transformer(self.experiment.model).shapes()
-        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
+    def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
+        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them."""
+        transformer = Transformer(self.experiment.model)
+        shapes = transformer.shapes()
+        if mesh is None:
+            first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            placed = jax.tree.map(lambda _: first, shapes)
+        else:
+            placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
+        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         return checkpoint.load_params(self.directory, self.step, abstract)
 
 
@@ -324,11 +329,19 @@ def load_checkpoint(path: str, experiment_class: type) -> Loaded:
     return Loaded(directory, step, experiment, tokenizer)
 
 
-def load_engine(path: str, experiment_class: type, *, speculation: Speculation | None = None, **shape: Any) -> Engine:
-    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on the first device.
+def load_engine(
+    path: str,
+    experiment_class: type,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    speculation: Speculation | None = None,
+    **shape: Any,
+) -> Engine:
+    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on a mesh or the first device.
 
     `shape` are fields of Shape; the length is the model's row length unless given.
     """
     loaded = load_checkpoint(path, experiment_class)
     whole = Shape(**{"length": loaded.experiment.data.row_length} | shape)
-    return Engine(loaded.transformer(), loaded.params(), loaded.tokenizer, whole, speculation=speculation)
+    params = loaded.params(mesh)
+    return Engine(loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation)

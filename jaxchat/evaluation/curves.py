@@ -70,6 +70,7 @@ MEASURES = {
     "answer_tokens": "tokens an answer",
     "entropy": "entropy (nats a token)",
     "kl": "KL to the start (nats an answer)",
+    "core": "CORE",
 }
 
 
@@ -77,7 +78,7 @@ def measures(records: Sequence[dict[str, Any]]) -> list[str]:
     """What there is to draw: the loss of training unless answers were rewarded, and what evaluations found."""
     found = {name for record in records for name in record}
     known = [name for name in MEASURES if name in found and (name != "loss" or "reward" not in found)]
-    return known + sorted(name for name in found if name.endswith("_strict"))
+    return known + sorted(name for name in found if name.endswith(("_strict", "_accuracy")))
 
 
 def curve(records: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[Any], str]:

@@ -22,6 +22,7 @@ from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
 from jaxchat.tasks import TASKS, Task, load_task
+from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
 TOGETHER = 256  # Problems answered between two writings of their records.
@@ -144,7 +145,7 @@ def evaluate(
         if isinstance(job, Solving):
             results[job.name] = _solve(engine, job, settings, out, about, say)
         elif isinstance(job, Texts):
-            results[job.name] = bits_per_byte(engine, scorer, job.spec, settings.limit)
+            results[job.name] = bits_per_byte(scorer, engine.tokenizer, job.spec, settings.limit)
         if not isinstance(job, Asked):
             say(f"{job.name}: {told(results[job.name])}")
     return results | summaries(results)
@@ -175,7 +176,7 @@ def _ask(
             records[name].add(index, _record(questions[number], answer))
             if count % max(len(questions) // 20, 1) == 0:
                 say(f"{count:,} of {len(questions):,} questions")
-        results = {job.name: _share(list(records[job.name].done.values()), job.baselines) for job in asked}
+        results = {job.name: share(list(records[job.name].done.values()), job.baselines) for job in asked}
     finally:
         for kept in records.values():
             kept.close()
@@ -188,7 +189,8 @@ def _record(question: Question, answer: Answer) -> dict[str, Any]:
     return {"gold": question.gold, **answer._asdict()}
 
 
-def _share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
+def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
+    """How many of a task's answers are right, with a 95 percent interval, and beside what guessing gets."""
     right, count = sum(record["right"] for record in records), len(records)
     low, high = wilson(right, count)
     accuracy = right / max(count, 1)
@@ -233,10 +235,10 @@ def _solve(
     }
 
 
-def bits_per_byte(engine: Engine, scorer: Scorer, spec: str, limit: int | None) -> dict[str, Any]:
+def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | None) -> dict[str, Any]:
     """Bits per byte of the first `limit` documents, every token scored once after up to a row of its document."""
     items, size = [], 0
-    tokenizer, length = engine.tokenizer, scorer.length
+    length = scorer.length
     texts = (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
     for number, text in enumerate(texts):
         if limit is not None and number >= limit:

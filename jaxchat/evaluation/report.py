@@ -10,7 +10,7 @@ from typing import Any
 from jaxchat.config import UserError
 from jaxchat.evaluation.curves import draw
 
-SCORES = ("val_bpb", "val_loss")  # And whatever ends in _strict, _lenient or holds pass@.
+SCORES = ("val_bpb", "val_loss", "bpb", "core", "chatcore")  # And those of tasks, by their endings.
 
 
 def write(
@@ -129,4 +129,4 @@ def last_samples(path: Path) -> list[str]:
 
 
 def _is_score(name: str) -> bool:
-    return name in SCORES or name.endswith(("_strict", "_lenient")) or "_pass@" in name
+    return name in SCORES or name.endswith(("_strict", "_lenient", "_accuracy")) or "_pass@" in name

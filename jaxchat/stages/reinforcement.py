@@ -14,7 +14,7 @@ from jaxchat.decode.engine import Engine, Shape
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
 from jaxchat.rollouts import Columns, RolloutStream, Score
-from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Say, locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
@@ -61,7 +61,7 @@ class Reinforcement:
         )
         self._stream.cursor = facts.get("cursor", 0)
         self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
-        self._tasks = TaskScores(setup, self._tokenizer, self._say) if e.tasks else None
+        self._tasks = task_scores(setup, self._tokenizer, self._say)
 
     def batch_at(self, index: int, state: State) -> Any:
         jax.block_until_ready(state.params)  # So that training is not counted as sampling.

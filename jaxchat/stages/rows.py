@@ -13,7 +13,7 @@ from jaxchat.data import prepare, streams
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.loss import HeldOutLoss
 from jaxchat.experiment import Experiment
-from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Say
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
@@ -62,7 +62,7 @@ class FromRows:
         else:
             self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
             self._loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
-        self._tasks = TaskScores(setup, self._tokenizer, self._say) if e.tasks else None
+        self._tasks = task_scores(setup, self._tokenizer, self._say)
 
     def batch_at(self, index: int, state: State) -> Any:
         return next(self._batches)

@@ -15,6 +15,7 @@ from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.config import UserError
 from jaxchat.data import cache, prepare
 from jaxchat.decode.tools import named_tools
+from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.stages.reinforcement import Reinforcement
 from jaxchat.stages.rows import FromRows
@@ -156,8 +157,10 @@ def check_ahead(e: Experiment) -> None:
 
 def check_tasks(e: Experiment) -> None:
     """Raises `UserError` for a task or a tool that there is not, and for answers as long as a row."""
-    for spec in (*e.tasks, *(e.rl.tasks if e.rl else ())):
-        named_tools(load_task(spec, e.cache_directory / "downloads").tools)
+    downloads = e.cache_directory / "downloads"
+    scored = [job.task for job in jobs(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
+    for task in (*scored, *(load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ()))):
+        named_tools(task.tools)
     if e.rl is not None and e.rl.max_tokens >= e.data.row_length:
         raise UserError(
             f"rl.max_tokens={e.rl.max_tokens} leaves no room for a question in a row of {e.data.row_length} tokens: "

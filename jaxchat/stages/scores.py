@@ -1,6 +1,5 @@
 """What SFT and RL are scored on beside their own loss: pretraining text that may be forgotten, and problems."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,14 @@ from jaxchat.data import prepare
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
+from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, share, summaries
+from jaxchat.evaluation.likelihoods import Scorer
+from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
-from jaxchat.model.transformer import Params
+from jaxchat.model.transformer import Params, Transformer
 from jaxchat.stages.stage import Say
-from jaxchat.tasks import Task, load_task, problems_of
+from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 EVALUATION_SEED = 1_000_003  # Its noise is the same at every step, and not that of any rollout.
@@ -40,34 +42,70 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, say: Sa
     )
 
 
+def task_scores(setup: Setup, tokenizer: Tokenizer, say: Say) -> "TaskScores | None":
+    """What scores the tasks of an experiment, if it names any."""
+    e = setup.experiment
+    style: Style = "text" if e.stage == "pretrain" else "chat"
+    return TaskScores(e, setup.transformer, tokenizer, say, style=style) if e.tasks else None
+
+
 class TaskScores:
-    """The share of test problems that are solved: the same problems with the same noise at every step."""
+    """The shares of test problems solved and of questions answered right, the same ones with the same noise always.
 
-    def __init__(self, setup: Setup, tokenizer: Tokenizer, say: Say) -> None:
-        e = setup.experiment
-        self._setup, self._tokenizer, self._say = setup, tokenizer, say
-        self._tasks = [load_task(spec, e.cache_directory / "downloads") for spec in e.tasks]
+    A base model is asked in the words of a text, a chat model in turns. Questions are made, and may be refused, at
+    once; problems when they are first asked.
+    """
+
+    def __init__(
+        self, e: Experiment, transformer: Transformer, tokenizer: Tokenizer, say: Say, *, style: Style
+    ) -> None:
+        self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, say
+        self._style: Style = style
+        self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
+        limit = e.eval_problems
+        self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
         self._engine: Engine | None = None
+        self._scorer: Scorer | None = None
 
-    def __call__(self, params: Params) -> dict[str, Any]:
-        e = self._setup.experiment
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Scores by name: NAME_strict, NAME_lenient and pass@k of problems, NAME_accuracy of questions, core."""
+        found: dict[str, float] = {}
+        for job in self._jobs:
+            if isinstance(job, Solving):
+                found |= self._solved(params, job.task)
+        if any(not isinstance(job, Solving) for job in self._jobs):
+            found |= self._answered(params)
+        return found
+
+    def _solved(self, params: Params, task: Task) -> dict[str, float]:
+        """Shares of a task's problems that are solved, and pass@k, each judged strictly and leniently."""
+        e, found = self._experiment, dict[str, float]()
         if self._engine is None:
             shape = Shape(length=e.data.row_length, slots=64, prompts=8)
-            self._engine = Engine(self._setup.transformer, params, self._tokenizer, shape)
+            self._engine = Engine(self._transformer, params, self._tokenizer, shape)
         self._engine.load(params)
-        return task_scores(self._engine, self._tasks, e, self._say)
-
-
-def task_scores(
-    engine: Engine, tasks: Sequence[Task], e: Experiment, say: Say, *, style: Style = "chat"
-) -> dict[str, float]:
-    """Shares of an experiment's test problems that are solved, and pass@k, each judged strictly and leniently."""
-    found: dict[str, float] = {}
-    for task in tasks:
         problems = problems_of(task, "test")[: e.eval_problems]
         sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)
-        solved = solve(engine, task, problems, n=e.eval_samples, sampling=sampling, style=style, log=say)
+        solved = solve(
+            self._engine, task, problems, n=e.eval_samples, sampling=sampling, style=self._style, log=self._say
+        )
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
             found |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
-    return found
+        return found
+
+    def _answered(self, params: Params) -> dict[str, float]:
+        """Shares of questions answered right; bits per byte of texts; CORE over those of its tasks that were asked."""
+        e, results = self._experiment, dict[str, dict[str, Any]]()
+        if self._scorer is None:
+            self._scorer = Scorer(self._transformer, params, length=e.data.row_length)
+        self._scorer.load(params)
+        for job in self._jobs:
+            if isinstance(job, Asked):
+                answers = [answer._asdict() for _, answer in ask(self._scorer, self._questions[job.name])]
+                results[job.name] = share(answers, job.baselines)
+            elif isinstance(job, Texts):
+                results[job.name] = bits_per_byte(self._scorer, self._tokenizer, job.spec, e.eval_problems)
+        found = {f"{name}_accuracy": result["accuracy"] for name, result in results.items() if "accuracy" in result}
+        found |= {name: result["bpb"] for name, result in results.items() if "bpb" in result}
+        return found | {name: result[name] for name, result in summaries(results).items()}
