@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import small
 from core_rows import ROWS
@@ -22,9 +23,10 @@ from jaxchat.evaluation.core import CORE
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
-from jaxchat.evaluation.records import Records
+from jaxchat.evaluation.records import Records, read_records
 from jaxchat.evaluation.statistics import paired, wilson
 from jaxchat.model import Transformer
+from jaxchat.sharding import Mesh, make_mesh
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
 
 LABELS = {"piqa": "multiple_choice", "winograd": "schema", "bigbench_operators": "language_modeling"}
@@ -103,6 +105,20 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     monkeypatch.setattr(Records, "add", count)
     assert run(engine, data, tmp_path / "stopped", ("core", "mmlu", "arithmetic"), limit=12) == whole
     assert len(set(asked)) == len(asked) == sum(result.get("count", 0) for result in whole.values())
+
+
+def test_a_mesh_answers_as_one_device(engine: Engine, data: Path, tmp_path: Path) -> None:
+    mesh = make_mesh(Mesh(data=2, tensor=2), rows=0, devices=jax.devices()[:4])
+    shape = Shape(length=192, slots=4, steps=4)
+    params = small.parameters(engine.transformer.config)
+    spread = Engine(engine.transformer, params, engine.tokenizer, shape, mesh=mesh)
+    specs = ("core", "mmlu", "arithmetic")
+    alone, over = (run(e, data, tmp_path / name, specs, limit=12) for name, e in (("1", engine), ("4", spread)))
+    assert alone == over
+    for label in LABELS:
+        records = [read_records(tmp_path / name / f"core-{label}.jsonl")[1] for name in ("1", "4")]
+        for index, record in records[0].items():
+            np.testing.assert_allclose(record["scores"], records[1][index]["scores"], rtol=1e-5, atol=1e-5)
 
 
 def test_core_says_over_how_many_tasks_its_mean_is(engine: Engine, data: Path, tmp_path: Path) -> None:

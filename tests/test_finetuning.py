@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs import assert_same_end, finish, launch, parameters, records, send_at
 
+import launch.evaluate as launch_evaluate
 from jaxchat import checkpoint, config, stages
 from jaxchat.config import UserError
 from jaxchat.data.streams import open_rows
@@ -95,6 +96,30 @@ def test_fine_tuning_starts_from_the_base_model_and_tells_what_it_forgets(place)
     assert (directory / "sft/samples.md").exists() is False, "no prompts were asked for"
     start = jax.tree.leaves(parameters(directory / "pretrain"))
     assert any((a != b).any() for a, b in zip(start, jax.tree.leaves(parameters(directory / "sft"))))
+
+
+def test_questions_are_scored_at_intervals_as_launch_evaluate_scores_them(place):
+    """A base model is asked in text, a tuned one in turns."""
+    questions = [
+        {"question": f"What is {i}?", "subject": "numbers", "choices": list("abcd"), "answer": i % 4} for i in range(9)
+    ]
+    for split in ("test", "dev"):
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    spec = f"mmlu:{place}"
+    asked = {"tasks": spec, "eval_problems": 8, "eval_every": 2}
+    told = {stage: run(place, stage, "asked", **asked) for stage in ("pretrain", "sft")}
+    for stage, result in told.items():
+        lines = [line for line in records(place / "runs/asked" / stage) if "mmlu_accuracy" in line]
+        assert [line["step"] for line in lines] == ([2, 4] if stage == "pretrain" else [0, 2, 4])
+        assert lines[-1]["mmlu_accuracy"] == result["mmlu_accuracy"]
+        for step in (2, 4):
+            checkpoint = f"{place}/runs/asked/{stage}@{step}"
+            again = launch_evaluate.main([f"--checkpoint={checkpoint}", "--tasks", spec, "--limit=8"])
+            (line,) = [line for line in lines if line["step"] == step]
+            assert again["mmlu"]["accuracy"] == line["mmlu_accuracy"] and again["mmlu"]["count"] == 8
+    base = launch_evaluate.main([f"--checkpoint={place}/runs/asked/pretrain", "--tasks", spec, "--limit=8"])
+    records_of = lambda result: (Path(result["out"]) / "mmlu.jsonl").read_text()  # noqa: E731
+    assert '"style":"text"' in records_of(base) and '"style":"chat"' in records_of(again)
 
 
 def test_a_later_stage_takes_the_model_of_where_it_starts(place):

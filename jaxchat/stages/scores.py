@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxchat import checkpoint
 from jaxchat.compilation import Setup
 from jaxchat.config import UserError
@@ -46,7 +48,7 @@ def task_scores(setup: Setup, tokenizer: Tokenizer, say: Say) -> "TaskScores | N
     """What scores the tasks of an experiment, if it names any."""
     e = setup.experiment
     style: Style = "text" if e.stage == "pretrain" else "chat"
-    return TaskScores(e, setup.transformer, tokenizer, say, style=style) if e.tasks else None
+    return TaskScores(e, setup.transformer, tokenizer, say, style=style, mesh=setup.mesh) if e.tasks else None
 
 
 class TaskScores:
@@ -57,10 +59,18 @@ class TaskScores:
     """
 
     def __init__(
-        self, e: Experiment, transformer: Transformer, tokenizer: Tokenizer, say: Say, *, style: Style
+        self,
+        e: Experiment,
+        transformer: Transformer,
+        tokenizer: Tokenizer,
+        say: Say,
+        *,
+        style: Style,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, say
         self._style: Style = style
+        self._mesh = mesh
         self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
         limit = e.eval_problems
         self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
@@ -98,7 +108,7 @@ class TaskScores:
         """Shares of questions answered right; bits per byte of texts; CORE over those of its tasks that were asked."""
         e, results = self._experiment, dict[str, dict[str, Any]]()
         if self._scorer is None:
-            self._scorer = Scorer(self._transformer, params, length=e.data.row_length)
+            self._scorer = Scorer(self._transformer, params, mesh=self._mesh, length=e.data.row_length)
         self._scorer.load(params)
         for job in self._jobs:
             if isinstance(job, Asked):
