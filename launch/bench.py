@@ -3,7 +3,8 @@
 The October 2025 family at the configuration's depth, with random weights and vocabulary 4,096 unless given; on a CPU in
 float32. train: 8 rows of 512 tokens, AdamW on every parameter. decode: greedy answers to --prompt_tokens at each of
 --batch_sizes, with and without the cache, a dispatch a token beside chunks, and speculation. rl: rollouts a second, all
-in flight together, a prompt at a time and a sample at a time.
+in flight together, a prompt at a time and a sample at a time. evaluate: a checkpoint's questions and problems, all in
+flight together and one at a time; python -m launch.bench evaluate --checkpoint=runs/d4/pretrain --tasks core:DIRECTORY
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ DEFAULTS = {
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    benchmarks = {"train": train, "decode": decode, "rl": rl}
+    benchmarks = {"train": train, "decode": decode, "rl": rl, "evaluate": evaluate}
     if argv and argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nOne of {', '.join(benchmarks)}; its options: python -m launch.bench train --help")
         raise SystemExit(0)
@@ -60,6 +61,15 @@ def rl(argv: list[str]) -> dict[str, object]:
     bench, experiment = _read(benchmark.Bench, argv, {})
     level_field(experiment, bench.threads, devices=1)
     return benchmark.run(experiment, bench)
+
+
+def evaluate(argv: list[str]) -> dict[str, object]:
+    from jaxchat.benchmarks import evaluate as benchmark
+    from jaxchat.benchmarks.train import few_cores
+
+    bench = config.parse(benchmark.Bench, argv, description=__doc__)
+    few_cores(bench.threads)
+    return benchmark.run(bench, Experiment)
 
 
 def _read(bench_class: type, argv: list[str], more: dict[str, str]) -> tuple[Any, Experiment]:

@@ -62,13 +62,18 @@ def level_field(experiment: Experiment, threads: int, *, devices: int = 0) -> No
 
     We get one host device a core where that divides the rows, or `devices`.
     """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    few_cores(threads)
     rows = experiment.batch_rows
     by_rows = max(n for n in range(1, threads + 1) if rows % n == 0)
     jax.config.update("jax_num_cpu_devices", devices or by_rows)
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+
+def few_cores(threads: int) -> None:
+    """Before JAX starts: keeps this process to `threads` cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def adamw_only(experiment: Experiment) -> Experiment:

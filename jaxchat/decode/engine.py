@@ -29,6 +29,7 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
 END_TOKENS = ("<|bos|>", "<|assistant_end|>")
+LOOK_AHEAD = 8  # How many times as many requests as one call reads are looked at for those that it can read.
 
 
 @dataclass(frozen=True)
@@ -259,26 +260,31 @@ class Engine:
             self._leave()
 
     def _read(self) -> None:
-        """Reads the next prompt, each once for all its samples, and with it others of the same plan."""
+        """Reads the next prompt, each once for all its samples, and with it later ones of the same plan."""
         groups: list[list[Sample]] = []
         found: list[tuple[int, Cache] | None] = []
         agreed: Plan | None = None
-        while self._waiting and len(groups) < self.shape.prompts:
+        passed: list[Sample] = []  # They wait for a read of their own plan.
+        for _ in range(LOOK_AHEAD * self.shape.prompts):
+            if not self._waiting or len(groups) == self.shape.prompts:
+                break
             first = self._waiting[0]
+            group = []
+            while self._waiting and self._waiting[0].request is first.request:
+                group.append(self._waiting.popleft())
             remembered = self.prefixes.find(first.prompt)
             done = 0 if remembered is None else remembered[0]
             own = self._plan(first.prompt, done)
             if agreed is not None and own != agreed:
-                break
+                passed += group
+                continue
             agreed = own
-            group = []
-            while self._waiting and self._waiting[0].request is first.request:
-                group.append(self._waiting.popleft())
             groups.append(group)
             found.append(remembered)
             self.prompt_stats.remembered += done
             self.prompt_stats.read += len(first.prompt) - done
         assert agreed is not None
+        self._waiting.extendleft(reversed(passed))
         prompts, draft = [group[0].prompt for group in groups], None
         cache, logits_RV = self._reader.read(self.params, prompts, found, agreed)
         if self._draft is not None:

@@ -136,7 +136,7 @@ class Scorer:
             yield _landed(*flying.popleft())
 
     def _row_batches(self, rows: list[_Row]) -> Iterator[Any]:
-        shape = lambda row: (self._size(len(row.tokens)), _wide(len(row.at)))  # noqa: E731
+        shape = lambda row: (row_size(len(row.tokens), self.length), answer_size(len(row.at)))  # noqa: E731
         for (T, N), some in _grouped(sorted(rows, key=shape, reverse=True), shape, lambda T, N: self._count(T)):
             B = self._count(T)
             tokens_BT, at_BN, targets_BN = (np.zeros((B, n), np.int32) for n in (T, N, N))
@@ -150,7 +150,7 @@ class Scorer:
     def _tree_batches(self, trees: list[_Tree], items: Sequence[Item]) -> Iterator[Any]:
         def shape(tree: _Tree) -> tuple[int, int, int]:
             longest = max(len(items[i].continuation) for i in tree.items)
-            return self._size(len(tree.context) - 1), _power(len(tree.items), 2), _wide(longest)
+            return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), answer_size(longest)
 
         for (T, K, C), some in _grouped(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
             B = self._tree_count(T, K, C)
@@ -166,11 +166,6 @@ class Scorer:
                     targets_BKC[b, k, : len(answer)] = answer
                     owners += [(b, k * C + c, (number, c)) for c in range(len(answer))]
             yield self._trees, owners, (context_BT, length_B, read_BKC, targets_BKC)
-
-    def _size(self, tokens: int) -> int:
-        """The length of the row that `tokens` are read in: a power of two, or one and a half of it."""
-        power = _power(tokens, SHORTEST)
-        return min(power * 3 // 4 if tokens <= power * 3 // 4 and power > SHORTEST else power, max(self.length, 1))
 
     def _count(self, T: int) -> int:
         """Rows of a batch: as many as its tokens allow, in equal shares for the mesh."""
@@ -276,7 +271,13 @@ def _power(least: int, shortest: int) -> int:
     return max(shortest, 1 << (least - 1).bit_length())
 
 
-def _wide(tokens: int) -> int:
+def row_size(tokens: int, length: int) -> int:
+    """The length of the row that `tokens` are read in: a power of two, or one and a half of it, up to `length`."""
+    power = _power(tokens, SHORTEST)
+    return min(power * 3 // 4 if tokens <= power * 3 // 4 and power > SHORTEST else power, length)
+
+
+def answer_size(tokens: int) -> int:
     """Room for `tokens` of an answer: 4, 16, 64 and so on."""
     wide = 4
     while wide < tokens:
