@@ -67,6 +67,7 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     from jaxchat import checkpoint
     from jaxchat.decode.engine import load_engine
     from jaxchat.evaluation import evaluate
+    from jaxchat.evaluation.published import report
     from jaxchat.evaluation.table import score_table
     from jaxchat.experiment import Experiment
     from jaxchat.sharding import decoding_mesh
@@ -98,6 +99,7 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
         encoding="utf-8",
     )
     score_table(results, sys.stderr)
+    report(out, results, config.say)
     return {"out": str(out), **results}
 
 

@@ -22,16 +22,23 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return records
 
 
-def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Draws every run's curves into one picture, a panel for each measure; returns the last bits per byte of each."""
+def drawing() -> Any:
+    """matplotlib's pyplot, drawing into files; raises `UserError` where it is not installed."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
-        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
         raise UserError("matplotlib is not installed: pip install 'jaxchat[plots]'") from None
+    return pyplot
+
+
+def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Draws every run's curves into one picture, a panel for each measure; returns the last bits per byte of each."""
+    pyplot = drawing()
+    from matplotlib.backend_bases import FigureCanvasBase
+
     endings = FigureCanvasBase.get_supported_filetypes()
     if out.suffix[1:].lower() not in endings:
         raise UserError(f"--out={out} is no kind of picture: let it end in one of {', '.join(sorted(endings))}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxchat.config import UserError
 from jaxchat.evaluation.curves import draw
+from jaxchat.evaluation.published import table
 
 SCORES = ("val_bpb", "val_loss", "bpb", "core", "chatcore")  # And those of tasks, by their endings.
 
@@ -23,7 +24,7 @@ def write(
 ) -> Path:
     """Writes report.md and its pictures into a run directory; returns the report's path."""
     lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
-    lines += ["", asked(place / stages[-1])]
+    lines += ["", asked(place / stages[-1]), *published(stages, progress)]
     lines += ["", *forgetting(stages, progress), "", "## Time", "", *times(stages, progress, dollars_per_hour)]
     for stage in stages:
         lines += ["", f"## {stage}", ""]
@@ -83,6 +84,15 @@ def asked(directory: Path) -> str:
         f"fewer, {e['eval_samples']} answer{'s' * (e['eval_samples'] > 1)} to each at temperature 1. The base model is "
         "asked in the words of its text, and before the next stage, the same model, as a chat model."
     )
+
+
+def published(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
+    """The last stage's scores of tasks that others have published, beside theirs."""
+    last = progress[stages[-1]]["result"]
+    found = {name.removesuffix("_accuracy"): {"accuracy": x} for name, x in last.items() if name.endswith("_accuracy")}
+    found |= {name: {name: last[name]} for name in ("core", "chatcore") if name in last}
+    lines = table(found)
+    return ["", "Beside published scores:", "", *lines] if lines else []
 
 
 def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
