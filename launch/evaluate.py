@@ -77,6 +77,8 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
     mesh = decoding_mesh(options.mesh)
     style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
+    if style == "chat" and directory.name == "pretrain":
+        config.say(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]
         limit=options.limit or None,
