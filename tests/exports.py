@@ -35,12 +35,14 @@ def model(**changes: object) -> Model:
 def write_run(directory: Path, config: Model, *, stage: str = "sft", length: int = 64, scale: float = 0.3) -> str:
     """A stage directory with random parameters as checkpoint 0; returns its path.
 
-    Its model prefers pieces of text to single bytes: what is no UTF-8 is shown in one way here and another elsewhere.
+    Its model prefers pieces of text to single bytes, <unk> and special tokens: these are shown in one way here and in
+    another elsewhere.
     """
     experiment = dataclasses.replace(imported(config, length, stage), directory=str(directory))
     params = small.parameters(config, scale=scale)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer().model)
-    params["ends"]["head"][:, list(filter(pieces.is_byte, range(VOCAB)))] = 0
+    unsaid = [i for i in range(VOCAB) if pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i)]
+    params["ends"]["head"][:, unsaid] = 0
     write_checkpoint(directory / "run" / stage, experiment, params)
     tokenizer().save(directory / "run" / "tokenizer")
     return str(directory / "run" / stage)

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a checkpoint says what its own adapter for transformers says of the exported model."""
 
 import gzip
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -181,7 +182,7 @@ def test_tasks_in_turns_score_as_with_lm_evals_own_adapter(run: str, theirs: dic
 
 
 @pytest.mark.slow
-def test_two_hundred_items_of_five_real_tasks_score_as_with_lm_evals_own_adapter(
+def test_two_hundred_items_of_each_of_five_real_tasks_score_as_with_lm_evals_own_adapter(
     run: str, theirs: dict[bool, Any], tmp_path: Path
 ) -> None:
     files = {
@@ -196,8 +197,9 @@ def test_two_hundred_items_of_five_real_tasks_score_as_with_lm_evals_own_adapter
     rows = {}
     for name, file in files.items():
         with gzip.open(SHARED / f"{file}.gz", "rt", encoding="utf-8") as lines:
-            rows[name] = [json.loads(line) for line, _ in zip(lines, range(60))]
-    assert compare(run, theirs, write_tasks(tmp_path, rows)) == 300
+            some = (row for row in map(json.loads, lines) if len(max(row.get("choices", ""), key=len, default="")) < 80)
+            rows[name] = list(itertools.islice(some, 200))
+    assert compare(run, theirs, write_tasks(tmp_path, rows)) == 1000
 
 
 def test_a_rendered_conversation_is_read_as_training_writes_it(run: str) -> None:
