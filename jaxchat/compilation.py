@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,23 +49,23 @@ def prepare_backend(experiment: Experiment) -> None:
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
-def compute_dtype(experiment: Experiment, say: Callable[[str], None]) -> Any:
+def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None]) -> Any:
     """bfloat16 on accelerators that have it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
-    device = jax.devices()[0]
     if device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8.0:
         say(f"{device.device_kind} has no fast bfloat16: computing in float32")
         return jnp.dtype("float32")
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
 
 
-def make_setup(experiment: Experiment, say: Callable[[str], None]) -> Setup:
-    """Mesh, model, optimizer, and the abstract state with its placements."""
+def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
+    """Mesh, model, optimizer, and the abstract state with its placements; on other devices than JAX has, if named."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
-    transformer = Transformer(experiment.model, compute_dtype(experiment, say))
+    devices = list(jax.devices() if devices is None else devices)
+    transformer = Transformer(experiment.model, compute_dtype(experiment, devices[0], say))
     try:
-        mesh = sharding.make_mesh(experiment.mesh, rows=rows)
+        mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
         shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
@@ -98,7 +98,7 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
     e = setup.experiment
     limit = MEMORY_SHARE * metrics.memory_limit(setup.mesh.devices.flat[0])
     start = time.perf_counter()
-    choices = _micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
+    choices = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
     for i, rows in enumerate(choices):
         smaller = choices[i + 1] if i + 1 < len(choices) else None
         try:
@@ -141,7 +141,7 @@ def step_bytes(compiled: Any) -> float:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def _micro_choices(setup: Setup) -> list[int]:
+def micro_choices(setup: Setup) -> list[int]:
     """Row counts that divide the batch and that the mesh divides, largest first."""
     n, ways = setup.experiment.batch_rows, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
     return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
@@ -149,7 +149,7 @@ def _micro_choices(setup: Setup) -> list[int]:
 
 def _out_of_memory(setup: Setup, rows: int) -> str:
     told = f"the step does not fit in memory with micro_rows={rows}"
-    smaller = max((n for n in _micro_choices(setup) if n < rows), default=None)
+    smaller = max((n for n in micro_choices(setup) if n < rows), default=None)
     if smaller is not None:
         return f"{told}: set --micro_rows={smaller}"
     if setup.experiment.model.remat != "full":

@@ -19,6 +19,7 @@ import launch.chat
 import launch.convert
 import launch.evaluate
 import launch.harness
+import launch.plan
 import launch.plot
 import launch.prepare
 import launch.speedrun
@@ -282,6 +283,7 @@ HELP = {
     "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
     "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),
     "harness": (launch.harness, [], ["--checkpoint", "--tasks", "--include_path"]),
+    "plan": (launch.plan, ["--config=configs/tiny.py"], ["--topology", "--mfu", "--dollars_per_chip_hour", "--seed"]),
     "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--model.depth", "--seed"]),
 }
 
@@ -296,7 +298,7 @@ def test_help_names_the_fields(name, capsys):
     assert all(field in out for field in fields)
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench", "speedrun"])
+@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench", "plan", "speedrun"])
 def test_help_without_a_configuration_says_which_there_are(name, capsys):
     with pytest.raises(SystemExit) as stop:
         HELP[name][0].main(["--help"])

@@ -1,0 +1,104 @@
+"""The derived plan of a run: parameters, tokens, FLOPs, bytes, hours and dollars."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat import optim
+from jaxchat.experiment import Experiment
+from jaxchat.model import Model
+from jaxchat.model.transformer import Transformer, flops_per_token, parameter_counts
+from jaxchat.planning.chips import CHIPS, Chip, GiB, Topology
+from jaxchat.train import init_state
+
+USUAL = (("v5e", 1), ("v5e", 8), ("v6e", 8), ("h100", 1), ("h100", 8), ("h200", 1))
+ROWS = "by its rows"
+HALF = 2  # Bytes of a bfloat16.
+
+
+def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence[Topology] = ()) -> dict[str, Any]:
+    """What follows from an experiment by arithmetic alone; tokens are 0 where the rows decide them."""
+    flops = flops_per_token(e.model, e.data.row_length)
+    tokens = stage_tokens(e)
+    chips = [(there.name, there.chip, there.chips) for there in topologies] or [
+        (f"{name} x {count}", CHIPS[name], count) for name, count in USUAL
+    ]
+    return {
+        "parameters": parameter_counts(e.model),
+        "batch_tokens": e.batch_tokens,
+        "steps": e.steps,
+        "tokens": tokens,
+        "flops_per_token": flops["total"],
+        "flops": flops["total"] * tokens,
+        "state_bytes": state_bytes(e),
+        "cache_bytes": cache_bytes(e.model, e.data.row_length),
+        "mfu": mfu,
+        "estimates": {
+            name: estimate(flops["total"] * tokens, chip, count, mfu, price) for name, chip, count in chips if tokens
+        },
+    }
+
+
+def stage_tokens(e: Experiment) -> int:
+    """Tokens that a stage trains on; of RL at most, every answer as long as it may be, the prompts left out."""
+    if e.rl is None:
+        return e.steps * e.batch_tokens
+    return e.steps * e.rl.update_samples * e.rl.max_tokens
+
+
+def state_bytes(e: Experiment) -> dict[str, int]:
+    """Bytes of the whole training state: parameters, what the optimizer remembers, one gradient."""
+    transformer = Transformer(e.model)
+    tx = optim.make(e.optimizer, transformer.axes(), steps=max(e.steps, 1), dtype=transformer.dtype)
+    state = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
+    parameters = _bytes(state.params)
+    return {"parameters": parameters, "optimizer": _bytes(state.optimizer), "gradient": parameters}
+
+
+def cache_bytes(model: Model, length: int) -> dict[str, int]:
+    """Bytes of one sequence's keys and values in bfloat16 by mixer and window, and in all."""
+    found: dict[str, int] = {}
+    for layer in range(model.depth):
+        mixer = model.pattern[layer % len(model.pattern)]
+        positions = length if mixer.window is None else min(length, mixer.window)
+        name = type(mixer).__name__ + ("" if mixer.window is None else f" window {mixer.window}")
+        found[name] = found.get(name, 0) + 2 * positions * mixer.kv_heads * mixer.head_dim * HALF
+    return found | {"total": sum(found.values())}
+
+
+def estimate(flops: float, chip: Chip, count: int, mfu: float, price: float | None) -> dict[str, float]:
+    """Hours and dollars of so many FLOPs on some chips, at a share of their peak."""
+    hours = flops / (chip.peak_flops * count * mfu) / 3600
+    return {"hours": round(hours, 4), "dollars": round(hours * count * (chip.dollars if price is None else price), 2)}
+
+
+def show(plans: Mapping[str, Mapping[str, Any]]) -> None:
+    """The plans as tables, on stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    first = next(iter(plans.values()))
+    parts = ", ".join(f"{name} {count:,}" for name, count in first["parameters"].items() if name != "total")
+    console.print(f"{first['parameters']['total']:,} parameters: {parts}")
+    state = ", ".join(f"{name} {size / GiB:.2f} GiB" for name, size in first["state_bytes"].items())
+    console.print(f"training state: {state}, over all devices that split it")
+    cache = ", ".join(f"{name} {size:,}" for name, size in first["cache_bytes"].items())
+    console.print(f"cache of one sequence of a row, bytes in bfloat16: {cache}")
+    table = Table(title=f"hours and dollars at {first['mfu']:.0%} of peak, in bfloat16")
+    table.add_column("")
+    for stage in plans:
+        table.add_column(stage, justify="right")
+    for name, form in (("steps", ",d"), ("tokens", ",d"), ("flops", ".3g")):
+        table.add_row(name, *(format(plan[name], form) if plan["tokens"] else ROWS for plan in plans.values()))
+    for chips in first["estimates"] or plans:
+        told = (plan["estimates"].get(chips) for plan in plans.values())
+        table.add_row(chips, *("" if one is None else f"{one['hours']:.2f} h  ${one['dollars']:,.2f}" for one in told))
+    console.print(table)
+    if "rl" in plans:
+        console.print("rl: training on answers as long as they may be; prompts and sampling come on top")
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
