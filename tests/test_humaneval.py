@@ -1,5 +1,6 @@
 """HumanEval: programs judged apart from the judge. Right ones pass; nothing else does, and nothing is left of it."""
 
+import errno
 import gzip
 import json
 import os
@@ -172,6 +173,20 @@ def test_a_test_that_calls_nothing_and_a_wall_that_is_none_break_and_are_not_wro
             task.score(task.problems("test")[0], "")
 
 
+# Neither namespaces nor Landlock refuse these to a process of one's own user.
+UNHELD = (
+    "os.chmod(OUTSIDE, 0o600)",
+    "os.fchmod(2, 0o600)",
+    "os.utime(OUTSIDE)",
+    "os.setxattr(OUTSIDE, 'user.a', b'a')",
+    "os.chown(OUTSIDE, os.getuid(), os.getgid())",
+    "os.truncate(OUTSIDE, 0)",
+    "os.sched_setaffinity(ME, os.sched_getaffinity(ME))",
+    "fcntl.fcntl(0, fcntl.F_SETOWN, ME)",
+    "fcntl.fcntl(0, 15, bytes(8))",  # F_SETOWN_EX
+)
+
+
 @pytest.mark.parametrize("wall", WALLS)
 def test_every_wall_that_works_here_holds(wall, tmp_path):
     found = [
@@ -189,6 +204,14 @@ def test_every_wall_that_works_here_holds(wall, tmp_path):
     assert files == [] and set(names) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE"} and descriptors == [0, 1, 2, 3, 4]
     written = "def f():\n    open('a', 'w').write('b')\n    return open('a').read()"
     assert told(written, "assert candidate() == 'b'", protection=shield) == ""
+    if shield.filter:
+        (outside := tmp_path / "outside").touch()
+        acts = ", ".join(f"lambda: {act}" for act in UNHELD)
+        tried = f"import fcntl, os\nME, OUTSIDE = os.getpid(), {str(outside)!r}\n"
+        tried += f"def f(): return [able(act) for act in ({acts})]\n"
+        tried += "def able(act):\n    try: act()\n    except OSError as error: return error.errno\n"
+        reason = told(tried, "raise OSError(repr(candidate()))", protection=shield)
+        assert reason == f"OSError: {[errno.EPERM] * len(UNHELD)}"
     assert not ours()
 
 
@@ -217,6 +240,7 @@ def test_attacks_fail_and_leave_nothing(task, tmp_path):
     (
         "a socket of any kind",
         "a file outside by a link",
+        "the rights of a file outside",
         "a file of 100 MB",
         "a child",
         "another program",

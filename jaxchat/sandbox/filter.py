@@ -1,8 +1,9 @@
 """A filter of system calls (Linux: seccomp) that a process puts on itself for good, without any privilege.
 
 Calls that start or reach other processes, reach the network, change mounts or namespaces, keep memory beyond the
-process, or lift limits are refused with EPERM. It is a second wall behind the namespaces, and the first where there
-are none. Numbers are those of the kernel's tables (arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
+process, lift limits, or change what Landlock does not hold of a file (rights, owner, times) are refused with EPERM. It
+is a second wall behind the namespaces, and the first where there are none. Numbers are those of the kernel's tables
+(arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
 """
 
 import ctypes
@@ -27,8 +28,17 @@ _REFUSED = """
     userfaultfd 323 282          add_key 248 217              request_key 249 218          keyctl 250 219
     name_to_handle_at 303 264    open_by_handle_at 304 265    memfd_create 319 279         memfd_secret 447 447
     shmget 29 194                msgget 68 186                semget 64 190                mq_open 240 180
+    chmod 90 -                   fchmod 91 52                 fchmodat 268 53              fchmodat2 452 452
+    chown 92 -                   fchown 93 55                 lchown 94 -                  fchownat 260 54
+    utime 132 -                  utimes 235 -                 futimesat 261 -              utimensat 280 88
+    setxattr 188 5               lsetxattr 189 6              fsetxattr 190 7              setxattrat 463 463
+    removexattr 197 14           lremovexattr 198 15          fremovexattr 199 16          removexattrat 466 466
+    truncate 76 45               sched_setaffinity 203 122    migrate_pages 256 238        move_pages 279 239
+    inotify_init 253 -           inotify_init1 294 26         fanotify_init 300 262        file_setattr 469 469
 """
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # Column above, and AUDIT_ARCH_*.
+_SET_OWNER = (8, 15)  # Commands of fcntl that choose whom a file signals: any process of the same user.
+# Column above, AUDIT_ARCH_*, and the number of fcntl.
+_MACHINES = {"x86_64": (0, 0xC000003E, 72), "aarch64": (1, 0xC00000B7, 25)}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _X32 = 0x40000000  # Calls of x86-64's other numbering have this bit.
@@ -51,12 +61,16 @@ def close() -> bool:
     machine = os.uname().machine
     if machine not in _MACHINES:
         return False
+    _, architecture, fcntl = _MACHINES[machine]
     numbers = sorted(refused_calls(machine).values())
     refuse = (_RETURN, 0, 0, _REFUSE | errno.EPERM)
-    lines = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _MACHINES[machine][1]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    lines = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     lines += [(_AT_LEAST, 0, 1, _X32), refuse]
     for number in numbers:
         lines += [(_EQUAL, 0, 1, number), refuse]
+    lines += [(_EQUAL, 0, 5, fcntl), (_LOAD, 0, 0, 24)]  # Its second argument.
+    for command in _SET_OWNER:
+        lines += [(_EQUAL, 0, 1, command), refuse]
     lines.append((_RETURN, 0, 0, _ALLOW))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
     program = _Program(len(lines), ctypes.cast(code, ctypes.c_void_p))

@@ -47,6 +47,7 @@ os.symlink(OUTSIDE, "link")
 open("link/jaxchat-outside", "w").close()
 won = True
 """,
+    "the rights of a file outside": "import os; os.chmod(OUTSIDE, 0o777); won = True",
     "reading the tests": "won = len(open(TESTS, 'rb').read()) > 0",
     "a file of 100 MB": "open('large', 'wb').write(bytes(100 << 20)); won = True",
     "a full disk": "for i in range(200): open(f'part{i}', 'wb').write(bytes(1 << 20))\nwon = True",
@@ -69,6 +70,17 @@ won = True
 """,
     "a signal to its parent": "import os; os.kill(os.getppid() or 1, 9); won = True",
     "a signal to everyone": "import os; os.kill(-1, 9); won = True",
+    "a pipe that signals its parent": """
+import fcntl, os
+fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid() or 1)
+won = True
+""",
+    "the cores of its parent": """
+import os
+parent = os.getppid() or 1
+os.sched_setaffinity(parent, os.sched_getaffinity(parent))
+won = True
+""",
     "tracing its parent": """
 import ctypes, os
 won = ctypes.CDLL(None).ptrace(16, os.getppid() or 1, 0, 0) == 0
