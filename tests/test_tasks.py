@@ -105,6 +105,37 @@ def test_the_grader_agrees_with_every_graded_answer():
     assert (len(right), sum(right)) == (5276, 2001)
 
 
+# The filters of lm-evaluation-harness's task gsm8k: the first match of one, the last of the other, and what its exact
+# match leaves out of both sides.
+STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+LEFT_OUT = re.compile(r",|\$|(?s:.*#### )|\.$")
+
+
+def as_lm_eval(answer, text):
+    """Whether lm-eval's strict match, and its flexible extraction, take a text for the answer."""
+    strict, flexible = ([match[0] for match in pattern.finditer(text)] for pattern in (STRICT, FLEXIBLE))
+    found = strict[0] if strict else "", flexible[-1] if flexible else ""
+    return tuple(LEFT_OUT.sub("", one) == LEFT_OUT.sub("", answer) for one in found)
+
+
+def golden():
+    """Worked solutions: some of our own, and the 1,319 of the test side where they are at hand."""
+    own = ["9*2=<<9*2=18>>18 eggs\n#### 18", "That is $1,800.\n#### 1,800", "It fell.\n#### -3", "Half\n#### 0.5"]
+    path = SHARED / "test.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return own + [json.loads(line)["answer"] for line in lines]
+
+
+def test_golden_answers_are_judged_as_lm_evals_two_extractions_judge_them():
+    solutions = golden()
+    assert len(solutions) in (4, 1323)
+    for solution in solutions:
+        answer = solution.rpartition("#### ")[2]
+        for text in (solution, f"So it is {answer}.", f"{solution}1", "So it is 77777."):
+            assert judge(answer, text) == as_lm_eval(answer, text), text
+        assert judge(answer, solution) == (True, True)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the files are not at hand")
 def test_gsm8k_reads_the_real_files():
     task = GSM8K(str(SHARED))
@@ -122,6 +153,9 @@ def test_gsm8k_reads_files_and_names_the_line_that_is_wrong(tmp_path):
     assert task.score(problem, rows[0]["answer"]) == (True, True)
     with pytest.raises(UserError, match=r"test\.jsonl line 2 has no number after ####"):
         task.problems("test")
+    (tmp_path / "test.jsonl").write_text('{"question": 5, "answer": "#### 5"}\n')
+    with pytest.raises(UserError, match=r"test\.jsonl line 1 is no object with a question"):
+        load_task(f"gsm8k:{tmp_path}").problems("test")
     with pytest.raises(UserError, match=r"no train\.jsonl or train\.jsonl\.gz in .*nowhere"):
         load_task(f"gsm8k:{tmp_path}/nowhere").problems("train")
     with pytest.raises(UserError, match="which files"):
