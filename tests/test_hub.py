@@ -4,6 +4,7 @@ import functools
 import hashlib
 import io
 import json
+import random
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +39,8 @@ class FakeHub:
                 owner.answer(self)
 
             def do_HEAD(self):
-                owner.send(self, 200, owner.files[self.path.removeprefix("/plain/")], body_too=False)
+                name = self.path.removeprefix("/plain/")
+                owner.send(self, 200, owner.files[name], body_too=False, sized=name != "endless.zip")
 
             def log_message(self, *_):
                 pass
@@ -93,10 +95,11 @@ class FakeHub:
             handler.connection.close()
         return None
 
-    def send(self, handler, status, body, *, body_too=True):
+    def send(self, handler, status, body, *, body_too=True, sized=True):
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(body)))
+        if sized:
+            handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         if body_too:
             handler.wfile.write(body)
@@ -322,7 +325,13 @@ def test_an_archive_is_fetched_once_and_unpacked(server, tmp_path):
         "bytes=50000-",
         "bytes=50000-",
     ]
-    server.files["bad.zip"] = b"no archive"
-    with pytest.raises(UserError, match="is no whole zip archive"):
-        downloads.unpacked(f"{server.endpoint}/plain/bad.zip", tmp_path / "bad", log=silent)
-    assert not list(tmp_path.glob("bad*"))
+    with zipfile.ZipFile(packed := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", random.Random(0).randbytes(1000))
+    damaged = packed.getvalue()[:60] + b"\xff" * 40 + packed.getvalue()[100:]
+    for body in (b"no archive", damaged):
+        server.files["bad.zip"] = server.files["endless.zip"] = body
+        with pytest.raises(UserError, match="is no whole zip archive"):
+            downloads.unpacked(f"{server.endpoint}/plain/bad.zip", tmp_path / "bad", log=silent)
+        assert not list(tmp_path.glob("bad*.zip"))
+    with pytest.raises(UserError, match="does not say how large it is"):
+        downloads.unpacked(f"{server.endpoint}/plain/endless.zip", tmp_path / "endless", log=silent)

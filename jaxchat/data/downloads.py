@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ def unpacked(url: str, place: Path, *, log: Log) -> Path:
         try:
             with zipfile.ZipFile(archive) as file:
                 file.extractall(half)  # Checks every file's checksum, and keeps all of them inside.
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             archive.unlink()
             raise UserError(f"what {url} sent is no whole zip archive ({error}): start again") from None
         half.replace(place)
@@ -131,7 +132,10 @@ def unpacked(url: str, place: Path, *, log: Log) -> Path:
 
 def _size(url: str) -> int:
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS) as answer:
-        return int(answer.headers["Content-Length"])
+        size = answer.headers["Content-Length"]
+    if size is None:
+        raise UserError(f"{url} does not say how large it is: fetch and unpack it by hand, and name its directory")
+    return int(size)
 
 
 def _status(error: BaseException) -> int | None:
