@@ -130,12 +130,13 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
         raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that has it")
     data_set, split = HUB[name]
     spec = str(next(path for path in names if path.is_file())) if places else data_set
-    reading = Reading()
+    reading, found = Reading(), 0
     for source in sources.find(spec, split, hub_directory=downloads):
         for number, row in objects(source, reading):
+            found += 1
             try:
                 choice = _choice(row)
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 where = stands(source, reading, number)
                 raise UserError(f"{where} is no question with choices, all of them text, and the right one's") from None
             if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
@@ -144,10 +145,12 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
                     f"{len(choice.choices)} choices, counted from 0"
                 )
             yield choice
+    if not found:
+        raise UserError(f"{spec} has no questions: fetch it again")
 
 
 def _choice(row: Any) -> Choice:
-    """A row of a CORE bundle, of MMLU, or of the hub's ARC; raises KeyError, TypeError or ValueError for others."""
+    """A row of a CORE bundle, of MMLU, or of the hub's ARC; another raises one of Python's own errors."""
     if "query" in row:
         question, choices, gold = row["query"].removeprefix("Question: "), row["choices"], row["gold"]
     elif "answerKey" in row:
@@ -156,6 +159,7 @@ def _choice(row: Any) -> Choice:
     else:
         question, choices, gold = row["question"], row["choices"], row["answer"]
     subject = row.get("subject", "")
-    if not all(isinstance(text, str) for text in (question, subject, *choices)) or type(gold) is not int:
+    texts = (question, subject, *choices)
+    if isinstance(choices, str) or not all(isinstance(text, str) for text in texts) or type(gold) is not int:
         raise TypeError
     return Choice(question, tuple(choices), gold, subject)

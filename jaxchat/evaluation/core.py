@@ -124,6 +124,8 @@ class CoreRows:
             if wrong := _mistake(self.task.kind, row):
                 raise UserError(f"{place(source, reading, number)} is no row of {self.task.label}: {wrong}")
             rows.append(row)
+        if not rows:
+            raise UserError(f"{self.file} has no rows: fetch it again")
         if self.mode == "nanochat":
             random.Random(SHUFFLE_SEED).shuffle(rows)
             return rows

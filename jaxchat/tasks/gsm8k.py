@@ -79,6 +79,8 @@ def _problem(row: Any) -> Problem:
     try:
         question, solution = row["question"], row["answer"]
         answer = final_answer(solution)
+        if not isinstance(question, str):
+            raise TypeError
     except (KeyError, TypeError):
         raise ValueError("is no object with a question and an answer") from None
     if answer is None or read_number(answer) is None:
