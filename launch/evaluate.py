@@ -96,12 +96,9 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
     results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
-    (out / "results.json").write_text(
-        json.dumps({**about, "settings": config.to_json(settings), "results": results}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
-    report(out, results, config.say)
+    report(out, everything, config.say)
     return {"out": str(out), **results}
 
 

@@ -18,6 +18,7 @@ from jaxchat.config import UserError
 from jaxchat.data import tinyworld
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.evaluation import evaluate as evaluation
+from jaxchat.evaluation.choice import mmlu
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
@@ -158,6 +159,76 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
     run(engine, data, tmp_path, ("mmlu",), limit=2)
     with pytest.raises(UserError, match="another evaluation"):
         run(engine, data, tmp_path, ("mmlu",), limit=3)
+    (other := tmp_path / "other").mkdir()
+    (other / "dev.jsonl").write_text((data / "dev.jsonl").read_text())
+    (other / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("What is 1?", "What is one?"))
+    with pytest.raises(UserError, match="another evaluation"):
+        run(engine, other, tmp_path, ("mmlu",), limit=2)
+
+
+BAD_ROWS = {
+    '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1 is no question with choices",
+    '{"question": "q", "choices": "abcd", "answer": 1}': "line 1 is no question with choices",
+    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1 is no question",
+    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "number 2 of 2 choices",
+    "": "has no questions",
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_row_that_is_no_question_is_named(row: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(row + "\n")
+    with pytest.raises(UserError, match=BAD_ROWS[row]):
+        mmlu(str(tmp_path), "test", tmp_path)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "line", ["[]", "null", '{"right": true}', '{"index": [1], "right": true}', '{"index": 1}', "{"]
+)
+def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"task":"a"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl line 2 is no record"):
+        Records(path, {"task": "a"})
+    with pytest.raises(UserError, match="no whole records"):
+        compare(tmp_path, tmp_path)
+    path.write_text("5\n")
+    with pytest.raises(UserError, match="no whole records"):
+        compare(tmp_path, tmp_path)
+    with pytest.raises(UserError, match="name another --out"):
+        Records(path / "b.jsonl", {})
+
+
+def test_a_mistake_in_the_last_task_is_told_before_the_first_is_asked(
+    engine: Engine, data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): return 1 / 0\n"
+    )
+    for spec, said in {
+        f"{own}:Own": "the task own cannot give its test problems: division by zero",
+        f"gsm8k:{tmp_path}": "gsm8k:DIRECTORY names its files",
+        f"bpb:{tmp_path}/none.txt": "^bpb:.*none.txt does not exist",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            run(engine, data, tmp_path / "out", ("mmlu", spec))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.quick
+def test_results_of_other_tasks_of_the_same_evaluation_are_kept(tmp_path: Path) -> None:
+    path, shares = tmp_path / "results.json", {"centered_v1": 0.5, "centered_v2": 0.25}
+    evaluation.keep(path, {"step": 1}, {"core/copa": {"accuracy": 0.75, **shares}, "bpb": {"bpb": math.nan}})
+    kept = evaluation.keep(path, {"step": 1}, {"core/piqa": {"accuracy": 0.75, **shares}})
+    assert json.loads(path.read_text()) == {"step": 1, "results": kept}
+    assert list(kept) == ["core/copa", "bpb", "core/piqa", "core"] and kept["bpb"] == {"bpb": None}
+    assert kept["core"]["tasks"] == 2
+    path.write_text(path.read_text()[:-9])
+    assert list(evaluation.keep(path, {"step": 1}, {"facts": {"accuracy": 1.0}})) == ["facts"]
+    assert list(evaluation.keep(path, {"step": 2}, {"bpb": {"bpb": 1.0}})) == ["bpb"]
 
 
 def test_two_evaluations_are_compared_question_by_question(engine: Engine, data: Path, tmp_path: Path) -> None:
@@ -165,6 +236,10 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     run(engine, data, tmp_path / "b", ("mmlu",))
     found = compare(tmp_path / "a", tmp_path / "b")["mmlu"]
     assert (found["difference"], found["p"], found["questions"]) == (0.0, 1.0, 12)
+    path = tmp_path / "b" / "mmlu.jsonl"
+    path.write_text(path.read_text().replace('"gold":1', '"gold":2'))
+    with pytest.raises(UserError, match="asked other questions"):
+        compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="no task in common"):
         compare(tmp_path / "a", tmp_path)
 

@@ -27,6 +27,7 @@ from jaxchat.evaluation.questions import Answer, Question, answer, ask, fit
 from jaxchat.evaluation.solve import solve
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.sharding import Mesh, decoding_mesh
+from jaxchat.tasks import problems_of
 
 CLOSE = 1e-4  # Nats between the two best choices that rounding may turn around.
 
@@ -158,7 +159,7 @@ def _problems(
     loaded: Loaded, job: Solving, bench: Bench, style: Literal["chat", "text"], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
     """Answers: all problems in flight together, beside one at a time."""
-    problems = list(job.task.problems("test"))[: bench.problems]
+    problems = list(problems_of(job.task, "test"))[: bench.problems]
     sampling = SamplingParams(0.0, max_tokens=bench.max_tokens)
     length = loaded.experiment.data.row_length
 

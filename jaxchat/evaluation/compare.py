@@ -12,7 +12,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     """The paired test of every task that both directories have records of.
 
     Raises:
-        UserError: they have no task in common, or a task was asked in another way.
+        UserError: they have no task in common, or a task was asked in another way or other questions.
     """
     names = sorted({path.name for path in first.glob("*.jsonl")} & {path.name for path in second.glob("*.jsonl")})
     if not names:
@@ -23,6 +23,10 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         if about.get("settings") != other.get("settings"):
             raise UserError(f"{name} was asked in another way in {first} than in {second}: evaluate both alike")
         both = sorted(mine.keys() & theirs.keys())
+        if any(mine[i].get("gold") != theirs[i].get("gold") for i in both):
+            raise UserError(
+                f"{name} asked other questions in {first} than in {second}: evaluate both on the same files"
+            )
         if both:
             sides = ([bool(records[i]["right"]) for i in both] for records in (mine, theirs))
             found[about["task"]] = paired(*sides)._asdict()

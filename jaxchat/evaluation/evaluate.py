@@ -1,15 +1,18 @@
 """Any checkpoint on any tasks: questions by likelihood, problems by answering, texts by bits per byte; resumable."""
 
 import difflib
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError, say, to_json
+from jaxchat.config import UserError, json_line, say, to_json
 from jaxchat.data import sources
+from jaxchat.data.cache import read_json, write_json
 from jaxchat.data.downloads import unpacked
 from jaxchat.data.files import Reading
 from jaxchat.decode.engine import Engine
@@ -21,7 +24,7 @@ from jaxchat.evaluation.questions import Answer, Question, ask
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
-from jaxchat.tasks import TASKS, Task, load_task
+from jaxchat.tasks import TASKS, Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
@@ -95,7 +98,12 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
             make = mmlu_questions if name == "mmlu" else partial(arc_questions, name)
             found.append(Asked(name, partial(make, place, downloads, settings.style), {"chance": 0.25}))
         elif name == "bpb":
-            found.append(Texts("bpb", place or "tinyworld:val"))
+            texts = place or "tinyworld:val"
+            try:
+                sources.find(texts, "val")
+            except UserError as error:
+                raise UserError(str(error).replace("--data.val ", "bpb:")) from None
+            found.append(Texts("bpb", texts))
         else:
             if not name.endswith(".py") and (near := difflib.get_close_matches(name, OWN, n=1)) and name not in TASKS:
                 raise UserError(f"there is no task {name!r}: did you mean {near[0]}?")
@@ -135,6 +143,9 @@ def evaluate(
     Raises:
         UserError: a file is missing or malformed, or `out` holds another evaluation.
     """
+    for job in found:  # A mistake in the last task is told before the first is asked.
+        if isinstance(job, Solving):
+            problems_of(job.task, "test")
     results: dict[str, dict[str, Any]] = {}
     about = {**about, "settings": to_json(settings)}
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
@@ -164,8 +175,9 @@ def _ask(
     questions, owners, records = [], [], {}
     try:
         for job in asked:
-            records[job.name] = kept = Records(_path(out, job.name), {**about, "task": job.name})
             mine = job.questions(engine.tokenizer, settings.limit)
+            told_of = {**about, "task": job.name, "questions": fingerprint(mine)}
+            records[job.name] = kept = Records(_path(out, job.name), told_of)
             say(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
             for index, question in enumerate(mine):
                 if index not in kept.done:
@@ -189,6 +201,14 @@ def _record(question: Question, answer: Answer) -> dict[str, Any]:
     return {"gold": question.gold, **answer._asdict()}
 
 
+def fingerprint(questions: Iterable[Any]) -> str:
+    """A name for what is asked; records under another name answer other questions."""
+    digest = hashlib.blake2b(digest_size=8)
+    for question in questions:
+        digest.update(repr(question).encode(errors="replace"))
+    return digest.hexdigest()
+
+
 def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
     """How many of a task's answers are right, with a 95 percent interval, and beside what guessing gets."""
     right, count = sum(record["right"] for record in records), len(records)
@@ -203,8 +223,9 @@ def _solve(
     engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Answers the test problems, `TOGETHER` of them at a time, and judges them."""
-    problems = list(job.task.problems("test"))[: s.limit]
-    with Records(_path(out, job.name), {**about, "task": job.name}) as records:
+    problems = list(problems_of(job.task, "test"))[: s.limit]
+    asked = fingerprint((problem.messages, problem.answer) for problem in problems)
+    with Records(_path(out, job.name), {**about, "task": job.name, "questions": asked}) as records:
         todo = [i for i in range(len(problems)) if i not in records.done]
         for start in range(0, len(problems), TOGETHER):
             mine = [i for i in todo if start <= i < start + TOGETHER]
@@ -268,6 +289,16 @@ def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
         shares = [centered(results[name]["accuracy"], chance) for name, chance in CHATCORE.items()]
         made["chatcore"] = {"chatcore": sum(shares) / len(shares)}
     return made
+
+
+def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Writes results to a file beside those of other tasks of the same evaluation; returns them all."""
+    known = read_json(path)
+    same = isinstance(known, dict) and {**known, "results": None} == {**about, "results": None}
+    everything = {**((known.get("results") or {}) if same else {}), **json.loads(json_line(results))}
+    everything |= json.loads(json_line(summaries(everything)))
+    write_json(path, {**about, "results": everything})
+    return everything
 
 
 def told(result: Mapping[str, Any]) -> str:

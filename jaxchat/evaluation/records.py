@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxchat.config import UserError, json_line
+from jaxchat.data.cache import make_directory
 
 
 class Records:
@@ -22,7 +23,7 @@ class Records:
         self.path, self.about = path, json.loads(json_line(dict(about)))
         self.done: dict[int, dict[str, Any]] = {}
         whole = self._read() if path.exists() else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, "--out")
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -54,11 +55,11 @@ class Records:
         for number, line in enumerate(lines, 1):
             try:
                 value = json.loads(line)
+                if number > 1:
+                    self.done[_index(value)] = value
             except ValueError:
-                raise UserError(f"{self.path} line {number} is not JSON: remove the file to evaluate anew") from None
-            if number > 1:
-                self.done[value["index"]] = value
-            elif value != self.about:
+                raise UserError(f"{self.path} line {number} is no record: remove the file to evaluate anew") from None
+            if number == 1 and value != self.about:
                 raise UserError(f"{self.path} is of another evaluation: remove it, or give this one its own --out")
         return sum(len(line) + 1 for line in lines)
 
@@ -71,8 +72,18 @@ def read_records(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]
     """
     try:
         about, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return about, {record["index"]: record for record in records}
+        if "task" not in about:
+            raise ValueError
+        return about, {_index(record): record for record in records}
     except FileNotFoundError:
         raise UserError(f"there is no {path}: evaluate first") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} holds no records of an evaluation") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path} holds no whole records of an evaluation: finish it first") from None
+
+
+def _index(record: Any) -> int:
+    """A record's number; raises ValueError for what is no record."""
+    match record:
+        case {"index": int(index), "right": bool()}:
+            return index
+    raise ValueError
