@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import exports
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from test_core import bundle
 
 from jaxchat.config import UserError
 from jaxchat.data import tinyworld
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, Shape, load_checkpoint
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.choice import mmlu
 from jaxchat.evaluation.compare import compare
@@ -26,6 +27,7 @@ from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.records import Records, read_records
 from jaxchat.evaluation.statistics import paired, wilson
+from jaxchat.experiment import Experiment
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
@@ -120,6 +122,13 @@ def test_a_mesh_answers_as_one_device(engine: Engine, data: Path, tmp_path: Path
         records = [read_records(tmp_path / name / f"core-{label}.jsonl")[1] for name in ("1", "4")]
         for index, record in records[0].items():
             np.testing.assert_allclose(record["scores"], records[1][index]["scores"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
+    loaded = load_checkpoint(exports.write_run(tmp_path, exports.model()), Experiment)
+    mesh = make_mesh(Mesh(tensor=7), rows=0, devices=jax.devices()[:7])
+    with pytest.raises(UserError, match=r"not a multiple of tensor=7: choose another --mesh\.tensor"):
+        loaded.params(mesh)
 
 
 def test_core_says_over_how_many_tasks_its_mean_is(engine: Engine, data: Path, tmp_path: Path) -> None:

@@ -310,14 +310,21 @@ class Loaded(NamedTuple):
         return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
 
     def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them."""
+        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them.
+
+        Raises:
+            UserError: the mesh does not divide a size of the model.
+        """
         transformer = Transformer(self.experiment.model)
         shapes = transformer.shapes()
         if mesh is None:
             first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             placed = jax.tree.map(lambda _: first, shapes)
         else:
-            placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
+            try:
+                placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
+            except ValueError as error:
+                raise UserError(f"{error}: choose another --mesh.tensor") from None
         abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         return checkpoint.load_params(self.directory, self.step, abstract)
 
