@@ -48,6 +48,7 @@ class Bench:
         slots: answers decoded at once.
         mesh: how devices share the questions that are asked together.
         threads: on a CPU, how many cores may be used.
+        timed: without it everything is asked once, and only the answers are compared.
     """
 
     checkpoint: str = ""
@@ -61,6 +62,7 @@ class Bench:
     slots: int = 64
     mesh: Mesh = Mesh()
     threads: int = 2
+    timed: bool = True
 
     def __post_init__(self) -> None:
         for name in ("limit", "problems", "max_tokens", "slots"):
@@ -109,13 +111,13 @@ def _questions(
         random.Random(bench.shuffle).shuffle(order)
     mixed = [questions[i] for i in order]
     say(f"{len(questions):,} questions, {sum(len(question.items) for question in questions):,} items")
-    together, seconds = _timed("together", lambda: dict(ask(batched, mixed)))
-    alone, loop_seconds = _timed("one at a time", lambda: list(single()))
+    together, seconds = _timed("together", bench, lambda: dict(ask(batched, mixed)))
+    alone, loop_seconds = _timed("one at a time", bench, lambda: list(single()))
     pairs = [(together[place], alone[number], questions[number]) for place, number in enumerate(order)]
     different = [(mine, other) for mine, other, _ in pairs if mine.predicted != other.predicted]
     gaps = [abs(a - b) for mine, other, _ in pairs for a, b in zip(mine.scores, other.scores)]
     return {
-        "ratio": round(loop_seconds / seconds, 3),
+        "ratio": round(loop_seconds / seconds, 3) if bench.timed else None,
         "questions": len(questions),
         "seconds": round(seconds, 3),
         "one_at_a_time_seconds": round(loop_seconds, 3),
@@ -174,10 +176,10 @@ def _problems(
 
         return all_of_them
 
-    together, seconds = _timed(f"{job.name}: together", answers(bench.slots, mesh))
-    alone, loop_seconds = _timed(f"{job.name}: one at a time", answers(1, None))
+    together, seconds = _timed(f"{job.name}: together", bench, answers(bench.slots, mesh))
+    alone, loop_seconds = _timed(f"{job.name}: one at a time", bench, answers(1, None))
     return {
-        "ratio": round(loop_seconds / seconds, 3),
+        "ratio": round(loop_seconds / seconds, 3) if bench.timed else None,
         "problems": len(problems),
         "seconds": round(seconds, 3),
         "one_at_a_time_seconds": round(loop_seconds, 3),
@@ -191,9 +193,10 @@ def _weights(loaded: Loaded, bench: Bench, mesh: jax.sharding.Mesh | None) -> An
     return random_weights(loaded.transformer(), 0) if bench.weights == "random" else loaded.params(mesh)
 
 
-def _timed(name: str, work: Callable[[], Any]) -> tuple[Any, float]:
-    """What comes of it, and the seconds it takes when everything is compiled."""
-    work()
+def _timed(name: str, bench: Bench, work: Callable[[], Any]) -> tuple[Any, float]:
+    """What comes of it, and the seconds it takes, when everything is compiled if it is `timed`."""
+    if bench.timed:
+        work()
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
