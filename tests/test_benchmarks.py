@@ -1,13 +1,16 @@
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
+import exports
 import jax
 import numpy as np
 import pytest
 from outside import read
 
 from configs import recipe
-from jaxchat.benchmarks import decode, rl, train
+from jaxchat.benchmarks import decode, evaluate, rl, train
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface
@@ -83,3 +86,21 @@ def test_decoding_with_and_without_the_cache_gives_the_same_tokens(monkeypatch: 
     assert cache["tokens"] == 7
     assert cache["equal"]
     assert result["prefixes"]["stored"] == [4, 16]
+
+
+@pytest.mark.parametrize("weights", ["checkpoint", "random"])
+def test_evaluation_together_answers_as_one_at_a_time(weights: Any, tmp_path: Path) -> None:
+    checkpoint = exports.write_run(tmp_path, exports.model(head_std=0.1), length=96, scale=0.4)
+    rows = [{"question": f"Is {i} old?", "subject": "age", "choices": list("abcd"), "answer": i % 4} for i in range(9)]
+    for split in ("test", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = (f"mmlu:{tmp_path}", "facts")
+    asked: dict[str, Any] = {"limit": 7, "problems": 5, "max_tokens": 4, "slots": 2, "shuffle": 1}
+    mesh = Mesh(data=2)
+    told = evaluate.run(evaluate.Bench(checkpoint, tasks, weights=weights, mesh=mesh, **asked), Experiment)
+    assert told["questions"]["questions"] == 7 and told["facts"]["problems"] == 5
+    assert told["questions"]["different_answers"] == told["facts"]["different_texts"] == 0
+    assert told["questions"]["largest_score_gap"] < 1e-4
+    assert told["questions"]["ratio"] > 0 and told["facts"]["ratio"] > 0
+    with pytest.raises(UserError, match="name a checkpoint and tasks"):
+        evaluate.run(evaluate.Bench(checkpoint), Experiment)
