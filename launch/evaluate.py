@@ -98,7 +98,8 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
     everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
-    report(out, everything, config.say)
+    if options.mode == "nanochat":  # As those that are published were asked.
+        report(out, everything, config.say)
     return {"out": str(out), **results}
 
 

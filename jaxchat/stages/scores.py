@@ -54,8 +54,7 @@ def task_scores(setup: Setup, tokenizer: Tokenizer, say: Say) -> "TaskScores | N
 class TaskScores:
     """The shares of test problems solved and of questions answered right, the same ones with the same noise always.
 
-    A base model is asked in the words of a text, a chat model in turns. Questions are made, and may be refused, at
-    once; problems when they are first asked.
+    A base model is asked in the words of a text, a chat model in turns. Files are read, and may be refused, at once.
     """
 
     def __init__(
@@ -74,6 +73,9 @@ class TaskScores:
         self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
         limit = e.eval_problems
         self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
+        self._problems = {
+            job.name: problems_of(job.task, "test")[:limit] for job in self._jobs if isinstance(job, Solving)
+        }
         self._engine: Engine | None = None
         self._scorer: Scorer | None = None
 
@@ -94,10 +96,15 @@ class TaskScores:
             shape = Shape(length=e.data.row_length, slots=64, prompts=8)
             self._engine = Engine(self._transformer, params, self._tokenizer, shape)
         self._engine.load(params)
-        problems = problems_of(task, "test")[: e.eval_problems]
         sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)
         solved = solve(
-            self._engine, task, problems, n=e.eval_samples, sampling=sampling, style=self._style, log=self._say
+            self._engine,
+            task,
+            self._problems[task.name],
+            n=e.eval_samples,
+            sampling=sampling,
+            style=self._style,
+            log=self._say,
         )
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
