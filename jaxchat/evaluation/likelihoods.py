@@ -150,7 +150,7 @@ class Scorer:
     def _tree_batches(self, trees: list[_Tree], items: Sequence[Item]) -> Iterator[Any]:
         def shape(tree: _Tree) -> tuple[int, int, int]:
             longest = max(len(items[i].continuation) for i in tree.items)
-            return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), answer_size(longest)
+            return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), _power(longest, 4)
 
         for (T, K, C), some in _grouped(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
             B = self._tree_count(T, K, C)
@@ -173,8 +173,9 @@ class Scorer:
         return max(self._batch_tokens // T // shards, 1) * shards
 
     def _tree_count(self, T: int, K: int, C: int) -> int:
-        # Copies of a context cost memory and time, but less than reading it again.
-        return self._count(max(T, K * (T + C) // 4))
+        # Copies of a context cost memory and time, but less than reading it again. There are many shapes and few trees
+        # of each, so large batches would be half empty.
+        return self._count(2 * max(T, K * (T + C) // 4))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         if self._mesh is None:
