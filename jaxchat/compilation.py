@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxchat import checkpoint, metrics, optim, sharding
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Transformer
 from jaxchat.objectives.likelihood import Objective, likelihood
@@ -45,7 +44,7 @@ def prepare_backend(experiment: Experiment) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", wanted or split * sharding.host_devices(max(1, rows // split)))
     except RuntimeError:  # In a notebook or a test the backend may run already.
-        print(f"JAX runs already, with {jax.device_count()} devices", file=sys.stderr)
+        say(f"JAX runs already, with {jax.device_count()} devices")
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 

@@ -12,6 +12,7 @@ from outside import read
 from configs import recipe
 from jaxchat.benchmarks import decode, evaluate, rl, train
 from jaxchat.config import UserError
+from jaxchat.evaluation.questions import Answer
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface
 from jaxchat.export.places import to_params
@@ -102,5 +103,7 @@ def test_evaluation_together_answers_as_one_at_a_time(weights: Any, tmp_path: Pa
     assert told["questions"]["different_answers"] == told["facts"]["different_texts"] == 0
     assert told["questions"]["largest_score_gap"] < 1e-4
     assert told["questions"]["ratio"] > 0 and told["facts"]["ratio"] > 0
+    alone, near, far = (Answer(False, 0, scores, 0) for scores in ((-3.0,), (-3.0, -3.00001), (-3.0, -4.0)))
+    assert [evaluate._close(one) for one in (alone, near, far)] == [False, True, False]
     with pytest.raises(UserError, match="name a checkpoint and tasks"):
         evaluate.run(evaluate.Bench(checkpoint), Experiment)

@@ -83,10 +83,11 @@ def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
         assert title in text
     scores = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in text.splitlines() if row.startswith("| ")}
     assert all(re.fullmatch(r" \d\.\d{4} ", cell) for cell in scores["arithmetic_strict"]), "of the base model too"
-    bits = dict(zip(scores[""], map(float, scores["val_bpb"])))
+    bits, rows = (dict(zip(scores[""], map(float, scores[name]))) for name in ("val_bpb", "val_rows"))
     for stage in ("pretrain", "sft", "rl"):
         assert bits[f" after {stage} "] == pytest.approx(told[stage]["val_bpb"], abs=1e-4)
     assert bits[" before sft "] == bits[" after pretrain "] and bits[" before rl "] == bits[" after sft "]
+    assert len(rows) == 5 and len(set(rows.values())) == 1, "a trial's end scores no more rows than it trained on"
     parts = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
     seconds = sum(part["seconds"] for part in parts.values())
     assert f"| all | {seconds / 60:.1f} | {seconds / 100:.2f} |" in text

@@ -113,9 +113,9 @@ def _questions(
     say(f"{len(questions):,} questions, {sum(len(question.items) for question in questions):,} items")
     together, seconds = _timed("together", bench, lambda: dict(ask(batched, mixed)))
     alone, loop_seconds = _timed("one at a time", bench, lambda: list(single()))
-    pairs = [(together[place], alone[number], questions[number]) for place, number in enumerate(order)]
-    different = [(mine, other) for mine, other, _ in pairs if mine.predicted != other.predicted]
-    gaps = [abs(a - b) for mine, other, _ in pairs for a, b in zip(mine.scores, other.scores)]
+    pairs = [(together[place], alone[number]) for place, number in enumerate(order)]
+    different = [(mine, other) for mine, other in pairs if mine.predicted != other.predicted]
+    gaps = [abs(a - b) for mine, other in pairs for a, b in zip(mine.scores, other.scores)]
     return {
         "ratio": round(loop_seconds / seconds, 3) if bench.timed else None,
         "questions": len(questions),
@@ -152,9 +152,9 @@ _ROWS = jax.jit(score_rows, static_argnums=0)
 
 
 def _close(answered: Answer) -> bool:
-    """Whether rounding may choose between the two best; a single continuation's margin is not known here."""
-    *_, second, first = sorted(answered.scores) if len(answered.scores) > 1 else (0.0, 0.0)
-    return first - second < CLOSE
+    """Whether rounding may choose between the two best; of a single continuation that is not known, so it may not."""
+    first, *others = sorted(answered.scores, reverse=True)
+    return bool(others) and first - others[0] < CLOSE
 
 
 def _problems(

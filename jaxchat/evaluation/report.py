@@ -11,7 +11,7 @@ from jaxchat.config import UserError
 from jaxchat.evaluation.curves import draw
 from jaxchat.evaluation.published import table
 
-SCORES = ("val_bpb", "val_loss", "bpb", "core", "chatcore")  # And those of tasks, by their endings.
+SCORES = ("val_bpb", "val_rows", "val_loss", "bpb", "core", "chatcore")  # And those of tasks, by their endings.
 
 
 def write(
@@ -70,7 +70,7 @@ def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
         told = [found.get(name) for found in columns.values()]
-        lines.append(f"| {name} | {' | '.join('' if x is None else f'{x:.4f}' for x in told)} |")
+        lines.append(f"| {name} | {' | '.join(map(_cell, told))} |")
     return lines
 
 
@@ -136,6 +136,13 @@ def last_samples(path: Path) -> list[str]:
         return []
     parts = re.split(r"^## ", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)
     return [f"Samples, {line}" if i == 0 else line for i, line in enumerate(parts[-1].strip().splitlines())]
+
+
+def _cell(x: float | None) -> str:
+    """A score, or a number of rows."""
+    if x is None:
+        return ""
+    return f"{x:,}" if isinstance(x, int) else f"{x:.4f}"
 
 
 def _is_score(name: str) -> bool:

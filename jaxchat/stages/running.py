@@ -89,7 +89,7 @@ def _train(
         found = stage.score(state, last=last or number == 0)  # The first and the last are of the same rows.
         results.update(found)
         if number == 0:
-            results.update({f"{name}_before": value for name, value in found.items() if isinstance(value, float)})
+            results.update({f"{name}_before": value for name, value in found.items() if isinstance(value, int | float)})
         for writer in writers:
             writer.write({"step": number, **found})
 

@@ -8,11 +8,10 @@ that passes is a hole; an attack on the judge has no solution and hopes to be ta
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-from jaxchat.config import UserError, json_line
+from jaxchat.config import UserError, json_line, say
 from jaxchat.sandbox.run import Limits, find_protection
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.task import Problem
@@ -314,7 +313,7 @@ def main() -> None:
         raise UserError(f"there is no attack {sorted(unknown)[0]!r}: see --help")
     task = HumanEval(chosen.directory, limits=Limits(cpu_seconds=chosen.cpu_seconds))
     problems = task.problems("test")[: chosen.limit]
-    print(find_protection().sentence, file=sys.stderr)
+    say(find_protection().sentence)
     result: dict[str, object] = {"problems": len(problems)}
     with tempfile.TemporaryDirectory() as outside:
         os.chmod(outside, 0o777)
@@ -330,9 +329,7 @@ def main() -> None:
             verdicts = [verdict.verdict for verdict in task.verdicts(answers)]
             result[name] = verdicts.count("right")
             broken = f", {verdicts.count('broken')} not judged" if "broken" in verdicts else ""
-            print(
-                f"{name:<32} {verdicts.count('right'):>4} of {len(problems)} pass{broken}", file=sys.stderr, flush=True
-            )
+            say(f"{name:<32} {verdicts.count('right'):>4} of {len(problems)} pass{broken}")
         result["left"] = left(outside)
     print(json_line(result))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import UserError
-from jaxchat.data import conversations, sources
-from jaxchat.data.files import Reading, objects, place
+from jaxchat.data import sources
+from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.numbers import last_number, read_number, same_number
 from jaxchat.tasks.task import Problem, Score, Split
 
@@ -36,25 +36,12 @@ class GSM8K:
         return list(self._read("test"))
 
     def _read(self, split: Split) -> Iterator[Problem]:
-        if self._directory:
-            path = next((p for p in sorted(Path(self._directory).glob(f"{split}.jsonl*")) if p.is_file()), None)
-            if path is None:
-                raise UserError(
-                    f"no {split}.jsonl or {split}.jsonl.gz in {self._directory}: gsm8k:DIRECTORY names its files"
-                )
-            spec = str(path)
-        elif self._downloads is None:
-            raise UserError("which files? name their directory: gsm8k:DIRECTORY")
-        else:
-            spec = "hub:gsm8k"
         side: sources.Split = "train" if split == "train" else "val"
-        reading = Reading()
-        for source in sources.find(spec, side, suffixes=conversations.SUFFIXES, hub_directory=self._downloads):
-            for number, row in objects(source, reading):
-                try:
-                    yield _problem(row)
-                except ValueError as error:
-                    raise UserError(f"{place(source, reading, number)} {error}") from None
+        for where, row in read_rows(self.name, f"{split}.jsonl", self._directory, self._downloads, side):
+            try:
+                yield _problem(row)
+            except ValueError as error:
+                raise UserError(f"{where} {error}") from None
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict wants the number after ####; lenient takes the last number, wherever it stands."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.config import UserError
-from jaxchat.data import conversations, sources
-from jaxchat.data.files import Reading, objects, place
 from jaxchat.sandbox.run import Job, Limits, SandboxError, Verdict, find_protection, judge_many
+from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.task import Problem, Score, Split
 
 # Where a base model's continuation of a function ends: at the next thing that is not indented (lm-eval's task).
@@ -48,21 +47,8 @@ class HumanEval:
         return {row.prompt: row for row in self._read()}
 
     def _read(self) -> Iterator[Row]:
-        if self._directory:
-            path = next((p for p in sorted(Path(self._directory).glob("HumanEval.jsonl*")) if p.is_file()), None)
-            if path is None:
-                raise UserError(
-                    f"no HumanEval.jsonl or HumanEval.jsonl.gz in {self._directory}: humaneval:DIRECTORY names its file"
-                )
-            spec = str(path)
-        elif self._downloads is None:
-            raise UserError("which file? name its directory: humaneval:DIRECTORY")
-        else:
-            spec = "hub:humaneval"
-        reading = Reading()
-        for source in sources.find(spec, "val", suffixes=conversations.SUFFIXES, hub_directory=self._downloads):
-            for number, row in objects(source, reading):
-                yield _row(row, f"{place(source, reading, number)}")
+        for where, row in read_rows(self.name, "HumanEval.jsonl", self._directory, self._downloads, "val"):
+            yield _row(row, where)
 
     def score(self, problem: Problem, text: str) -> Score:
         """Right, strictly and leniently, is a program that passes the test.
