@@ -6,6 +6,7 @@ keeps the size and hash of each checkpoint's files, by which a damaged one is kn
 checkpoints-damaged/ once an older one has been read in its place.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxchat import processes
 from jaxchat.config import UserError, difference, first_line, from_json, to_json
 
 EXPERIMENT = "experiment.json"
@@ -97,7 +99,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                check_files(self.directory, step)
+                processes.everyone(functools.partial(check_files, self.directory, step))
                 items = ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
                     rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
@@ -130,6 +132,8 @@ class Checkpoints:
     def _put_aside(self, steps: list[int], warn: Any) -> None:
         """Moves checkpoints to checkpoints-damaged/, where they are in nobody's way: it may be the disk that erred."""
         for step in steps:
+            if jax.process_index():
+                break
             place = self.directory.parent / DAMAGED
             place.mkdir(parents=True, exist_ok=True)
             taken = {path.name for path in place.iterdir()}
@@ -138,6 +142,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
             warn(f"checkpoint {step} is kept as {target}")
         if steps:
+            processes.gather(None)  # Moved by now.
             self._manager.reload()
 
     def _unwritten(self, error: Exception) -> UserError:

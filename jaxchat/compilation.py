@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxchat import checkpoint, metrics, optim, sharding
+from jaxchat import checkpoint, metrics, optim, processes, sharding
 from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Transformer
@@ -40,9 +40,10 @@ def prepare_backend(experiment: Experiment) -> None:
     """Before JAX starts: how many devices the CPU backend shows, and where compiled programs are kept."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     wanted = experiment.mesh.data * experiment.mesh.fsdp * experiment.mesh.tensor
-    split = experiment.mesh.fsdp * experiment.mesh.tensor
+    split, count = experiment.mesh.fsdp * experiment.mesh.tensor, processes.joined_count()
+    here = max(1, (wanted or split * sharding.host_devices(max(1, rows // split))) // count)
     try:
-        jax.config.update("jax_num_cpu_devices", wanted or split * sharding.host_devices(max(1, rows // split)))
+        jax.config.update("jax_num_cpu_devices", here)
     except RuntimeError:  # In a notebook or a test the backend may run already.
         say(f"JAX runs already, with {jax.device_count()} devices")
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
@@ -95,7 +96,7 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
     With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
     """
     e = setup.experiment
-    limit = MEMORY_SHARE * metrics.memory_limit(setup.mesh.devices.flat[0])
+    limit = MEMORY_SHARE * min(processes.gather(metrics.memory_limit(jax.local_devices()[0])))
     start = time.perf_counter()
     choices = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
     for i, rows in enumerate(choices):

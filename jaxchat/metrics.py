@@ -111,7 +111,7 @@ def _step_of(line: str) -> float:
 
 
 class Terminal:
-    """Lines for a person, on standard error: a training step every few seconds, every evaluation."""
+    """Lines for a person, on the first process's standard error: a step every few seconds, every evaluation."""
 
     def __init__(self, steps: int, every_seconds: float = 5.0) -> None:
         # Without emoji=False, rich makes a railway carriage of the middle of tinyworld:train:100.
@@ -119,7 +119,8 @@ class Terminal:
         self.steps, self._every, self._last = steps, every_seconds, 0.0
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        if jax.process_index() == 0:
+            self._console.print(text, markup=False)
 
     def write(self, record: dict[str, Any]) -> None:
         now, step = time.monotonic(), record["step"]

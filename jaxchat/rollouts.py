@@ -24,6 +24,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.objectives import advantages
 from jaxchat.objectives.policy import OBJECTIVES, Policy
+from jaxchat.processes import share_out
 from jaxchat.tasks import load_task, problems_of
 from jaxchat.tasks.rewards import REWARDS
 from jaxchat.tasks.task import Problem, Task
@@ -134,6 +135,7 @@ class Group(NamedTuple):
     parts: dict[str, list[float]]
 
 
+Drawn = tuple[Task, Problem, list[int], int]  # With the prompt's tokens and its seed.
 Score = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
 """Log-probabilities and entropies (R, T) of a micro-batch's targets, under some parameters."""
 
@@ -151,12 +153,13 @@ class RolloutStream:
         row_length: int,
         micro_rows: int,
         reference: Any = None,
+        own_copy: Callable[[Any], Any] = lambda params: params,
         downloads: Path | None = None,
         say: Log = print,
     ) -> None:
         self._rl, self._engine, self._score, self._say = rl, engine, score, say
         self._seed, self._row_length, self._micro_rows = seed, row_length, micro_rows
-        self._reference = reference
+        self._reference, self._own_copy = reference, own_copy
         self._set_bytes = -(-engine.transformer.config.vocab // 8) if rl.truncates else 0
         tasks = [load_task(spec, downloads) for spec in rl.tasks]
         self._problems = _readable(rl, tasks, engine.tokenizer, row_length, say)
@@ -185,7 +188,7 @@ class RolloutStream:
     def _draw(self, number: int, params: Any) -> None:
         """Draws, rewards and scores rollout batch `number`."""
         rl, start = self._rl, time.perf_counter()
-        self._engine.load(params)
+        self._engine.load(self._own_copy(params))
         groups, equal, drawn = self._groups(number)
         sampled = time.perf_counter()
         rewards_PG = np.stack([group.rewards_G for group in groups])
@@ -244,17 +247,23 @@ class RolloutStream:
                 for i in range(rl.prompts)
             ]
             self.cursor += rl.prompts
-            requests = [self._request(task, prompt, seed) for task, _, prompt, seed in drawn]
-            for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
-                # A request that cannot be run has one answer, an error, for all its samples.
-                answers = answers if len(answers) == rl.samples else answers * rl.samples
-                group = self._reward(task, problem, prompt, answers)
+            for group in share_out(drawn, self._answered):
                 alike = bool(advantages.equal_groups(group.rewards_G[None])[0])
                 equal += alike
                 (spare if alike and rounds else kept).append(group)
             if len(kept) >= rl.prompts:
                 break
         return (kept + spare)[: rl.prompts], equal, self.cursor - start
+
+    def _answered(self, drawn: Sequence[Drawn]) -> list[Group]:
+        """Answers to some problems, and their rewards."""
+        rl, groups = self._rl, list[Group]()
+        requests = [self._request(task, prompt, seed) for task, _, prompt, seed in drawn]
+        for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
+            # A request that cannot be run has one answer, an error, for all its samples.
+            answers = answers if len(answers) == rl.samples else answers * rl.samples
+            groups.append(self._reward(task, problem, prompt, answers))
+        return groups
 
     def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
         rl = self._rl

@@ -90,10 +90,11 @@ def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
     """
     with contextlib.suppress(RuntimeError):  # In a notebook or a test the backend may run already.
         jax.config.update("jax_num_cpu_devices", (config.data or 1) * config.fsdp * config.tensor)
-    if len(jax.devices()) == config.fsdp == config.tensor == 1 and config.data < 2:
+    devices = jax.local_devices()  # Each of several processes reads the model by itself.
+    if len(devices) == config.fsdp == config.tensor == 1 and config.data < 2:
         return None
     try:
-        return make_mesh(config, rows=0)
+        return make_mesh(config, rows=0, devices=devices)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -167,7 +168,30 @@ def shards(mesh: Any) -> int:
     return _ways(mesh, BATCH)
 
 
+def own_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+    """Which of a micro-batch's rows lie on devices of this process, in order."""
+    placed = by_rows(mesh).addressable_devices_indices_map((rows,))
+    return sorted({row for index in placed.values() for row in range(rows)[(index or (slice(None),))[0]]})
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's (micro-batches, rows, ...) arrays as global arrays, rows split over the batch axes."""
-    placed = NamedSharding(mesh, PartitionSpec(None, BATCH))
-    return {name: jax.make_array_from_process_local_data(placed, column) for name, column in batch.items()}
+    """Columns (micro-batches, this process's `own_rows`, ...) as global arrays of (micro-batches, rows, ...)."""
+    placed, ways = NamedSharding(mesh, PartitionSpec(None, BATCH)), shards(mesh)
+
+    def put(column: np.ndarray) -> jax.Array:
+        rows = column.shape[1] * ways // len(own_rows(mesh, ways))
+        own = own_rows(mesh, rows)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(rows)
+            first = np.searchsorted(own, start)
+            return column[:, first : first + stop - start]
+
+        return jax.make_array_from_callback((len(column), rows, *column.shape[2:]), placed, part)
+
+    return {name: put(column) for name, column in batch.items()}
+
+
+def put_whole(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Columns (micro-batches, rows, ...) that every process has whole, as global arrays."""
+    return put_batch(mesh, {name: column[:, own_rows(mesh, column.shape[1])] for name, column in batch.items()})

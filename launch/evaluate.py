@@ -8,6 +8,7 @@ built-in village; FILE.py:CLASS of one's own; bpb:FILES.
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,7 @@ class Evaluate:
     """Instead of asking: two directories of results, compared question by question."""
 
 
-def main(argv: list[str]) -> dict[str, object]:
+def main(argv: list[str]) -> Mapping[str, object] | None:
     options = config.parse(Evaluate, argv, description=__doc__)
     if options.compare:
         from jaxchat.evaluation.compare import compare
@@ -58,7 +59,10 @@ def main(argv: list[str]) -> dict[str, object]:
     for name in ("limit", "max_tokens", "samples", "slots"):
         if getattr(options, name) < (0 if name == "limit" else 1):
             raise config.UserError(f"--{name}={getattr(options, name)} is too small")
-    return _evaluate(options)
+    from jaxchat import processes
+
+    with processes.joined():
+        return processes.told(_evaluate(options))
 
 
 def _evaluate(options: Evaluate) -> dict[str, object]:
@@ -95,7 +99,10 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
-    results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
+    first = jax.process_index() == 0
+    results = evaluate.evaluate(engine, found, settings, out, about, say=config.say if first else lambda _: None)
+    if not first:
+        return {}
     everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.

@@ -5,7 +5,7 @@ every stage, --sft:field=value to one. Started again it goes on where it stopped
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxchat import config, signals
 from jaxchat.config import UserError
@@ -37,7 +37,7 @@ def stage_arguments(argv: Sequence[str], stage: str) -> list[str]:
     return [f"{word}:{stage}" if word.startswith("--config=") else word for word in kept]
 
 
-def main(argv: list[str]) -> dict[str, object]:
+def main(argv: list[str]) -> Mapping[str, object] | None:
     price, rest = None, []
     for word in joined(argv):
         if word.startswith("--dollars_per_hour="):
@@ -50,10 +50,11 @@ def main(argv: list[str]) -> dict[str, object]:
     try:
         with signals.raised() as stopped:
             road = [config.load(stage_arguments(rest, stage), description=__doc__) for stage in ROAD]
-            from jaxchat import compilation, speedrun
+            from jaxchat import compilation, processes, speedrun
 
-            compilation.prepare_backend(road[0])
-            return speedrun.run(road, stopped, config.say, dollars_per_hour=price)
+            with processes.joined():
+                compilation.prepare_backend(road[0])
+                return processes.told(speedrun.run(road, stopped, config.say, dollars_per_hour=price))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

@@ -5,18 +5,20 @@ saves and exits with status 75 on SIGTERM, so that a scheduler starts it again.
 """
 
 import sys
+from collections.abc import Mapping
 
 from jaxchat import config, signals
 
 
-def main(argv: list[str]) -> dict[str, object]:
+def main(argv: list[str]) -> Mapping[str, object] | None:
     try:
         with signals.raised() as stopped:
             experiment = config.load(argv, description=__doc__)
-            from jaxchat import compilation, stages
+            from jaxchat import compilation, processes, stages
 
-            compilation.prepare_backend(experiment)
-            return stages.run(experiment, stopped)
+            with processes.joined():
+                compilation.prepare_backend(experiment)
+                return processes.told(stages.run(experiment, stopped))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

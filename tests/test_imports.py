@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     ("config", "signals", "sandbox", "tokenizer"),
     ("data", "tasks"),
-    ("model", "optim", "metrics", "sharding"),
+    ("model", "optim", "metrics", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),
     ("train", "evaluation", "answers", "rollouts"),
     ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "planning", "speedrun"),

@@ -1,7 +1,7 @@
 """Rows on disk to batches: the order is a pure function of the step.
 
 Row `i` of global batch `step` is row `order(seed, step * batch_rows + i)`, so resuming costs nothing and neither the
-number of hosts nor that of devices changes what is trained on.
+number of hosts nor that of devices changes what is trained on. A host reads those places of a batch that it needs.
 """
 
 import bisect
@@ -114,10 +114,8 @@ class RowStream:
         seed: int,
         batch_rows: int,
         epochs: Sequence[float] = (),
-        host: int = 0,
-        hosts: int = 1,
     ):
-        _check(rows, batch_rows, hosts)
+        _check(rows)
         for name, given in (("weights", weights), ("epochs", epochs)):
             if given and len(given) != len(rows):
                 raise UserError(f"--data.{name} has {len(given)} entries for {len(rows)} entries of --data.train")
@@ -125,7 +123,6 @@ class RowStream:
             raise UserError("--data.weights and --data.epochs both say how often rows are seen: give one of them")
         self.rows = tuple(rows)
         self.batch_rows = batch_rows
-        self._host, self._hosts = host, hosts
         self._stops = list(accumulate(len(part) for part in rows))
         self._order = _Passes(self._stops, epochs, seed) if epochs else _order(self._stops, weights, seed)
 
@@ -138,13 +135,15 @@ class RowStream:
         """Rows until every source was seen as often as its epochs say; without epochs, every row once."""
         return self._order.rows if isinstance(self._order, _Passes) else self.rows_per_epoch
 
-    def batch(self, step: int) -> Batch:
-        """This host's rows of global batch `step`."""
-        share = self.batch_rows // self._hosts
-        first = step * self.batch_rows + self._host * share
-        return _read(self.rows, self._stops, [int(self._order[first + i]) for i in range(share)])
+    def batch(self, step: int, places: Sequence[int] | None = None) -> Batch:
+        """The rows of global batch `step`, or those of them at `places`."""
+        first = step * self.batch_rows
+        wanted = range(self.batch_rows) if places is None else places
+        return _read(self.rows, self._stops, [int(self._order[first + i]) for i in wanted])
 
-    def prefetch(self, start_step: int, stop_step: int, *, depth: int = 4) -> Iterator[tuple[int, Batch]]:
+    def prefetch(
+        self, start_step: int, stop_step: int, *, places: Sequence[int] | None = None, depth: int = 4
+    ) -> Iterator[tuple[int, Batch]]:
         """Yields (step, batch) from start_step up to stop_step, read ahead by a thread that ends with the iterator."""
         ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
         closed = threading.Event()
@@ -161,7 +160,7 @@ class RowStream:
                 for step in range(start_step, stop_step):
                     if closed.is_set():
                         return
-                    put((step, self.batch(step)))
+                    put((step, self.batch(step, places)))
                 put(None)
             except BaseException as error:  # handed to the consumer, who raises it
                 put(error)
@@ -179,18 +178,20 @@ class RowStream:
 
 
 def every_row_once(
-    rows: Sequence[Rows], batch_rows: int, *, host: int = 0, hosts: int = 1, limit: int | None = None
+    rows: Sequence[Rows], batch_rows: int, *, places: Sequence[int] | None = None, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of one shape over every row, or over `limit` rows spread evenly; what fills up the last one weighs 0."""
-    _check(rows, batch_rows, hosts)
+    """Batches of one shape over every row, or over `limit` rows spread evenly; what fills up the last one weighs 0.
+
+    With `places`, those places of each batch.
+    """
+    _check(rows)
+    wanted = np.arange(batch_rows) if places is None else np.asarray(places)
     stops = list(accumulate(len(part) for part in rows))
     total = stops[-1] if limit is None else min(limit, stops[-1])
-    share = batch_rows // hosts
     for start in range(0, total, batch_rows):
-        first = start + host * share
-        places = [min(first + i, total - 1) for i in range(share)]
-        batch = _read(rows, stops, [place * stops[-1] // total for place in places])
-        batch["weights"][max(total - first, 0) :] = 0.0
+        here = start + wanted
+        batch = _read(rows, stops, [int(place) * stops[-1] // total for place in np.minimum(here, total - 1)])
+        batch["weights"][here >= total] = 0.0
         yield batch
 
 
@@ -246,7 +247,7 @@ def _read(rows: Sequence[Rows], stops: Sequence[int], indices: Sequence[int]) ->
     return batch_of(np.stack([ids_S for ids_S, _ in pairs]), np.stack([flags_S for _, flags_S in pairs]))
 
 
-def _check(rows: Sequence[Rows], batch_rows: int, hosts: int) -> None:
+def _check(rows: Sequence[Rows]) -> None:
     if not rows:
         raise UserError("no rows to read; name documents with --data.train")
     for part in rows:
@@ -257,5 +258,3 @@ def _check(rows: Sequence[Rows], batch_rows: int, hosts: int) -> None:
                 f"rows of length {part.row_length} in {part.directory} do not go with rows of length "
                 f"{rows[0].row_length} in {rows[0].directory}; prepare them again with one --data.row_length"
             )
-    if batch_rows < 1 or batch_rows % hosts:
-        raise UserError(f"a batch of {batch_rows} rows does not divide among {hosts} hosts")

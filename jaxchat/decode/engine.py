@@ -318,7 +318,7 @@ class Loaded(NamedTuple):
         transformer = Transformer(self.experiment.model)
         shapes = transformer.shapes()
         if mesh is None:
-            first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             placed = jax.tree.map(lambda _: first, shapes)
         else:
             try:

@@ -46,10 +46,8 @@ class BitsPerByte:
     def __call__(self, params: Any, limit: int) -> float:
         """Over `limit` rows, spread evenly."""
         nats = length = 0.0
-        batches = streams.every_row_once(
-            self._rows, self._batch_rows, host=jax.process_index(), hosts=jax.process_count(), limit=limit
-        )
-        for batch in batches:
+        own = sharding.own_rows(self._mesh, self._batch_rows)
+        for batch in streams.every_row_once(self._rows, self._batch_rows, places=own, limit=limit):
             placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
             one = {name: column[0] for name, column in placed.items()}
             nats_here, bytes_here = self._score(params, one, self._bytes)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxchat.config import UserError, json_line, say, to_json
 from jaxchat.data import sources
 from jaxchat.data.cache import read_json, write_json
@@ -20,10 +22,11 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.choice import arc_questions, mmlu_questions
 from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
-from jaxchat.evaluation.questions import Answer, Question, ask
+from jaxchat.evaluation.questions import Answer, Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
+from jaxchat.processes import gather
 from jaxchat.tasks import TASKS, Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
@@ -177,13 +180,13 @@ def _ask(
         for job in asked:
             mine = job.questions(engine.tokenizer, settings.limit)
             told_of = {**about, "task": job.name, "questions": fingerprint(mine)}
-            records[job.name] = kept = Records(_path(out, job.name), told_of)
+            records[job.name] = kept = _records(out, job.name, told_of)
             say(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
             for index, question in enumerate(mine):
                 if index not in kept.done:
                     questions.append(question)
                     owners.append((job.name, index))
-        for count, (number, answer) in enumerate(ask(scorer, questions), 1):
+        for count, (number, answer) in enumerate(ask_together(scorer, questions), 1):
             name, index = owners[number]
             records[name].add(index, _record(questions[number], answer))
             if count % max(len(questions) // 20, 1) == 0:
@@ -225,7 +228,7 @@ def _solve(
     """Answers the test problems, `TOGETHER` of them at a time, and judges them."""
     problems = list(problems_of(job.task, "test"))[: s.limit]
     asked = fingerprint((problem.messages, problem.answer) for problem in problems)
-    with Records(_path(out, job.name), {**about, "task": job.name, "questions": asked}) as records:
+    with _records(out, job.name, {**about, "task": job.name, "questions": asked}) as records:
         todo = [i for i in range(len(problems)) if i not in records.done]
         for start in range(0, len(problems), TOGETHER):
             mine = [i for i in todo if start <= i < start + TOGETHER]
@@ -310,5 +313,8 @@ def told(result: Mapping[str, Any]) -> str:
     return f"{100 * result['accuracy']:.2f}%{interval} of {result['count']:,}{cut}"
 
 
-def _path(out: Path, name: str) -> Path:
-    return out / f"{name.replace('/', '-')}.jsonl"
+def _records(out: Path, name: str, about: Mapping[str, Any]) -> Records:
+    """Of several processes the first keeps the records, and the others know of them."""
+    kept = Records(out / f"{name.replace('/', '-')}.jsonl" if jax.process_index() == 0 else None, about)
+    kept.done = gather(kept.done)[0]
+    return kept

@@ -23,9 +23,8 @@ class HeldOutLoss:
 
     def __call__(self, params: Any) -> float:
         total = weight = 0.0
-        for batch in streams.every_row_once(
-            self._rows, self._batch_rows, host=jax.process_index(), hosts=jax.process_count()
-        ):
+        own = sharding.own_rows(self._mesh, self._batch_rows)
+        for batch in streams.every_row_once(self._rows, self._batch_rows, places=own):
             placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
             found = self._sum(params, {name: column[0] for name, column in placed.items()})
             total, weight = total + float(found.total), weight + float(found.weight)

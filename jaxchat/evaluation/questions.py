@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
+import jax
+
 from jaxchat.evaluation.likelihoods import Item, Scored, Scorer
+from jaxchat.processes import share_out
 
 By = Literal["mean", "sum", "greedy"]
+
+SHARED = 4096  # Questions that processes ask between two exchanges of their answers.
 
 
 class Question(NamedTuple):
@@ -71,6 +76,16 @@ def ask(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tuple[int, An
         if len(mine) == len(question.items):
             del found[number]
             yield number, answer(question, [mine[i] for i in range(len(mine))], truncated)
+
+
+def ask_together(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+    """`ask`, every process of the run asking a part of them; each is told all the answers."""
+    if jax.process_count() == 1:
+        yield from ask(scorer, questions)
+        return
+    for start in range(0, len(questions), SHARED):
+        part = questions[start : start + SHARED]
+        yield from enumerate(share_out(part, lambda own: [one for _, one in sorted(ask(scorer, own))]), start)
 
 
 def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Question:

@@ -1,5 +1,6 @@
 """Records of single answers, a JSON line each: what an evaluation that was stopped goes on from."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +14,20 @@ from jaxchat.data.cache import make_directory
 class Records:
     """The records of one task, by the question's number; a question is answered once, however often it is started.
 
-    The first line says what is evaluated, and how. A last line that was cut off is written again.
+    The first line says what is evaluated, and how. A last line that was cut off is written again. Without a path
+    nothing is written.
 
     Raises:
         UserError: the file is that of another evaluation, or is damaged.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.about = path, json.loads(json_line(dict(about)))
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self.about = json.loads(json_line(dict(about)))
         self.done: dict[int, dict[str, Any]] = {}
+        self._file: io.BufferedRandom | io.BytesIO = io.BytesIO()
+        if path is None:
+            return
+        self.path = path
         whole = self._read() if path.exists() else 0
         make_directory(path.parent, "--out")
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115

@@ -12,6 +12,7 @@ from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sample import refused
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
+from jaxchat.processes import share_out
 from jaxchat.tasks import Problem, Score, Task
 from jaxchat.tokenizer import chat
 
@@ -79,31 +80,52 @@ def solve(
     """
     if n < 1:
         raise UserError(f"n={n} answers to a problem are too few: ask for 1 or more")
-    tools = named_tools(task.tools)
     if notice := getattr(task, "notice", ""):
         log(notice)
+
+    def judged(part: Sequence[tuple[int, Problem]]) -> list[list[Record]]:
+        return _judged(engine, task, part, n, sampling, style)
+
+    records = [record for own in share_out(list(enumerate(problems)), judged) for record in own]
+    if failed := [record for record in records if record.error]:
+        log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
+    return _summary(problems, records, n)
+
+
+def _judged(
+    engine: Engine,
+    task: Task,
+    problems: Sequence[tuple[int, Problem]],
+    n: int,
+    sampling: SamplingParams,
+    style: Style,
+) -> list[list[Record]]:
+    """The records of some problems, by their numbers."""
+    tools = named_tools(task.tools)
     asked: list[Request | UserError] = []
-    for i, problem in enumerate(problems):
+    for number, problem in problems:
         try:
-            asked.append(_request(engine, task, problem, n, replace(sampling, seed=sampling.seed + i), style, tools))
+            seeded = replace(sampling, seed=sampling.seed + number)
+            asked.append(_request(engine, task, problem, n, seeded, style, tools))
         except UserError as error:
             asked.append(error)
     answered = iter(engine.generate([request for request in asked if isinstance(request, Request)]))
-    given: list[tuple[int, int, Completion]] = []
-    for number, request in enumerate(asked):
+    given: list[list[Completion]] = []
+    for request in asked:
         answers = next(answered) if isinstance(request, Request) else [refused(request)]
         # A request that cannot be run has one answer, an error, for all its samples.
         answers = answers if len(answers) == n else answers * n
         if style == "text" and not hasattr(task, "stop"):
             answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]
-        given += [(number, sample, answer) for sample, answer in enumerate(answers)]
-    said = iter(_said(task, [(problems[number], answer.text) for number, _, answer in given if answer.error is None]))
-    records = [
-        _judge(task, None if answer.error else next(said), answer, number, sample) for number, sample, answer in given
+        given.append(answers)
+    texts = [
+        (problem, answer.text) for (_, problem), own in zip(problems, given) for answer in own if answer.error is None
     ]
-    if failed := [record for record in records if record.error]:
-        log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
-    return _summary(problems, records, n)
+    said = iter(_said(task, texts))
+    return [
+        [_judge(task, None if answer.error else next(said), answer, number, i) for i, answer in enumerate(own)]
+        for (number, _), own in zip(problems, given)
+    ]
 
 
 def _request(

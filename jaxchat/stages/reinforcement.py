@@ -1,5 +1,6 @@
 """RL: batches of answers that the model gives itself, with the parameters of the step before."""
 
+import functools
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import checkpoint, sharding
+from jaxchat import checkpoint, processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
@@ -24,8 +25,6 @@ class Reinforcement:
     """A stage that learns from the rewards of its own answers."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, say: Say) -> None:
-        if jax.process_count() > 1:
-            raise UserError("RL runs in one process for now: start it on one host")
         assert e.rl is not None
         self._rl, self._tokenizer, self._say = e.rl, tokenizer, say
         self.steps = e.steps
@@ -41,10 +40,12 @@ class Reinforcement:
         self._setup, self._dispatched = setup, time.perf_counter()
         self._told: dict[int, dict[str, Any]] = {}
         shape = Shape(length=e.data.row_length, slots=rl.slots, prompts=8)
-        fresh = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), setup.abstract.params
-        )
-        self._engine = Engine(setup.transformer, fresh, self._tokenizer, shape)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.params)
+        zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), setup.abstract.params)  # noqa: E731
+        fresh = jax.jit(zeros, out_shardings=placed)()
+        own_copy = functools.partial(processes.own_copy, setup.mesh)
+        mesh = processes.own_mesh(setup.mesh)
+        self._engine = Engine(setup.transformer, own_copy(fresh), self._tokenizer, shape, mesh=mesh)
         reference = None
         if rl.kl is not None:
             reference = checkpoint.load_params(*locate_start(e), setup.abstract.params)
@@ -56,6 +57,7 @@ class Reinforcement:
             row_length=e.data.row_length,
             micro_rows=micro_rows,
             reference=reference,
+            own_copy=own_copy,
             downloads=e.cache_directory / "downloads",
             say=self._say,
         )
@@ -69,7 +71,8 @@ class Reinforcement:
         if index in self._told:
             self._told[index]["train_seconds"] = start - self._dispatched
         columns, used = self._stream.batch(index, state.params)
-        batch = sharding.put_batch(self._setup.mesh, columns) | {"count": jnp.int32(used)}
+        count = jax.device_put(np.int32(used), sharding.replicated(self._setup.mesh))
+        batch = sharding.put_whole(self._setup.mesh, columns) | {"count": count}
         self._dispatched = time.perf_counter()
         fresh = index % self._rl.updates == 0
         times = {name: self._stream.facts[name] if fresh else 0.0 for name in ("sample_seconds", "score_seconds")}
@@ -122,13 +125,13 @@ def scorer(setup: Setup) -> Score:
             kept_BTC=columns.get("kept"),
         )[:2]
 
-    compiled = jax.jit(score)
+    compiled = jax.jit(score, out_shardings=sharding.replicated(setup.mesh))
 
     def run(params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         needed: Columns = {
             name: columns[name][None] for name in ("tokens", "targets", "segments", "kept") if name in columns
         }
-        placed = {name: column[0] for name, column in sharding.put_batch(setup.mesh, needed).items()}
+        placed = {name: column[0] for name, column in sharding.put_whole(setup.mesh, needed).items()}
         return jax.device_get(compiled(params, placed))
 
     return run

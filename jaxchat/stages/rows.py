@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxchat import sharding
+from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.config import UserError
 from jaxchat.data import prepare, streams
@@ -29,14 +29,13 @@ class FromRows:
             for split in ("train", "val")
         }
         self._made_of = [part.directory.name for part in self._rows["train"]]  # Hashes of what decides their rows.
+        processes.check_same("what --data.train names", self._made_of, "give every host the same documents")
         self._stream = streams.RowStream(
             self._rows["train"],
             e.data.weights,
             epochs=e.data.epochs,
             seed=e.seed,
             batch_rows=e.batch_rows,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
         )
         self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
         self._batches: Iterator[Any] = iter(())
@@ -107,7 +106,8 @@ def device_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Batches on the devices as (micro-batches, rows, ...), read ahead in a thread."""
     e = setup.experiment
-    micro = e.batch_rows // micro_rows
-    for _, batch in stream.prefetch(start, e.steps):
+    micro, own = e.batch_rows // micro_rows, sharding.own_rows(setup.mesh, micro_rows)
+    places = [first + row for first in range(0, e.batch_rows, micro_rows) for row in own]
+    for _, batch in stream.prefetch(start, e.steps, places=places):
         cut = {name: column.reshape(micro, -1, *column.shape[1:]) for name, column in batch.items()}
         yield sharding.put_batch(setup.mesh, cut)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxchat import checkpoint, metrics, signals
+from jaxchat import checkpoint, metrics, processes, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.config import UserError
 from jaxchat.data import cache, prepare
@@ -41,6 +41,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     check_tasks(e)
     setup = make_setup(e, terminal.say)
     cache.make_directory(e.stage_directory, "--directory")
+    processes.check_shared(e.stage_directory, "--directory")
     with alone(e, terminal.say):
         go_on(stopped)
         if tokenizer is None:
@@ -74,9 +75,10 @@ def _train(
     go_on(lambda: stopped() or interrupted())
     stage.begin(setup, micro_rows, start, facts)
     # The first that is written of a run: until here another experiment may take its name.
-    tokenizer.save(e.run_directory / "tokenizer")
-    checkpoint.write_experiment(e.stage_directory, e)
-    stage.write_sources()
+    if jax.process_index() == 0:
+        tokenizer.save(e.run_directory / "tokenizer")
+        checkpoint.write_experiment(e.stage_directory, e)
+        stage.write_sources()
     writers = make_writers(e, start, terminal)
     log = StepLog(setup, peak, writers, stage.numbers)
     results: dict[str, Any] = dict(facts.get("results", {}))
@@ -103,7 +105,8 @@ def _train(
         # The run may have ended between a checkpoint and its evaluation; what a stage starts from is scored first.
         if (start and e.eval_every and start % e.eval_every == 0 and start < e.steps) or (not start and e.start_from):
             score(start, state, False)
-        hooks = Hooks(log, save, score, sample, lambda: stopped() or interrupted())
+        agreed = processes.Agreement()
+        hooks = Hooks(log, save, score, sample, lambda: agreed(stopped() or interrupted()))
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
         state = fit(state, step, stage.batch_at, start=start, steps=e.steps, cadence=cadence, hooks=hooks)
         checkpoints.wait()

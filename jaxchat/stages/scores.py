@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, processes
 from jaxchat.compilation import Setup
 from jaxchat.config import UserError
 from jaxchat.data import prepare
@@ -14,7 +14,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, share, summaries
 from jaxchat.evaluation.likelihoods import Scorer
-from jaxchat.evaluation.questions import ask
+from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
@@ -69,7 +69,7 @@ class TaskScores:
     ) -> None:
         self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, say
         self._style: Style = style
-        self._mesh = mesh
+        self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
         limit = e.eval_problems
         self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
@@ -82,6 +82,8 @@ class TaskScores:
     def __call__(self, params: Params) -> dict[str, float]:
         """Scores by name: NAME_strict, NAME_lenient and pass@k of problems, NAME_accuracy of questions, core."""
         found: dict[str, float] = {}
+        if self._global_mesh is not None:
+            params = processes.own_copy(self._global_mesh, params)
         for job in self._jobs:
             if isinstance(job, Solving):
                 found |= self._solved(params, job.task)
@@ -94,7 +96,7 @@ class TaskScores:
         e, found = self._experiment, dict[str, float]()
         if self._engine is None:
             shape = Shape(length=e.data.row_length, slots=64, prompts=8)
-            self._engine = Engine(self._transformer, params, self._tokenizer, shape)
+            self._engine = Engine(self._transformer, params, self._tokenizer, shape, mesh=self._mesh)
         self._engine.load(params)
         sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)
         solved = solve(
@@ -119,7 +121,7 @@ class TaskScores:
         self._scorer.load(params)
         for job in self._jobs:
             if isinstance(job, Asked):
-                answers = [answer._asdict() for _, answer in ask(self._scorer, self._questions[job.name])]
+                answers = [answer._asdict() for _, answer in ask_together(self._scorer, self._questions[job.name])]
                 results[job.name] = share(answers, job.baselines)
             elif isinstance(job, Texts):
                 results[job.name] = bits_per_byte(self._scorer, self._tokenizer, job.spec, e.eval_problems)

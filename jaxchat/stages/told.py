@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat import metrics, optim
+from jaxchat import metrics, optim, processes
 from jaxchat.compilation import Setup
 from jaxchat.config import UserError, to_json
 from jaxchat.decode.engine import Engine, Shape
@@ -84,10 +84,14 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     What samples.md holds of this step and of later ones, from before a kill, is replaced.
     """
     e = setup.experiment
-    if jax.process_count() > 1 or not e.prompts:
+    if not e.prompts:
+        return
+    params = processes.own_copy(setup.mesh, state.params)
+    if jax.process_index():
         return
     shape = Shape(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
-    engine, greedy = Engine(setup.transformer, state.params, tokenizer, shape), SamplingParams(0.0, max_tokens=64)
+    engine = Engine(setup.transformer, params, tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
+    greedy = SamplingParams(0.0, max_tokens=64)
     chats = e.stage != "pretrain"
     prompts = [prompt for prompt in e.prompts if prompt or not chats]
     if chats:
