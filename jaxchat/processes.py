@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxchat import signals
 from jaxchat.config import UserError, first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -74,8 +75,9 @@ def tpu_hosts(environment: Mapping[str, str]) -> int:
 def joined() -> Iterator[None]:
     """Within it this process is one of its group, where it has one; call it before JAX starts.
 
-    A process that fails tells the others why, and they stop as well; one that is lost ends them after half a minute,
-    with exit status 75: what is started again goes on from the last checkpoint.
+    A process that fails tells the others why, and they stop as well; one that is lost ends them within half a minute,
+    with exit status 75: what is started again goes on from the last checkpoint. Where process 0 is lost, JAX itself
+    ends the others, with a message of its own and status 134.
 
     Raises:
         UserError: the others did not come.
@@ -104,18 +106,24 @@ def _join(environment: Mapping[str, str]) -> None:
         by_hand = {"coordinator_address": environment[ADDRESS]}
         by_hand |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
         by_hand |= {"cluster_detection_method": "deactivate"}
+    told = f"start as many as {COUNT} says, on hosts that reach {environment.get(ADDRESS, 'the first of them')}"
+    # jax.distributed would end this process with a stack of C++.
+    late = threading.Timer(
+        JOIN_SECONDS, _leave, (f"error: the processes did not find each other in {JOIN_SECONDS} s: {told}", 2)
+    )
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             **by_hand,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,
             heartbeat_timeout_seconds=2 * int(PATIENCE),
             shutdown_timeout_seconds=2 * int(PATIENCE),
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the processes did not find each other ({first_line(error)}): start as many as {COUNT} says, on hosts "
-            f"that reach {ADDRESS}"
-        ) from error
+        raise UserError(f"the processes did not find each other ({first_line(error)}): {told}") from error
+    finally:
+        late.cancel()
 
 
 def _group() -> Any:
@@ -159,10 +167,11 @@ class _Watch:
         now = time.monotonic()
         if self._heard.get(other, ("", 0.0))[0] != text or other not in self._heard:
             self._heard[other] = text, now
-        if text.startswith("failed") and other != self._index:
+        silent, what = now - self._heard[other][1], text.partition(" ")[0]
+        if what == "failed" and other != self._index:
             self._stop(f"process {other} stopped ({text.removeprefix('failed ')})")
-        if text != "done" and now - self._heard[other][1] > PATIENCE:
-            self._stop(f"process {other} is lost")
+        if what != "done" and silent > PATIENCE:
+            self._stop(f"process {other} is lost" if what != "stopping" else f"process {other} was told to stop")
 
     def _stop(self, why: str) -> None:
         if not self._ended.is_set():
@@ -177,6 +186,9 @@ class _Watch:
 
     def leave_with(self, error: BaseException) -> NoReturn:
         """Ends this process as its launcher would, once the others have read why."""
+        if isinstance(error, signals.Interrupted):
+            self._stop_together()
+            _leave(f"stopped by a signal; {error}: start again to continue", LOST)
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(2 * BEAT)  # Where another process broke the connection, the watch knows more, and ends this one.
         self.end(f"failed {first_line(error)}")
@@ -193,6 +205,18 @@ class _Watch:
             )
         sys.excepthook(type(error), error, error.__traceback__)
         _leave("", 1)
+
+    def _stop_together(self) -> None:
+        """Returns once all others stop as well, which they do by themselves where they agreed to."""
+        self.end("stopping")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for _ in range(int(PATIENCE / BEAT)):
+                alive = [text for _, text in self._store.key_value_dir_get(PLACE) if text.startswith("alive")]
+                if not alive:
+                    break
+                time.sleep(BEAT)
+            if self._index == 0:  # It keeps what they read.
+                time.sleep(2 * BEAT)
 
 
 def _leave(text: str, status: int) -> NoReturn:
