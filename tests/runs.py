@@ -1,9 +1,11 @@
 """Runs in processes of their own, stopped at some moment, and how two of them are compared."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -18,11 +20,32 @@ ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "sample_seconds", "score_seconds", "train_seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
-def launch(*arguments):
-    """launch.train in a process of its own."""
-    command = [sys.executable, "-m", "launch.train", *arguments]
+def launch(*arguments, program="launch.train", **variables):
+    """A launcher in a process of its own."""
+    command = [sys.executable, "-m", program, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"} | variables, **pipes)
+
+
+def launch_group(count, *arguments, program="launch.train", own=None):
+    """A launcher in several processes that are one run; `own` are further arguments of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    own = own or [[]] * count
+    return [
+        launch(*arguments, *own[index], program=program, **group, JAX_PROCESS_ID=str(index)) for index in range(count)
+    ]
+
+
+def finish_group(processes, statuses=None):
+    """What each printed, on both streams; they must be read together, for none ends before the others."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        told = list(pool.map(lambda process: process.communicate(), processes))
+    found = [process.returncode for process in processes]
+    assert found == (statuses or [0] * len(processes)), "\n\n".join(err[-3000:] for _, err in told)
+    return told
 
 
 def finish(process, status=0):
