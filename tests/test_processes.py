@@ -18,6 +18,18 @@ from jaxchat.sharding import Mesh, make_mesh
 
 HAND = {processes.ADDRESS: "host:1234", processes.COUNT: "2", processes.INDEX: "1"}
 LONG = 10_000  # Steps of a run that something ends.
+LETTERS = """
+from jaxchat.tasks import Problem, Score
+
+class Letters:
+    name, tools = "letters", ()
+
+    def problems(self, split):
+        return [Problem.ask(f"word {i}", "") for i in range(20)]
+
+    def score(self, problem, text):
+        return Score(len(text) % 2 == 0, "a" in text)
+"""
 
 
 def test_a_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +118,8 @@ def flags(place: Path, stage: str, name: str, **changes: object) -> list[str]:
     if stage == "sft":
         values |= {"data.train": "tinyworld:chat:60", "data.val": "tinyworld:chat:20", "steps": 4, "save_every": 2}
     if stage == "rl":
-        values |= {"rl.prompts": 4, "rl.samples": 4, "rl.max_tokens": 8, "rl.rewards": "brevity", "steps": 4}
+        values |= {"rl.prompts": 4, "rl.samples": 4, "rl.max_tokens": 8, "steps": 4}
+        values |= {"rl.tasks": f"{place / 'letters.py'}:Letters"}
         values |= {"start_from": "sft", "save_every": 2, "eval_every": 2, "rl.kl": 0.1}
     extra = ["--data.epochs"] if stage == "sft" else []
     extra += ["--tasks"] if stage == "pretrain" else []
@@ -115,19 +128,25 @@ def flags(place: Path, stage: str, name: str, **changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("processes"))
+    place = corpus(tmp_path_factory.mktemp("processes"))
+    (place / "letters.py").write_text(LETTERS)
+    return place
 
 
-def assert_close(stage: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """The same records and the same parameters, up to the order in which devices add."""
+def assert_close(stage: Path, other: Path) -> None:
+    """The same losses and scores to 1e-5, and parameters to the little that Adam makes of a rounding: devices of
+    several processes add in another order."""
     ours, theirs = records(stage), records(other)
     assert [sorted(record) for record in ours] == [sorted(record) for record in theirs] and len(ours) > 2
     for one, two in zip(ours, theirs):
         for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=20 * tolerance, abs=tolerance), (one["step"], name)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=5 * tolerance), parameters(stage), parameters(other)
-    )
+            loose = name in ("grad_norm",) or name.startswith(("gap", "kl"))
+            assert two[name] == pytest.approx(value, rel=1e-3 if loose else 1e-5, abs=1e-5), (one["step"], name)
+
+    def near(a: np.ndarray, b: np.ndarray) -> None:
+        assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(a) + 1e-6
+
+    jax.tree.map(near, parameters(stage), parameters(other))
 
 
 @pytest.mark.slow
