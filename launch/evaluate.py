@@ -65,10 +65,11 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
         return processes.told(_evaluate(options))
 
 
-def _evaluate(options: Evaluate) -> dict[str, object]:
+def _evaluate(options: Evaluate) -> Mapping[str, object]:
     import jax
 
     from jaxchat import checkpoint
+    from jaxchat.data.cache import locked
     from jaxchat.decode.engine import load_engine
     from jaxchat.evaluation import evaluate
     from jaxchat.evaluation.published import report
@@ -99,10 +100,11 @@ def _evaluate(options: Evaluate) -> dict[str, object]:
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
-    first = jax.process_index() == 0
-    results = evaluate.evaluate(engine, found, settings, out, about, say=config.say if first else lambda _: None)
-    if not first:
-        return {}
+    if jax.process_index():
+        return evaluate.evaluate(engine, found, settings, out, about, say=lambda _: None)
+    refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
+    with locked(out, config.say, refusal=refusal):
+        results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
     everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.

@@ -263,3 +263,14 @@ def test_intervals_and_the_paired_test_are_the_textbooks() -> None:
     assert (found.only_first, found.only_second, found.difference) == (5, 15, 0.2)
     assert found.p == pytest.approx(0.041389, abs=1e-6)
     assert found.low < 0.2 < found.high
+
+
+def test_questions_without_examples_are_told(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = [row | {"subject": "large_numbers"} for row in MMLU[:3]]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU + other))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
+    (job,) = jobs([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
+    job.questions(engine.tokenizer, None)
+    assert "3 of 15 questions are asked without examples" in capsys.readouterr().err
+    job.questions(engine.tokenizer, 12)
+    assert capsys.readouterr().err == ""

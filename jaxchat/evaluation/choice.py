@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.data import sources
 from jaxchat.data.files import Reading, objects
 from jaxchat.data.files import place as stands
@@ -96,6 +96,11 @@ def mmlu_questions(
     shown: dict[str, list[Choice]] = {}
     for one in mmlu(place, "dev", downloads):
         shown.setdefault(one.subject, []).append(one)
+    if bare := [choice for choice in asked if choice.subject not in shown]:
+        say(
+            f"warning: mmlu: {len(bare)} of {len(asked)} questions are asked without examples, for the dev file has "
+            f"none of {bare[0].subject or 'their subject'}"
+        )
     return [mmlu_in_text(choice, tokenizer, shown.get(choice.subject, [])[:SHOTS]) for choice in asked]
 
 
