@@ -17,6 +17,7 @@ import optax
 from jaxchat import sharding
 
 Schedule = Callable[[Any], jax.Array]  # Of a step, traced or a plain number.
+Sides = tuple[str, str]
 Triples = tuple[tuple[float, float, float], ...]
 
 # Five steps of degree five; safety factor 2e-2, cushion 2 (arXiv:2505.16932, section 3).
@@ -197,8 +198,8 @@ def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.Gradi
         updates: list[Any] = [None] * len(leaves)
         rate, wd = c.learning_rate * factor(state.count), decay(state.count)
         weights = jax.tree.leaves(params)
-        for shape, members in _by_shape(ahead).items():
-            stack = _orthogonal_stack(c, triples, [ahead[i] for i in members], dtype)
+        for (shape, sides), members in _alike(views, ahead).items():
+            stack = _orthogonal_stack(c, triples, [ahead[i] for i in members], sides, dtype)
             if c.variance:
                 second = jnp.concatenate([seconds[i] for i in members])
                 stack, second = normalise_variance(stack, second, c.b2)
@@ -256,12 +257,15 @@ def normalise_variance(x_NRC: jax.Array, second: jax.Array, b2: float) -> tuple[
     return x_NRC * jnp.expand_dims(step * (before / jnp.maximum(after, least)), axis), second
 
 
-def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], dtype: Any) -> jax.Array:
-    """Equal-shaped matrices as one stack, spread over every device, orthogonalised; float32 outside, `dtype` inside."""
+def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: Sides, dtype: Any) -> jax.Array:
+    """Equal-shaped matrices as one stack, spread over every device, orthogonalised; float32 outside, `dtype` inside.
+
+    Before and after, the matrices lie as their parameters do, by the logical axes of their two `sides`.
+    """
     stack = jnp.concatenate(parts)
     wide, count, devices = stack.dtype, stack.shape[0], sharding.device_count()
     stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    stack = sharding.constrain(stack, ("stack", None, None))
+    stack = sharding.constrain(sharding.constrain(stack, (None, *sides)), ("stack", None, None))
     if c.equilibrate:
         stack = equilibrate(stack)
     dtype = wide if wide == jnp.float64 else dtype
@@ -270,7 +274,7 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], dtype: 
     if c.renormalise:
         norm = jnp.linalg.norm(stack, axis=(-2, -1), keepdims=True)
         stack = stack * (math.sqrt(min(stack.shape[-2:])) / jnp.maximum(norm, 1e-6))
-    return stack[:count]
+    return sharding.constrain(stack, (None, *sides))[:count]
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,11 @@ class _View:
         """Where the input axes end."""
         return 3 if self.axes[1] in ("heads", "kv_heads") else 2
 
+    @property
+    def sides(self) -> Sides:
+        """The logical axis that splits each side of a matrix; that of its heads, where it has heads."""
+        return self.axes[self.split], self.axes[1]
+
     def matrices(self, w: jax.Array) -> jax.Array:
         rows = math.prod(w.shape[1 : self.split])
         return jnp.swapaxes(w.reshape(w.shape[0], rows, -1), -1, -2)
@@ -292,11 +301,12 @@ class _View:
         return jnp.swapaxes(x_NRC, -1, -2).reshape(shape)
 
 
-def _by_shape(stacks: list[jax.Array]) -> dict[tuple[int, int], list[int]]:
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for i, x_NRC in enumerate(stacks):
-        shapes.setdefault((x_NRC.shape[1], x_NRC.shape[2]), []).append(i)
-    return shapes
+def _alike(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[tuple[tuple[int, int], Sides], list[int]]:
+    """Which matrices are of equal shape, and lie alike."""
+    found: dict[tuple[tuple[int, int], Sides], list[int]] = {}
+    for i, (view, x_NRC) in enumerate(zip(views, stacks, strict=True)):
+        found.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides), []).append(i)
+    return found
 
 
 def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str]) -> None:

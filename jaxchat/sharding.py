@@ -38,8 +38,9 @@ TRAIN_RULES: Rules = {
     "length": None,
     "width": None,
     "shards": BATCH,
-    # the optimizer's stacks of matrices: each device orthogonalises its share
-    "stack": MESH_AXES,
+    # the optimizer's stacks of matrices: each device orthogonalises its share; `data` last, for parameters are whole
+    # along it, so that no device sends what another has
+    "stack": ("fsdp", "tensor", "data"),
 }
 
 # A step of decoding reads every parameter: gathering their width each time would cost more than holding it whole.

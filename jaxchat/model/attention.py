@@ -14,7 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxchat import sharding
 from jaxchat.model import cache as kv
-from jaxchat.model.layers import Init, RMSNorm, centred_uniform, initializer, param, rms_norm, uniform_between
+from jaxchat.model.layers import (
+    Init,
+    RMSNorm,
+    centred_uniform,
+    initializer,
+    look_up,
+    param,
+    rms_norm,
+    uniform_between,
+)
 
 MASKED = -1e30  # Finite, so that a row with no key at all stays finite.
 GATE_INIT = (0.0, 0.02)
@@ -237,13 +246,11 @@ class GroupedQueryAttention(nn.Module):
 
     def _value_embedding(self, value: ValueEmbedding, x_BTM: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         K, D, C = self.config.kv_heads, self.config.head_dim, value.gate_channels
-        shape = (self.vocab, K, D)
-        table_VKD = param(
-            self, "value_embedding", ("tokens", "kv_heads", "head"), shape, centred_uniform(self.width**-0.5)
-        )
+        shape, axes = (self.vocab, K, D), ("tokens", "kv_heads", "head")
+        table_VKD = param(self, "value_embedding", axes, shape, centred_uniform(self.width**-0.5))
         gate_CK = param(self, "value_gate", ("gate", "kv_heads"), (C, K), uniform_between(*GATE_INIT))
         gate_BTK = value.scale * jax.nn.sigmoid(x_BTM[..., :C] @ gate_CK.astype(x_BTM.dtype))
-        return gate_BTK[..., None] * table_VKD[tokens_BT].astype(x_BTM.dtype)
+        return gate_BTK[..., None] * look_up(table_VKD, tokens_BT, axes, x_BTM.dtype)
 
     @staticmethod
     def empty(config: GQA, batch: int, length: int, *, write: int, dtype: jnp.dtype) -> kv.KVCache:

@@ -1,13 +1,16 @@
 """Parameters with logical axes, initial values, and normalisation."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from jaxchat import sharding
 
 Initializer = Callable[..., jax.Array]
 Init = Literal["uniform", "normal", "zeros"]
@@ -32,6 +35,54 @@ def param(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int,
         raise ValueError(f"parameter {name} has {len(axes)} axes and {len(shape)} dimensions")
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape)
     return value
+
+
+class _LookUp(NamedTuple):
+    """Static facts of a look-up: the table's logical axes, rows and type, and the type of what is read."""
+
+    axes: tuple[str, ...]
+    rows: int
+    table_dtype: Any
+    dtype: Any
+
+
+def look_up(table: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:
+    """A table's row of each token, (B, T, ...), in `dtype`; the gradient is added up in at least float32.
+
+    Under a mesh the whole table is gathered in `dtype` before; each batch shard adds up a gradient of its own, and what
+    all add is scattered again. Left to the partitioner, every device would gather the activations of all others.
+    """
+    facts = _LookUp(axes, table.shape[0], jnp.dtype(table.dtype), jnp.dtype(dtype))
+    return _look_up(facts, table, tokens_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(facts: _LookUp, table: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    if sharding.device_count() == 1:
+        return table[tokens_BT].astype(facts.dtype)
+    return sharding.constrain(table.astype(facts.dtype), _gathered(facts.axes))[tokens_BT]
+
+
+def _look_up_forward(facts: _LookUp, table: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _look_up(facts, table, tokens_BT), tokens_BT
+
+
+def _look_up_backward(facts: _LookUp, tokens_BT: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    shards = sharding.batch_shards() if len(tokens_BT) % sharding.batch_shards() == 0 else 1
+    wide = jnp.promote_types(facts.table_dtype, jnp.float32)
+    apart_SN = tokens_BT.reshape(shards, -1)
+    g = g.reshape(*apart_SN.shape, *g.shape[2:]).astype(wide)
+    added = jax.vmap(lambda tokens_N, g: jnp.zeros((facts.rows, *g.shape[1:]), wide).at[tokens_N].add(g))(apart_SN, g)
+    added = sharding.constrain(added, ("shards", *_gathered(facts.axes)))
+    return sharding.constrain(added.sum(axis=0).astype(facts.table_dtype), facts.axes), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _gathered(axes: tuple[str, ...]) -> tuple[str | None, ...]:
+    """A table's axes where its batch shards each have it whole."""
+    return tuple(None if name in ("embed", "tokens") else name for name in axes)
 
 
 def initializer(kind: Init, fan_in: int, fan_out: int, scale: float = 1.0) -> Initializer:

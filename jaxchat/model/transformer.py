@@ -13,9 +13,10 @@ from flax import linen as nn
 from jaxchat import sharding
 from jaxchat.model.attention import GATE_INIT, GQA, MIXERS, Context, rotation
 from jaxchat.model.cache import KVCache
-from jaxchat.model.layers import RMSNorm, param, rms_norm, uniform_between
+from jaxchat.model.layers import RMSNorm, look_up, param, rms_norm, uniform_between
 from jaxchat.model.mlp import MLPS, ReluSquared, SwiGLU
 
+EMBED = ("vocab", "embed")  # Axes of the embedding.
 VOCAB_MULTIPLE = 64  # The vocabulary is padded to it; padded logits are never seen.
 
 Params = dict[str, Any]
@@ -121,7 +122,7 @@ class Ends(nn.Module):
     @nn.compact
     def __call__(self) -> None:
         c, V, M = self.config, self.config.padded_vocab, self.config.width
-        param(self, "embed", ("vocab", "embed"), (V, M), nn.initializers.normal(c.embed_std))
+        param(self, "embed", EMBED, (V, M), nn.initializers.normal(c.embed_std))
         if not c.tied:
             param(self, "head", ("embed", "vocab"), (M, V), nn.initializers.normal(c.head_std))
         if c.residual_scales is not None:
@@ -249,13 +250,13 @@ class Transformer:
 
     def _embed(self, ends: Params, context: Context, last_B: jax.Array | None) -> jax.Array:
         c = self.config
-        x_BTM = rms_norm(ends["embed"][context.tokens_BT].astype(self.dtype), c.norm.eps)
+        x_BTM = rms_norm(look_up(ends["embed"], context.tokens_BT, EMBED, self.dtype), c.norm.eps)
         if c.smear is None:
             return x_BTM
         if last_B is None:
             first_B1M = jnp.zeros_like(x_BTM[:, :1])
         else:
-            first_B1M = rms_norm(ends["embed"][last_B[:, None]].astype(self.dtype), c.norm.eps)
+            first_B1M = rms_norm(look_up(ends["embed"], last_B[:, None], EMBED, self.dtype), c.norm.eps)
         previous_BTM = jnp.concatenate([first_B1M, x_BTM[:, :-1]], axis=1)
         gate_BT = jax.nn.sigmoid(x_BTM[..., : c.smear.channels] @ ends["smear_gate"].astype(self.dtype))
         gate_BT = jnp.where(context.positions_BT > 0, gate_BT * ends["smear_scale"].astype(self.dtype), 0)
