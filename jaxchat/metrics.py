@@ -80,26 +80,30 @@ class Writer(Protocol):
 class JsonLines:
     """metrics.jsonl: one object a line. Lines after `resumed_step` are cut off first.
 
-    The evaluation of that step may come again: a line that is there already is not written twice.
+    The evaluation of that step may come again, on other devices with other roundings: what is there already is kept.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= resumed_step]
-        self._there = {line for line in kept if _step_of(line) == resumed_step}
+        self._there = {_kind(json.loads(line)) for line in kept if _step_of(line) == resumed_step}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json_line(record)
-        if line not in self._there:
-            self._file.write(line + "\n")
+        if _kind(record) not in self._there:
+            self._file.write(json_line(record) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _kind(record: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    """A record's step, and what it tells of."""
+    return record["step"], frozenset(record)
 
 
 def _step_of(line: str) -> float:
