@@ -265,7 +265,8 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: 
     stack = jnp.concatenate(parts)
     wide, count, devices = stack.dtype, stack.shape[0], sharding.device_count()
     stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    stack = sharding.constrain(sharding.constrain(stack, (None, *sides)), ("stack", None, None))
+    for axes in ((None, *sides), ("gathered_stack", None, None), ("stack", None, None)):
+        stack = sharding.constrain(stack, axes)
     if c.equilibrate:
         stack = equilibrate(stack)
     dtype = wide if wide == jnp.float64 else dtype
@@ -274,6 +275,7 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: 
     if c.renormalise:
         norm = jnp.linalg.norm(stack, axis=(-2, -1), keepdims=True)
         stack = stack * (math.sqrt(min(stack.shape[-2:])) / jnp.maximum(norm, 1e-6))
+    stack = sharding.constrain(stack, ("gathered_stack", None, None))
     return sharding.constrain(stack, (None, *sides))[:count]
 
 

@@ -41,7 +41,10 @@ TRAIN_RULES: Rules = {
     # the optimizer's stacks of matrices: each device orthogonalises its share; `data` last, for parameters are whole
     # along it, so that no device sends what another has
     "stack": ("fsdp", "tensor", "data"),
+    "gathered_stack": ("fsdp", "tensor"),
 }
+
+ADDING: Rules = {**TRAIN_RULES, "by_data": "data", "by_fsdp": "fsdp"}
 
 # A step of decoding reads every parameter: gathering their width each time would cost more than holding it whole.
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "tokens": None}
@@ -122,6 +125,22 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RUL
         return x
     entries = [entry if size % _ways(mesh, entry) == 0 else None for size, entry in zip(x.shape, spec(axes, rules))]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """The sum over the first axis, one term a batch shard, placed by the logical `axes` of the others.
+
+    In two steps, one a mesh axis: the sum over `fsdp` is scattered as it is made, and that over `data`, along which
+    parameters are whole, can wait until all micro-batches are added.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x.sum(axis=0)
+    ways = tuple(mesh.shape[axis] for axis in BATCH)
+    inside = (None,) * len(axes)
+    x = constrain(x.reshape(*ways, *x.shape[1:]), ("by_data", "by_fsdp", *inside), ADDING)
+    x = constrain(x.sum(axis=1), ("by_data", *axes), ADDING)
+    return constrain(x.sum(axis=0), axes)
 
 
 def batch_shards() -> int:

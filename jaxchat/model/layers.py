@@ -73,8 +73,9 @@ def _look_up_backward(facts: _LookUp, tokens_BT: jax.Array, g: jax.Array) -> tup
     apart_SN = tokens_BT.reshape(shards, -1)
     g = g.reshape(*apart_SN.shape, *g.shape[2:]).astype(wide)
     added = jax.vmap(lambda tokens_N, g: jnp.zeros((facts.rows, *g.shape[1:]), wide).at[tokens_N].add(g))(apart_SN, g)
-    added = sharding.constrain(added, ("shards", *_gathered(facts.axes)))
-    return sharding.constrain(added.sum(axis=0).astype(facts.table_dtype), facts.axes), None
+    if shards == 1:
+        return added[0].astype(facts.table_dtype), None
+    return sharding.add_shards(added, facts.axes).astype(facts.table_dtype), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -156,7 +156,7 @@ def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
     dw_SMV, dh = jax.lax.scan(
         step, _no_gradient(h_SBTM, w_MV), jax.tree.map(functools.partial(_chunked, shape), columns)
     )
-    return _whole(dh), _added(dw_SMV).astype(w_MV.dtype), None, None
+    return _whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype), None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
@@ -191,7 +191,7 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
     chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
     start = (jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), _no_gradient(h_SBTM, w_MV))
     (total_S, dw_SMV), dh = jax.lax.scan(step, start, chunks)
-    return jnp.sum(total_S), (_whole(dh), _added(dw_SMV).astype(w_MV.dtype))
+    return jnp.sum(total_S), (_whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype))
 
 
 def _nll_backward(shape: _Shape, saved: Any, g: jax.Array) -> Any:
@@ -208,11 +208,6 @@ def _product_gradients(h: jax.Array, w_MV: jax.Array, dz: jax.Array, dw_SMV: jax
     dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
     dw_SMV = dw_SMV + jnp.einsum("SBTM,SBTV->SMV", h, dz, preferred_element_type=_wide(h))
     return sharding.constrain(dw_SMV, ("shards", None, "vocab")), dh
-
-
-def _added(dw_SMV: jax.Array) -> jax.Array:
-    """The sum over batch shards, each device keeping its part of it."""
-    return sharding.constrain(jnp.sum(dw_SMV, axis=0), ("embed", "vocab"))
 
 
 def _no_gradient(h_SBTM: jax.Array, w_MV: jax.Array) -> jax.Array:
