@@ -1,7 +1,7 @@
 """Attention as dense matrix products, and the one mask rule.
 
 For training, packing, padding, windows and decoding alike: a query at position q sees a key at position k of the same
-k > q - 1 - W (so W + 1 keys).
+segment when 0 <= k <= q and, under a window W, k > q - 1 - W (so W + 1 keys).
 """
 
 from typing import Any
