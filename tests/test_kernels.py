@@ -165,19 +165,20 @@ def test_kv_heads_that_a_mesh_does_not_divide_are_refused() -> None:
 
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_a_model_with_splash_gives_the_gradient_of_one_without(loop: str) -> None:
-    config = small.july2026(layer_loop=loop, remat="attention", depth=2)
+    config = small.july2026(layer_loop=loop, remat="attention", depth=2, backout=None)
     params, batch = small.parameters(config), small.batch(2, 12, config.vocab)
+    probe = np.random.default_rng(0).standard_normal((2, 12, config.width)).astype(np.float32)
 
     def gradient(attention: str) -> Any:
         def total(params: Any) -> Any:
             hidden, _ = Transformer(config, jnp.float32, attention).apply(
                 params, batch["tokens"], segments_BT=batch["segments"]
             )
-            return jnp.sum(hidden[:, :, 0])
+            return jnp.sum(hidden * probe)
 
         return jax.jit(jax.grad(total))(jax.tree.map(jnp.asarray, params))
 
-    small.assert_close(gradient("splash_interpreted"), gradient("xla"), 1e-4)
+    small.assert_close(gradient("splash_interpreted"), gradient("xla"), 1e-5)
 
 
 def runs_by_hand(row: np.ndarray, most: int) -> tuple[list[int], list[int], int]:
