@@ -128,7 +128,7 @@ def test_no_gradient_crosses_into_another_document(name: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cudnn_equals_the_reference(case: Case) -> None:
     if jax.default_backend() != "gpu":
-        pytest.skip("needs a GPU: JAX_PLATFORMS=cuda python -m pytest -n0 -m gpu tests/test_kernels.py")
+        pytest.skip("needs a GPU: python -m pytest -n0 -m gpu tests/test_kernels.py")
     assert_equal(evaluated(BACKENDS["cudnn"], case, jnp.bfloat16), case, 0.03)
     if case.borders is not None:
         *crossing, _ = across("cudnn", jnp.bfloat16)
