@@ -14,6 +14,7 @@ import optax
 from jaxchat import checkpoint, metrics, optim, processes, sharding
 from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
+from jaxchat.model.choice import choose_attention
 from jaxchat.model.transformer import Transformer
 from jaxchat.objectives.likelihood import Objective, likelihood
 from jaxchat.objectives.policy import policy_gradient
@@ -63,7 +64,11 @@ def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequ
     """Mesh, model, optimizer, and the abstract state with its placements; on other devices than JAX has, if named."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     devices = list(jax.devices() if devices is None else devices)
-    transformer = Transformer(experiment.model, compute_dtype(experiment, devices[0], say))
+    dtype, length = compute_dtype(experiment, devices[0], say), experiment.data.row_length
+    attention = choose_attention(
+        experiment.attention, experiment.model, length=length, dtype=dtype, device=devices[0], say=say
+    )
+    transformer = Transformer(experiment.model, dtype, attention)
     try:
         mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
         axes = transformer.axes()

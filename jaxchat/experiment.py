@@ -23,6 +23,7 @@ RESUMABLE = (
     "sample_every",
     "keep",
     "micro_rows",
+    "attention",
     "prompts",
     "eval_problems",
     "tensorboard",
@@ -49,6 +50,8 @@ class Experiment:
         warm_optimizer: start with that checkpoint's optimizer moments as well.
         micro_rows: rows of one forward and backward pass, over all devices; "auto" takes the most that fit in memory.
         dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
+        attention: what computes attention in training; "auto" is splash on TPUs and cudnn on GPUs where they can serve
+            the model and give what xla gives, otherwise xla.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
@@ -72,6 +75,7 @@ class Experiment:
     micro_rows: int | Literal["auto"] = "auto"
     mesh: Mesh = Mesh()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     save_every: int = 250
     eval_every: int = 250
     eval_rows: int = 256

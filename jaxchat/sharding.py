@@ -7,7 +7,7 @@ Parameters and activations carry logical axes; a rule table maps each to mesh ax
 import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,30 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RUL
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = [entry if size % _ways(mesh, entry) == 0 else None for size, entry in zip(x.shape, spec(axes, rules))]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(x, _fitting(mesh, x, axes, rules))
+
+
+def on_each_device(
+    call: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]]
+) -> jax.Array:
+    """`call` of the arrays, run by every device of the mesh that is set on its own part of them by their logical axes.
+
+    For kernels that the compiler cannot split. `call` must need no other device's part, and its result must lie as the
+    first array does. A dimension that its mesh axes do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return call(*arrays)
+    places = tuple(_fitting(mesh, x, names) for x, names in zip(arrays, axes, strict=True))
+    # Kernels do not say along which axes their results vary, so that cannot be checked.
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=places, out_specs=places[0], check_vma=False)
+    return mapped(*arrays)
+
+
+def _fitting(mesh: Any, x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:
+    """The placement of an array, whole along every dimension that its mesh axes do not divide."""
+    entries = spec(axes, rules)
+    return PartitionSpec(*(e if size % _ways(mesh, e) == 0 else None for size, e in zip(x.shape, entries, strict=True)))
 
 
 def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -23,7 +23,7 @@ from jaxchat import optim
 from jaxchat.export import huggingface
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
-from jaxchat.model.attention import Context, attend_row
+from jaxchat.model.dense import attend_row
 from jaxchat.model.transformer import flops_per_token, parameter_counts
 from jaxchat.objectives.likelihood import likelihood
 from jaxchat.objectives.logprobs import weighted_nll
@@ -162,8 +162,8 @@ def test_attention_equals_the_reference_for_every_mask(mask: Mask) -> None:
         window=mask.window,
     )
     with jax.enable_x64(True):
-        context = Context(jnp.zeros_like(positions), positions, jnp.asarray(segments) if mask.segments else None)
-        ours = np.asarray(attend_row(*map(jnp.asarray, (q, k, v)), context, window=mask.window))
+        where = jnp.asarray(positions), jnp.asarray(segments) if mask.segments else None
+        ours = np.asarray(attend_row(*map(jnp.asarray, (q, k, v)), *where, window=mask.window))
     real = positions >= 0
     assert np.isfinite(ours).all()
     assert np.abs(ours - theirs)[real].max() < 1e-12

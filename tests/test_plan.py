@@ -106,7 +106,7 @@ def test_the_largest_micro_batch_that_fits_is_found(monkeypatch: pytest.MonkeyPa
         def compiled(e, topology, rows, remat, say):  # type: ignore[no-untyped-def]
             tried.append((rows, remat))
             needed = (4.0 if remat == "full" else 16.0) * rows * share * GiB
-            return ahead.Fit(rows, remat, needed <= topology.chip.memory, needed, 0.0)
+            return ahead.Fit(rows, remat, "xla", needed <= topology.chip.memory, needed, 0.0)
 
         return compiled
 

@@ -1,7 +1,6 @@
-"""Attention: grouped queries, rotary positions, windows, and one mask rule; `MIXERS` maps configuration to module.
+"""Attention: grouped queries, rotary positions and windows; `MIXERS` maps configuration to module.
 
-The mask rule, for training, packing, padding, windows and decoding alike: a query at position q sees a key at
-position k of the same segment when 0 <= k <= q and, under a window W, k > q - 1 - W (so W + 1 keys).
+What a query sees is the rule of `dense.visible`, whichever of `kernels.BACKENDS` computes it.
 """
 
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxchat import sharding
 from jaxchat.model import cache as kv
+from jaxchat.model.dense import attend_cached, visible
+from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import (
     Init,
     RMSNorm,
@@ -25,7 +25,6 @@ from jaxchat.model.layers import (
     uniform_between,
 )
 
-MASKED = -1e30  # Finite, so that a row with no key at all stays finite.
 GATE_INIT = (0.0, 0.02)
 
 
@@ -100,109 +99,11 @@ def rotate(x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def visible(
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None = None,
-    k_segments_BS: jax.Array | None = None,
-    *,
-    window: int | None = None,
-) -> jax.Array:
-    """The mask rule: (B, T, S) of bool."""
-    q, k = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
-    seen = (k >= 0) & (k <= q)
-    if window is not None:
-        seen &= k > q - 1 - window
-    if q_segments_BT is not None and k_segments_BS is not None:
-        seen &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-    return seen
-
-
-def attend(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the keys that are seen; scores and softmax in float32. Returns (B, T, H, D)."""
-    return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS)
-
-
-def attend_cached(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """`attend` to keys and values that lie heads first, as a cache keeps them."""
-    B, T, H, D = q_BTHD.shape
-    K, G = k_BKSD.shape[1], H // k_BKSD.shape[1]
-    q_BKRD = (q_BTHD * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    o_BKRD = _attend_heads(q_BKRD, k_BKSD, v_BKSD, seen_BTS)
-    return o_BKRD.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
-
-
-@jax.custom_vjp
-def _attend_heads(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """Attention with heads first and R = G * T queries a kv head, so that every product is one batched matrix product.
-
-    The gradient is written out: left to autodiff it takes twice as long on a CPU.
-    """
-    return _attend_forward(q_BKRD, k_BKSD, v_BKSD, seen_BTS)[0]
-
-
-def _attend_forward(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> Any:
-    B, K, R, _ = q_BKRD.shape
-    T, S = seen_BTS.shape[1:]
-    s_BKRS = _product(q_BKRD, k_BKSD, 3, 3)
-    s_BKRS = jnp.where(seen_BTS[:, None, None], s_BKRS.reshape(B, K, R // T, T, S), MASKED).reshape(B, K, R, S)
-    e_BKRS = jnp.exp(s_BKRS - jnp.max(s_BKRS, axis=-1, keepdims=True))
-    p_BKRS = (e_BKRS / jnp.sum(e_BKRS, axis=-1, keepdims=True)).astype(v_BKSD.dtype)
-    o_BKRD = _product(p_BKRS, v_BKSD, 3, 2).astype(v_BKSD.dtype)
-    return o_BKRD, (q_BKRD, k_BKSD, v_BKSD, p_BKRS, o_BKRD)
-
-
-def _attend_backward(saved: Any, do_BKRD: jax.Array) -> Any:
-    q_BKRD, k_BKSD, v_BKSD, p_BKRS, o_BKRD = saved
-    dv_BKSD = _product(p_BKRS, do_BKRD, 2, 2).astype(v_BKSD.dtype)
-    dp_BKRS = _product(do_BKRD, v_BKSD, 3, 3)
-    mean_BKR1 = jnp.sum(do_BKRD.astype(dp_BKRS.dtype) * o_BKRD, axis=-1, keepdims=True)
-    ds_BKRS = (p_BKRS * (dp_BKRS - mean_BKR1)).astype(q_BKRD.dtype)
-    dq_BKRD = _product(ds_BKRS, k_BKSD, 3, 2).astype(q_BKRD.dtype)
-    dk_BKSD = _product(ds_BKRS, q_BKRD, 2, 2).astype(k_BKSD.dtype)
-    return dq_BKRD, dk_BKSD, dv_BKSD, None
-
-
-_attend_heads.defvjp(_attend_forward, _attend_backward)
-
-
-def _product(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    """Contracts axis i of a with axis j of b, batched over rows and kv heads, accumulated in at least float32."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((0, 1), (0, 1))), preferred_element_type=wide)
-
-
-def attend_row(
-    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, context: Context, *, window: int | None
-) -> jax.Array:
-    """Attention of a whole row to itself, in blocks of queries that skip the keys no query of the block can see.
-
-    A block reads the keys up to its own end and, under a window, from its first query's window on: tokens of a segment
-    stand in order, so a difference of row indices is a difference of positions.
-    """
-    T = q_BTHD.shape[1]
-    size = max(128, -(-T // 4))
-    blocks = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        first = 0 if window is None else max(0, start - window)
-        rows, keys = slice(start, end), slice(first, end)
-        positions, segments = context.positions_BT, context.segments_BT
-        seen_BTS = visible(
-            positions[:, rows],
-            positions[:, keys],
-            None if segments is None else segments[:, rows],
-            None if segments is None else segments[:, keys],
-            window=window,
-        )
-        blocks.append(attend(q_BTHD[:, rows], k_BTKD[:, keys], v_BTKD[:, keys], seen_BTS))
-    return jnp.concatenate(blocks, axis=1)
-
-
 class GroupedQueryAttention(nn.Module):
     config: GQA
     width: int
     vocab: int
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -222,14 +123,14 @@ class GroupedQueryAttention(nn.Module):
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
         q_BTHD, k_BTKD = self._prepare(q_BTHD, context), self._prepare(k_BTKD, context)
         if cache is None:
-            o_BTHD = attend_row(q_BTHD, k_BTKD, v_BTKD, context, window=c.window)
+            # Tokens of a segment stand in order, so a difference of indices is one of positions.
+            o_BTHD = BACKENDS[self.attention](q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window)
         else:
             assert context.length_B is not None
             cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
             held_BS = kv.slot_positions(context.length_B, cache.k_BKSD.shape[2])
             seen_BTS = visible(context.positions_BT, held_BS, window=c.window)
             o_BTHD = attend_cached(q_BTHD, cache.k_BKSD.astype(dtype), cache.v_BKSD.astype(dtype), seen_BTS)
-        o_BTHD = checkpoint_name(o_BTHD, "attention")
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
         # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
         y_BTM = o_BTHD.reshape(*o_BTHD.shape[:2], H * D) @ w_HDM.astype(dtype).reshape(H * D, M)

@@ -103,11 +103,12 @@ class Block(nn.Module):
 
     config: Model
     mixer: GQA
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         c = self.config
-        mixer = MIXERS[type(self.mixer)](self.mixer, c.width, c.padded_vocab, name="mixer")
+        mixer = MIXERS[type(self.mixer)](self.mixer, c.width, c.padded_vocab, self.attention, name="mixer")
         y_BTM, cache = mixer(rms_norm(x_BTM, c.norm.eps), context, cache)
         x_BTM = x_BTM + y_BTM
         x_BTM = x_BTM + MLPS[type(c.mlp)](c.mlp, c.width, name="mlp")(rms_norm(x_BTM, c.norm.eps))
@@ -145,12 +146,15 @@ def _line(first: float, last: float) -> Callable[..., jax.Array]:
 class Transformer:
     """The model as functions of its parameters; `dtype` is that of activations and matrix products.
 
+    `attention` names the row of `kernels.BACKENDS` that attends where there is no cache; all give the same.
+
     Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, the same
     whether layers are scanned or unrolled; `unstack` makes {"ends": ..., "layer": (one tree per layer)} of it.
     """
 
     config: Model
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters; the same for every sharding and every layer loop."""
@@ -279,7 +283,7 @@ class Transformer:
         if scales is not None:
             resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
             x_BTM = resid * x_BTM + x0 * x0_BTM
-        block = Block(c, c.pattern[i % len(c.pattern)])
+        block = Block(c, c.pattern[i % len(c.pattern)], self.attention)
 
         def forward(p: Any, x_BTM: jax.Array, context: Context, cache: Any) -> Any:
             return block.apply({"params": p}, x_BTM, context, cache)

@@ -24,6 +24,7 @@ class Fit:
 
     micro_rows: int
     remat: str
+    attention: str
     fits: bool
     bytes: float
     seconds: float
@@ -38,17 +39,19 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, say
     limit = topology.chip.memory * (1 if e.micro_rows == micro_rows else compilation.MEMORY_SHARE)
     start = time.perf_counter()
     try:
-        needed = compilation.step_bytes(compilation.lower_step(setup, micro_rows).compile())
+        with jax.set_mesh(setup.mesh):
+            needed = compilation.step_bytes(compilation.lower_step(setup, micro_rows).compile())
         fits = needed <= limit
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed, fits = _needed(str(error)), False
-    fit = Fit(micro_rows, remat, fits, needed, time.perf_counter() - start)
+    attention = setup.transformer.attention
+    fit = Fit(micro_rows, remat, attention, fits, needed, time.perf_counter() - start)
     size = f"{needed / GiB:.2f} GiB" if needed else "more"
     say(
-        f"{topology.name}: micro_rows={micro_rows} remat={remat} {'fits in' if fits else 'needs'} {size} "
-        f"of {limit / GiB:.2f}; compiled in {fit.seconds:.0f} s"
+        f"{topology.name}: micro_rows={micro_rows} remat={remat} attention={attention} "
+        f"{'fits in' if fits else 'needs'} {size} of {limit / GiB:.2f}; compiled in {fit.seconds:.0f} s"
     )
     return fit
 
@@ -104,6 +107,7 @@ def fit(e: Experiment, topology: Topology, say: Say) -> dict[str, Any]:
         "exact": topology.exact,
         "micro_rows": found.micro_rows,
         "remat": found.remat,
+        "attention": found.attention,
         "bytes_per_device": int(found.bytes),
         "limit": int(topology.chip.memory),
         "flags": f"--micro_rows={found.micro_rows} --model.remat={found.remat}",

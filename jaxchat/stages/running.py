@@ -50,7 +50,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
         go_on(stopped)
         stage = STAGES[e.stage](e, tokenizer, terminal.say)
         if stage.steps != e.steps:
-            setup = make_setup(dataclasses.replace(e, steps=stage.steps), terminal.say)
+            setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
             terminal.steps = stage.steps
         peak = metrics.peak_flops(setup.mesh.devices.flat[0])
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
@@ -123,6 +123,7 @@ def _train(
         "mfu": log.mfu,
         "compile_seconds": round(compile_seconds, 2),
         "micro_rows": micro_rows,
+        "attention": setup.transformer.attention,
         "peak_memory_bytes": metrics.memory_bytes(),
         "checkpoint": str(e.stage_directory),
     }

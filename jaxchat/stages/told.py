@@ -152,6 +152,7 @@ def describe(
     isolated = "isolated" if e.model.isolate_documents else "not isolated"
     peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s a device"
     say(
-        f"{mesh} on {device.device_kind}  {setup.transformer.dtype}  attention xla, documents {isolated}  "
+        f"{mesh} on {device.device_kind}  {setup.transformer.dtype}  "
+        f"attention {setup.transformer.attention}, documents {isolated}  "
         f"{peak_text}  compiled in {compile_seconds:.1f} s"
     )

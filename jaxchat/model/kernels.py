@@ -1,0 +1,312 @@
+"""Attention of whole rows to themselves by several programs, `BACKENDS`, and what each of them cannot do.
+
+All take q (B, T, H, D), k and v (B, T, K, D), segments (B, T) or None, and a window or None, and give (B, T, H, D) by
+the rule of `dense.visible`, where tokens stand in order: a difference of indices is one of positions, and a segment is
+one run of equal ids. Under a mesh every device computes its own rows and heads.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+from jaxchat import sharding
+from jaxchat.config import UserError
+from jaxchat.model.dense import attend_row
+
+NAME = "attention"  # What rematerialisation by the policy "attention" keeps.
+LANES = 128  # A TPU's vectors; splash attention cuts rows into multiples of it.
+MOST_RUNS = 32  # Documents of a row that cuDNN takes: what it keeps for the gradient grows with this number.
+PACKED = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type", "sliding_window_length")
+
+
+class Backend(Protocol):
+    def __call__(
+        self,
+        q_BTHD: jax.Array,
+        k_BTKD: jax.Array,
+        v_BTKD: jax.Array,
+        segments_BT: jax.Array | None,
+        window: int | None,
+        /,
+    ) -> jax.Array: ...
+
+
+class Facts(NamedTuple):
+    """What a backend is asked to do, and where; `capability` is an NVIDIA GPU's, such as 9.0."""
+
+    platform: str
+    dtype: Any
+    head_dim: int
+    segments: bool
+    window: int | None = None
+    capability: float = 0.0
+    present: bool = True
+
+
+def unsupported(name: str, facts: Facts) -> str | None:
+    """Why a backend cannot serve the facts, as the end of a sentence; None where it can."""
+    return _REASONS[name](facts) if name in _REASONS else None
+
+
+def _not_splash(facts: Facts) -> str | None:
+    if facts.platform != "tpu":
+        return f"splash is a kernel for TPUs, and these devices are of platform {facts.platform}"
+    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"splash computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+    return None
+
+
+def _not_cudnn(facts: Facts) -> str | None:
+    most = 256 if facts.capability >= 9 else 128
+    if facts.platform != "gpu":
+        return f"cudnn needs an NVIDIA GPU, and these devices are of platform {facts.platform}"
+    if not facts.present:
+        return "cudnn cannot be compiled for a GPU that is not here"
+    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cudnn computes in bfloat16 or float16, not in {jnp.dtype(facts.dtype)}"
+    if facts.capability < 8:
+        return f"cudnn needs a GPU of compute capability 8.0, and this one has {facts.capability}"
+    if facts.head_dim % 8 or facts.head_dim > most:
+        return f"cudnn needs a head_dim that is a multiple of 8 up to {most}, not {facts.head_dim}"
+    if facts.segments and facts.capability < 9:
+        return f"cudnn isolates documents from compute capability 9.0 on, and this GPU has {facts.capability}"
+    return _packing_problem() if facts.segments else None
+
+
+_REASONS: Mapping[str, Callable[[Facts], str | None]] = {"splash": _not_splash, "cudnn": _not_cudnn}
+
+
+def xla(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    """Dense products that every device has; scores in float32 are kept for the gradient."""
+    return checkpoint_name(_dense(q_BTHD, k_BTKD, v_BTKD, segments_BT, window), NAME)
+
+
+def xla_remat(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    """`xla` computed again for the gradient: it keeps what a fused kernel would keep, so a plan for one uses it."""
+    attend = jax.checkpoint(functools.partial(_dense, window=window))
+    return checkpoint_name(attend(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
+
+
+def _dense(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    index_1T = jnp.arange(q_BTHD.shape[1], dtype=jnp.int32)[None]
+    return attend_row(q_BTHD, k_BTKD, v_BTKD, index_1T, segments_BT, window=window)
+
+
+def splash(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Pallas kernel for TPUs, which skips blocks that no query of theirs sees; `interpret` runs it anywhere.
+
+    Rows are padded to a multiple of 128 tokens, which come last and are seen by none of the others.
+    """
+    T, D = q_BTHD.shape[1], q_BTHD.shape[3]
+    more = -T % LANES
+
+    def attend(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, *segments: jax.Array) -> jax.Array:
+        heads_first = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k_BTKD, v_BTKD)]
+        q_BHTD = jnp.pad(q_BTHD * D**-0.5, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
+        ids = [jnp.pad(ids_BT, ((0, 0), (0, more)), constant_values=-1) for ids_BT in segments]
+        kernel = _splash_kernel(q_BTHD.shape[2], T + more, window, interpret)
+        o_BHTD = jax.vmap(kernel)(q_BHTD, *heads_first, *(tpu.SegmentIds(ids_BT, ids_BT) for ids_BT in ids))
+        return o_BHTD.swapaxes(1, 2)[:, :T]
+
+    return _on_each_device(attend, q_BTHD, k_BTKD, v_BTKD, segments_BT)
+
+
+@functools.cache
+def _splash_kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
+    """The kernel for a mask; it holds arrays of the host, so that it may outlive the trace it is made in.
+
+    It is made in a thread of its own, where no trace and no mesh is set: JAX would lay its arrays on that mesh.
+    """
+    whole = window is None or window >= length - 1
+    shape = (length, length)
+    mask = tpu.CausalMask(shape) if whole else tpu.LocalMask(shape, (window, 0), 0)
+    make = functools.partial(
+        tpu.make_splash_mha,
+        mask=tpu.MultiHeadMask([mask] * heads),
+        block_sizes=block_sizes(length, windowed=not whole),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=NAME,
+        interpret=interpret,
+    )
+    with ThreadPoolExecutor(1) as thread:
+        return jax.tree.map(np.asarray, thread.submit(make).result())
+
+
+def block_sizes(length: int, *, windowed: bool) -> tpu.BlockSizes:
+    """How splash attention cuts a row of `length` tokens, a multiple of 128.
+
+    Large blocks cost less per step and small ones compute less beyond the diagonal: 1,024 for long rows, otherwise 512,
+    as far as they divide it. Scores are made 512 keys at a time, so that they fit a core's memory. The fused gradient
+    makes the scores once but writes dq once a block of keys and visits the blocks that a window skips, so it is for
+    rows of few blocks without one.
+    """
+    most = 1024 if length >= 4096 else 512
+    block = next(size for size in (most, 512, 256, LANES) if length % size == 0)
+    compute = min(block, 512)
+    fused = not windowed and length <= 4 * block
+    own = None if fused else block
+    return tpu.BlockSizes(block, block, compute, block, block, compute, own, own, use_fused_bwd_kernel=fused)
+
+
+def cudnn(
+    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    """NVIDIA's fused attention: by JAX's public function for whole rows, by its packed layout for documents."""
+
+    def attend(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, *segments: jax.Array) -> jax.Array:
+        if segments:
+            return by_documents(_cudnn_packed, q_BTHD, k_BTKD, v_BTKD, *segments, window=window)
+        local = None if window is None else (window, 0)
+        return jax.nn.dot_product_attention(
+            q_BTHD, k_BTKD, v_BTKD, is_causal=True, local_window_size=local, implementation="cudnn"
+        )
+
+    return checkpoint_name(_on_each_device(attend, q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
+
+
+def by_documents(
+    packed: Callable[..., jax.Array],
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """`packed` of a batch and the starts and lengths of its documents.
+
+    A batch with a row of more than MOST_RUNS documents is computed densely instead, row by row and again for the
+    gradient: slow, but in little memory, and the same.
+    """
+    runs = find_runs(segments_BT, MOST_RUNS)
+
+    def fast(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
+        return packed(q_BTHD, k_BTKD, v_BTKD, runs.start_BN, runs.length_BN, window)
+
+    @jax.checkpoint
+    def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        q_1THD, k_1TKD, v_1TKD, segments_1T = (x[None] for x in arrays)
+        return _dense(q_1THD, k_1TKD, v_1TKD, segments_1T, window)[0]
+
+    def slow(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
+        return jax.lax.map(row, (q_BTHD, k_BTKD, v_BTKD, segments_BT))
+
+    return jax.lax.cond(jnp.all(runs.count_B <= MOST_RUNS), fast, slow, q_BTHD, k_BTKD, v_BTKD)
+
+
+class Runs(NamedTuple):
+    """Runs of equal ids in each row: where they start and how long they are, (B, most), -1 where there is none."""
+
+    start_BN: jax.Array
+    length_BN: jax.Array
+    count_B: jax.Array
+
+
+def find_runs(segments_BT: jax.Array, most: int) -> Runs:
+    """The first `most` runs of each row; `count_B` counts them all."""
+    T = segments_BT.shape[1]
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0])
+    start_BN = first(begins_BT).astype(jnp.int32)
+    length_BN = start_BN[:, 1:] - start_BN[:, :-1]
+    there_BN = length_BN > 0
+    count_B = jnp.sum(begins_BT, axis=1)
+    return Runs(jnp.where(there_BN, start_BN[:, :-1], -1), jnp.where(there_BN, length_BN, -1), count_B)
+
+
+def _cudnn_packed(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    start_BN: jax.Array,
+    length_BN: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """cuDNN's attention within runs of tokens, which JAX has in a private function alone."""
+    problem = _packing_problem()
+    if problem is not None:
+        raise UserError(f"{problem}: set --attention=xla")
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    # With fewer kv heads, JAX before 0.12 computes their offsets as if they were as many as the heads.
+    G = q_BTHD.shape[2] // k_BTKD.shape[2]
+    k_BTHD, v_BTHD = jnp.repeat(k_BTKD, G, axis=2), jnp.repeat(v_BTKD, G, axis=2)
+    # One column more than there are lengths: JAX moves all rows' starts together and ends them with the batch's end.
+    offsets = jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1)
+    return dot_product_attention(
+        q_BTHD,
+        k_BTHD,
+        v_BTHD,
+        q_seqlen=length_BN,
+        kv_seqlen=length_BN,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q_BTHD.shape[3] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+        sliding_window_length=None if window is None else window + 1,
+    )
+
+
+def _packing_problem() -> str | None:
+    """Why this JAX's private function for packed documents cannot be called; None where it can."""
+    told = f"JAX {jax.__version__} has no packed attention by cuDNN as it is known here"
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+    except ImportError as error:
+        return f"{told} ({error})"
+    missing = set(PACKED) - set(inspect.signature(dot_product_attention).parameters)
+    missing |= {"PADDING_CAUSAL"} - set(MaskType.__members__)
+    return f"{told} (without {', '.join(sorted(missing))})" if missing else None
+
+
+def _on_each_device(
+    attend: Callable[..., jax.Array],
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
+    """`attend` of every device's own rows and heads, with the segments where there are some."""
+    G = q_BTHD.shape[2] // k_BTKD.shape[2]
+
+    def own(q_BTHD: jax.Array, k_BTKD: jax.Array, *rest: jax.Array) -> jax.Array:
+        if q_BTHD.shape[2] != G * k_BTKD.shape[2]:
+            raise ValueError(f"{k_BTKD.shape[2]} kv heads do not split over as many devices as the heads do")
+        return attend(q_BTHD, k_BTKD, *rest)
+
+    each = ("batch", "length", "kv_heads", "head")
+    segments = [] if segments_BT is None else [segments_BT]
+    axes = [each, each, each, ("batch", "length")][: 3 + len(segments)]
+    return sharding.on_each_device(own, [q_BTHD, k_BTKD, v_BTKD, *segments], axes)
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "xla": xla,
+    "xla_remat": xla_remat,
+    "cudnn": cudnn,
+    "splash": splash,
+    "splash_interpreted": functools.partial(splash, interpret=True),
+}
