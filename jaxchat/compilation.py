@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxchat import checkpoint, metrics, optim, processes, sharding
+from jaxchat import checkpoint, metrics, optim, processes, sharding, xla
 from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
 from jaxchat.model.choice import choose_attention
@@ -103,22 +104,49 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
     e = setup.experiment
     limit = MEMORY_SHARE * min(processes.gather(metrics.memory_limit(jax.local_devices()[0])))
     start = time.perf_counter()
-    choices = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
-    for i, rows in enumerate(choices):
-        smaller = choices[i + 1] if i + 1 < len(choices) else None
-        try:
-            compiled = lower_step(setup, rows).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needed = math.inf
-        else:
-            needed = step_bytes(compiled)
-        if needed <= limit or (e.micro_rows != "auto" and needed < math.inf):
+    choices, state = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows], state_bytes(setup)
+    while choices:
+        rows = choices[0]
+        compiled, needed = compile_lowered(lower_step(setup, rows), setup, say)
+        if compiled is not None and (needed <= limit or e.micro_rows != "auto"):
             return _guarded(compiled, setup, rows), rows, time.perf_counter() - start
-        if smaller is not None:
-            say(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {smaller}")
-    raise UserError(_out_of_memory(setup, choices[-1]))
+        # What a step needs beyond the state grows with its rows, so half-way steps need not be compiled.
+        most = rows * (limit - state) / (needed - state) if state < needed < math.inf else rows / 2
+        choices = [n for n in choices[1:] if n <= most] or choices[-1:] * (len(choices) > 1)
+        if choices:
+            say(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {choices[0]}")
+    raise UserError(_out_of_memory(setup, rows))
+
+
+def compile_lowered(lowered: Any, setup: Setup, say: Callable[[str], None]) -> tuple[Any, float]:
+    """A program compiled with the experiment's settings, and the bytes that it needs of a device; None in its place
+    where the compiler sees that it does not fit, with the bytes it names or infinity.
+
+    A setting that this compiler does not know is left out, aloud.
+    """
+    options = xla.options(setup.experiment.xla, setup.mesh.devices.flat[0].platform)
+    while True:
+        try:
+            compiled = lowered.compile(compiler_options=dict(options) or None)
+            return compiled, step_bytes(compiled)
+        except jax.errors.JaxRuntimeError as error:
+            told = str(error)
+            unknown = re.search(r"No such compile option: '(\w+)'", told)
+            if unknown is None and "RESOURCE_EXHAUSTED" not in told:
+                raise
+        if unknown is None:
+            named = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", told)
+            return None, float(named[1]) * 1024 ** ("KMGT".index(named[2]) + 1) if named else math.inf
+        say(f"this compiler has no setting {unknown[1]}: compiling without it")
+        del options[unknown[1]]
+
+
+def state_bytes(setup: Setup) -> float:
+    """Bytes of a device that the training state takes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(setup.abstract)
+    )
 
 
 def lower_step(setup: Setup, rows: int) -> Any:

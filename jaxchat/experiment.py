@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxchat import xla
 from jaxchat.data.prepare import Data
 from jaxchat.model.transformer import Model
 from jaxchat.optim import Optimizer
@@ -24,6 +25,7 @@ RESUMABLE = (
     "keep",
     "micro_rows",
     "attention",
+    "xla",
     "prompts",
     "eval_problems",
     "tensorboard",
@@ -52,6 +54,7 @@ class Experiment:
         dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
         attention: what computes attention in training; "auto" is splash on TPUs and cudnn on GPUs where they can serve
             the model and give what xla gives, otherwise xla.
+        xla: rows of jaxchat/xla.py's table of compiler settings; each knows which platforms it is for.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
@@ -76,6 +79,7 @@ class Experiment:
     mesh: Mesh = Mesh()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    xla: tuple[str, ...] = ("overlap",)
     save_every: int = 250
     eval_every: int = 250
     eval_rows: int = 256
@@ -112,6 +116,9 @@ class Experiment:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of data.row_length={length}")
         if self.micro_rows != "auto" and (self.micro_rows < 1 or self.batch_rows % self.micro_rows):
             raise ValueError(f"micro_rows={self.micro_rows} does not divide the batch of {self.batch_rows} rows")
+        for name in self.xla:
+            if name not in xla.SETTINGS:
+                raise ValueError(f"xla names {name!r}: there are {', '.join(xla.SETTINGS)}")
         if self.model.vocab != self.data.vocab:
             told = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
             raise ValueError(f"{told}: set --data.vocab, the model follows")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxchat import compilation, config, metrics
+from jaxchat import compilation, config, metrics, xla
 from jaxchat.config import UserError
 
 
@@ -39,7 +39,12 @@ def memory(monkeypatch):
 
     def has(size):
         monkeypatch.setattr(metrics, "memory_limit", lambda device: size / compilation.MEMORY_SHARE)
-        monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: SimpleNamespace(compile=lambda: needs(rows)))
+        monkeypatch.setattr(compilation, "state_bytes", lambda setup: 0)
+        monkeypatch.setattr(
+            compilation,
+            "lower_step",
+            lambda setup, rows: SimpleNamespace(compile=lambda compiler_options: needs(rows)),
+        )
 
     return has
 
@@ -50,9 +55,8 @@ def test_the_largest_micro_batch_that_fits_is_taken(memory, size, rows):
     said: list[str] = []
     _, taken, _ = compilation.compile_step(setup(), said.append)
     assert taken == rows
-    tried = [n for n in (12, 6, 4, 3, 2, 1) if n > rows]
-    assert [text.split(" ")[0] for text in said] == [f"micro_rows={n}" for n in tried]
-    assert not tried or said[-1].endswith(f"; trying {rows}")
+    assert len(said) == (rows < 12), "what a failed try needed tells how many rows fit"
+    assert not said or (said[0].startswith("micro_rows=12 ") and said[0].endswith(f"; trying {rows}"))
 
 
 def test_the_mesh_divides_what_is_tried(memory):
@@ -76,13 +80,13 @@ def test_a_micro_batch_that_was_asked_for_is_tried_whatever_it_needs(memory):
     assert compilation.compile_step(setup(micro_rows=6), lambda text: None)[1] == 6
 
 
-def out_of_memory(*args):
+def out_of_memory(*args, **more):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 
 
 def test_running_out_of_memory_names_the_next_smaller_setting(monkeypatch, memory):
     memory(10**6)
-    lowered = SimpleNamespace(compile=lambda: Compiled())
+    lowered = SimpleNamespace(compile=lambda compiler_options: Compiled())
 
     class Compiled:
         memory_analysis = staticmethod(lambda: None)
@@ -108,7 +112,7 @@ def test_a_compiler_that_runs_out_of_memory_is_asked_for_less(monkeypatch, memor
 
 
 def test_any_other_error_of_the_compiler_is_not_hidden(monkeypatch, memory):
-    def broken():
+    def broken(compiler_options):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
     memory(10**6)
@@ -124,3 +128,43 @@ def test_the_compilers_numbers_count_aliased_outputs_once():
     assert compilation.step_bytes(SimpleNamespace(memory_analysis=lambda: memory)) == 111
     step = jax.jit(lambda x: x @ x + 1, donate_argnums=0).lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile()
     assert 64 * 64 * 4 <= compilation.step_bytes(step) < math.inf
+
+
+class Program:
+    """Lowered, with what its compiler says of each try."""
+
+    def __init__(self, *told):
+        self.told, self.options = list(told), []
+
+    def compile(self, compiler_options):
+        self.options.append(compiler_options)
+        told = self.told.pop(0)
+        if isinstance(told, str):
+            raise jax.errors.JaxRuntimeError(told)
+        return told
+
+
+def test_a_setting_that_the_compiler_does_not_know_is_left_out_aloud(monkeypatch):
+    monkeypatch.setattr(xla, "options", lambda names, platform: {"old": True, "new": 1})
+    monkeypatch.setattr(compilation, "step_bytes", lambda compiled: 5)
+    program, said = Program("INVALID_ARGUMENT: No such compile option: 'new'", "compiled"), []
+    program.told[1] = 7
+    assert compilation.compile_lowered(program, setup(), said.append) == (7, 5)
+    assert program.options == [{"old": True, "new": 1}, {"old": True}] and "no setting new" in said[0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compilation.compile_lowered(Program("INTERNAL: broken"), setup(), said.append)
+
+
+def test_what_a_compiler_says_that_it_would_need_is_read():
+    tpu = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 19.95G of 15.75G hbm."
+    assert compilation.compile_lowered(Program(tpu), setup(), print) == (None, 19.95 * 2**30)
+    assert compilation.compile_lowered(Program("RESOURCE_EXHAUSTED: no"), setup(), print) == (None, math.inf)
+
+
+def test_settings_are_for_their_platforms():
+    every = tuple(xla.SETTINGS)
+    assert xla.options(every, "cpu") == {}
+    for platform in ("tpu", "gpu"):
+        assert all(name.startswith(("xla_enable", f"xla_{platform}")) for name in xla.options(every, platform))
+    with pytest.raises(ValueError, match="xla names 'fast': there are overlap"):
+        dataclasses.replace(setup().experiment, xla=("fast",))

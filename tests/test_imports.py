@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("config", "signals", "sandbox", "tokenizer"),
+    ("config", "signals", "sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),

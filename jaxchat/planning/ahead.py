@@ -1,7 +1,7 @@
 """Compiling the training step for hardware that is not here, and the largest setting that fits it."""
 
 import dataclasses
-import re
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,17 +38,12 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, say
     # A search leaves as much free as launch.train does where it chooses itself.
     limit = topology.chip.memory * (1 if e.micro_rows == micro_rows else compilation.MEMORY_SHARE)
     start = time.perf_counter()
-    try:
-        with jax.set_mesh(setup.mesh):
-            needed = compilation.step_bytes(compilation.lower_step(setup, micro_rows).compile())
-        fits = needed <= limit
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed, fits = _needed(str(error)), False
+    with jax.set_mesh(setup.mesh):
+        program, needed = compilation.compile_lowered(compilation.lower_step(setup, micro_rows), setup, say)
+    fits = program is not None and needed <= limit
     attention = setup.transformer.attention
     fit = Fit(micro_rows, remat, attention, fits, needed, time.perf_counter() - start)
-    size = f"{needed / GiB:.2f} GiB" if needed else "more"
+    size = f"{needed / GiB:.2f} GiB" if math.isfinite(needed) else "more"
     say(
         f"{topology.name}: micro_rows={micro_rows} remat={remat} attention={attention} "
         f"{'fits in' if fits else 'needs'} {size} of {limit / GiB:.2f}; compiled in {fit.seconds:.0f} s"
@@ -130,9 +125,3 @@ def refused(e: Experiment, topology: Topology, found: Fit | None) -> UserError:
             else "name more chips, or a smaller --depth or --data.row_length"
         )
     )
-
-
-def _needed(error: str) -> float:
-    """The bytes that a compiler says it would need, or 0."""
-    match = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", error)
-    return float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1) if match else 0.0

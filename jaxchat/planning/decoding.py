@@ -1,0 +1,75 @@
+"""Compiling the engine's decoding step for hardware that is not here."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat import sharding
+from jaxchat.decode import programs
+from jaxchat.decode.sampling import SamplingParams, pack
+from jaxchat.experiment import Experiment
+from jaxchat.model.transformer import Transformer
+from jaxchat.planning.chips import GiB, Topology
+from jaxchat.sharding import Mesh, make_mesh
+
+ROWS, STEPS = 64, 8  # Rows a chip (RL's samples at once), and steps a dispatch.
+
+
+def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 1) -> Any:
+    """The chunk of decoding steps that the engine runs, lowered for `rows` rows of the experiment's length on all
+    chips, drawing at temperature 1, in bfloat16."""
+    transformer, length = Transformer(e.model, jnp.bfloat16), e.data.row_length
+    mesh = make_mesh(Mesh(tensor=tensor), rows=0, devices=topology.devices())
+    with jax.set_mesh(mesh):
+        shapes = transformer.shapes()
+        stored = jax.jit(functools.partial(programs.unstack, transformer)).lower(_on(mesh, shapes)).compile()
+        params = jax.tree.map(
+            lambda shape, placed: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed),
+            jax.eval_shape(functools.partial(programs.unstack, transformer), shapes),
+            stored.output_shardings,
+        )
+        empty = jax.jit(functools.partial(programs.empty, transformer, rows, length, 1)).lower().compile()
+        cache = jax.tree.map(
+            lambda shape, placed: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed),
+            jax.eval_shape(lambda: transformer.empty_cache(rows, length, write=1)),
+            empty.output_shardings,
+        )
+        number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        running = programs.Running(number, number, number, jax.ShapeDtypeStruct((rows, 2), jnp.int32))
+        sampled = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, pack([(SamplingParams(), 0)] * rows)))
+        decode = jax.jit(
+            functools.partial(programs.decode, transformer),
+            donate_argnums=(1, 2),
+            static_argnames=("level", "top", "keep_sets"),
+        )
+        forced = jax.ShapeDtypeStruct((STEPS, rows), jnp.int32)
+        arguments = _on(mesh, (running, sampled, forced))
+        return decode.lower(params, cache, None, *arguments, level=SamplingParams().level, top=False, keep_sets=False)
+
+
+def fit_decoding(e: Experiment, topology: Topology, say: Any) -> dict[str, Any]:
+    """Bytes of a device that decoding `ROWS` rows a chip needs, and whether they fit it."""
+    rows = ROWS * topology.chips
+    told: dict[str, Any] = {"rows": rows, "length": e.data.row_length}
+    try:
+        m = lower_decode(e, topology, rows).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens does not fit")
+        return told | {"fits": False}
+    needed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    fits = needed <= topology.chip.memory
+    say(
+        f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens {'fits in' if fits else 'needs'} "
+        f"{needed / GiB:.2f} GiB of {topology.chip.memory / GiB:.2f}"
+    )
+    return told | {"fits": fits, "bytes_per_device": int(needed)}
+
+
+def _on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Shapes that are whole on every device."""
+    whole = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
