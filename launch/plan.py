@@ -23,20 +23,25 @@ def main(argv: list[str]) -> dict[str, object]:
     own, rest = split(argv)
     mfu = positive(own, "mfu", 0.4)
     price = positive(own, "dollars_per_chip_hour", None)
-    experiments = [config.load(words, description=__doc__) for words in stages(rest)]
+    asked = [(words, config.load(words, description=__doc__)) for words in stages(rest)]
     from jaxchat.planning import ahead, plan
     from jaxchat.planning.chips import topology
 
     assert mfu is not None
     topologies = [topology(name) for name in own.get("topology", "").split(",") if name]
-    derived = {e.stage: plan.derived(e, mfu, price, topologies) for e in experiments}
+    derived = {e.stage: plan.derived(e, mfu, price, topologies) for _, e in asked}
     plan.show(derived)
+    words, e = asked[0]  # Later stages have the steps of pretraining, in smaller batches.
+    shallower = lambda depth: config.load([*words, f"--depth={depth}"])  # noqa: E731
     fits: dict[str, Any] = {}
-    for e in experiments:
-        if e.stage != "pretrain" and len(experiments) > 1:
-            continue  # Their steps are those of pretraining, in smaller batches.
-        for there in topologies:
-            fits[there.name] = ahead.fit(e, there, config.say)
+    for there in topologies:
+        try:
+            fits[there.name] = ahead.fit(e, there, config.say, shallower=shallower)
+        except UserError as error:
+            if len(topologies) == 1:
+                raise
+            config.say(f"{there.name}: {error}")
+            fits[there.name] = {"fits": False, "why": str(error)}
     return {"stages": derived, **({"topologies": fits} if fits else {})}
 
 

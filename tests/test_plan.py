@@ -12,6 +12,7 @@ import launch.plan
 from configs import recipe
 from jaxchat import compilation, config
 from jaxchat.config import UserError
+from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Transformer, parameter_counts
 from jaxchat.planning import ahead, plan
 from jaxchat.planning.chips import CHIPS, GiB, topology
@@ -96,44 +97,73 @@ def test_names_tell_how_many_chips_there_are() -> None:
     assert [topology(name).chips for name in ("v5e-8", "v5p-16", "v4-8", "h100x8", "v6e-256")] == [8, 8, 4, 8, 256]
 
 
-def test_the_largest_micro_batch_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that needs so many bytes a row, and a quarter of them under full remat."""
-    e = dataclasses.replace(config.load(SMALL), micro_rows="auto", batch_tokens=64 * 64)
-    place = topology("v5e-1")
-    tried: list[tuple[int, str]] = []
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A compiler that needs so many GiB a row and layer, a quarter of them under full remat; and what it tried."""
+    tried: list[tuple[int, int, str]] = []
 
-    def fake(share: float):  # type: ignore[no-untyped-def]
+    def needs(share: float) -> list[tuple[int, int, str]]:
         def compiled(e, topology, rows, remat, say):  # type: ignore[no-untyped-def]
-            tried.append((rows, remat))
-            needed = (4.0 if remat == "full" else 16.0) * rows * share * GiB
+            tried.append((e.depth, rows, remat))
+            needed = (4.0 if remat == "full" else 16.0) * rows * e.depth * share * GiB
+            needed /= topology.chips * e.mesh.fsdp
             return ahead.Fit(rows, remat, "xla", needed <= topology.chip.memory, needed, 0.0)
 
-        return compiled
-
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(type(place), "devices", lambda self: devices)
-    for share, rows, remat in ((1 / 256, 64, "none"), (1 / 16, 8, "none"), (1 / 2, 1, "none"), (1.5, 2, "full")):
-        monkeypatch.setattr(ahead, "compiled", fake(share))
+        monkeypatch.setattr(ahead, "compiled", compiled)
         tried.clear()
-        found, _ = ahead.best(e, place, print)
+        return tried
+
+    devices = {1: jax.devices()[:1], 8: jax.devices()[:8]}
+    monkeypatch.setattr(type(topology("v5e-1")), "devices", lambda self: devices[self.chips])
+    monkeypatch.setattr(ahead, "fit_decoding", lambda e, topology, say: {"fits": True})
+    return needs
+
+
+def experiment(depth: int = 1, **changes: object) -> Experiment:
+    e = config.load([*SMALL, f"--depth={depth}", "--micro_rows=auto"])
+    return dataclasses.replace(e, batch_tokens=64 * 64, **changes)
+
+
+def test_the_largest_micro_batch_that_fits_is_found(compiler) -> None:  # type: ignore[no-untyped-def]
+    place = topology("v5e-1")
+    for share, rows, remat in ((1 / 256, 64, "none"), (1 / 16, 8, "none"), (1 / 2, 1, "none"), (1.5, 2, "full")):
+        tried = compiler(share)
+        found, _ = ahead.best(experiment(), place, print)
         assert found is not None and (found.micro_rows, found.remat) == (rows, remat)
         assert len(tried) == len(set(tried)) <= 8, "nothing is compiled twice"
-    monkeypatch.setattr(ahead, "compiled", fake(16))
-    assert ahead.best(e, place, print)[0] is None
-    with pytest.raises(UserError, match="nor with one row a device and remat=full: name more chips"):
-        ahead.fit(e, place, print)
-    monkeypatch.setattr(ahead, "compiled", fake(1.5))
-    with pytest.raises(UserError, match=r"set --micro_rows=2 --model\.remat=full"):
-        ahead.fit(dataclasses.replace(e, micro_rows=16), place, print)
+    compiler(16)
+    assert ahead.best(experiment(), place, print)[0] is None
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_change_that_does(compiler) -> None:  # type: ignore[no-untyped-def]
+    def refused(e: Experiment, place: str) -> str:
+        with pytest.raises(UserError) as error:
+            ahead.fit(e, topology(place), print, shallower=experiment)
+        return str(error.value)
+
+    compiler(1.5)
+    assert "v5e-1 with micro_rows=16" in refused(experiment(micro_rows=16), "v5e-1")
+    assert refused(experiment(micro_rows=16), "v5e-1").endswith("set --micro_rows=2 --model.remat=full")
+    compiler(3)
+    assert refused(experiment(2), "v5e-1").endswith(
+        "set --depth=1 --micro_rows=1 --model.remat=full, or name more chips"
+    )
+    assert refused(experiment(2), "v5e-8").endswith("set --mesh.fsdp=8 --micro_rows=8 --model.remat=none")
+    compiler(99)
+    assert "not in any depth: name more chips" in refused(experiment(2), "v5e-1")
+    compiler(1 / 16)
+    assert ahead.fit(experiment(), topology("v5e-1"), print, shallower=experiment)["micro_rows"] == 8
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-8", "h100x2"])
-def test_the_real_step_is_compiled_for_hardware_that_is_not_here(name: str) -> None:
+def test_the_real_steps_are_compiled_for_hardware_that_is_not_here(name: str) -> None:
     place = topology(name)
     pytest.importorskip("libtpu" if place.chip.gpu is None else "jax_cuda12_plugin")
     rows = 8
     e = dataclasses.replace(config.load(SMALL), micro_rows=rows)
-    found = ahead.fit(e, place, print)
+    found = ahead.fit(e, place, print, shallower=experiment)
     state = sum(plan.state_bytes(e)[part] for part in ("parameters", "optimizer"))
     assert found["fits"] and found["micro_rows"] == rows
     assert state < found["bytes_per_device"] < CHIPS[name.split("-")[0].split("x")[0]].memory / 10
+    cache = plan.cache_bytes(e.model, e.data.row_length)["total"] * found["decoding"]["rows"] / place.chips
+    assert found["decoding"]["fits"] and cache < found["decoding"]["bytes_per_device"] < 50 * cache

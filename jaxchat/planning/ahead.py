@@ -12,7 +12,9 @@ import jax
 from jaxchat import compilation
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.planning import plan
 from jaxchat.planning.chips import GiB, Topology
+from jaxchat.planning.decoding import fit_decoding
 
 REMATS = ("none", "dots", "attention", "full")  # From the fastest to the smallest.
 Say = Callable[[str], None]
@@ -58,6 +60,10 @@ def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[
     """
     setup = compilation.make_setup(dataclasses.replace(e, micro_rows="auto"), lambda _: None, topology.devices())
     choices, tried = compilation.micro_choices(setup)[::-1], list[Fit]()
+    state, limit = compilation.state_bytes(setup), topology.chip.memory * compilation.MEMORY_SHARE
+    if state > limit:
+        say(f"{topology.name}: the state alone needs {state / GiB:.2f} GiB of {limit / GiB:.2f}")
+        return None, tried
 
     def attempt(rows: int, remat: str) -> Fit:
         tried.append(compiled(e, topology, rows, remat, say))
@@ -68,7 +74,8 @@ def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[
         if not found.fits:
             continue
         low, high = 0, len(choices)  # Of the choices, `low` fits and `high` does not.
-        guess = max(i for i, rows in enumerate(choices) if rows <= choices[0] * topology.chip.memory / found.bytes)
+        room = (limit - state) / max(found.bytes - state, 1)
+        guess = max(i for i, rows in enumerate(choices) if rows <= max(choices[0] * room, choices[0]))
         while high - low > 1:
             middle = min(max(guess, low + 1), high - 1)
             fit = attempt(choices[middle], remat)
@@ -79,24 +86,25 @@ def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[
     return None, tried
 
 
-def fit(e: Experiment, topology: Topology, say: Say) -> dict[str, Any]:
+def fit(e: Experiment, topology: Topology, say: Say, *, shallower: Callable[[int], Experiment]) -> dict[str, Any]:
     """Whether the setting that is asked for fits, or else the best that does, with the command's flags.
 
+    `shallower` gives the experiment at a smaller depth, for what is said where this one fits in no way.
+
     Raises:
-        UserError: what is asked for does not fit; the message names the smallest change that does.
+        UserError: what is asked for does not fit; the message names the smallest change that does, which was compiled.
     """
-    if e.dtype == "auto":
-        e = dataclasses.replace(e, dtype="bfloat16")
+    e = in_bfloat16(e)
     tried: list[Fit] = []
     if e.micro_rows != "auto":
         found: Fit | None = compiled(e, topology, e.micro_rows, e.model.remat, say)
-        assert found is not None
-        if not found.fits:
-            raise refused(e, topology, best(e, topology, say)[0])
+        if found is not None and not found.fits:
+            found = None
     else:
         found, tried = best(e, topology, say)
-        if found is None:
-            raise refused(e, topology, None)
+    if found is None:
+        told = f"{e.name} does not fit {topology.name} with micro_rows={e.micro_rows} and model.remat={e.model.remat}"
+        raise UserError(f"{told}: {remedy(e, topology, say, shallower)}")
     return {
         "fits": True,
         "exact": topology.exact,
@@ -105,23 +113,42 @@ def fit(e: Experiment, topology: Topology, say: Say) -> dict[str, Any]:
         "attention": found.attention,
         "bytes_per_device": int(found.bytes),
         "limit": int(topology.chip.memory),
-        "flags": f"--micro_rows={found.micro_rows} --model.remat={found.remat}",
+        "flags": flags(found),
         "tried": [dataclasses.asdict(one) for one in tried],
+        "decoding": fit_decoding(e, topology, say),
     }
 
 
-def refused(e: Experiment, topology: Topology, found: Fit | None) -> UserError:
-    """What is said of a setting that does not fit: the smallest change that does."""
-    told = f"{e.name} does not fit {topology.name} with micro_rows={e.micro_rows} and model.remat={e.model.remat}"
-    if found is not None:
-        remat = "" if found.remat == e.model.remat else f" --model.remat={found.remat}"
-        return UserError(f"{told}: set --micro_rows={found.micro_rows}{remat}")
-    split = e.mesh.fsdp < topology.chips
-    return UserError(
-        f"{told}, nor with one row a device and remat=full: "
-        + (
-            f"set --mesh.fsdp={topology.chips}"
-            if split
-            else "name more chips, or a smaller --depth or --data.row_length"
-        )
-    )
+def in_bfloat16(e: Experiment) -> Experiment:
+    """The experiment as an accelerator computes it."""
+    return dataclasses.replace(e, dtype="bfloat16") if e.dtype == "auto" else e
+
+
+def remedy(e: Experiment, topology: Topology, say: Say, shallower: Callable[[int], Experiment]) -> str:
+    """The smallest change under which an experiment fits: of the micro-batch, of the mesh, of the depth."""
+    if e.micro_rows != "auto":
+        found, _ = best(e, topology, say)
+        if found is not None:
+            return f"set {flags(found)}"
+    if e.mesh.fsdp < topology.chips // e.mesh.tensor:
+        split = dataclasses.replace(e.mesh, data=0, fsdp=topology.chips // e.mesh.tensor)
+        found, _ = best(dataclasses.replace(e, mesh=split), topology, say)
+        if found is not None:
+            return f"set --mesh.fsdp={split.fsdp} {flags(found)}"
+    for depth in range(e.depth - 1, 0, -1):
+        try:
+            smaller = in_bfloat16(dataclasses.replace(shallower(depth), micro_rows="auto"))
+        except (UserError, ValueError):  # Its model or its batch does not divide.
+            continue
+        if sum(plan.state_bytes(smaller).values()) > topology.chip.memory * e.mesh.fsdp * e.mesh.tensor:
+            continue
+        found, _ = best(smaller, topology, say)
+        if found is not None:
+            return (
+                f"with one row a device and remat=full neither; set --depth={depth} {flags(found)}, or name more chips"
+            )
+    return "not in any depth: name more chips, or a smaller --data.row_length"
+
+
+def flags(found: Fit) -> str:
+    return f"--micro_rows={found.micro_rows} --model.remat={found.remat}"
