@@ -70,6 +70,8 @@ def read(path: Path) -> Any:
 def test_every_section_gives_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = {"rows": 2, "tokens_per_second": 50.0, "step_seconds": 1.0}
     monkeypatch.setattr(peers, "run", lambda asked, *, seconds: torch)
+    every = training.variants
+    monkeypatch.setattr(training, "variants", lambda bench, make: every(bench, make)[:1])  # Each compiles anew.
     out = tmp_path / "bench.json"
     told = bench.main(
         ["gpu", "--anyway", "--budget_s=100000", f"--out={out}", *(f"--{k}={v}" for k, v in SIZES.items())]
@@ -137,20 +139,26 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
 def test_what_still_runs_after_the_budget_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(running, "GRACE", 0.0)
-    out, ended, status = tmp_path / "bench.json", threading.Event(), list[int]()
+    out, ended, timers = tmp_path / "bench.json", list[int](), list[Any]()
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            timers.append(self)
 
     def hangs(bench: Any, make: Any, rows: Rows) -> None:
-        assert ended.wait(600)
-        status.append(read(out)["sections"]["second"]["status"] == "cut off")
+        (timer,) = timers
+        assert timer.interval == 600.0 + running.GRACE
+        late = threading.Thread(target=timer.function)  # As where compiling has not come back by then.
+        late.start()
+        late.join()
+        assert ended == [0]
+        assert read(out)["sections"]["second"]["status"] == "cut off"
+        assert json.loads(capsys.readouterr().out)["first"]["name=one"] == [1.0]
+        ended.append(1)
 
-    def end(code: int) -> None:
-        status.append(code)
-        ended.set()
-
-    run(out, {"first": section(adds(1.0), -1e9), "second": section(hangs, -1e9)}, budget_s=0.01, end=end)
-    assert status == [0, True]
-    assert json.loads(capsys.readouterr().out)["first"]["name=one"] == [1.0]
+    monkeypatch.setattr(running.threading, "Timer", Timer)
+    run(out, {"first": section(adds(1.0)), "second": section(hangs)}, end=ended.append)
+    assert ended == [0, 1]
 
 
 def test_no_budget_skips_everything_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,7 +258,7 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
     assert found.step == f"step {found.rows}" and len(compiled) == len(set(compiled)) <= 4
     assert fitting.fit(setup, tries=3, most=2).rows == min(found.rows, 2)
     limit = 0.0
-    with pytest.raises(UserError, match="no micro-batch of .* fits"):
+    with pytest.raises(UserError, match=r"no micro-batch of .* fits"):
         fitting.fit(setup, tries=3)
 
 
@@ -274,7 +282,7 @@ def test_steps_are_dispatched_before_the_metrics_of_the_last_are_read() -> None:
     assert times.losses == [1.0, 2.0, 3.0]
     assert len(times.seconds) == len(times.dispatch) == 3
     late = timing.time_steps(step, 0, ["even"], steps=50, clock=Clock(0.0))
-    assert len(late.seconds) == timing.LEAST_STEPS
+    assert timing.LEAST_STEPS <= len(late.seconds) <= timing.LEAST_STEPS + 1  # One more is under way already.
 
 
 def test_settings_of_the_sweep_differ_from_the_recipe_and_from_each_other() -> None:

@@ -56,8 +56,8 @@ def attention(bench: Bench, make: Make, rows: Rows) -> None:
             flops = attention_flops(B, T, H, D, window=window)
             forward = _bound(backend, segments, window)
             label = {"backend": name, "window": window, "documents": documents}
-            measured = functools.partial(_attention, forward, (q_BTHD, k_BTHD, v_BTHD), do_BTHD, flops, bench.repeats)
-            rows.attempt(label, lambda measured=measured: measured() | {"shape_BTHD": [B, T, H, D]})
+            qkv = (q_BTHD, k_BTHD, v_BTHD)
+            rows.attempt(label, functools.partial(_attention, forward, qkv, do_BTHD, flops, bench.repeats))
 
 
 def _bound(backend: Attention, segments_BT: jax.Array | None, window: int | None) -> Callable[..., jax.Array]:
@@ -71,7 +71,7 @@ def _attention(
         out, back = jax.vjp(forward, q, k, v)
         return out, back(do)
 
-    told: dict[str, Any] = {"flops_forward": flops}
+    told: dict[str, Any] = {"flops_forward": flops, "shape_BTHD": list(do_BTHD.shape), "dtype": str(do_BTHD.dtype)}
     for name, function, arguments, work in (
         ("forward", forward, qkv, flops),
         ("both", both, (*qkv, do_BTHD), 3.5 * flops),
@@ -119,12 +119,10 @@ def loss(bench: Bench, make: Make, rows: Rows) -> None:
     targets_BT = jax.random.randint(keys[2], (B, T), 0, c.vocab, jnp.int32)
     arguments = (hidden_BTM, head_MV, targets_BT)
     flops = 6.0 * B * T * c.width * c.padded_vocab
-    shape = {"shape_BTMV": [B, T, c.width, c.padded_vocab]}
     for chunk in dict.fromkeys((*(size for size in bench.loss_chunks if size <= B * T), 0)):
         function = functools.partial(naive_nll, c) if chunk == 0 else functools.partial(chunked_nll, c, chunk)
         label = {"loss": "naive"} if chunk == 0 else {"loss": "chunked", "chunk_tokens": chunk}
-        measured = functools.partial(_loss, function, arguments, flops, bench.repeats)
-        rows.attempt(label, lambda measured=measured: measured() | shape)
+        rows.attempt(label, functools.partial(_loss, function, arguments, flops, bench.repeats))
 
 
 def _loss(function: Callable[..., jax.Array], arguments: Any, flops: float, repeats: int) -> dict[str, Any]:
@@ -132,7 +130,14 @@ def _loss(function: Callable[..., jax.Array], arguments: Any, flops: float, repe
     value, _ = compiled(*arguments)
     seconds = time_call(functools.partial(compiled, *arguments), repeats=repeats)
     bytes_ = temporary_bytes(compiled)
-    return {**_speed("both", seconds, flops), "temporary_bytes": bytes_, "flops": flops, "value": float(value)}
+    return {
+        **_speed("both", seconds, flops),
+        "temporary_bytes": bytes_,
+        "flops": flops,
+        "value": float(value),
+        "shape_BTMV": [*arguments[0].shape, arguments[1].shape[1]],
+        "dtype": str(arguments[0].dtype),
+    }
 
 
 def chunked_nll(c: Model, chunk: int, hidden_BTM: jax.Array, head_MV: jax.Array, targets_BT: jax.Array) -> jax.Array:

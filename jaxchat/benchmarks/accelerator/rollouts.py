@@ -14,6 +14,7 @@ from jaxchat.benchmarks.accelerator import fitting
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
 from jaxchat.benchmarks.accelerator.training import attention_of, start_state
+from jaxchat.compilation import Setup
 from jaxchat.config import say
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.experiment import Experiment
@@ -50,7 +51,9 @@ def rl(bench: Bench, make: Make, rows: Rows) -> None:
     depth = min(bench.depths)
 
     def measured() -> dict[str, Any]:
-        return measure(experiment(bench, make, depth), tries=bench.tries, clock=rows.clock)
+        setup = compilation.make_setup(experiment(bench, make, depth), say)
+        with jax.set_mesh(setup.mesh):
+            return measure(setup, tries=bench.tries, clock=rows.clock)
 
     rows.attempt({"depth": depth, "prompts": bench.rl_prompts, "samples": bench.rl_samples}, measured)
 
@@ -68,12 +71,12 @@ def experiment(bench: Bench, make: Make, depth: int) -> Experiment:
     return dataclasses.replace(e, stage="rl", start_from="sft", rl=settings)
 
 
-def measure(e: Experiment, *, tries: int, clock: Clock) -> dict[str, Any]:
+def measure(setup: Setup, *, tries: int, clock: Clock) -> dict[str, Any]:
     """Seconds of the parts of a step, medians over a few after one that compiles; with random weights hardly any answer
     ends before its longest length.
     """
+    e = setup.experiment
     assert e.rl is not None
-    setup = compilation.make_setup(e, say)
     fitted = fitting.fit(setup, tries=tries, attention=attention_of(setup))
     state = start_state(setup)
     shape = Shape(length=e.data.row_length, slots=e.rl.slots, prompts=min(8, e.rl.slots))

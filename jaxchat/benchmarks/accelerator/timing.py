@@ -107,9 +107,9 @@ def compiling() -> Iterator[Compiled]:
         asked += event == "/jax/compilation_cache/compile_requests_use_cache"
         hits += event == "/jax/compilation_cache/cache_hits"
 
-    def add(event: str, seconds: float, **_: Any) -> None:
+    def add(event: str, duration_secs: float, **_: Any) -> None:
         nonlocal saved
-        saved += seconds if event == "/jax/compilation_cache/compile_time_saved_sec" else 0.0
+        saved += duration_secs if event == "/jax/compilation_cache/compile_time_saved_sec" else 0.0
 
     jax.monitoring.register_event_listener(count)
     jax.monitoring.register_event_duration_secs_listener(add)

@@ -130,8 +130,9 @@ def plain(asked: Asked) -> Any:
             self.embed, self.head = nn.Embedding(asked.vocab, M), nn.Linear(M, asked.vocab, bias=False)
             self.blocks = nn.ModuleList(Block() for _ in range(asked.depth))
             angle = torch.outer(torch.arange(T), asked.rope_base ** (-torch.arange(0, D, 2) / D))
-            self.register_buffer("cos", angle.cos().to(torch.bfloat16 if asked.device == "cuda" else torch.float32))
-            self.register_buffer("sin", angle.sin().to(self.cos.dtype))
+            dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
+            self.register_buffer("cos", angle.cos().to(dtype))
+            self.register_buffer("sin", angle.sin().to(dtype))
 
         def forward(self, tokens: Any) -> Any:
             x = norm(self.embed(tokens))

@@ -95,9 +95,10 @@ def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str,
     setup = compilation.make_setup(e, say)
     attention, most = attention_of(setup), 0
     while True:
-        fitted = fitting.fit(setup, tries=tries, most=most, attention=attention)
         try:
-            times = run_steps(setup, fitted, steps=steps, clock=clock)
+            with jax.set_mesh(setup.mesh):
+                fitted = fitting.fit(setup, tries=tries, most=most, attention=attention)
+                times = run_steps(setup, fitted, steps=steps, clock=clock)
             break
         except jax.errors.JaxRuntimeError as error:
             if not fitting.out_of_memory(error) or fitted.rows == min(compilation.micro_choices(setup)):
@@ -145,9 +146,8 @@ def run_steps(setup: Setup, fitted: fitting.Fitted, *, steps: int, clock: Clock)
 def start_state(setup: Setup) -> State:
     """A fresh state in its places."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
-    with jax.set_mesh(setup.mesh):
-        start = jax.jit(lambda key: init_state(setup.transformer, setup.tx, key), out_shardings=placed)
-        return start(jax.random.key(setup.experiment.seed))
+    start = jax.jit(lambda key: init_state(setup.transformer, setup.tx, key), out_shardings=placed)
+    return start(jax.random.key(setup.experiment.seed))
 
 
 def random_batches(setup: Setup, micro_rows: int) -> Sequence[Any]:
