@@ -295,13 +295,14 @@ def test_settings_of_the_sweep_differ_from_the_recipe_and_from_each_other() -> N
     assert {"depth": 12, "family": "july2026", "isolated": False} in [variant.label() for variant in found]
 
 
-def test_torch_trains_a_model_of_the_same_size() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_trains_a_model_of_the_same_size(dtype: str) -> None:
     pytest.importorskip("torch")
     from jaxchat.benchmarks.accelerator import torch_side
 
     e = make(2, "october2025")
     asked = peers.asked(e, "plain", options.Bench(peer_rows=2, steps=2, peer_compile=False), "cpu")
-    told = torch_side.main([json.dumps(asked.__dict__)])
+    told = torch_side.main([json.dumps(asked.__dict__ | {"dtype": dtype})])
     assert told["parameters"] == parameter_counts(e.model)["total"]
     assert told["tokens_per_second"] == pytest.approx(2 * 64 / told["step_seconds"])
     assert np.log(128) / 2 < told["loss"] < 2 * np.log(128)

@@ -65,6 +65,7 @@ def asked(e: Experiment, kind: str, bench: Bench, device: str) -> Asked:
         steps=bench.steps,
         compiled=bench.peer_compile,
         device=device,
+        dtype="float32" if device == "cpu" else "bfloat16",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Asked:
-    """A model and how long to train it: bfloat16 under autocast on a GPU, float32 on a CPU, fused AdamW."""
+    """A model and how long to train it with fused AdamW; in bfloat16 under autocast, or in float32."""
 
     kind: str
     vocab: int
@@ -29,6 +29,7 @@ class Asked:
     steps: int
     compiled: bool
     device: str
+    dtype: str
     warm: int = 3
 
 
@@ -58,7 +59,7 @@ def train(asked: Asked, rows: int) -> dict[str, Any]:
     model = (plain if asked.kind == "plain" else transformers)(asked).to(asked.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = torch.randint(asked.vocab, (2, rows, asked.row_length + 1), device=asked.device)
-    half = asked.device == "cuda"
+    cuda, half = asked.device == "cuda", asked.dtype == "bfloat16"
 
     def loss_of(tokens: Any, targets: Any) -> Any:
         with torch.autocast(asked.device, torch.bfloat16, enabled=half):
@@ -66,7 +67,7 @@ def train(asked: Asked, rows: int) -> dict[str, Any]:
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     step = torch.compile(loss_of) if asked.compiled else loss_of
-    wait = torch.cuda.synchronize if half else lambda: None
+    wait = torch.cuda.synchronize if cuda else lambda: None
     begin, seconds, loss = time.perf_counter(), [], None
     first = 0.0
     for i in range(asked.warm + asked.steps):
@@ -89,9 +90,9 @@ def train(asked: Asked, rows: int) -> dict[str, Any]:
         "first_step_seconds": first,
         "loss": loss.item(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if half else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "torch": torch.__version__,
-        "dtype": "bfloat16" if half else "float32",
+        "dtype": asked.dtype,
     }
 
 
@@ -130,14 +131,12 @@ def plain(asked: Asked) -> Any:
             self.embed, self.head = nn.Embedding(asked.vocab, M), nn.Linear(M, asked.vocab, bias=False)
             self.blocks = nn.ModuleList(Block() for _ in range(asked.depth))
             angle = torch.outer(torch.arange(T), asked.rope_base ** (-torch.arange(0, D, 2) / D))
-            dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
+            dtype = getattr(torch, asked.dtype)
             self.register_buffer("cos", angle.cos().to(dtype))
             self.register_buffer("sin", angle.sin().to(dtype))
 
         def forward(self, tokens: Any) -> Any:
-            x = norm(self.embed(tokens))
-            if asked.device == "cuda":
-                x = x.bfloat16()
+            x = norm(self.embed(tokens)).to(self.cos.dtype)
             for block in self.blocks:
                 x = block(x, self.cos, self.sin)
             return asked.softcap * torch.tanh(self.head(norm(x)) / asked.softcap)
