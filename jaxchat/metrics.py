@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,13 +34,40 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
 }
 
+# Bytes a second of one device's memory: Google Cloud's TPU pages, NVIDIA's data sheets; a prefix of jax's device_kind.
+PEAK_BANDWIDTH = {
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5e": 0.819e12,
+    "TPU v5p": 2.765e12,
+    "TPU v5": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.352e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA B200": 7.672e12,
+    "NVIDIA L4": 0.3e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+}
+
 
 def peak_flops(device: Any) -> float | None:
     """Peak FLOPs a second of one device: from the table, None where the kind is unknown, measured on a CPU."""
     if device.platform == "cpu":
         return _measured_peak() / jax.local_device_count()
-    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    return _of_kind(PEAK_FLOPS, device)
+
+
+def peak_bandwidth(device: Any) -> float | None:
+    """Peak bytes a second of one device's memory, read or written; None where the kind is unknown, and on a CPU."""
+    return _of_kind(PEAK_BANDWIDTH, device)
+
+
+def _of_kind(table: Mapping[str, float], device: Any) -> float | None:
+    """The entry whose name is the longest beginning of the device's kind."""
+    known = [kind for kind in table if device.device_kind.startswith(kind)]
+    return table[max(known, key=len)] if known else None
 
 
 def _measured_peak(size: int = 1024, repeats: int = 4) -> float:

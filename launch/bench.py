@@ -5,10 +5,18 @@ float32. train: 8 rows of 512 tokens, AdamW on every parameter. decode: greedy a
 --batch_sizes, with and without the cache, a dispatch a token beside chunks, and speculation. rl: rollouts a second, all
 in flight together, a prompt at a time and a sample at a time. evaluate: a checkpoint's questions and problems, all in
 flight together and one at a time; python -m launch.bench evaluate --checkpoint=runs/d4/pretrain --tasks core:DIRECTORY
+gpu, tpu: everything worth measuring there within --budget_s=540, the most valuable first, into --out=bench_gpu.json:
+training, attention, loss, decoding, rollouts, torch beside it; python -m launch.bench gpu --only=train,decode
 """
 
 import dataclasses
+import functools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from configs import recipe
 from jaxchat import config
@@ -27,6 +35,7 @@ DEFAULTS = {
 
 def main(argv: list[str]) -> dict[str, object]:
     benchmarks = {"train": train, "decode": decode, "rl": rl, "evaluate": evaluate}
+    benchmarks |= {kind: functools.partial(accelerator, kind) for kind in ("gpu", "tpu")}
     if argv and argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nOne of {', '.join(benchmarks)}; its options: python -m launch.bench train --help")
         raise SystemExit(0)
@@ -72,6 +81,39 @@ def evaluate(argv: list[str]) -> dict[str, object]:
     return benchmark.run(bench, Experiment)
 
 
+def accelerator(kind: str, argv: list[str]) -> dict[str, object]:
+    from jaxchat.benchmarks.accelerator import options, running
+
+    default = dataclasses.replace(options.DEFAULTS[kind], out=f"bench_{kind}.json")
+    bench = config.parse(options.Bench, _spread(argv), default=default, description=__doc__)
+    running.chosen(bench.only)
+    # Before JAX looks for devices; the same threshold for every run, so that a second one finds what a first one made.
+    jax.config.update("jax_compilation_cache_dir", str(Path(bench.cache).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    running.check_device(kind, anyway=bench.anyway)
+    command = shlex.join(["python", "-m", "launch.bench", kind, *argv])
+    return running.run(bench, functools.partial(_dialled, bench), command=command)
+
+
+def _dialled(bench: Any, depth: int, family: Any, batch_tokens: int) -> Experiment:
+    """The recipe's pretraining of a depth, with the benchmark's sizes."""
+    dial = recipe.Dial(
+        depth=depth,
+        family=family,
+        steps=1000,
+        batch_tokens=batch_tokens,
+        vocab=bench.vocab,
+        row_length=bench.row_length,
+        head_dim=bench.head_dim,
+    )
+    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",))
+
+
+def _spread(argv: Sequence[str]) -> list[str]:
+    """The arguments, what is written with commas as a list of its own words."""
+    return [part for word in argv for part in (word.replace("=", ",", 1).split(",") if "," in word else [word])]
+
+
 def _read(bench_class: type, argv: list[str], more: dict[str, str]) -> tuple[Any, Experiment]:
     """The benchmark's own options, and the experiment of the rest and the defaults."""
     from jaxchat import compilation
@@ -79,8 +121,7 @@ def _read(bench_class: type, argv: list[str], more: dict[str, str]) -> tuple[Any
     own = {field.name for field in dataclasses.fields(bench_class)} | {"help"}
     name = lambda word: word.removeprefix("--").split("=")[0].replace("-", "_")  # noqa: E731
     mine = [word for word in argv if name(word) in own]
-    spread = [part for word in mine for part in (word.replace("=", ",", 1).split(",") if "," in word else [word])]
-    bench = config.parse(bench_class, spread, description=__doc__)
+    bench = config.parse(bench_class, _spread(mine), description=__doc__)
     rest = [word for word in argv if word not in mine]
     given = {name(word) for word in rest}
     rest += [f"--{field}={value}" for field, value in (DEFAULTS | more).items() if field not in given]

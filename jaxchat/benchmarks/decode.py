@@ -41,6 +41,7 @@ class Bench:
         threads: on a CPU, how many cores either side may use.
         lengths: answer lengths at which decoding with the cache is set beside decoding without it.
         speculative: also measure speculation, on text that repeats itself and on text that does not.
+        token_dispatch: also decode with a dispatch a token.
     """
 
     peer: Literal["none", "transformers"] = "none"
@@ -55,6 +56,7 @@ class Bench:
     threads: int = 2
     lengths: tuple[int, ...] = (32, 64, 128, 256)
     speculative: bool = True
+    token_dispatch: bool = True
 
     def __post_init__(self) -> None:
         counts = (self.prompt_tokens, self.decode_tokens, self.chunk, self.repeats, self.threads, *self.batch_sizes)
@@ -131,15 +133,14 @@ def one_size(
     params = dataclasses.replace(bench.sampling, max_tokens=bench.decode_tokens)
     length = bench.prompt_tokens + bench.decode_tokens
     engine = make_engine(transformer, weights, length=length, slots=rows, steps=bench.chunk)
-    single = make_engine(transformer, weights, length=length, slots=rows, steps=1)
     start = time.perf_counter()
     answers = generate(engine, asked, params)
     first_seconds = time.perf_counter() - start
-    generate(single, asked, params)
-    sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: generate(engine, asked, params),
-        "dispatch": lambda: generate(single, asked, params),
-    }
+    sides: dict[str, Callable[[], Any]] = {"ours": lambda: generate(engine, asked, params)}
+    if bench.token_dispatch:
+        single = make_engine(transformer, weights, length=length, slots=rows, steps=1)
+        generate(single, asked, params)
+        sides["dispatch"] = lambda: generate(single, asked, params)
     if peer is not None:
         theirs = peer.generate(asked, bench.decode_tokens)
         agree = float(np.mean([ours.tokens == tuple(other) for ours, other in zip(answers, theirs)]))
@@ -169,7 +170,7 @@ def one_size(
         "first_token_seconds": round(statistics.median(first_token), 5),
         "token_seconds": round(token_seconds, 6),
         "decode_tokens_per_second": round(rows / token_seconds, 1),
-        "token_dispatch_tokens_per_second": round(speed["dispatch"], 1),
+        "token_dispatch_tokens_per_second": round(speed["dispatch"], 1) if bench.token_dispatch else None,
         "compile_seconds": round(first_seconds - statistics.median(seconds["ours"]), 2),
         "step_bytes": read,
         "roofline_fraction": round(read / token_seconds / bandwidth, 4),
