@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxchat.data.prepare import Data
+from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.optim import Optimizer
 from jaxchat.rollouts import RL
@@ -49,6 +50,8 @@ class Experiment:
         warm_optimizer: start with that checkpoint's optimizer moments as well.
         micro_rows: rows of one forward and backward pass, over all devices; "auto" takes the most that fit in memory.
         dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
+        matmul: Int8() or Float8() for the layers' large products in training, None for `dtype`; whatever reads the
+            parameters afterwards, evaluations too, computes in `dtype`.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
@@ -72,6 +75,7 @@ class Experiment:
     micro_rows: int | Literal["auto"] = "auto"
     mesh: Mesh = Mesh()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    matmul: Matmul = None
     save_every: int = 250
     eval_every: int = 250
     eval_rows: int = 256
@@ -95,6 +99,9 @@ class Experiment:
             raise ValueError(f"steps={self.steps} must lie between {least} and {2**31 - 1}")
         if self.stage not in STAGES or (self.stage == "rl") != (self.rl is not None):
             raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}, and rl goes with stage 'rl'")
+        if self.rl is not None and self.matmul is not None:
+            told = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
+            raise ValueError(f"{told}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
             raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
         for name in ("eval_problems", "eval_samples", "eval_tokens"):
