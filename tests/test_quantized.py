@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import small
-from test_sharding import LENGTH, ROWS, keep_gradient, muon_adamw, train
+from test_sharding import keep_gradient, train
 from test_sharding import model as divisible
 from test_train import cut
 
@@ -197,7 +198,7 @@ def likelihood_and_gradient(matmul: Matmul, loop: Any = "unroll", remat: Any = "
 
 
 @pytest.mark.parametrize("matmul", [Int8(), Float8()], ids=str)
-@pytest.mark.parametrize(("loop", "remat"), [("scan", "none"), ("scan", "full"), ("unroll", "dots")])
+@pytest.mark.parametrize(("loop", "remat"), [("scan", "full"), ("unroll", "dots")])
 def test_layer_loop_and_remat_change_nothing(matmul: Matmul, loop: str, remat: str) -> None:
     small.assert_close(likelihood_and_gradient(matmul, loop, remat), likelihood_and_gradient(matmul), 1e-6)
 
@@ -236,27 +237,39 @@ def test_a_step_that_is_not_finite_is_still_skipped() -> None:
     assert step(state, batch)[1]["skipped"] == 1
 
 
-STEPS = 40
+def learned(matmul: Matmul, steps: int = 60) -> tuple[float, float]:
+    """The first and the last loss of a short training run, on one batch."""
+    config, tx = small.october2025(width=32), optax.adam(0.01)
+    transformer = Transformer(config, matmul=matmul)
+    batch = small.batch(4, 12, config.vocab)
+
+    @jax.jit
+    def step(params: Any, moments: Any) -> Any:
+        loss, grads = jax.value_and_grad(lambda params: likelihood(transformer)(params, batch).total)(params)
+        updates, moments = tx.update(grads, moments)
+        return optax.apply_updates(params, updates), moments, loss
+
+    params = jax.tree.map(jnp.asarray, small.parameters(config, scale=0.2))
+    moments, losses = tx.init(params), []
+    for _ in range(steps):
+        params, moments, loss = step(params, moments)
+        losses.append(float(loss / batch["weights"].sum()))
+    return losses[0], losses[-1]
 
 
-def curve(matmul: Matmul) -> np.ndarray:
-    """Losses of a short training run, of batches that are all the same."""
-    transformer = Transformer(dataclasses.replace(divisible(), depth=2), matmul=matmul)
-    return np.array(train("one", transformer, muon_adamw(transformer, jnp.float32), STEPS, 1)[1])
+def test_training_reaches_the_loss_of_float32_and_without_scales_it_does_not(monkeypatch: Any) -> None:
+    first, last = learned(None)
+    assert first - last > 1
+    bound = 0.005 * (first - last)
+    for matmul in (Int8(), Float8()):
+        assert abs(learned(matmul)[1] - last) < bound, matmul
 
+    def coarse(a: jax.Array, dtype: Any, axis: int | None) -> quantized.Scaled:
+        """As if there were one scale for all matrices."""
+        return quantized.Scaled(jnp.round(a).astype(dtype), jnp.ones((1, 1)))
 
-def test_training_reaches_the_loss_of_float32_and_without_scales_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = curve(None)
-    learned = plain[0] - plain[-1]
-    assert ROWS * LENGTH * learned > 10
-    for matmul in (Int8(), Float8(), Float8("row")):
-        assert abs(curve(matmul)[-1] - plain[-1]) < 0.05 * learned, matmul
-
-    def unscaled(a: jax.Array, dtype: Any, axis: int | None) -> quantized.Scaled:
-        return quantized.Scaled(a.astype(dtype), jnp.ones((1, 1)))
-
-    monkeypatch.setattr(quantized, "quantize", unscaled)
-    assert abs(curve(Int8())[-1] - plain[-1]) > 0.05 * learned
+    monkeypatch.setattr(quantized, "quantize", coarse)
+    assert abs(learned(Int8())[1] - last) > bound
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "rl"])
@@ -270,7 +283,7 @@ def test_one_word_chooses_the_products_of_pretraining_and_sft(stage: str, name: 
 def test_the_fields_of_a_type_are_set_beside_its_name() -> None:
     assert experiment("--matmul=float8", "--matmul.scaling=row").matmul == Float8("row")
     assert experiment("--matmul=int8", "--matmul.weight_gradient=True").matmul == Int8(True)
-    with pytest.raises(UserError, match=r"--matmul takes \{dtype,int8,float8\}"):
+    with pytest.raises(UserError, match=r"'int4' for argument '--matmul'.*'dtype', 'int8', 'float8'"):
         experiment("--matmul=int4")
 
 
