@@ -18,6 +18,8 @@ from jaxchat.experiment import Experiment
 from jaxchat.model import (
     GQA,
     Backout,
+    Float8,
+    Int8,
     Model,
     ReluSquared,
     ResidualScales,
@@ -26,6 +28,7 @@ from jaxchat.model import (
     Smear,
     ValueEmbedding,
 )
+from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import parameter_counts
 from jaxchat.optim import AdamW, Muon, Optimizer
 from jaxchat.rollouts import RL
@@ -33,6 +36,7 @@ from jaxchat.rollouts import RL
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
+MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
 
@@ -45,6 +49,8 @@ class Dial:
         family: "july2026" is nanochat's newest architecture and optimizer, "october2025" its original, which
             transformers knows as NanoChatForCausalLM.
         ratio: training tokens a scaling parameter.
+        matmul: number format of the layers' large products while pretraining and SFT learn, "dtype" for none of its
+            own; RL computes in `dtype`, as its samples are.
         windows: "SSSL" gives three layers of four a window of a quarter row, "L" none.
     """
 
@@ -57,6 +63,7 @@ class Dial:
     ratio: float = 12.0
     head_dim: int = 128
     windows: Literal["SSSL", "L"] = "SSSL"
+    matmul: Literal["dtype", "int8", "float8"] = "dtype"
 
     def __post_init__(self) -> None:
         for name in ("depth", "head_dim"):
@@ -143,6 +150,7 @@ def pretrain(
         steps=steps(dial),
         batch_tokens=batch_tokens(dial),
         name=name,
+        matmul=MATMULS[dial.matmul],
     )
     if isinstance(rows := fields.get("micro_rows"), int):  # A smaller batch needs a smaller micro-batch.
         fields["micro_rows"] = math.gcd(rows, experiment.batch_rows)
@@ -182,6 +190,7 @@ def rl(base: Experiment, settings: RL, *, scale: float = 0.05, **fields: object)
         stage="rl",
         start_from="sft",
         rl=settings,
+        matmul=None,
         optimizer=gentle(base.optimizer, scale, warmdown_fraction=1.0),
         **fields,  # type: ignore[arg-type]
     )

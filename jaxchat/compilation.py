@@ -1,5 +1,6 @@
 """From an experiment to a compiled training step: devices, mesh, shapes, placements, and the micro-batch that fits."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -82,7 +83,8 @@ def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequ
 
 
 def learning(e: Experiment, transformer: Transformer) -> tuple[Objective, Mapping[str, tuple[tuple[int, ...], Any]]]:
-    """The objective of a stage, and the columns of the batches that it reads."""
+    """The objective of a stage, and the columns of the batches that it reads; it alone knows `matmul`."""
+    transformer = dataclasses.replace(transformer, matmul=e.matmul)
     T = e.data.row_length
     columns: dict[str, tuple[tuple[int, ...], Any]] = {
         name: ((T,), jnp.int32) for name in ("tokens", "targets", "segments")

@@ -159,10 +159,26 @@ def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf reads None."""
-    old, new = flags(before), flags(after)
+    """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf reads None.
+
+    A part that is there in both, of another type, differs by its type's name.
+    """
+    old, new, kinds = flags(before), flags(after), _types(after)
+    types = {name: (kind, kinds[name]) for name, kind in _types(before).items() if kinds.get(name, kind) != kind}
     names = [*old, *(name for name in new if name not in old)]
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+    return types | {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def _types(value: Any) -> dict[str, str]:
+    """The type's name of every dataclass within a dataclass value, by its dotted name."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(value):
+        part = getattr(value, field.name)
+        parts = {f"{field.name}.{i}": one for i, one in enumerate(part)} if isinstance(part, tuple) else {}
+        for name, one in (parts or {field.name: part}).items():
+            if dataclasses.is_dataclass(one):
+                found |= {name: type(one).__name__, **{f"{name}.{n}": kind for n, kind in _types(one).items()}}
+    return found
 
 
 def to_json(value: Any) -> Any:

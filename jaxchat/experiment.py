@@ -6,6 +6,7 @@ from typing import Literal
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
+from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.optim import Optimizer
 from jaxchat.rollouts import RL
@@ -55,6 +56,8 @@ class Experiment:
         attention: what computes attention in training; "auto" is splash on TPUs and cudnn on GPUs where they can serve
             the model and give what xla gives, otherwise xla.
         xla: rows of jaxchat/xla.py's table of compiler settings; each knows which platforms it is for.
+        matmul: Int8() or Float8() for the layers' large products in training, None for `dtype`; whatever reads the
+            parameters afterwards, evaluations too, computes in `dtype`.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: how many checkpoints are kept.
@@ -80,6 +83,7 @@ class Experiment:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     xla: tuple[str, ...] = ("overlap",)
+    matmul: Matmul = None
     save_every: int = 250
     eval_every: int = 250
     eval_rows: int = 256
@@ -103,6 +107,9 @@ class Experiment:
             raise ValueError(f"steps={self.steps} must lie between {least} and {2**31 - 1}")
         if self.stage not in STAGES or (self.stage == "rl") != (self.rl is not None):
             raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}, and rl goes with stage 'rl'")
+        if self.rl is not None and self.matmul is not None:
+            told = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
+            raise ValueError(f"{told}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
             raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
         for name in ("eval_problems", "eval_samples", "eval_tokens"):

@@ -269,6 +269,24 @@ def test_parts_that_are_gone_are_a_difference():
     assert found == {"parts.1.size": (2, None), "part.size": (None, 1)}
 
 
+def test_a_part_of_another_type_is_a_difference_even_with_the_same_fields():
+    @dataclass(frozen=True)
+    class Part:
+        size: int = 1
+
+    @dataclass(frozen=True)
+    class Other(Part):
+        pass
+
+    @dataclass(frozen=True)
+    class Whole:
+        parts: tuple[Part, ...] = (Part(), Part())
+        part: Part = Part()
+
+    found = config.difference(Whole(), Whole((Part(), Other()), Other(2)))
+    assert found == {"parts.1": ("Part", "Other"), "part": ("Part", "Other"), "part.size": (1, 2)}
+
+
 HELP = {
     "train": (
         launch.train,

@@ -9,11 +9,14 @@ Arrays are named by their shape:
 from jaxchat.model.attention import GQA, RoPE, ValueEmbedding
 from jaxchat.model.layers import RMSNorm
 from jaxchat.model.mlp import ReluSquared, SwiGLU
+from jaxchat.model.quantized import Float8, Int8
 from jaxchat.model.transformer import Backout, Model, ResidualScales, Smear, Transformer
 
 __all__ = [
     "GQA",
     "Backout",
+    "Float8",
+    "Int8",
     "Model",
     "RMSNorm",
     "ReluSquared",

@@ -24,6 +24,7 @@ from jaxchat.model.layers import (
     rms_norm,
     uniform_between,
 )
+from jaxchat.model.quantized import Matmul, product
 
 GATE_INIT = (0.0, 0.02)
 
@@ -104,6 +105,7 @@ class GroupedQueryAttention(nn.Module):
     width: int
     vocab: int
     attention: str = "xla"
+    matmul: Matmul = None
 
     @nn.compact
     def __call__(
@@ -115,8 +117,7 @@ class GroupedQueryAttention(nn.Module):
 
         def project(name: str, axis: str, heads: int) -> jax.Array:
             w_MHD = param(self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D))
-            y_BTHD = jnp.einsum("BTM,MHD->BTHD", x_BTM, w_MHD.astype(dtype))
-            return sharding.constrain(y_BTHD, ("batch", "length", axis, "head"))
+            return sharding.constrain(product(x_BTM, w_MHD, self.matmul), ("batch", "length", axis, "head"))
 
         q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
         if c.value_embedding is not None:
@@ -133,8 +134,7 @@ class GroupedQueryAttention(nn.Module):
             o_BTHD = attend_cached(q_BTHD, cache.k_BKSD.astype(dtype), cache.v_BKSD.astype(dtype), seen_BTS)
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
         # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
-        y_BTM = o_BTHD.reshape(*o_BTHD.shape[:2], H * D) @ w_HDM.astype(dtype).reshape(H * D, M)
-        return y_BTM, cache
+        return product(o_BTHD.reshape(*o_BTHD.shape[:2], H * D), w_HDM.reshape(H * D, M), self.matmul), cache
 
     def _prepare(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
         """Queries and keys: rotate first, then normalise, then scale."""

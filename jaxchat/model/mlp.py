@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model.layers import Init, initializer, param
+from jaxchat.model.quantized import Matmul, product
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class SwiGLU:
 class ReluSquaredLayer(nn.Module):
     config: ReluSquared
     width: int
+    matmul: Matmul = None
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array) -> jax.Array:
         c, M, F = self.config, self.width, self.config.hidden
         w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale))
         w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
-        h_BTF = jnp.einsum("BTM,MF->BTF", x_BTM, w_MF.astype(x_BTM.dtype))
-        h_BTF = jnp.square(jax.nn.relu(sharding.constrain(h_BTF, ("batch", "length", "hidden"))))
-        return jnp.einsum("BTF,FM->BTM", h_BTF, w_FM.astype(x_BTM.dtype))
+        h_BTF = sharding.constrain(product(x_BTM, w_MF, self.matmul), ("batch", "length", "hidden"))
+        return product(jnp.square(jax.nn.relu(h_BTF)), w_FM, self.matmul)
 
     @staticmethod
     def matmul_parameters(config: ReluSquared, width: int) -> int:
@@ -50,6 +51,7 @@ class ReluSquaredLayer(nn.Module):
 class SwiGLULayer(nn.Module):
     config: SwiGLU
     width: int
+    matmul: Matmul = None
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array) -> jax.Array:
@@ -58,10 +60,9 @@ class SwiGLULayer(nn.Module):
         g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init)
         w_MF = param(self, "in", ("embed", "hidden"), (M, F), init)
         w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
-        gate_BTF = jax.nn.silu(jnp.einsum("BTM,MF->BTF", x_BTM, g_MF.astype(x_BTM.dtype)))
-        h_BTF = gate_BTF * jnp.einsum("BTM,MF->BTF", x_BTM, w_MF.astype(x_BTM.dtype))
+        h_BTF = jax.nn.silu(product(x_BTM, g_MF, self.matmul)) * product(x_BTM, w_MF, self.matmul)
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "hidden"))
-        return jnp.einsum("BTF,FM->BTM", h_BTF, w_FM.astype(x_BTM.dtype))
+        return product(h_BTF, w_FM, self.matmul)
 
     @staticmethod
     def matmul_parameters(config: SwiGLU, width: int) -> int:

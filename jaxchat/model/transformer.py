@@ -15,6 +15,7 @@ from jaxchat.model.attention import GATE_INIT, GQA, MIXERS, Context, rotation
 from jaxchat.model.cache import KVCache
 from jaxchat.model.layers import RMSNorm, look_up, param, rms_norm, uniform_between
 from jaxchat.model.mlp import MLPS, ReluSquared, SwiGLU
+from jaxchat.model.quantized import Matmul
 
 EMBED = ("vocab", "embed")  # Axes of the embedding.
 VOCAB_MULTIPLE = 64  # The vocabulary is padded to it; padded logits are never seen.
@@ -104,14 +105,17 @@ class Block(nn.Module):
     config: Model
     mixer: GQA
     attention: str = "xla"
+    matmul: Matmul = None
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         c = self.config
-        mixer = MIXERS[type(self.mixer)](self.mixer, c.width, c.padded_vocab, self.attention, name="mixer")
+        make = MIXERS[type(self.mixer)]
+        mixer = make(self.mixer, c.width, c.padded_vocab, self.attention, self.matmul, name="mixer")
         y_BTM, cache = mixer(rms_norm(x_BTM, c.norm.eps), context, cache)
         x_BTM = x_BTM + y_BTM
-        x_BTM = x_BTM + MLPS[type(c.mlp)](c.mlp, c.width, name="mlp")(rms_norm(x_BTM, c.norm.eps))
+        mlp = MLPS[type(c.mlp)](c.mlp, c.width, self.matmul, name="mlp")
+        x_BTM = x_BTM + mlp(rms_norm(x_BTM, c.norm.eps))
         return sharding.constrain(x_BTM, ("batch", "length", "width")), cache
 
 
@@ -147,7 +151,7 @@ class Transformer:
     """The model as functions of its parameters; `dtype` is that of activations and matrix products.
 
     `attention` names the row of `kernels.BACKENDS` that attends where there is no cache; all give the same.
-
+    `matmul` makes the layers' large products those of eight-bit numbers; training alone sets it.
     Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, the same
     whether layers are scanned or unrolled; `unstack` makes {"ends": ..., "layer": (one tree per layer)} of it.
     """
@@ -155,6 +159,7 @@ class Transformer:
     config: Model
     dtype: Any = jnp.float32
     attention: str = "xla"
+    matmul: Matmul = None
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters; the same for every sharding and every layer loop."""
@@ -283,7 +288,7 @@ class Transformer:
         if scales is not None:
             resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
             x_BTM = resid * x_BTM + x0 * x0_BTM
-        block = Block(c, c.pattern[i % len(c.pattern)], self.attention)
+        block = Block(c, c.pattern[i % len(c.pattern)], self.attention, self.matmul)
 
         def forward(p: Any, x_BTM: jax.Array, context: Context, cache: Any) -> Any:
             return block.apply({"params": p}, x_BTM, context, cache)

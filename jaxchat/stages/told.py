@@ -151,8 +151,11 @@ def describe(
     say(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
     isolated = "isolated" if e.model.isolate_documents else "not isolated"
     peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s a device"
+    products = f"{setup.transformer.dtype}"
+    if e.matmul is not None:
+        products += f", the layers' products in {e.matmul}; FLOPs and peak are counted as without"
     say(
-        f"{mesh} on {device.device_kind}  {setup.transformer.dtype}  "
+        f"{mesh} on {device.device_kind}  {products}  "
         f"attention {setup.transformer.attention}, documents {isolated}  "
         f"{peak_text}  compiled in {compile_seconds:.1f} s"
     )

@@ -1,8 +1,6 @@
 """Attention and loss alone, forward and backward, at the shapes of a model."""
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,30 +12,18 @@ from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.benchmarks.accelerator.timing import quantiles, time_call
 from jaxchat.compilation import compute_dtype
 from jaxchat.config import say
-from jaxchat.model.attention import Context, attend_row
-from jaxchat.model.transformer import Model, positions_within
+from jaxchat.model.choice import PREFERRED
+from jaxchat.model.kernels import BACKENDS, Backend
+from jaxchat.model.transformer import Model
 from jaxchat.objectives.logprobs import weighted_nll
 
-KERNELS = "jaxchat.model.kernels"
 DOCUMENT = 512  # Tokens of a document where a row is cut into some.
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, int | None], jax.Array]
 
-
-def backends() -> Mapping[str, Attention]:
-    """Every way of attention that is there, by name."""
-    if importlib.util.find_spec(KERNELS) is None:
-        return {"xla": plain}
-    found: Mapping[str, Attention] = importlib.import_module(KERNELS).BACKENDS
-    return {"xla": plain, **found}
-
-
-def plain(
-    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
-) -> jax.Array:
-    tokens_BT = jnp.zeros(q_BTHD.shape[:2], jnp.int32)
-    context = Context(tokens_BT, positions_within(tokens_BT, segments_BT), segments_BT)
-    return attend_row(q_BTHD, k_BTKD, v_BTKD, context, window=window)
+def backends() -> Mapping[str, Backend]:
+    """The rows of attention's table that are for these devices."""
+    own = PREFERRED.get(jax.default_backend())
+    return {name: backend for name, backend in BACKENDS.items() if name in ("xla", "xla_remat", own)}
 
 
 def attention(bench: Bench, make: Make, rows: Rows) -> None:
@@ -60,7 +46,7 @@ def attention(bench: Bench, make: Make, rows: Rows) -> None:
             rows.attempt(label, functools.partial(_attention, forward, qkv, do_BTHD, flops, bench.repeats))
 
 
-def _bound(backend: Attention, segments_BT: jax.Array | None, window: int | None) -> Callable[..., jax.Array]:
+def _bound(backend: Backend, segments_BT: jax.Array | None, window: int | None) -> Callable[..., jax.Array]:
     return lambda q, k, v: backend(q, k, v, segments_BT, window)
 
 

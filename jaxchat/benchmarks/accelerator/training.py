@@ -43,7 +43,7 @@ class Variant:
         given = {name: value for name, value in model.items() if value not in ("", None)}
         e = dataclasses.replace(e, model=dataclasses.replace(e.model, **given))  # type: ignore[arg-type]
         if self.attention:
-            e = dataclasses.replace(e, attention=self.attention)  # type: ignore[call-arg]
+            e = dataclasses.replace(e, attention=self.attention)  # type: ignore[arg-type]
         return adamw_only(e) if self.adamw else e
 
     def label(self) -> dict[str, Any]:
