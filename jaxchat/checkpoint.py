@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxchat import processes
-from jaxchat.config import UserError, difference, first_line, from_json, to_json
+from jaxchat.config import UserError, check_local, difference, first_line, from_json, to_json
 
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
@@ -226,6 +226,10 @@ def finished_steps(directory: Path) -> list[int]:
 
 def locate(path: str) -> tuple[Path, int]:
     """The stage directory and step of `runs/tiny/pretrain` (its latest) or `runs/tiny/pretrain@300`."""
+    try:
+        check_local("checkpoint", path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     name, _, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
     directory = Path(name)
     if not (directory / EXPERIMENT).is_file():
@@ -314,4 +318,4 @@ def abstract_like(shapes: Any, placements: Any) -> Any:
 
 
 def _absolute(path: Any) -> Any:
-    return path if "://" in str(path) else epath.Path(Path(path).absolute())
+    return epath.Path(Path(path).absolute())

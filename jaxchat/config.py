@@ -94,6 +94,14 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
+def check_local(name: str, place: str | None) -> None:
+    """Raises ValueError where a place is a URL: runs are files that are locked, renamed and added to."""
+    if place and "://" in place:
+        raise ValueError(
+            f"{name}={place} is not a directory: mount the bucket (gcsfuse, say) and name where, see docs/launch"
+        )
+
+
 def parse(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None, more: Sequence[str] = ()
 ) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxchat import xla
+from jaxchat.config import check_local
 from jaxchat.data.prepare import Data
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
@@ -112,6 +113,9 @@ class Experiment:
             raise ValueError(f"{told}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
             raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
+        check_local("directory", self.directory)
+        check_local("start_from", self.start_from)
+        check_local("data.cache", self.data.cache)
         for name in ("eval_problems", "eval_samples", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

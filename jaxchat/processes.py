@@ -298,7 +298,7 @@ def check_same(what: str, value: Any, remedy: str) -> None:
 
 def check_shared(directory: Path, option: str) -> None:
     """Raises `UserError` where processes do not see the same files in a directory."""
-    if jax.process_count() == 1 or "://" in str(directory):
+    if jax.process_count() == 1:
         return
     mark = directory / "shared"
     (named,) = gather(f"{time.time_ns()}")[:1]
@@ -312,7 +312,7 @@ def check_shared(directory: Path, option: str) -> None:
     if not everywhere:
         raise UserError(
             f"{directory} is not the same directory for every process: name one that all of them reach with {option}, "
-            "on a shared file system or such as gs://bucket/runs"
+            "on a shared file system or a mounted bucket"
         )
 
 

@@ -25,7 +25,7 @@ import launch.prepare
 import launch.speedrun
 import launch.tokenizer
 import launch.train
-from jaxchat import config
+from jaxchat import checkpoint, config
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
 
@@ -226,6 +226,14 @@ def test_a_missing_configuration_suggests_one():
         config.load(["--config=configs/tinny.py"])
     with pytest.raises(UserError, match="which configuration"):
         config.load(["--steps=3"])
+
+
+@pytest.mark.parametrize("field", ["directory", "data.cache", "start_from"])
+def test_a_bucket_is_no_directory(field):
+    with pytest.raises(UserError, match=rf"^{field}=gs://bucket/runs is not a directory: mount the bucket"):
+        load(f"--{field}=gs://bucket/runs")
+    with pytest.raises(UserError, match="checkpoint=gs://bucket/runs is not a directory"):
+        checkpoint.locate("gs://bucket/runs")
 
 
 def test_an_unknown_stage_lists_those_there_are():

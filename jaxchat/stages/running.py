@@ -175,7 +175,7 @@ def check_tasks(e: Experiment) -> None:
 @contextlib.contextmanager
 def alone(e: Experiment, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the stage directory, so that no second process writes there; raises `UserError` where one does already."""
-    if jax.process_index() or "://" in e.directory:
+    if jax.process_index():
         yield
         return
     refusal = f"another process trains in {e.stage_directory}: wait for its end, or give this run its own --name"
