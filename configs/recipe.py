@@ -28,8 +28,8 @@ from jaxchat.model import (
     Smear,
     ValueEmbedding,
 )
+from jaxchat.model.counts import parameter_counts
 from jaxchat.model.quantized import Matmul
-from jaxchat.model.transformer import parameter_counts
 from jaxchat.optim import AdamW, Muon, Optimizer
 from jaxchat.rollouts import RL
 

@@ -16,7 +16,8 @@ from jaxchat.benchmarks import decode
 from jaxchat.benchmarks.accelerator import fitting, kernels, options, peers, running, timing, training
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
 from jaxchat.config import UserError
-from jaxchat.model.transformer import Transformer, parameter_counts
+from jaxchat.model.counts import parameter_counts
+from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import CHIPS
 from launch import bench
 

@@ -23,8 +23,8 @@ from jaxchat import optim
 from jaxchat.export import huggingface
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
+from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.model.dense import attend_row
-from jaxchat.model.transformer import flops_per_token, parameter_counts
 from jaxchat.objectives.likelihood import likelihood
 from jaxchat.objectives.logprobs import weighted_nll
 

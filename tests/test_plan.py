@@ -13,7 +13,8 @@ from configs import recipe
 from jaxchat import compilation, config
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.model.transformer import Transformer, parameter_counts
+from jaxchat.model.counts import parameter_counts
+from jaxchat.model.transformer import Transformer
 from jaxchat.planning import ahead, plan
 from jaxchat.planning.chips import CHIPS, GiB, topology
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxchat.experiment import RESUMABLE
-from jaxchat.model.transformer import parameter_counts
+from jaxchat.model.counts import parameter_counts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,7 +19,8 @@ import numpy as np
 from jaxchat import compilation, metrics, sharding
 from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
-from jaxchat.model.transformer import Model, flops_per_token
+from jaxchat.model.counts import flops_per_token
+from jaxchat.model.transformer import Model
 from jaxchat.optim import AdamW, Optimizer
 from jaxchat.train import init_state
 

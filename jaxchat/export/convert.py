@@ -14,7 +14,8 @@ from jaxchat.decode.engine import Loaded, load_checkpoint
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole
-from jaxchat.model.transformer import Model, Params, Transformer, parameter_counts
+from jaxchat.model.counts import parameter_counts
+from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
 STAGES = ("pretrain", "sft")  # What an imported checkpoint may be taken for: RL has settings that no file tells.

@@ -1,7 +1,6 @@
 """The transformer: one forward for training and decoding, built from parts that the configuration names."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -344,36 +343,6 @@ def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax
     starts_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
     starts_BT = jnp.pad(starts_BT, ((0, 0), (1, 0)), constant_values=True)
     return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
-
-
-@functools.cache
-def parameter_counts(config: Model) -> dict[str, int]:
-    """Parameters by part: embed, value_embeddings, head, matrices (those of the layers), scalars, total."""
-    params = Transformer(config).shapes()
-    counts = dict.fromkeys(("embed", "value_embeddings", "head", "matrices", "scalars"), 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = path[-1].key
-        part = {"value_embedding": "value_embeddings", "embed": "embed", "head": "head"}.get(name)
-        part = part or ("matrices" if path[0].key == "layers" else "scalars")
-        counts[part] += math.prod(leaf.shape)
-    return counts | {"total": sum(counts.values())}
-
-
-def flops_per_token(config: Model, length: int) -> dict[str, int]:
-    """Training FLOPs a token by part, forward and backward, at rows of `length` tokens.
-
-    nanochat's convention (after PaLM, arXiv:2204.02311): 6 a matrix parameter, 12 H D min(window, T) a layer for
-    attention, not halved for causality; look-ups, norms and softmax are not counted.
-    """
-    mixers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
-    parts = {
-        "mixers": 6 * sum(MIXERS[type(m)].matmul_parameters(m, config.width) for m in mixers),
-        "attention": sum(MIXERS[type(m)].attention_flops(m, length) for m in mixers),
-        "mlp": 6 * config.depth * MLPS[type(config.mlp)].matmul_parameters(config.mlp, config.width),
-        "head": 6 * config.padded_vocab * config.width,
-        "smear": 0 if config.smear is None else 6 * config.smear.channels,
-    }
-    return parts | {"total": sum(parts.values())}
 
 
 def _length(positions_BT: jax.Array, cache: Cache) -> jax.Array:

@@ -11,7 +11,8 @@ from rich.table import Table
 from jaxchat import optim
 from jaxchat.experiment import Experiment
 from jaxchat.model import Model
-from jaxchat.model.transformer import Transformer, flops_per_token, parameter_counts
+from jaxchat.model.counts import flops_per_token, parameter_counts
+from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import CHIPS, Chip, GiB, Topology
 from jaxchat.train import init_state
 

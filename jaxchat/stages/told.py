@@ -15,7 +15,7 @@ from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import TOOLS
 from jaxchat.experiment import Experiment
-from jaxchat.model.transformer import flops_per_token, parameter_counts
+from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.train import State
 

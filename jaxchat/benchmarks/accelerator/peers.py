@@ -16,7 +16,7 @@ from jaxchat.benchmarks.accelerator.torch_side import Asked
 from jaxchat.benchmarks.accelerator.training import Variant, measure
 from jaxchat.config import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.model.transformer import flops_per_token
+from jaxchat.model.counts import flops_per_token
 from jaxchat.sharding import Mesh
 
 MODULE = "jaxchat.benchmarks.accelerator.torch_side"

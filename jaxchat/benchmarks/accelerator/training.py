@@ -19,7 +19,7 @@ from jaxchat.benchmarks.train import adamw_only
 from jaxchat.compilation import Setup
 from jaxchat.config import say
 from jaxchat.experiment import Experiment
-from jaxchat.model.transformer import flops_per_token, parameter_counts
+from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.train import State, init_state
 
 DISTINCT = 2  # Batches that take turns.
