@@ -62,7 +62,7 @@ def results(text: str, operation: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "place"), ASKED, ids="-".join)
+@pytest.mark.parametrize(("name", "place"), ASKED, ids=map("-".join, ASKED))
 def test_a_real_step_is_compiled_as_it_is_meant(name: str, place: str, optimized: None) -> None:
     """Gradients are scattered, activations stay where they are, logits are never whole, the state is not copied."""
     version = compiler(place)
