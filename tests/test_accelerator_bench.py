@@ -249,7 +249,7 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
     def compile_rows(setup: Any, rows: int) -> Any:
         compiled.append(rows)
         needed = fixed + rows * row * 2**10
-        return f"step {rows}", (needed if needed < 4 * limit else float("inf")), timing.Compiled()
+        return f"step {rows}", (needed if needed < fixed + 400 * 2**10 else float("inf")), timing.Compiled()
 
     monkeypatch.setattr(fitting, "compile_rows", compile_rows)
     monkeypatch.setattr(metrics, "memory_limit", lambda device: limit / compilation.MEMORY_SHARE)
