@@ -92,7 +92,8 @@ def test_every_section_gives_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert train["tokens_per_second"] == pytest.approx(speed, rel=1e-3)
     mfu = speed * train["flops_per_token"] / (train["peak_flops"] * train["devices"])
     assert train["mfu"] == pytest.approx(mfu, rel=0.02, abs=1e-4)
-    assert [row["documents"] for row in sections["attention"]["rows"]] == [True, False]
+    tried = [(row["backend"], row["documents"]) for row in sections["attention"]["rows"]]
+    assert tried == [(name, documents) for documents in (True, False) for name in ("xla", "xla_remat")]
     values = [row["value"] for row in sections["loss"]["rows"]]
     assert len(values) == 3 and values == pytest.approx([values[0]] * 3, rel=1e-5)
     assert [row["rows"] for row in sections["decode"]["rows"]] == [1, 2]

@@ -190,7 +190,7 @@ def likelihood_and_gradient(matmul: Matmul, loop: Any = "unroll", remat: Any = "
     config = small.july2026(layer_loop=loop, remat=remat)
     batch = small.batch(2, 12, config.vocab, np.float64)
     with jax.enable_x64(True):
-        objective = likelihood(Transformer(config, jnp.float64, matmul))
+        objective = likelihood(Transformer(config, jnp.float64, matmul=matmul))
         loss = jax.jit(jax.value_and_grad(lambda params: objective(params, batch).total))
         return jax.tree.map(np.asarray, loss(small.parameters(config, np.float64)))
 
@@ -215,7 +215,7 @@ def test_every_product_of_the_layers_is_in_eight_bits_and_no_other(make: Any) ->
 @functools.cache
 def gradient(mesh: str, matmul: Matmul) -> Any:
     with jax.enable_x64(True):
-        state, _ = train(mesh, Transformer(divisible(), jnp.float64, matmul), keep_gradient(), 1, 1)
+        state, _ = train(mesh, Transformer(divisible(), jnp.float64, matmul=matmul), keep_gradient(), 1, 1)
         return jax.tree.map(np.asarray, state.optimizer)
 
 

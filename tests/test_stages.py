@@ -74,7 +74,7 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
     answered = iter("abcdefgh")
 
     class Engine:
-        def __init__(self, *args):
+        def __init__(self, *args, mesh):
             pass
 
         def generate(self, asked):
@@ -83,7 +83,7 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
     monkeypatch.setattr(told, "Engine", Engine)
     tokenizer = SimpleNamespace(bos=0, encode=lambda text: [1])
     experiment.stage_directory.mkdir(parents=True)
-    setup, state = SimpleNamespace(experiment=experiment, transformer=None), SimpleNamespace(params=None)
+    setup, state = SimpleNamespace(experiment=experiment, transformer=None, mesh=None), SimpleNamespace(params=None)
     for number in (5, 10, 15, 10):  # Killed after 15, taken up again from 5.
         told.write_samples(setup, tokenizer, state, number=number, say=lambda text: None)
     text = (experiment.stage_directory / "samples.md").read_text()
