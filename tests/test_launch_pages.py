@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from runs import finish_group, launch, records
+import runs
 
 import launch.chat
 import launch.convert
@@ -113,14 +113,14 @@ def test_the_two_terminals_are_one_run(tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     small = {"depth": 1, "head_dim": 8, "steps": 3, "data.vocab": 300, "data.row_length": 96, "batch_tokens": 8 * 96}
-    small |= {"data.train": "tinyworld:train:50", "data.val": "tinyworld:val:20", "directory": tmp_path}
+    small |= {"data.train": "tinyworld:train:50", "data.val": "tinyworld:val:20", "directory": tmp_path, "mesh.data": 2}
     group = []
     for line in lines:
         words = shlex.split(line)
         given = dict(word.split("=", 1) for word in words if word.startswith("JAX_"))
         argv = words[words.index("launch.train") + 1 :] + [f"--{name}={value}" for name, value in small.items()]
-        group.append(launch(*argv, **(given | {processes.ADDRESS: address})))
-    (out, err), (silent, _) = finish_group(group)
+        group.append(runs.launch(*argv, **(given | {processes.ADDRESS: address})))
+    (out, err), (silent, _) = runs.finish_group(group)
     assert json.loads(out.splitlines()[-1])["step"] == 3 and silent == ""
     assert "data=2 x fsdp=1 x tensor=1" in err
-    assert records(tmp_path / "two/pretrain")[-1]["step"] == 3
+    assert runs.records(tmp_path / "two/pretrain")[-1]["step"] == 3

@@ -66,6 +66,13 @@ def test_every_code_cell_is_told_of():
     assert all(kinds[i - 1] == "markdown" for i, kind in enumerate(kinds) if kind == "code")
 
 
+def test_a_command_in_a_cell_gets_names_and_must_succeed():
+    told = Notebook().run('x = 3\nif x:\n    !echo {x} "it\'s"\n')
+    assert told.split() == ["3", "it's"]
+    with pytest.raises(AssertionError, match="exit 3"):
+        Notebook().run("!exit 3")
+
+
 @pytest.mark.slow
 def test_its_cells_train_stop_go_on_and_talk(tmp_path, monkeypatch):
     """Every cell but the one that installs, with sizes of its own."""
