@@ -5,6 +5,7 @@ cluster does: Cloud TPU, SLURM, Open MPI or Kubernetes, as `jax.distributed` det
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import sys
@@ -28,7 +29,9 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 JOIN_SECONDS = 300  # A slow host may still be installing.
 BEAT, PATIENCE = 2.0, 30.0  # Seconds between signs of life, and without one until a process counts as lost.
 LOST = 75  # Exit status: start again to continue.
+FOREVER_MS = 7 * 24 * 3600 * 1000  # A lost process is noticed by the watch.
 PLACE = "jaxchat/alive"
+_meetings = itertools.count()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -107,23 +110,31 @@ def _join(environment: Mapping[str, str]) -> None:
         by_hand |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
         by_hand |= {"cluster_detection_method": "deactivate"}
     told = f"start as many as {COUNT} says, on hosts that reach {environment.get(ADDRESS, 'the first of them')}"
-    # jax.distributed would end this process with a stack of C++.
-    late = threading.Timer(
-        JOIN_SECONDS, _leave, (f"error: the processes did not find each other in {JOIN_SECONDS} s: {told}", 2)
-    )
-    late.daemon = True
-    late.start()
+    failed: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                **by_hand,
+                initialization_timeout=2 * JOIN_SECONDS,
+                heartbeat_timeout_seconds=2 * int(PATIENCE),
+                shutdown_timeout_seconds=2 * int(PATIENCE),
+            )
+        except (RuntimeError, ValueError) as error:
+            failed.append(error)
+
+    # In a thread, for no signal reaches Python while it waits; and beyond its time it ends with a stack of C++.
+    thread, start = threading.Thread(target=initialize, daemon=True), time.monotonic()
+    thread.start()
     try:
-        jax.distributed.initialize(
-            **by_hand,
-            initialization_timeout=2 * JOIN_SECONDS,
-            heartbeat_timeout_seconds=2 * int(PATIENCE),
-            shutdown_timeout_seconds=2 * int(PATIENCE),
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes did not find each other ({first_line(error)}): {told}") from error
-    finally:
-        late.cancel()
+        while thread.is_alive() and time.monotonic() - start < JOIN_SECONDS:
+            thread.join(0.2)
+    except KeyboardInterrupt as stop:
+        _leave(f"stopped by a signal; {stop}: start again to continue", LOST)
+    if thread.is_alive():
+        _leave(f"error: the processes did not find each other in {JOIN_SECONDS} s: {told}", 2)
+    if failed:
+        raise UserError(f"the processes did not find each other ({first_line(failed[0])}): {told}") from failed[0]
 
 
 def _group() -> Any:
@@ -153,7 +164,7 @@ class _Watch:
         while not self._ended.wait(BEAT):
             beat += 1
             try:
-                self._tell(f"alive {beat}")
+                self._tell(f"alive {beat} of {os.environ.get(COUNT, self._count)}")
                 told = dict(self._store.key_value_dir_get(PLACE))
             except jax.errors.JaxRuntimeError:
                 self._stop("process 0 is lost")
@@ -168,6 +179,8 @@ class _Watch:
         if self._heard.get(other, ("", 0.0))[0] != text or other not in self._heard:
             self._heard[other] = text, now
         silent, what = now - self._heard[other][1], text.partition(" ")[0]
+        if what == "alive" and text.rpartition(" ")[2] != os.environ.get(COUNT, str(self._count)):
+            self._stop(f"process {other} was given another {COUNT}")
         if what == "failed" and other != self._index:
             self._stop(f"process {other} stopped ({text.removeprefix('failed ')})")
         if what != "done" and silent > PATIENCE:
@@ -175,7 +188,14 @@ class _Watch:
 
     def _stop(self, why: str) -> None:
         if not self._ended.is_set():
-            _leave(f"{why}, and with it process {self._index}: start all again to continue", LOST)
+            print(f"{why}, and with it process {self._index}: start all again to continue", file=sys.stderr, flush=True)
+            self._let_others_read()
+            _leave("", LOST)
+
+    def _let_others_read(self) -> None:
+        """Waits where this is process 0: it keeps what the others read, and JAX would end them without it."""
+        if self._index == 0:
+            time.sleep(3 * BEAT)
 
     def end(self, text: str) -> None:
         """Says that this process needs no watching any more."""
@@ -187,24 +207,30 @@ class _Watch:
     def leave_with(self, error: BaseException) -> NoReturn:
         """Ends this process as its launcher would, once the others have read why."""
         if isinstance(error, signals.Interrupted):
+            print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
             self._stop_together()
-            _leave(f"stopped by a signal; {error}: start again to continue", LOST)
+            _leave("", LOST)
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(2 * BEAT)  # Where another process broke the connection, the watch knows more, and ends this one.
+        status = self._say(error)  # Before anything else: JAX may end this process while it waits.
         self.end(f"failed {first_line(error)}")
-        time.sleep(2 * BEAT)
+        time.sleep(BEAT)
+        self._let_others_read()
+        _leave("", status)
+
+    def _say(self, error: BaseException) -> int:
+        """Tells an error as its launcher would; gives the exit status."""
         if isinstance(error, SystemExit):
-            _leave("", error.code if isinstance(error.code, int) else 1)
+            return error.code if isinstance(error.code, int) else 1
         if isinstance(error, UserError):
-            _leave(f"error: {error}", 2)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
         if isinstance(error, jax.errors.JaxRuntimeError):
-            _leave(
-                f"error: another process is lost, or the connection to it ({first_line(error)}): start all again to "
-                "continue",
-                LOST,
-            )
+            told = f"another process is lost, or the connection to it ({first_line(error)})"
+            print(f"error: {told}: start all again to continue", file=sys.stderr, flush=True)
+            return LOST
         sys.excepthook(type(error), error, error.__traceback__)
-        _leave("", 1)
+        return 1
 
     def _stop_together(self) -> None:
         """Returns once all others stop as well, which they do by themselves where they agreed to."""
@@ -215,8 +241,7 @@ class _Watch:
                 if not alive:
                     break
                 time.sleep(BEAT)
-            if self._index == 0:  # It keeps what they read.
-                time.sleep(2 * BEAT)
+            self._let_others_read()
 
 
 def _leave(text: str, status: int) -> NoReturn:
@@ -251,10 +276,17 @@ class Agreement:
         return before is not None and bool(before)
 
 
+def meet() -> None:
+    """Returns once every process is here, however much later: a first collective waits for half a minute only."""
+    if jax.process_count() > 1:
+        _group().client.wait_at_barrier(f"jaxchat/meet/{next(_meetings)}", timeout_in_ms=FOREVER_MS)
+
+
 def gather(value: Result) -> list[Result]:
     """What every process gave, in their order; all must call it."""
     if jax.process_count() == 1:
         return [value]
+    meet()
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).ravel()
     padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat import checkpoint, stages
+import jax
+
+from jaxchat import checkpoint, processes, stages
 from jaxchat.config import json_line
 from jaxchat.data.cache import write_json
 from jaxchat.decode.engine import load_checkpoint
@@ -35,7 +37,7 @@ def run(
     """
     place, went_on = road[0].run_directory, ""
     for number, e in enumerate(road, 1):
-        progress = _read(place)
+        progress = _agreed(place)
         known = progress.get(e.stage, {})
         wanted = e.steps or known.get("result", {}).get("step")
         newest = checkpoint.finished_steps(e.stage_directory)[-1:]
@@ -50,11 +52,13 @@ def run(
             result = stages.run(e, stopped)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
         went_on = e.stage if known.get("finished") else went_on
-    if not _read(place)[road[0].stage].get("base"):
+    if not _agreed(place)[road[0].stage].get("base"):
         with timed(place, BASE):
             base = score_base(road[0], road[-1], say)
         _note(place, road[0].stage, {"base": base})
-    progress = _read(place)
+    progress = _agreed(place)
+    if jax.process_index():
+        return {}
     path = report.write(place, [e.stage for e in road], progress, say=say, dollars_per_hour=dollars_per_hour)
     return {
         **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in road},
@@ -99,8 +103,14 @@ def timed(place: Path, part: str) -> Iterator[None]:
 
 def _note(place: Path, part: str, facts: Mapping[str, Any]) -> None:
     """Changes some facts of a part in speedrun.json."""
-    progress = _read(place)
-    write_json(place / PROGRESS, progress | {part: progress.get(part, {}) | dict(facts)})
+    if jax.process_index() == 0:
+        progress = _read(place)
+        write_json(place / PROGRESS, progress | {part: progress.get(part, {}) | dict(facts)})
+
+
+def _agreed(place: Path) -> dict[str, Any]:
+    """What the first process reads, in all of them."""
+    return processes.gather(_read(place))[0]
 
 
 def _read(place: Path) -> dict[str, Any]:

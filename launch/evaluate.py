@@ -68,7 +68,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 def _evaluate(options: Evaluate) -> Mapping[str, object]:
     import jax
 
-    from jaxchat import checkpoint
+    from jaxchat import checkpoint, processes
     from jaxchat.data.cache import locked
     from jaxchat.decode.engine import load_engine
     from jaxchat.evaluation import evaluate
@@ -93,6 +93,7 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
         seed=options.seed,
         mode=options.mode,
     )
+    processes.check_same("what is asked", (options, step), "start all with the same command")
     found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
     engine = load_engine(
         f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prompts=min(8, options.slots)

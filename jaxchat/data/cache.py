@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ def key(**parts: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
     make_directory(path.parent)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # In containers every process may have the same number.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)

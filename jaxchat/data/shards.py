@@ -7,6 +7,7 @@ finished, and one without is made again. The plan depends on the sources alone, 
 import functools
 import json
 import os
+import secrets
 import signal
 import sys
 import time
@@ -164,7 +165,7 @@ def finished(directory: Path, job: Job) -> Counts | None:
 def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
     """Reads, tokenizes and packs documents and writes the shard, whole or not at all."""
     path = directory / job.file
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:

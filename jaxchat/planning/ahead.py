@@ -104,7 +104,7 @@ def fit(e: Experiment, topology: Topology, say: Say, *, shallower: Callable[[int
         found, tried = best(e, topology, say)
     if found is None:
         told = f"{e.name} does not fit {topology.name} with micro_rows={e.micro_rows} and model.remat={e.model.remat}"
-        raise UserError(f"{told}: {remedy(e, topology, say, shallower)}")
+        raise UserError(f"{told}: {remedy(e, topology, say, shallower, tried)}")
     return {
         "fits": True,
         "exact": topology.exact,
@@ -124,10 +124,15 @@ def in_bfloat16(e: Experiment) -> Experiment:
     return dataclasses.replace(e, dtype="bfloat16") if e.dtype == "auto" else e
 
 
-def remedy(e: Experiment, topology: Topology, say: Say, shallower: Callable[[int], Experiment]) -> str:
-    """The smallest change under which an experiment fits: of the micro-batch, of the mesh, of the depth."""
+def remedy(
+    e: Experiment, topology: Topology, say: Say, shallower: Callable[[int], Experiment], tried: list[Fit]
+) -> str:
+    """The smallest change under which an experiment fits: of the micro-batch, of the mesh, of the depth.
+
+    `tried` is what is known not to fit.
+    """
     if e.micro_rows != "auto":
-        found, _ = best(e, topology, say)
+        found, tried = best(e, topology, say)
         if found is not None:
             return f"set {flags(found)}"
     if e.mesh.fsdp < topology.chips // e.mesh.tensor:
@@ -135,13 +140,17 @@ def remedy(e: Experiment, topology: Topology, say: Say, shallower: Callable[[int
         found, _ = best(dataclasses.replace(e, mesh=split), topology, say)
         if found is not None:
             return f"set --mesh.fsdp={split.fsdp} {flags(found)}"
+    whole, per_state = sum(plan.state_bytes(e).values()), 1.0
+    if needed := [one.bytes for one in tried if math.isfinite(one.bytes)]:
+        per_state = min(needed) / whole * e.mesh.fsdp * e.mesh.tensor
     for depth in range(e.depth - 1, 0, -1):
         try:
             smaller = in_bfloat16(dataclasses.replace(shallower(depth), micro_rows="auto"))
         except (UserError, ValueError):  # Its model or its batch does not divide.
             continue
-        if sum(plan.state_bytes(smaller).values()) > topology.chip.memory * e.mesh.fsdp * e.mesh.tensor:
-            continue
+        expected = per_state * sum(plan.state_bytes(smaller).values()) / (e.mesh.fsdp * e.mesh.tensor)
+        if expected > topology.chip.memory * compilation.MEMORY_SHARE:
+            continue  # What the deeper one needed says so.
         found, _ = best(smaller, topology, say)
         if found is not None:
             return (

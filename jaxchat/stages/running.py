@@ -12,7 +12,7 @@ import jax
 
 from jaxchat import checkpoint, metrics, processes, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
-from jaxchat.config import UserError
+from jaxchat.config import UserError, difference
 from jaxchat.data import cache, prepare
 from jaxchat.decode.tools import named_tools
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
@@ -34,6 +34,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     Raises `Interrupted` where `stopped` tells of a signal before the first step, or one comes later.
     """
     terminal = metrics.Terminal(experiment.steps)
+    check_alike(experiment)
     # What can be refused is refused before documents are prepared for hours, and before anything is written.
     e, tokenizer = inherited(experiment)
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
@@ -69,6 +70,7 @@ def _train(
     go_on(stopped)
     step, micro_rows, compile_seconds = compile_step(setup, say)
     describe(setup, micro_rows, compile_seconds, peak, say)
+    processes.meet()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     with signals.noted() as interrupted:  # An error that a signal became must not be taken for damage.
         start, state, facts = _start(setup, checkpoints, say)
@@ -150,6 +152,18 @@ def _start(
         state = started(setup, state)
     check_finite(state, "the first parameters", "correct the numbers of --model")
     return 0, state, {}
+
+
+def check_alike(e: Experiment) -> None:
+    """Raises `UserError` where processes were given different experiments: they would wait for each other for ever."""
+    others = processes.gather(e)
+    changed = [difference(others[0], other) for other in others]
+    for index, found in enumerate(changed):
+        if named := [name for name in found if name not in ("directory", "data.cache", "data.workers")]:
+            old, new = found[named[0]]
+            raise UserError(
+                f"{named[0]} is {old!r} in process 0 and {new!r} in process {index}: start all with the same command"
+            )
 
 
 def check_ahead(e: Experiment) -> None:
