@@ -4,6 +4,7 @@ Requests wait, are read, and take a slot; the device decodes all slots in chunks
 samples leave, tools answer, and waiting requests enter.
 """
 
+import dataclasses
 import functools
 import operator
 from collections import deque
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint, sharding
-from jaxchat.config import UserError
+from jaxchat.config import UserError, say
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.slots import Slots
 from jaxchat.decode.speculative import Speculation
+from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
@@ -85,7 +87,8 @@ class Engine:
 
     With a mesh, rows are split over `data`, and heads, hidden units and vocabulary over `tensor`. With `speculation`,
     tokens are guessed and read several at a time, which changes none of them; guesses are looked up in the text, or
-    come from `draft`, a smaller model of the same vocabulary with its parameters.
+    come from `draft`, a smaller model of the same vocabulary with its parameters. `decoding` names what attends to the
+    cache, a row of `DECODING`, or leaves it to the device.
     """
 
     def __init__(
@@ -98,9 +101,13 @@ class Engine:
         mesh: jax.sharding.Mesh | None = None,
         speculation: Speculation | None = None,
         draft: tuple[Transformer, Params] | None = None,
+        decoding: str = "auto",
     ) -> None:
         if draft is not None and (draft[0].config.vocab != transformer.config.vocab or shape.adapt or not speculation):
             raise UserError("a draft model needs the model's vocabulary, speculation, and a shape with adapt=False")
+        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+        transformer = _decoded(transformer, decoding, device)
+        draft = None if draft is None else (_decoded(draft[0], decoding, device), draft[1])
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
         self.prefixes = Prefixes(shape.remembered_bytes, windowed=windowed)
@@ -294,6 +301,12 @@ class Engine:
 
     def _plan(self, prompt: Sequence[int], remembered: int) -> Plan:
         return plan(len(prompt), remembered, piece=self.shape.piece, length=self.shape.length)
+
+
+def _decoded(transformer: Transformer, wanted: str, device: Any) -> Transformer:
+    """The model with the attention that decodes on a device."""
+    name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, say=say)
+    return dataclasses.replace(transformer, decoding=name)
 
 
 class Loaded(NamedTuple):

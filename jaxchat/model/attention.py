@@ -1,6 +1,7 @@
 """Attention: grouped queries, rotary positions and windows; `MIXERS` maps configuration to module.
 
-What a query sees is the rule of `dense.visible`, whichever of `kernels.BACKENDS` computes it.
+What a query sees is the rule of `dense.visible`, whichever of `kernels.BACKENDS`, or with a cache of
+`decoding_kernels.DECODING`, computes it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model import cache as kv
-from jaxchat.model.dense import attend_cached, visible
+from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import (
     Init,
@@ -105,6 +106,7 @@ class GroupedQueryAttention(nn.Module):
     width: int
     vocab: int
     attention: str = "xla"
+    decoding: str = "xla"
     matmul: Matmul = None
 
     @nn.compact
@@ -113,7 +115,6 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[jax.Array, kv.KVCache | None]:
         """x is the normalised input; returns what is added to the residual stream, and the cache with x's tokens."""
         c, M, H, K, D = self.config, self.width, self.config.heads, self.config.kv_heads, self.config.head_dim
-        dtype = x_BTM.dtype
 
         def project(name: str, axis: str, heads: int) -> jax.Array:
             w_MHD = param(self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D))
@@ -129,9 +130,8 @@ class GroupedQueryAttention(nn.Module):
         else:
             assert context.length_B is not None
             cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
-            held_BS = kv.slot_positions(context.length_B, cache.k_BKSD.shape[2])
-            seen_BTS = visible(context.positions_BT, held_BS, window=c.window)
-            o_BTHD = attend_cached(q_BTHD, cache.k_BKSD.astype(dtype), cache.v_BKSD.astype(dtype), seen_BTS)
+            attend = DECODING[self.decoding]
+            o_BTHD = attend(q_BTHD, cache, context.positions_BT, context.length_B, c.window)
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
         # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
         return product(o_BTHD.reshape(*o_BTHD.shape[:2], H * D), w_HDM.reshape(H * D, M), self.matmul), cache

@@ -1,4 +1,4 @@
-"""Which attention computes a training step: chosen by the devices, tried on them first, and told aloud."""
+"""Which attention computes a training step, and a decoding step: chosen by the devices, tried first, told aloud."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.config import UserError, first_line
+from jaxchat.model import cache as kv
+from jaxchat.model import decoding_kernels
 from jaxchat.model.attention import GQA
+from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS, Facts, unsupported
 from jaxchat.model.transformer import Model
 
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
 TRIED_LENGTH, TRIED_WINDOW = 384, 50
+TRIED_SLOTS = {False: 1100, True: 602}  # Of a cache and of a ring: blocks that do not divide them.
 TOLERANCE = 0.03  # Of the largest value; one key more or fewer under the window that is tried changes over 0.1 of it.
 
 
@@ -47,6 +51,33 @@ def choose_attention(
         raise UserError(f"attention={wanted} cannot be used: {reason}; set --attention=xla")
     say(f"attention xla, not {name}: {reason}")
     return "xla" if present or name != "cudnn" else "xla_remat"
+
+
+def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: Callable[[str], None]) -> str:
+    """The row of `DECODING` for a model that is decoded; "auto" takes the kernel on accelerators where it works.
+
+    Raises:
+        UserError: what is asked for by name cannot be served; the message says why.
+    """
+    name = "filled" if wanted == "auto" and device.platform != "cpu" else "xla" if wanted == "auto" else wanted
+    if name == "xla":
+        return name
+    if name == "filled" and device.platform == "cpu":
+        say("decoding filled runs in Pallas' interpreter on a CPU: for tests, not for decoding")
+        return "filled_interpreted"
+    if name not in DECODING:
+        raise UserError(f"there is no decoding={wanted}: name one of auto, {', '.join(DECODING)}")
+    reason = decoding_kernels.unsupported(name, decoding_kernels.Facts(device.platform, dtype))
+    if reason is None and device in jax.devices():
+        tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
+        found = (decodes_otherwise(name, *one, jnp.dtype(dtype).name) for one in sorted(tried))
+        reason = next(filter(None, found), None)
+    if reason is None:
+        return name
+    if wanted != "auto":
+        raise UserError(f"decoding={wanted} cannot be used: {reason}; leave it out")
+    say(f"decoding xla, not {name}: {reason}")
+    return "xla"
 
 
 def facts(mixer: GQA, model: Model, dtype: Any, device: Any) -> Facts:
@@ -83,11 +114,38 @@ def differs(
     run = jax.jit(results, static_argnums=0)
     with jax.default_matmul_precision("highest"):
         wanted = run(BACKENDS["xla"], *(x.astype(jnp.float32) for x in arrays))
+    return _compared(name, lambda: run(BACKENDS[name], *arrays), wanted, ("attention", "dq", "dk", "dv"))
+
+
+@functools.cache
+def decodes_otherwise(name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool, dtype: str) -> str | None:
+    """What is wrong with a backend's attention of one token a row to a cache, beside xla in float32; or None.
+
+    One row is idle, others have a token or two, end in the midst of a block and at its end, and, in a ring, have gone
+    around.
+    """
+    generator, window, slots = np.random.default_rng(0), TRIED_WINDOW if windowed else None, TRIED_SLOTS[windowed]
+    at_B1 = jnp.asarray([-1, 0, 1, 300, slots - 1, 2 * slots // 3, windowed * slots + 1], jnp.int32)[:, None]
+    draw = lambda *shape: jnp.asarray(generator.standard_normal((at_B1.size, *shape, head_dim)), dtype)  # noqa: E731
+    q_B1HD, cache = draw(1, heads), kv.KVCache(draw(kv_heads, slots), draw(kv_heads, slots))
+
+    def run(name: str, dtype: Any) -> jax.Array:
+        attend = jax.jit(DECODING[name], static_argnums=4)
+        q, own = jax.tree.map(lambda x: x.astype(dtype), (q_B1HD, cache))
+        return jnp.where((at_B1 >= 0)[..., None, None], attend(q, own, at_B1, at_B1[:, 0] + 1, window), 0)
+
+    with jax.default_matmul_precision("highest"):
+        wanted = run("xla", jnp.float32)
+    return _compared(name, lambda: [run(name, dtype)], [wanted], ("attention to a cache",))
+
+
+def _compared(name: str, run: Callable[[], Any], wanted: Any, parts: tuple[str, ...]) -> str | None:
+    """What differs between the results of a backend and those that are wanted, or why it gives none."""
     try:
-        found = jax.block_until_ready(run(BACKENDS[name], *arrays))
+        found = jax.block_until_ready(run())
     except (RuntimeError, ValueError, TypeError, UserError) as error:  # Whatever a library says of a device.
         return f"{name} fails on this device ({first_line(error)})"
-    for part, ours, theirs in zip(("attention", "dq", "dk", "dv"), found, wanted, strict=True):
+    for part, ours, theirs in zip(parts, found, wanted, strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         gap = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
         if not gap <= TOLERANCE:

@@ -104,13 +104,14 @@ class Block(nn.Module):
     config: Model
     mixer: GQA
     attention: str = "xla"
+    decoding: str = "xla"
     matmul: Matmul = None
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         c = self.config
         make = MIXERS[type(self.mixer)]
-        mixer = make(self.mixer, c.width, c.padded_vocab, self.attention, self.matmul, name="mixer")
+        mixer = make(self.mixer, c.width, c.padded_vocab, self.attention, self.decoding, self.matmul, name="mixer")
         y_BTM, cache = mixer(rms_norm(x_BTM, c.norm.eps), context, cache)
         x_BTM = x_BTM + y_BTM
         mlp = MLPS[type(c.mlp)](c.mlp, c.width, self.matmul, name="mlp")
@@ -149,7 +150,8 @@ def _line(first: float, last: float) -> Callable[..., jax.Array]:
 class Transformer:
     """The model as functions of its parameters; `dtype` is that of activations and matrix products.
 
-    `attention` names the row of `kernels.BACKENDS` that attends where there is no cache; all give the same.
+    `attention` names the row of `kernels.BACKENDS` that attends where there is no cache, `decoding` that of
+    `decoding_kernels.DECODING` where there is one; all give the same.
     `matmul` makes the layers' large products those of eight-bit numbers; training alone sets it.
     Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, the same
     whether layers are scanned or unrolled; `unstack` makes {"ends": ..., "layer": (one tree per layer)} of it.
@@ -158,6 +160,7 @@ class Transformer:
     config: Model
     dtype: Any = jnp.float32
     attention: str = "xla"
+    decoding: str = "xla"
     matmul: Matmul = None
 
     def init(self, key: jax.Array) -> Params:
@@ -287,7 +290,7 @@ class Transformer:
         if scales is not None:
             resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
             x_BTM = resid * x_BTM + x0 * x0_BTM
-        block = Block(c, c.pattern[i % len(c.pattern)], self.attention, self.matmul)
+        block = Block(c, c.pattern[i % len(c.pattern)], self.attention, self.decoding, self.matmul)
 
         def forward(p: Any, x_BTM: jax.Array, context: Context, cache: Any) -> Any:
             return block.apply({"params": p}, x_BTM, context, cache)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat import sharding
+from jaxchat.config import say
 from jaxchat.decode import programs
 from jaxchat.decode.sampling import SamplingParams, pack
 from jaxchat.experiment import Experiment
+from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import GiB, Topology
 from jaxchat.sharding import Mesh, make_mesh
@@ -17,11 +19,13 @@ from jaxchat.sharding import Mesh, make_mesh
 ROWS, STEPS = 64, 8  # Rows a chip (RL's samples at once), and steps a dispatch.
 
 
-def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 1) -> Any:
+def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 1, decoding: str = "auto") -> Any:
     """The chunk of decoding steps that the engine runs, lowered for `rows` rows of the experiment's length on all
-    chips, drawing at temperature 1, in bfloat16."""
-    transformer, length = Transformer(e.model, jnp.bfloat16), e.data.row_length
-    mesh = make_mesh(Mesh(tensor=tensor), rows=0, devices=topology.devices())
+    chips, drawing at temperature 1, in bfloat16; `decoding` attends to the cache, or what the chips choose."""
+    devices, length, dtype = topology.devices(), e.data.row_length, jnp.bfloat16
+    decoding = choose_decoding(decoding, e.model, dtype=dtype, device=devices[0], say=say)
+    transformer = Transformer(e.model, dtype, decoding=decoding)
+    mesh = make_mesh(Mesh(tensor=tensor), rows=0, devices=devices)
     with jax.set_mesh(mesh):
         shapes = transformer.shapes()
         stored = jax.jit(functools.partial(programs.unstack, transformer)).lower(_on(mesh, shapes)).compile()

@@ -1,0 +1,204 @@
+"""Attention of new tokens to a cache by several programs, `DECODING`; all follow the rule of `dense.visible`.
+
+All take q (B, T, H, D), the cache with those tokens written, their positions (B, T) with -1 for padding, and a window
+or None, and give (B, T, H, D). What they give for padding is finite and means nothing.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxchat import sharding
+from jaxchat.model.cache import KVCache, slot_positions
+from jaxchat.model.dense import MASKED, attend_cached, visible
+
+BLOCK_BYTES = 1 << 20  # Of keys that one step of the kernel reads; as many of values, and each twice in the air.
+MOST_SLOTS = 512  # Of a block.
+SUBLANES, LANES = 16, 128  # A TPU's tiles of bfloat16: a block's sides are multiples of them, or a whole side.
+
+Backend = Callable[[jax.Array, KVCache, jax.Array, jax.Array, int | None], jax.Array]
+
+
+def xla(
+    q_BTHD: jax.Array, cache: KVCache, positions_BT: jax.Array, length_B: jax.Array, window: int | None
+) -> jax.Array:
+    """Dense products with the whole cache that every device has; `length_B` is how many positions are written."""
+    held_BS = slot_positions(length_B, cache.k_BKSD.shape[2])
+    seen_BTS = visible(positions_BT, held_BS, window=window)
+    k_BKSD, v_BKSD = (x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache)
+    return attend_cached(q_BTHD, k_BKSD, v_BKSD, seen_BTS)
+
+
+def filled(
+    q_BTHD: jax.Array,
+    cache: KVCache,
+    positions_BT: jax.Array,
+    length_B: jax.Array,
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """A Pallas kernel for TPUs that reads each row's cache as far as it is filled; several tokens a row are dense.
+
+    A row's newest position tells what its cache holds, so `length_B` is not read. Rows of padding give zeros.
+    """
+    B, T, H, D = q_BTHD.shape
+    if T > 1:
+        return xla(q_BTHD, cache, positions_BT, length_B, window)
+    K = cache.k_BKSD.shape[1]
+    attend = functools.partial(_filled, window=window, interpret=interpret)
+    rows = ("batch", "kv_heads", None, None)
+    q_BKGD = (q_BTHD * D**-0.5).reshape(B, K, H // K, D)
+    arrays = [q_BKGD, *(x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache), positions_BT[:, 0]]
+    return sharding.on_each_device(attend, arrays, [rows, rows, rows, ("batch",)]).reshape(B, 1, H, D)
+
+
+def _filled(
+    q_BKGD: jax.Array,
+    k_BKSD: jax.Array,
+    v_BKSD: jax.Array,
+    position_B: jax.Array,
+    *,
+    window: int | None,
+    interpret: bool,
+) -> jax.Array:
+    """One query a row and head, scaled; a step of the grid reads one block of slots of all of a row's kv heads.
+
+    Heads of fewer than 128 numbers would fill a TPU's tiles in part, so there slots lie along the lanes, and the kernel
+    takes them so: otherwise the cache would be copied for it.
+    """
+    B, K, G, D = q_BKGD.shape
+    S = k_BKSD.shape[2]
+    across = D < LANES <= S
+    block = block_slots(S, K * D * k_BKSD.dtype.itemsize, LANES if across else SUBLANES)
+    shape, keys, values = (None, K, block, D), k_BKSD, v_BKSD
+    if across:
+        shape, keys, values = (None, K, D, block), k_BKSD.swapaxes(2, 3), v_BKSD.swapaxes(2, 3)
+
+    def own(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
+        return b, 0, 0, 0
+
+    def slots(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
+        # A step that names the block of the one before fetches nothing.
+        last = jax.lax.div(jnp.minimum(jnp.maximum(position_B[b], 0), S - 1), block)
+        i = jnp.minimum(i, last)
+        return (b, 0, 0, i) if across else (b, 0, i, 0)
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(B, pl.cdiv(S, block)),
+        in_specs=[
+            pl.BlockSpec((None, K, G, D), own),
+            pl.BlockSpec(shape, slots),
+            pl.BlockSpec(shape, slots),
+        ],
+        out_specs=pl.BlockSpec((None, K, G, D), own),
+        scratch_shapes=[pltpu.VMEM((K, G, width), jnp.float32) for width in (1, 1, D)],
+    )
+    call = pl.pallas_call(
+        functools.partial(_block, S=S, window=window, axis=2 if across else 1),
+        out_shape=jax.ShapeDtypeStruct(q_BKGD.shape, q_BKGD.dtype),
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="attend_filled",
+    )
+    return call(position_B, q_BKGD, keys, values)
+
+
+def block_slots(slots: int, slot_bytes: int, multiple: int) -> int:
+    """The slots that one step reads: few enough for a core's memory, and blocks as equal as tiles allow."""
+    most = max(multiple, min(MOST_SLOTS, BLOCK_BYTES // slot_bytes) // multiple * multiple)
+    if slots <= most:
+        return slots
+    return pl.cdiv(pl.cdiv(slots, pl.cdiv(slots, most)), multiple) * multiple
+
+
+def _block(
+    position_B: Any,
+    q_KGD: Any,
+    keys: Any,
+    values: Any,
+    o_KGD: Any,
+    top_KG1: Any,
+    total_KG1: Any,
+    mixed_KGD: Any,
+    *,
+    S: int,
+    window: int | None,
+    axis: int,
+) -> None:
+    """One step of the softmax over a row's slots (arXiv:1805.02867): its largest score, its sum, and the mix of values.
+
+    Slot s holds the token that stands (position - s) mod S back; so many are seen as are written and in the window.
+    Slots lie along `axis` of keys and values, (K, S, D) or (K, D, S).
+    """
+    i, position, block = pl.program_id(1), position_B[pl.program_id(0)], keys.shape[axis]
+
+    @pl.when(i == 0)
+    def _start() -> None:
+        top_KG1[...] = jnp.full(top_KG1.shape, MASKED, jnp.float32)
+        total_KG1[...] = jnp.zeros(total_KG1.shape, jnp.float32)
+        mixed_KGD[...] = jnp.zeros(mixed_KGD.shape, jnp.float32)
+
+    @pl.when(i * block < jnp.minimum(position + 1, S))
+    def _add() -> None:
+        def seen(shape: tuple[int, ...], axis: int) -> jax.Array:
+            slot = i * block + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            back = jax.lax.rem(position, S) - slot
+            back = jnp.where(back < 0, back + S, back)
+            most = position if window is None else jnp.minimum(position, window)
+            return (back <= most) & (slot < S)
+
+        s_KGS = _product(q_KGD[...], keys[...], 3 - axis)
+        seen_KGS = seen(s_KGS.shape, 2)
+        s_KGS = jnp.where(seen_KGS, s_KGS, MASKED)
+        before_KG1 = top_KG1[...]
+        after_KG1 = jnp.maximum(before_KG1, jnp.max(s_KGS, axis=2, keepdims=True))
+        e_KGS = jnp.where(seen_KGS, jnp.exp(s_KGS - after_KG1), 0)
+        kept_KG1 = jnp.exp(before_KG1 - after_KG1)
+        # What was never written may be no number at all, which a weight of zero does not undo.
+        v = jnp.where(seen(values.shape, axis), values[...], 0)
+        top_KG1[...] = after_KG1
+        total_KG1[...] = kept_KG1 * total_KG1[...] + jnp.sum(e_KGS, axis=2, keepdims=True)
+        mixed_KGD[...] = kept_KG1 * mixed_KGD[...] + _product(e_KGS.astype(v.dtype), v, axis)
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _finish() -> None:
+        total = total_KG1[...]
+        o_KGD[...] = (mixed_KGD[...] / jnp.where(total == 0, 1, total)).astype(o_KGD.dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Contracts the last axis of a with `axis` of b, a kv head at a time, accumulated in float32."""
+    return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+class Facts(NamedTuple):
+    """Where decoding runs, and in which type."""
+
+    platform: str
+    dtype: Any
+
+
+def unsupported(name: str, facts: Facts) -> str | None:
+    """Why a backend cannot serve the facts, as the end of a sentence; None where it can."""
+    if name != "filled":
+        return None
+    if facts.platform != "tpu":
+        return f"filled is a kernel for TPUs, and these devices are of platform {facts.platform}"
+    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"filled computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+    return None
+
+
+DECODING: Mapping[str, Backend] = {
+    "xla": xla,
+    "filled": filled,
+    "filled_interpreted": functools.partial(filled, interpret=True),
+}
