@@ -73,6 +73,9 @@ def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequ
     transformer = Transformer(experiment.model, dtype, attention)
     try:
         mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
+        if mesh.size < len(devices) and processes.joined_count() > 1:
+            told = f"the mesh takes {mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
+            raise ValueError(f"{told}, and no process can stand aside: leave --mesh.data out, or start fewer")
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
         shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
