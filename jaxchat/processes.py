@@ -210,7 +210,7 @@ class _Watch:
             print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
             self._stop_together()
             _leave("", LOST)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _broken(error):
             time.sleep(2 * BEAT)  # Where another process broke the connection, the watch knows more, and ends this one.
         status = self._say(error)  # Before anything else: JAX may end this process while it waits.
         self.end(f"failed {first_line(error)}")
@@ -222,13 +222,13 @@ class _Watch:
         """Tells an error as its launcher would; gives the exit status."""
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _broken(error):
             told = f"another process is lost, or the connection to it ({first_line(error)})"
             print(f"error: {told}: start all again to continue", file=sys.stderr, flush=True)
             return LOST
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
 
@@ -242,6 +242,13 @@ class _Watch:
                     break
                 time.sleep(BEAT)
             self._let_others_read()
+
+
+def _broken(error: BaseException | None) -> bool:
+    """Whether an error comes of a collective that failed, as one does when a process that takes part is lost."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    return error is not None and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def _leave(text: str, status: int) -> NoReturn:

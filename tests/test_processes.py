@@ -236,3 +236,11 @@ def test_what_one_process_refuses_ends_all(place: Path, tmp_path: Path) -> None:
     own = [[f"--directory={tmp_path}/{index}"] for index in range(2)]
     told = finish_group(launch_group(2, *flags(place, "pretrain", "apart"), own=own), [2, 2])
     assert all("is not the same directory for every process" in err for _, err in told)
+
+
+def test_an_error_that_comes_of_a_lost_process_is_known() -> None:
+    lost, full = (jax.errors.JaxRuntimeError(text) for text in ("UNKNOWN: Gloo", "RESOURCE_EXHAUSTED: no memory"))
+    told = UserError("the checkpoint could not be written")
+    assert not processes._broken(told) and not processes._broken(full)
+    told.__cause__ = lost
+    assert processes._broken(lost) and processes._broken(told)
