@@ -211,10 +211,10 @@ def test_a_signal_to_one_process_stops_all_at_one_checkpoint(place: Path) -> Non
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others_and_fewer_go_on(place: Path) -> None:
-    stage = place / "runs/lost/pretrain"
-    changes = {"steps": 8, "save_every": 2, "eval_every": 0, "keep": 9}
-    for lose, said in ((signal.SIGKILL, "is lost"), (signal.SIGSTOP, "process 1 is lost")):
-        group = launch_group(2, *flags(place, "pretrain", "lost", **(changes | {"steps": LONG})))
+    changes = {"save_every": 2, "eval_every": 0, "keep": 9}
+    for name, lose, said in (("killed", signal.SIGKILL, "is lost"), ("silent", signal.SIGSTOP, "process 1 is lost")):
+        stage = place / f"runs/{name}/pretrain"
+        group = launch_group(2, *flags(place, "pretrain", name, **changes, steps=LONG))
         began(group, stage)
         start = time.monotonic()
         group[1].send_signal(lose)
@@ -226,7 +226,7 @@ def test_a_lost_process_ends_the_others_and_fewer_go_on(place: Path) -> None:
         assert said in err and "start all again to continue" in err and "Traceback" not in err
         assert time.monotonic() - start < 60
     saved = checkpoint.finished_steps(stage)[-1]
-    finish(launch(*flags(place, "pretrain", "lost", **(changes | {"steps": saved + 2}))))
+    finish(launch(*flags(place, "pretrain", name, **changes, steps=saved + 2)))
     assert records(stage)[-1]["step"] == saved + 2
 
 
