@@ -100,13 +100,8 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 processes.everyone(functools.partial(check_files, self.directory, step))
-                items = ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract.params),
-                    rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
-                    facts=ocp.args.JsonRestore(),
-                )
-                read = self._manager.restore(step, args=items)
-            except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
+                read = processes.everyone(functools.partial(self._read, step, abstract))
+            except (ValueError, OSError) as error:
                 why = first_line(error)
                 warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
                 continue
@@ -117,6 +112,20 @@ class Checkpoints:
                 f"none of the {len(steps)} checkpoints in {self.directory} can be read: remove it to start again"
             )
         return None
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
+            facts=ocp.args.JsonRestore(),
+        )
+        # Waits for no other process: where one fails, the others are told by `everyone`.
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+                return reader.restore(_absolute(self.directory / str(step)), args=items)
+        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
+            raise ValueError(first_line(error)) from error
 
     def close(self) -> None:
         """Waits for what is being written; raises `UserError` when it could not be."""

@@ -102,8 +102,6 @@ def joined() -> Iterator[None]:
 def _join(environment: Mapping[str, str]) -> None:
     # Signals are ours: a checkpoint is saved at a step that all agree on.
     jax.config.update("jax_enable_preemption_service", False)
-    # Orbax's barriers in the background must not run between the collectives of training steps.
-    os.environ.setdefault("EXPERIMENTAL_ORBAX_USE_DISTRIBUTED_BARRIER", "true")
     by_hand: dict[str, Any] = {}
     if environment.get(ADDRESS):
         by_hand = {"coordinator_address": environment[ADDRESS]}
@@ -183,8 +181,10 @@ class _Watch:
             self._stop(f"process {other} was given another {COUNT}")
         if what == "failed" and other != self._index:
             self._stop(f"process {other} stopped ({text.removeprefix('failed ')})")
-        if what != "done" and silent > PATIENCE:
-            self._stop(f"process {other} is lost" if what != "stopping" else f"process {other} was told to stop")
+        if what == "stopping" and silent > PATIENCE and not Agreement.stopping:
+            self._stop(f"process {other} was told to stop")
+        if what not in ("stopping", "done") and silent > PATIENCE:
+            self._stop(f"process {other} is lost")
 
     def _stop(self, why: str) -> None:
         if not self._ended.is_set():
@@ -233,13 +233,16 @@ class _Watch:
         return 1
 
     def _stop_together(self) -> None:
-        """Returns once all others stop as well, which they do by themselves where they agreed to."""
+        """Returns once no other is at work: they stop by themselves where they agreed to, once they have saved."""
         self.end("stopping")
+        before, since = None, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            for _ in range(int(PATIENCE / BEAT)):
+            while time.monotonic() - since < PATIENCE:
                 alive = [text for _, text in self._store.key_value_dir_get(PLACE) if text.startswith("alive")]
                 if not alive:
                     break
+                if alive != before:
+                    before, since = alive, time.monotonic()
                 time.sleep(BEAT)
             self._let_others_read()
 
@@ -266,6 +269,8 @@ class Agreement:
     Alone, it is told at once.
     """
 
+    stopping = False  # Once all of them have said yes here, one that is silent has only stopped before this one.
+
     def __init__(self) -> None:
         self._before: jax.Array | None = None
         if jax.process_count() > 1:
@@ -280,7 +285,9 @@ class Agreement:
         mine = np.full(jax.local_device_count(), flag, np.int32)
         before = self._before
         self._before = self._any(jax.make_array_from_process_local_data(self._placed, mine))
-        return before is not None and bool(before)
+        yes = before is not None and bool(before)
+        Agreement.stopping |= yes
+        return yes
 
 
 def meet() -> None:
@@ -312,16 +319,17 @@ def share_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[R
     return results
 
 
-def everyone(work: Callable[[], None]) -> None:
-    """Does some work; raises in every process what the first raised in which it failed."""
+def everyone(work: Callable[[], Result]) -> Result:
+    """What some work gives; raises in every process the ValueError or OSError of the first in which it failed."""
     failed: Exception | None = None
     try:
-        work()
+        result = work()
     except (ValueError, OSError) as error:
         failed = error
     for found in gather(failed):
         if found is not None:
             raise found
+    return result
 
 
 def told(result: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 KEPT = "what was prepared so far is kept"
+_received: list[int] = []  # All that came while a handler of ours stood.
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,9 +19,10 @@ def raised() -> Iterator[Callable[[], bool]]:
     """Within it SIGTERM and SIGINT raise `Interrupted`, as soon as Python runs again; SIGTERM only once.
 
     What is raised in the middle of a library may be swallowed there or come out as another error: any error after a
-    signal leaves as `Interrupted`, and the function that it gives tells whether there was a signal.
+    signal leaves as `Interrupted`. The function that it gives tells whether there was a signal, one noted within too.
     """
     asked: list[int] = []
+    before = len(_received)
 
     def stop(number: int, frame: Any) -> None:
         asked.append(number)
@@ -29,7 +31,7 @@ def raised() -> Iterator[Callable[[], bool]]:
 
     with _handled(stop):
         try:
-            yield lambda: bool(asked)
+            yield lambda: len(_received) > before
         except Exception as error:
             if asked:
                 raise Interrupted(KEPT) from error
@@ -52,7 +54,11 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in STOPPING}
+    def receive(number: int, frame: Any) -> None:
+        _received.append(number)
+        handler(number, frame)
+
+    before = {number: signal.signal(number, receive) for number in STOPPING}
     try:
         yield
     finally:

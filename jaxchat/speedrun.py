@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxchat import checkpoint, processes, stages
+from jaxchat import checkpoint, processes, signals, stages
 from jaxchat.config import json_line
 from jaxchat.data.cache import write_json
 from jaxchat.decode.engine import load_checkpoint
@@ -36,6 +36,7 @@ def run(
         UserError: what a stage refuses, a finished one too: its directory may hold another experiment.
     """
     place, went_on = road[0].run_directory, ""
+    say = say if jax.process_index() == 0 else lambda _: None
     for number, e in enumerate(road, 1):
         progress = _agreed(place)
         known = progress.get(e.stage, {})
@@ -51,6 +52,8 @@ def run(
         with timed(place, e.stage):
             result = stages.run(e, stopped)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
+        if any(processes.gather(stopped())):  # After the last step of a stage, where it had an end to come to.
+            raise signals.Interrupted(f"{e.stage} is finished")
         went_on = e.stage if known.get("finished") else went_on
     if not _agreed(place)[road[0].stage].get("base"):
         with timed(place, BASE):

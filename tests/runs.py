@@ -27,12 +27,12 @@ def launch(*arguments, program="launch.train", **variables):
     return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"} | variables, **pipes)
 
 
-def launch_group(count, *arguments, program="launch.train", own=None):
+def launch_group(count, *arguments, program="launch.train", own=None, **variables):
     """A launcher in several processes that are one run; `own` are further arguments of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    group = variables | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     own = own or [[]] * count
     return [
         launch(*arguments, *own[index], program=program, **group, JAX_PROCESS_ID=str(index)) for index in range(count)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.data.batch import START, TARGET, batch_of, decode_row, encode_row, stack_rows, token_dtype
@@ -240,6 +240,7 @@ def test_a_row_of_conversations_is_the_one_written_by_hand():
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=40), more=st.integers(0, 20))
+@example(lengths=[1, 1], more=1)
 @settings(max_examples=150, deadline=None)
 def test_best_fit_leaves_no_row_empty_or_too_full(lengths, more):
     capacity = max(lengths, default=1) + more

@@ -1,6 +1,7 @@
 """Several processes as one run: equal to one process, whatever happens to one of them."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from documents import corpus
-from runs import finish, finish_group, launch, launch_group, parameters, records
+from runs import ROOT, finish, finish_group, launch, launch_group, parameters, records
 
 from jaxchat import checkpoint, processes, sharding
 from jaxchat.config import UserError
@@ -228,6 +229,48 @@ def test_a_lost_process_ends_the_others_and_fewer_go_on(place: Path) -> None:
     saved = checkpoint.finished_steps(stage)[-1]
     finish(launch(*flags(place, "pretrain", name, **changes, steps=saved + 2)))
     assert records(stage)[-1]["step"] == saved + 2
+
+
+UNLUCKY = """
+import sys, time
+from jaxchat import checkpoint, config, processes
+from launch.train import main
+
+processes.PATIENCE, processes.BEAT = 10.0, 0.5
+measure, read = checkpoint._measure, checkpoint.Checkpoints._read
+
+def slow(directory):
+    time.sleep(25)
+    return measure(directory)
+
+def fails(self, step, abstract):
+    if processes.jax.process_index() == 1 and step == max(self.steps()):
+        raise ValueError("Stale file handle")
+    return read(self, step, abstract)
+
+checkpoint._measure, checkpoint.Checkpoints._read = slow, fails
+config.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_hash_is_waited_for_and_what_one_cannot_read_all_pass_over(place: Path) -> None:
+    (place / "unlucky.py").write_text(UNLUCKY)
+    stage, unlucky = place / "runs/unlucky/pretrain", {"program": "unlucky", "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
+    group = launch_group(2, *flags(place, "pretrain", "unlucky", steps=LONG, save_every=LONG, eval_every=0), **unlucky)
+    began(group, stage)
+    group[1].send_signal(signal.SIGTERM)
+    finish_group(group, [75, 75])
+    (saved,) = checkpoint.finished_steps(stage)
+    assert json.loads((stage / "sizes.json").read_text()).keys() == {str(saved)}
+    changes = {"save_every": LONG, "eval_every": 0}
+    finish(launch(*flags(place, "pretrain", "unlucky", steps=saved + 2, **changes)))
+    assert checkpoint.finished_steps(stage) == [saved, saved + 2]
+    told = finish_group(launch_group(2, *flags(place, "pretrain", "unlucky", steps=saved + 4, **changes), **unlucky))
+    assert f"warning: checkpoint {saved + 2} in" in told[0][1] and "(Stale file handle)" in told[0][1]
+    assert f"continuing from step {saved}" in told[0][1]
+    assert checkpoint.finished_steps(stage) == [saved, saved + 4]
+    assert records(stage)[-1]["step"] == saved + 4
 
 
 @pytest.mark.slow

@@ -50,6 +50,16 @@ def test_a_signal_that_was_swallowed_is_told_and_a_second_lets_the_end_be_clean(
             send(signal.SIGINT)
 
 
+def test_a_signal_that_was_noted_within_is_told_without():
+    with signals.raised() as stopped:
+        with signals.noted() as noted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert noted()
+        assert stopped()
+    with signals.raised() as stopped:
+        assert not stopped()
+
+
 def test_a_noted_signal_only_sets_a_flag_until_the_second_of_the_keyboard():
     with signals.noted() as interrupted:
         assert not interrupted()

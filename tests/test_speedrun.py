@@ -1,16 +1,19 @@
 """The whole road in one command: it goes on where it stopped, and its report tells what happened."""
 
 import json
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 import launch.speedrun
-from jaxchat import speedrun, stages
+from jaxchat import config, signals, speedrun, stages
 from jaxchat.config import UserError
 from jaxchat.evaluation import report
+from jaxchat.signals import Interrupted
 from launch.speedrun import stage_arguments
 
 
@@ -93,6 +96,25 @@ def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     assert f"| all | {seconds / 60:.1f} | {seconds / 100:.2f} |" in text
     with pytest.raises(UserError, match="holds another experiment: seed was 0 and is now 5"):
         launch.speedrun.main([*flags(tmp_path), "--seed=5"])
+
+
+def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    ran = []
+
+    def run(experiment, stopped):
+        ran.append(experiment.stage)
+        experiment.run_directory.mkdir(parents=True, exist_ok=True)
+        with signals.noted():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"step": 2}
+
+    monkeypatch.setattr(stages, "run", run)
+    road = [config.load(stage_arguments(flags(tmp_path), stage)) for stage in launch.speedrun.ROAD]
+    with pytest.raises(Interrupted), signals.raised() as stopped:
+        speedrun.run(road, stopped, print)
+    assert ran == ["pretrain"]
+    assert json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())["pretrain"]["finished"]
 
 
 def test_a_killed_stage_keeps_the_seconds_it_took(tmp_path, monkeypatch):

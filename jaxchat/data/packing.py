@@ -146,7 +146,7 @@ def _best_fit_decreasing(lengths: list[int], capacity: int) -> np.ndarray:
             space, row = capacity, rows
             rows += 1
         chosen.append(row)
-        if space - length > 1:  # one free id holds no target
+        if space > length:
             rows_by_space[space - length].append(row)
             spaces |= 1 << (space - length)
     return np.array(chosen, np.int64)
