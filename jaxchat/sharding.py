@@ -81,7 +81,7 @@ def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) 
     if rows % (data * config.fsdp):
         raise ValueError(
             f"a micro-batch of {rows} rows does not divide over data={data} x fsdp={config.fsdp}: "
-            f"set micro_rows, and with it batch_tokens, to a multiple of {data * config.fsdp} rows, or a smaller mesh"
+            f"set micro_rows and batch_tokens to a multiple of {data * config.fsdp} rows, or a smaller mesh"
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
 

@@ -151,7 +151,10 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
         ),
         ("--data.vocab=20 is too small", {"data.vocab": 20}),
         ("mesh data=16 fsdp=1 tensor=1 does not fit 8 devices", {"mesh.data": 16}),
-        ("does not divide over data=3 x fsdp=1: set micro_rows, and with it batch_tokens, to a multiple of 3 rows", {"mesh.data": 3}),
+        (
+            "does not divide over data=3 x fsdp=1: set micro_rows and batch_tokens to a multiple of 3 rows",
+            {"mesh.data": 3},
+        ),
         ("vocab=320 is not a multiple of tensor=3", {"mesh.tensor": 3}),
         ("micro_rows=3 does not divide the batch of 8 rows", {"micro_rows": 3}),
         ("heads=3 is not a multiple of kv_heads=2", {"model.pattern.0.heads": 3, "model.pattern.0.kv_heads": 2}),

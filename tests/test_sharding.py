@@ -160,7 +160,11 @@ def test_two_axes_of_a_parameter_on_one_mesh_axis_are_refused_by_name() -> None:
     [
         ((16, 1, 1), 16, "data=16 fsdp=1 tensor=1 does not fit 8 devices"),
         ((0, 3, 1), 6, "data=2 fsdp=3 tensor=1 does not fit 8 devices"),
-        ((4, 2, 1), 12, "12 rows does not divide over data=4 x fsdp=2: set micro_rows, and with it batch_tokens, to a multiple of 8 rows"),
+        (
+            (4, 2, 1),
+            12,
+            "12 rows does not divide over data=4 x fsdp=2: set micro_rows and batch_tokens to a multiple of 8 rows",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(
