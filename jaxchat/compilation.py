@@ -56,7 +56,7 @@ def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None
     """bfloat16 on accelerators that have it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
-    if device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8.0:
+    if device.platform == "gpu" and (metrics.capability(device) or 8.0) < 8.0:
         say(f"{device.device_kind} has no fast bfloat16: computing in float32")
         return jnp.dtype("float32")
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")

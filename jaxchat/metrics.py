@@ -64,6 +64,14 @@ def peak_bandwidth(device: Any) -> float | None:
     return _of_kind(PEAK_BANDWIDTH, device)
 
 
+def capability(device: Any) -> float | None:
+    """An NVIDIA GPU's compute capability, such as 9.0; None of other devices, whose names for it are no numbers."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
 def _of_kind(table: Mapping[str, float], device: Any) -> float | None:
     """The entry whose name is the longest beginning of the device's kind."""
     known = [kind for kind in table if device.device_kind.startswith(kind)]

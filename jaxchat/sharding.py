@@ -185,7 +185,11 @@ def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = T
         for size, name, entry in zip(shape.shape, names, placed, strict=True):
             ways = _ways(mesh, entry)
             if size % ways:
-                raise ValueError(f"{jax.tree_util.keystr(path)}: {name}={size} is not a multiple of {entry}={ways}")
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"{name}={size} is not a multiple of {entry}={ways}, which splits the parameter {where}: "
+                    "choose a mesh size that divides it"
+                )
         return NamedSharding(mesh, placed)
 
     return jax.tree_util.tree_map_with_path(place, shapes, axes)

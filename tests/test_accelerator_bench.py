@@ -87,6 +87,7 @@ def test_every_section_gives_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (train,) = sections["train"]["rows"]
     assert train["step_seconds"]["count"] == train["dispatch_ms"]["count"] == 3
+    assert train["attention"] == "xla", "what was used, not what was asked for"
     assert train["micro_rows"] == 8 and train["devices"] == jax.device_count()
     speed = 1024 / train["step_seconds"]["median"]
     assert train["tokens_per_second"] == pytest.approx(speed, rel=1e-3)
@@ -183,6 +184,17 @@ def test_a_share_that_is_used_up_skips_rows_but_never_the_first(tmp_path: Path) 
     assert first["speed"] == 1.0 and second["error"] == "skipped: its share of the budget is used up"
 
 
+def test_a_file_that_is_there_is_kept_and_one_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bench.json"
+    for speed in (1.0, 2.0, 3.0):
+        run(out, {"one": section(adds(speed))})
+    found = [read(out.with_name(name))["sections"]["one"]["rows"][0] for name in ("bench.json", "bench-1.json")]
+    assert found[0] != found[1] and read(out.with_name("bench-2.json"))["sections"]["one"]["rows"][0] not in found
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"bench.json cannot be written .*: name another file with --out"):
+        run(tmp_path / "file" / "bench.json", {"one": section(adds(1.0))})
+
+
 @pytest.mark.parametrize("kind, extra", [("gpu", "cuda"), ("tpu", "tpu")])
 def test_a_machine_without_the_accelerator_is_refused(kind: str, extra: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
@@ -194,6 +206,8 @@ def test_a_machine_without_the_accelerator_is_refused(kind: str, extra: str, tmp
 def test_a_misspelt_section_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match="no section 'atention' to measure: did you mean attention"):
         bench.main(["gpu", "--only=train,atention"])
+    with pytest.raises(UserError, match="peers"):
+        bench.main(["gpu", "--peers=jax"])
     with pytest.raises(UserError, match="steps=0 must be at least 1"):
         bench.main(["gpu", "--steps=0"])
 
@@ -254,7 +268,7 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
 
     monkeypatch.setattr(fitting, "compile_rows", compile_rows)
     monkeypatch.setattr(metrics, "memory_limit", lambda device: limit / compilation.MEMORY_SHARE)
-    monkeypatch.setattr(fitting, "row_bytes", lambda setup, attention: 10 * 2**10)
+    monkeypatch.setattr(fitting, "row_bytes", lambda setup: 10 * 2**10)
     found = fitting.fit(setup, tries=3)
     assert found.rows == max(n for n in (1, 2, 4, 8, 16, 32, 64) if n * row <= 100)
     assert found.step == f"step {found.rows}" and len(compiled) == len(set(compiled)) <= 4

@@ -298,6 +298,8 @@ def chosen(wanted: str, device: Any, monkeypatch: pytest.MonkeyPatch, *, here: b
 def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str | None] = [None]
     monkeypatch.setattr(choice, "differs", lambda *args: found[0])
+    name, said = chosen("auto", Device("gpu", "gfx942"), monkeypatch)
+    assert name == "xla" and "cudnn needs an NVIDIA GPU of compute capability 8.0" in said[0]
     assert chosen("auto", Device("cpu"), monkeypatch) == ("xla", [])
     assert chosen("auto", Device("tpu"), monkeypatch) == ("splash", [])
     assert chosen("auto", Device("gpu"), monkeypatch) == ("cudnn", [])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat import metrics
 from jaxchat.config import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model import decoding_kernels
@@ -54,12 +55,12 @@ def choose_attention(
 
 
 def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: Callable[[str], None]) -> str:
-    """The row of `DECODING` for a model that is decoded; "auto" takes the kernel on accelerators where it works.
+    """The row of `DECODING` for a model that is decoded; "auto" takes the kernel on TPUs where it works.
 
     Raises:
         UserError: what is asked for by name cannot be served; the message says why.
     """
-    name = "filled" if wanted == "auto" and device.platform != "cpu" else "xla" if wanted == "auto" else wanted
+    name = ("filled" if device.platform == "tpu" else "xla") if wanted == "auto" else wanted
     if name == "xla":
         return name
     if name == "filled" and device.platform == "cpu":
@@ -81,7 +82,7 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
 
 
 def facts(mixer: GQA, model: Model, dtype: Any, device: Any) -> Facts:
-    capability = float(getattr(device, "compute_capability", 0) or 0)
+    capability = metrics.capability(device) or 0.0
     present = device in jax.devices()
     return Facts(
         device.platform, dtype, mixer.head_dim, model.isolate_documents, mixer.window, capability, present=present

@@ -73,7 +73,7 @@ def _not_cudnn(facts: Facts) -> str | None:
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cudnn computes in bfloat16 or float16, not in {jnp.dtype(facts.dtype)}"
     if facts.capability < 8:
-        return f"cudnn needs a GPU of compute capability 8.0, and this one has {facts.capability}"
+        return f"cudnn needs an NVIDIA GPU of compute capability 8.0, and this one has {facts.capability or 'none'}"
     if facts.head_dim % 8 or facts.head_dim > most:
         return f"cudnn needs a head_dim that is a multiple of 8 up to {most}, not {facts.head_dim}"
     if facts.segments and facts.capability < 9:

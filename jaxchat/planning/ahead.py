@@ -139,7 +139,8 @@ def remedy(
         split = dataclasses.replace(e.mesh, data=0, fsdp=topology.chips // e.mesh.tensor)
         found, _ = best(dataclasses.replace(e, mesh=split), topology, say)
         if found is not None:
-            return f"set --mesh.fsdp={split.fsdp} {flags(found)}"
+            free = "--mesh.data=0 " if e.mesh.data else ""
+            return f"set {free}--mesh.fsdp={split.fsdp} {flags(found)}"
     whole, per_state = sum(plan.state_bytes(e).values()), 1.0
     if needed := [one.bytes for one in tried if math.isfinite(one.bytes)]:
         per_state = min(needed) / whole * e.mesh.fsdp * e.mesh.tensor

@@ -27,7 +27,7 @@ class Fitted(NamedTuple):
     tried: dict[int, float]
 
 
-def fit(setup: Setup, *, tries: int, most: int = 0, attention: str = "xla") -> Fitted:
+def fit(setup: Setup, *, tries: int, most: int = 0) -> Fitted:
     """The largest micro-batch that is found to fit within `tries` compilations; at most `most` rows.
 
     Memory grows with the rows, so that a compiled size tells how large the next one may be. While nothing fits, the
@@ -39,7 +39,7 @@ def fit(setup: Setup, *, tries: int, most: int = 0, attention: str = "xla") -> F
     device = setup.mesh.devices.flat[0]
     limit = compilation.MEMORY_SHARE * metrics.memory_limit(device)
     choices = [rows for rows in compilation.micro_choices(setup)[::-1] if not most or rows <= most]
-    fixed, per_row = fixed_bytes(setup), row_bytes(setup, attention)
+    fixed, per_row = fixed_bytes(setup), row_bytes(setup)
     found: Fitted | None = None
     tried: dict[int, float] = {}
     low, high = -1, len(choices)  # Of the choices, `low` fits and `high` does not.
@@ -48,7 +48,7 @@ def fit(setup: Setup, *, tries: int, most: int = 0, attention: str = "xla") -> F
         rows = choices[at]
         step, needed, compiled = compile_rows(setup, rows)
         tried[rows] = needed
-        fits = needed <= limit
+        fits = step is not None and needed <= limit
         say(f"micro_rows={rows} {'fits in' if fits else 'needs'} {needed / 2**30:.2f} GiB of {limit / 2**30:.2f}")
         if fits:
             low, found = at, Fitted(step, rows, needed, compiled, tried)
@@ -75,15 +75,10 @@ def at_most(choices: Sequence[int], rows: float) -> int:
 
 
 def compile_rows(setup: Setup, rows: int) -> tuple[Any, float, Compiled]:
-    """The step for micro-batches of `rows`, the bytes of a device (infinite: more than there are), the cost."""
+    """The step for micro-batches of `rows`, the bytes of a device (step None: too many), the cost."""
     with compiling() as compiled:
-        try:
-            step = compilation.lower_step(setup, rows).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return None, math.inf, compiled
-    return step, compilation.step_bytes(step), compiled
+        step, needed = compilation.compile_lowered(compilation.lower_step(setup, rows), setup, say)
+    return step, needed, compiled
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -96,11 +91,11 @@ def fixed_bytes(setup: Setup) -> float:
     return float(held(jax.tree.leaves(setup.abstract)) + held(jax.tree.leaves(setup.abstract.params)))
 
 
-def row_bytes(setup: Setup, attention: str) -> float:
+def row_bytes(setup: Setup) -> float:
     """Bytes of a device for a row of a micro-batch, about."""
     e, c, size = setup.experiment, setup.experiment.model, setup.transformer.dtype.itemsize
     T, heads = e.data.row_length, c.pattern[0].heads
     kept = KEPT[c.remat] * T * c.width * c.depth * size
-    if attention == "xla":  # It keeps the weights of every layer, or of the one that it recomputes.
+    if setup.transformer.attention == "xla":  # It keeps the weights of every layer, or of the one that it recomputes.
         kept += heads * T * T * size * (c.depth if c.remat in ("none", "dots") else 4)
     return kept / (setup.mesh.shape["data"] * setup.mesh.shape["fsdp"])

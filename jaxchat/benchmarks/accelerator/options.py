@@ -56,7 +56,7 @@ class Bench:
     rl_prompts: int = 16
     rl_samples: int = 16
     rl_tokens: int = 256
-    peers: tuple[str, ...] = ("plain", "transformers")
+    peers: tuple[Literal["plain", "transformers"], ...] = ("plain", "transformers")
     peer_rows: int = 16
     peer_compile: bool = True
     cache: str = "runs/cache/xla"

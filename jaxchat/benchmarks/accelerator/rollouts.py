@@ -13,7 +13,7 @@ from jaxchat import compilation, sharding
 from jaxchat.benchmarks.accelerator import fitting
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
-from jaxchat.benchmarks.accelerator.training import attention_of, start_state
+from jaxchat.benchmarks.accelerator.training import start_state
 from jaxchat.compilation import Setup
 from jaxchat.config import say
 from jaxchat.decode.engine import Engine, Shape
@@ -77,7 +77,7 @@ def measure(setup: Setup, *, tries: int, clock: Clock) -> dict[str, Any]:
     """
     e = setup.experiment
     assert e.rl is not None
-    fitted = fitting.fit(setup, tries=tries, attention=attention_of(setup))
+    fitted = fitting.fit(setup, tries=tries)
     state = start_state(setup)
     shape = Shape(length=e.data.row_length, slots=e.rl.slots, prompts=min(8, e.rl.slots))
     engine = Engine(setup.transformer, state.params, Bytes(), shape)  # type: ignore[arg-type]

@@ -71,8 +71,7 @@ def variants(bench: Bench, make: Make) -> list[Variant]:
     recipe = make(main, "july2026", bench.batch_tokens)
     other = {"scan": "unroll", "unroll": "scan"}
     found = [Variant(main, layer_loop=other[recipe.model.layer_loop])]
-    if hasattr(recipe, "attention"):
-        found += [Variant(main, attention=name) for name in backends()]
+    found += [Variant(main, attention=name) for name in backends()]
     found += [Variant(main, remat="full"), Variant(main, remat="dots"), Variant(main, isolated=False)]
     found.append(Variant(main, family="october2025"))
     rest = [depth for depth in bench.depths if depth != main]
@@ -93,11 +92,11 @@ def attempt(variant: Variant, bench: Bench, make: Make, rows: Rows) -> None:
 def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str, Any]:
     """Trains for some steps with the largest micro-batch that fits; a smaller one where that runs out of memory."""
     setup = compilation.make_setup(e, say)
-    attention, most = attention_of(setup), 0
+    most = 0
     while True:
         try:
             with jax.set_mesh(setup.mesh):
-                fitted = fitting.fit(setup, tries=tries, most=most, attention=attention)
+                fitted = fitting.fit(setup, tries=tries, most=most)
                 times = run_steps(setup, fitted, steps=steps, clock=clock)
             break
         except jax.errors.JaxRuntimeError as error:
@@ -130,7 +129,7 @@ def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str,
         "layer_loop": e.model.layer_loop,
         "remat": e.model.remat,
         "isolate_documents": e.model.isolate_documents,
-        "attention": attention,
+        "attention": setup.transformer.attention,
         "dtype": str(setup.transformer.dtype),
         "devices": setup.mesh.size,
         "parameters": parameter_counts(e.model)["total"],
@@ -171,8 +170,3 @@ def random_batches(setup: Setup, micro_rows: int) -> Sequence[Any]:
 def segments(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers of documents along rows, each of DOCUMENT tokens in the mean."""
     return np.cumsum(generator.random(shape) < 1 / DOCUMENT, axis=-1, dtype=np.int32)
-
-
-def attention_of(setup: Setup) -> str:
-    """The attention that the setup resolved to."""
-    return str(getattr(setup, "attention", None) or getattr(setup.experiment, "attention", "xla"))
