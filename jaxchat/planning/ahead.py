@@ -152,6 +152,7 @@ def remedy(
         expected = per_state * sum(plan.state_bytes(smaller).values()) / (e.mesh.fsdp * e.mesh.tensor)
         if expected > topology.chip.memory * compilation.MEMORY_SHARE:
             continue  # What the deeper one needed says so.
+        say(f"{topology.name}: {e.name} does not fit at depth={e.depth} in any way; trying depth={depth}")
         found, _ = best(smaller, topology, say)
         if found is not None:
             return (
