@@ -169,10 +169,10 @@ def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
 def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf reads None.
 
-    A part that is there in both, of another type, differs by its type's name.
+    A part that is of another type, or there in one alone, differs by its type's name.
     """
-    old, new, kinds = flags(before), flags(after), _types(after)
-    types = {name: (kind, kinds[name]) for name, kind in _types(before).items() if kinds.get(name, kind) != kind}
+    old, new, was, kinds = flags(before), flags(after), _types(before), _types(after)
+    types = {name: (was.get(name), kinds.get(name)) for name in [*was, *kinds] if was.get(name) != kinds.get(name)}
     names = [*old, *(name for name in new if name not in old)]
     return types | {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 

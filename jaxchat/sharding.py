@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,15 @@ def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     x = constrain(x.reshape(*ways, *x.shape[1:]), ("by_data", "by_fsdp", *inside), ADDING)
     x = constrain(x.sum(axis=1), ("by_data", *axes), ADDING)
     return constrain(x.sum(axis=0), axes)
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work` in a thread of its own, where no mesh is set and nothing is traced: on this process's first device.
+
+    Under a mesh JAX lays every new array on all of its devices, those of other processes too, who know nothing of it.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work, *arguments).result()
 
 
 def batch_shards() -> int:

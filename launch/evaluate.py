@@ -5,6 +5,7 @@ arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; humaneval:DIRECTORY; a
 built-in village; FILE.py:CLASS of one's own; bpb:FILES.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -104,8 +105,12 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     if jax.process_index():
         return evaluate.evaluate(engine, found, settings, out, about, say=lambda _: None)
     refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
-    with locked(out, config.say, refusal=refusal):
-        results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
+    try:
+        with locked(out, config.say, refusal=refusal):
+            results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # Where nothing was written.
     everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.

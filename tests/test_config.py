@@ -274,7 +274,12 @@ def test_parts_that_are_gone_are_a_difference():
         name: Literal["a", "b"] = "a"
 
     found = config.difference(Whole(), Whole(parts=(Part(),), part=Part()))
-    assert found == {"parts.1.size": (2, None), "part.size": (None, 1)}
+    assert found == {
+        "parts.1": ("Part", None),
+        "part": (None, "Part"),
+        "parts.1.size": (2, None),
+        "part.size": (None, 1),
+    }
 
 
 def test_a_part_of_another_type_is_a_difference_even_with_the_same_fields():

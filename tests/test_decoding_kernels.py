@@ -257,6 +257,25 @@ def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pyte
     assert attempt(broken) == "tried fails on this device (Mosaic failed to compile TPU kernel)"
 
 
+def test_it_is_tried_on_one_device_under_a_mesh_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process makes an engine alone, while the others wait: it must not ask for their devices."""
+    seen = []
+
+    def attend(*arguments: Any) -> Any:
+        seen.append(jax.sharding.get_abstract_mesh().empty)
+        return DECODING["xla"](*arguments)
+
+    choice.decodes_otherwise.cache_clear()
+    monkeypatch.setattr(choice, "DECODING", DECODING | {"filled": attend})
+    monkeypatch.setattr(decoding_kernels, "unsupported", lambda name, facts: None)
+    with jax.set_mesh(sharding.make_mesh(sharding.Mesh(), rows=8)):
+        device = jax.devices()[0]
+        asked = type("Asked", (), {"platform": "tpu"})()
+        monkeypatch.setattr(jax, "devices", lambda: [asked, device])
+        assert choice.choose_decoding("auto", small.july2026(), dtype="float32", device=asked, say=print) == "filled"
+    assert seen and all(seen)
+
+
 @pytest.mark.parametrize(
     ("place", "head_dim", "slots", "window"),
     [("v5e-1", 128, 2048, None), ("v5e-1", 64, 514, 512), ("v6e-1", 64, 2048, None), ("v6e-1", 128, 514, 512)],

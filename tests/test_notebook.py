@@ -108,5 +108,6 @@ def test_its_cells_train_stop_go_on_and_talk(tmp_path, monkeypatch):
     assert checkpoint.finished_steps(tmp_path / "kept/pretrain")[-1] == 300
     assert checkpoint.locate(str(tmp_path / "kept/sft"))[1] == 3
     Path("runs/colab").rename(tmp_path / "gone")
+    (tmp_path / "kept").rename(tmp_path / "kept.new")  # Taken away while it was copied.
     book.run(CODE["settings"].replace('KEEP = ""', f"KEEP = {str(tmp_path / 'kept')!r}"))
     assert checkpoint.locate("runs/colab/sft")[1] == 3

@@ -16,6 +16,7 @@ from jaxchat.model.attention import GQA
 from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS, Facts, unsupported
 from jaxchat.model.transformer import Model
+from jaxchat.sharding import apart
 
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
 TRIED_LENGTH, TRIED_WINDOW = 384, 50
@@ -42,7 +43,7 @@ def choose_attention(
     if reason is None and present:
         tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
         found = (
-            differs(name, *one, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
+            apart(differs, name, *one, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
             for one in sorted(tried)
         )
         reason = next(filter(None, found), None)
@@ -71,7 +72,7 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
     reason = decoding_kernels.unsupported(name, decoding_kernels.Facts(device.platform, dtype))
     if reason is None and device in jax.devices():
         tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
-        found = (decodes_otherwise(name, *one, jnp.dtype(dtype).name) for one in sorted(tried))
+        found = (apart(decodes_otherwise, name, *one, jnp.dtype(dtype).name) for one in sorted(tried))
         reason = next(filter(None, found), None)
     if reason is None:
         return name

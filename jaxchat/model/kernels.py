@@ -8,7 +8,6 @@ one run of equal ids. Under a mesh every device computes its own rows and heads.
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -135,10 +134,7 @@ def splash(
 
 @functools.cache
 def _splash_kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
-    """The kernel for a mask; it holds arrays of the host, so that it may outlive the trace it is made in.
-
-    It is made in a thread of its own, where no trace and no mesh is set: JAX would lay its arrays on that mesh.
-    """
+    """The kernel for a mask; it holds arrays of the host, so that it may outlive the trace it is made in."""
     whole = window is None or window >= length - 1
     shape = (length, length)
     mask = tpu.CausalMask(shape) if whole else tpu.LocalMask(shape, (window, 0), 0)
@@ -151,8 +147,7 @@ def _splash_kernel(heads: int, length: int, window: int | None, interpret: bool)
         residual_checkpoint_name=NAME,
         interpret=interpret,
     )
-    with ThreadPoolExecutor(1) as thread:
-        return jax.tree.map(np.asarray, thread.submit(make).result())
+    return jax.tree.map(np.asarray, sharding.apart(make))
 
 
 def block_sizes(length: int, *, windowed: bool) -> tpu.BlockSizes:
