@@ -197,8 +197,7 @@ def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = T
             if size % ways:
                 where = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ValueError(
-                    f"{name}={size} is not a multiple of {entry}={ways}, which splits the parameter {where}: "
-                    "choose a mesh size that divides it"
+                    f"{name}={size} of {where} is not a multiple of {entry}={ways}: choose another --mesh.{entry}"
                 )
         return NamedSharding(mesh, placed)
 

@@ -155,7 +155,7 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
             "does not divide over data=3 x fsdp=1: set micro_rows and batch_tokens to a multiple of 3 rows",
             {"mesh.data": 3},
         ),
-        ("vocab=320 is not a multiple of tensor=3", {"mesh.tensor": 3}),
+        ("vocab=320 of ends.embed is not a multiple of tensor=3", {"mesh.tensor": 3}),
         ("micro_rows=3 does not divide the batch of 8 rows", {"micro_rows": 3}),
         ("heads=3 is not a multiple of kv_heads=2", {"model.pattern.0.heads": 3, "model.pattern.0.kv_heads": 2}),
     ],

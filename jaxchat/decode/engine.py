@@ -337,7 +337,7 @@ class Loaded(NamedTuple):
             try:
                 placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
             except ValueError as error:
-                raise UserError(f"{error}: choose another --mesh.tensor") from None
+                raise UserError(str(error)) from None
         abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         return checkpoint.load_params(self.directory, self.step, abstract)
 
