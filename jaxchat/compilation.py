@@ -17,6 +17,7 @@ from jaxchat import checkpoint, metrics, optim, processes, sharding, xla
 from jaxchat.config import UserError, say
 from jaxchat.experiment import Experiment
 from jaxchat.model.choice import choose_attention
+from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
 from jaxchat.objectives.likelihood import Objective, likelihood
 from jaxchat.objectives.policy import policy_gradient
@@ -62,11 +63,19 @@ def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
 
 
+def warn_of_float8(experiment: Experiment, device: Any, say: Callable[[str], None]) -> None:
+    """Tells where products in eight-bit floats gain nothing: TPUs before the seventh, GPUs before capability 8.9."""
+    slow = device.device_kind.startswith("TPU v") or (metrics.capability(device) or 9.0) < 8.9
+    if isinstance(experiment.matmul, Float8) and slow:
+        say(f"warning: {device.device_kind} does not multiply in float8: --matmul=float8 rounds as it would, no faster")
+
+
 def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
     """Mesh, model, optimizer, and the abstract state with its placements; on other devices than JAX has, if named."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     devices = list(jax.devices() if devices is None else devices)
     dtype, length = compute_dtype(experiment, devices[0], say), experiment.data.row_length
+    warn_of_float8(experiment, devices[0], say)
     attention = choose_attention(
         experiment.attention, experiment.model, length=length, dtype=dtype, device=devices[0], say=say
     )

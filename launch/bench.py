@@ -106,7 +106,7 @@ def _dialled(bench: Any, depth: int, family: Any, batch_tokens: int) -> Experime
         row_length=bench.row_length,
         head_dim=bench.head_dim,
     )
-    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",))
+    return dataclasses.replace(recipe.pretrain(dial, name="bench", train=("tinyworld:train",)), mesh=bench.mesh)
 
 
 def _spread(argv: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import recipe
-from jaxchat import compilation, metrics
+from jaxchat import compilation, config, metrics
 from jaxchat.benchmarks import decode
 from jaxchat.benchmarks.accelerator import fitting, kernels, options, peers, running, timing, training
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
@@ -19,6 +19,7 @@ from jaxchat.config import UserError
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import CHIPS
+from jaxchat.sharding import Mesh
 from launch import bench
 
 ROOT = Path(__file__).parent.parent
@@ -273,9 +274,18 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
     assert found.rows == max(n for n in (1, 2, 4, 8, 16, 32, 64) if n * row <= 100)
     assert found.step == f"step {found.rows}" and len(compiled) == len(set(compiled)) <= 4
     assert fitting.fit(setup, tries=3, most=2).rows == min(found.rows, 2)
-    limit = 0.0
+    limit = fixed
     with pytest.raises(UserError, match=r"no micro-batch of .* fits"):
         fitting.fit(setup, tries=3)
+    limit, before = compilation.state_bytes(setup) - 1, len(compiled)
+    with pytest.raises(UserError, match=r"state alone needs .* with --mesh\.fsdp, or name smaller --depths"):
+        fitting.fit(setup, tries=3)
+    assert len(compiled) == before
+
+
+def test_the_mesh_is_that_of_the_training_step() -> None:
+    asked = config.parse(options.Bench, ["--mesh.fsdp=4", "--depths", "1"], description="")
+    assert bench._dialled(asked, 1, "july2026", 2**18).mesh == Mesh(fsdp=4)
 
 
 def test_steps_are_dispatched_before_the_metrics_of_the_last_are_read() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxchat import compilation, config, metrics, xla
 from jaxchat.config import UserError
+from jaxchat.model import Float8
 
 
 def setup(**changes):
@@ -168,3 +169,16 @@ def test_settings_are_for_their_platforms():
         assert all(name.startswith(("xla_enable", f"xla_{platform}")) for name in xla.options(every, platform))
     with pytest.raises(ValueError, match="xla names 'fast': there are overlap"):
         dataclasses.replace(setup().experiment, xla=("fast",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "slow"),
+    [("TPU v5 lite", None, True), ("TPU7x", None, False), ("NVIDIA A100", "8.0", True), ("NVIDIA H100", "9.0", False)],
+)
+def test_products_in_float8_that_gain_nothing_are_told_of(kind, capability, slow):
+    device, said = SimpleNamespace(device_kind=kind, compute_capability=capability), []
+    plain = setup().experiment
+    compilation.warn_of_float8(dataclasses.replace(plain, matmul=Float8()), device, said.append)
+    assert bool(said) == slow and all(kind in line for line in said)
+    compilation.warn_of_float8(plain, device, said.append)
+    assert len(said) == slow

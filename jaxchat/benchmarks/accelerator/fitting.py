@@ -38,6 +38,11 @@ def fit(setup: Setup, *, tries: int, most: int = 0) -> Fitted:
     """
     device = setup.mesh.devices.flat[0]
     limit = compilation.MEMORY_SHARE * metrics.memory_limit(device)
+    if (state := compilation.state_bytes(setup)) > limit:
+        raise UserError(
+            f"the training state alone needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}: split it over "
+            f"several with --mesh.fsdp, or name smaller --depths"
+        )
     choices = [rows for rows in compilation.micro_choices(setup)[::-1] if not most or rows <= most]
     fixed, per_row = fixed_bytes(setup), row_bytes(setup)
     found: Fitted | None = None

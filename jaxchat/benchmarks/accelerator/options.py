@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxchat.experiment import Experiment
+from jaxchat.sharding import Mesh
 
 Family = Literal["july2026", "october2025"]
 
@@ -22,6 +23,7 @@ class Bench:
         out: the file that is written anew after every row; bench_gpu.json or bench_tpu.json unless told otherwise.
         depths: models, by the recipe's dial.
         batch_tokens: tokens of an optimizer step.
+        mesh: how several devices share a training step; fsdp splits the state, which a deep model needs.
         steps: measured steps of each setting, after two that warm up.
         tries: compilations that the search for a micro-batch may spend on each setting.
         kernel_rows: rows of the batch on which attention and loss are measured alone.
@@ -45,6 +47,7 @@ class Bench:
     vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
     head_dim: int = 128
     batch_tokens: int = 2**18
+    mesh: Mesh = Mesh()
     steps: int = 10
     tries: int = 3
     kernel_rows: int = 16
@@ -64,7 +67,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
-        for name in ("budget_s", "only", "out", "peers", "peer_compile", "cache", "anyway"):
+        for name in ("budget_s", "only", "out", "mesh", "peers", "peer_compile", "cache", "anyway"):
             del sizes[name]
         for name, value in sizes.items():
             if not value if isinstance(value, tuple) else value < 1:

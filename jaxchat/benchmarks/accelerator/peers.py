@@ -78,6 +78,8 @@ def run(wanted: Asked, *, seconds: float) -> dict[str, Any]:
         raise UserError(f"torch was not done after {seconds:.0f} seconds") from None
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no words"]
+        if "ModuleNotFoundError" in words[-1]:
+            raise UserError(f"{words[-1]}: pip install 'jaxchat[interop]'")
         raise UserError(f"torch ended with status {done.returncode}: {words[-1][:200]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
