@@ -17,13 +17,14 @@ from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.model import Transformer, choice, decoding_kernels
+from jaxchat.model import Transformer, choice, decoding_kernels, decoding_triton
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.decoding_kernels import DECODING, Facts, block_slots, unsupported
 from jaxchat.planning.chips import topology
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 BLOCK, SIZE = 32, 8
+INTERPRETED = ("filled_interpreted", "triton_interpreted")
 
 
 class Case(NamedTuple):
@@ -51,6 +52,8 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Blocks of 32 slots; heads of 8 numbers fill the lanes, or are too short for them."""
     monkeypatch.setattr(decoding_kernels, "MOST_SLOTS", BLOCK)
     monkeypatch.setattr(decoding_kernels, "LANES", request.param)
+    monkeypatch.setattr(decoding_triton, "PART", 2 * BLOCK)
+    monkeypatch.setattr(decoding_triton, "BLOCK", BLOCK)
 
 
 def drawn(case: Case) -> tuple[np.ndarray, KVCache, np.ndarray]:
@@ -90,25 +93,27 @@ def attended(name: str, case: Case, dtype: Any = jnp.float32, cache: KVCache | N
     return np.asarray(attend(q, cache, jnp.asarray(at), case.window), np.float64)
 
 
+@pytest.mark.parametrize("name", INTERPRETED)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_to_what_is_filled_equals_the_reference(case: Case, small_blocks: None) -> None:
+def test_attention_to_what_is_filled_equals_the_reference(case: Case, name: str, small_blocks: None) -> None:
     assert (block_slots(case.slots, 1, 16) < case.slots) == (case.slots > BLOCK), "several blocks are tried"
-    found, wanted = attended("filled_interpreted", case), expected(case)
+    found, wanted = attended(name, case), expected(case)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
     active = np.array(case.positions) >= 0
     np.testing.assert_allclose(attended("xla", case)[active], wanted[active], rtol=0, atol=2e-6)
     np.testing.assert_array_equal(found[~active], 0)
-    bfloat16 = attended("filled_interpreted", case, jnp.bfloat16)
+    bfloat16 = attended(name, case, jnp.bfloat16)
     np.testing.assert_allclose(bfloat16, wanted, rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("name", INTERPRETED)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_was_never_written_does_not_reach_the_result(case: Case, small_blocks: None) -> None:
+def test_what_was_never_written_does_not_reach_the_result(case: Case, name: str, small_blocks: None) -> None:
     _, cache, _ = drawn(case)
     written = (held(case) >= 0)[:, None, :, None]
     poisoned = KVCache(np.where(written, cache[0], np.nan), np.where(written, cache[1], np.inf))
     assert not written.all()
-    found = attended("filled_interpreted", case, cache=poisoned)
+    found = attended(name, case, cache=poisoned)
     np.testing.assert_allclose(found, expected(case), rtol=0, atol=2e-6)
 
 
@@ -195,9 +200,10 @@ def test_an_engine_gives_the_same_tokens(length: int, small_blocks: None) -> Non
         return [answer.tokens for (answer,) in engine.generate(requests)], engine
 
     plain, dense = answers("auto")
-    found, engine = answers("filled")
-    assert (dense.transformer.decoding, engine.transformer.decoding) == ("xla", "filled_interpreted")
-    assert found == plain and sum(map(len, plain)) > 10
+    assert dense.transformer.decoding == "xla" and sum(map(len, plain)) > 10
+    for name in ("filled", "triton"):
+        found, engine = answers(name)
+        assert engine.transformer.decoding == f"{name}_interpreted" and found == plain
 
 
 class Device(NamedTuple):
@@ -220,6 +226,10 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     assert chosen("auto", "tpu", monkeypatch) == ("filled", [])
     assert chosen("xla", "tpu", monkeypatch) == ("xla", [])
     assert chosen("auto", "gpu", monkeypatch) == ("xla", [])
+    assert chosen("triton", "gpu", monkeypatch) == ("triton", [])
+    with pytest.raises(UserError, match=r"decoding=triton cannot be used: .* platform tpu"):
+        chosen("triton", "tpu", monkeypatch)
+    assert "power of two, not 96" in str(unsupported("triton", Facts("gpu", jnp.bfloat16, 96)))
     name, said = chosen("filled", "cpu", monkeypatch)
     assert name == "filled_interpreted" and "interpreter" in said[0]
     with pytest.raises(UserError, match=r"decoding=filled cannot be used: .* platform gpu"):
@@ -250,7 +260,7 @@ def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pyte
     def broken(*args: Any) -> Any:
         raise RuntimeError("Mosaic failed to compile TPU kernel\nmore")
 
-    assert attempt(DECODING["filled_interpreted"]) is None
+    assert attempt(DECODING["filled_interpreted"]) is None and attempt(DECODING["triton_interpreted"]) is None
     assert attempt(changed(0, 0)) is None
     for backend in (changed(0, -1), changed(0, 1), *([changed(1, 0), changed(-1, 0)] if windowed else [])):
         assert "another attention to a cache" in str(attempt(backend))
@@ -283,15 +293,26 @@ def test_it_is_tried_on_one_device_under_a_mesh_of_many(monkeypatch: pytest.Monk
 def test_tpus_that_are_not_here_take_the_kernel(place: str, head_dim: int, slots: int, window: int | None) -> None:
     """Its operands are read where they lie: nothing is copied for it."""
     pytest.importorskip("libtpu")
+    program = compiled_for(place, "filled", head_dim, slots, window)
+    assert "tpu_custom_call" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 8 * 10 * slots * head_dim * 2 / 10
+
+
+def compiled_for(place: str, name: str, head_dim: int, slots: int, window: int | None) -> Any:
     device = jax.sharding.SingleDeviceSharding(topology(place).devices()[0])
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)  # noqa: E731
     q = array((8, 1, 10, head_dim), jnp.bfloat16)
     cache = KVCache(*[array((8, 10, slots, head_dim), jnp.bfloat16)] * 2)
     at = array((8, 1), jnp.int32)
-    attend = jax.jit(lambda q, cache, at: DECODING["filled"](q, cache, at, at[:, 0] + 1, window))
-    program = attend.lower(q, cache, at).compile()
-    assert "tpu_custom_call" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < cache.k_BKSD.size * 2 / 10
+    attend = jax.jit(lambda q, cache, at: DECODING[name](q, cache, at, at[:, 0] + 1, window))
+    return attend.lower(q, cache, at).compile()
+
+
+@pytest.mark.parametrize(("head_dim", "slots", "window"), [(128, 2048, None), (64, 514, 512)])
+def test_a_gpu_that_is_not_here_takes_the_kernel(head_dim: int, slots: int, window: int | None) -> None:
+    pytest.importorskip("jax_cuda12_plugin")
+    program = compiled_for("h100x1", "triton", head_dim, slots, window)
+    assert "pallas_call" in program.as_text() and "triton" in program.as_text()
 
 
 def test_slots_hold_what_the_reference_says() -> None:

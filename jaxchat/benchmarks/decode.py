@@ -42,6 +42,7 @@ class Bench:
         lengths: answer lengths at which decoding with the cache is set beside decoding without it.
         speculative: also measure speculation, on text that repeats itself and on text that does not.
         token_dispatch: also decode with a dispatch a token.
+        decoding: what attends to the cache, a row of `model.decoding_kernels.DECODING`, or "auto".
     """
 
     peer: Literal["none", "transformers"] = "none"
@@ -57,6 +58,7 @@ class Bench:
     lengths: tuple[int, ...] = (32, 64, 128, 256)
     speculative: bool = True
     token_dispatch: bool = True
+    decoding: str = "auto"
 
     def __post_init__(self) -> None:
         counts = (self.prompt_tokens, self.decode_tokens, self.chunk, self.repeats, self.threads, *self.batch_sizes)
@@ -132,13 +134,14 @@ def one_size(
     asked = prompts(vocab, rows, bench.prompt_tokens)
     params = dataclasses.replace(bench.sampling, max_tokens=bench.decode_tokens)
     length = bench.prompt_tokens + bench.decode_tokens
-    engine = make_engine(transformer, weights, length=length, slots=rows, steps=bench.chunk)
+    kernel, shape = bench.decoding, {"length": length, "slots": rows}
+    engine = make_engine(transformer, weights, decoding=kernel, steps=bench.chunk, **shape)
     start = time.perf_counter()
     answers = generate(engine, asked, params)
     first_seconds = time.perf_counter() - start
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: generate(engine, asked, params)}
     if bench.token_dispatch:
-        single = make_engine(transformer, weights, length=length, slots=rows, steps=1)
+        single = make_engine(transformer, weights, decoding=kernel, steps=1, **shape)
         generate(single, asked, params)
         sides["dispatch"] = lambda: generate(single, asked, params)
     if peer is not None:

@@ -45,9 +45,11 @@ def prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
     return np.random.default_rng(rows).integers(1, vocab, (rows, tokens)).tolist()
 
 
-def make_engine(transformer: Transformer, weights: Any, **shape: Any) -> Engine:
-    speculation = shape.pop("speculation", None)
-    return Engine(transformer, weights, Ids(), Shape(**shape, adapt=False), speculation=speculation)  # type: ignore[arg-type]
+def make_engine(
+    transformer: Transformer, weights: Any, *, speculation: Any = None, decoding: str = "auto", **shape: Any
+) -> Engine:
+    fixed = Shape(**shape, adapt=False)
+    return Engine(transformer, weights, Ids(), fixed, speculation=speculation, decoding=decoding)  # type: ignore[arg-type]
 
 
 def generate(engine: Engine, asked: Sequence[Sequence[int]], params: SamplingParams) -> list[Any]:

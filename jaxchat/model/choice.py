@@ -13,7 +13,7 @@ from jaxchat.config import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model import decoding_kernels
 from jaxchat.model.attention import GQA
-from jaxchat.model.decoding_kernels import DECODING
+from jaxchat.model.decoding_kernels import DECODING, KERNELS
 from jaxchat.model.kernels import BACKENDS, Facts, unsupported
 from jaxchat.model.transformer import Model
 from jaxchat.sharding import apart
@@ -64,12 +64,13 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
     name = ("filled" if device.platform == "tpu" else "xla") if wanted == "auto" else wanted
     if name == "xla":
         return name
-    if name == "filled" and device.platform == "cpu":
-        say("decoding filled runs in Pallas' interpreter on a CPU: for tests, not for decoding")
-        return "filled_interpreted"
+    if name in KERNELS and device.platform == "cpu":
+        say(f"decoding {name} runs in Pallas' interpreter on a CPU: for tests, not for decoding")
+        return f"{name}_interpreted"
     if name not in DECODING:
         raise UserError(f"there is no decoding={wanted}: name one of auto, {', '.join(DECODING)}")
-    reason = decoding_kernels.unsupported(name, decoding_kernels.Facts(device.platform, dtype))
+    every = (decoding_kernels.Facts(device.platform, dtype, mixer.head_dim) for mixer in set(model.pattern))
+    reason = next(filter(None, (decoding_kernels.unsupported(name, one) for one in every)), None)
     if reason is None and device in jax.devices():
         tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
         found = (apart(decodes_otherwise, name, *one, jnp.dtype(dtype).name) for one in sorted(tried))

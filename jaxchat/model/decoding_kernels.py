@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxchat import sharding
+from jaxchat.model import decoding_triton
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.dense import MASKED, attend_cached, visible
 
@@ -41,9 +42,11 @@ def filled(
     length_B: jax.Array,
     window: int | None,
     *,
+    kernel: Callable[..., jax.Array] | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """A Pallas kernel for TPUs that reads each row's cache as far as it is filled; several tokens a row are dense.
+    """A Pallas kernel that reads each row's cache as far as it is filled, for TPUs unless another is named; several
+    tokens a row are dense.
 
     A row's newest position tells what its cache holds, so `length_B` is not read. Rows of padding give zeros.
     """
@@ -51,7 +54,7 @@ def filled(
     if T > 1:
         return xla(q_BTHD, cache, positions_BT, length_B, window)
     K = cache.k_BKSD.shape[1]
-    attend = functools.partial(_filled, window=window, interpret=interpret)
+    attend = functools.partial(kernel or _filled, window=window, interpret=interpret)
     rows = ("batch", "kv_heads", None, None)
     q_BKGD = (q_BTHD * D**-0.5).reshape(B, K, H // K, D)
     arrays = [q_BKGD, *(x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache), positions_BT[:, 0]]
@@ -180,25 +183,31 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 class Facts(NamedTuple):
-    """Where decoding runs, and in which type."""
+    """Where decoding runs, in which type, and the numbers of a head."""
 
     platform: str
     dtype: Any
+    head_dim: int = 128
 
 
 def unsupported(name: str, facts: Facts) -> str | None:
     """Why a backend cannot serve the facts, as the end of a sentence; None where it can."""
-    if name != "filled":
+    if name not in KERNELS:
         return None
-    if facts.platform != "tpu":
-        return f"filled is a kernel for TPUs, and these devices are of platform {facts.platform}"
+    if facts.platform != KERNELS[name]:
+        return f"{name} is a kernel for {KERNELS[name].upper()}s, and these devices are of platform {facts.platform}"
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"filled computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+        return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+    if name == "triton" and facts.head_dim & (facts.head_dim - 1):
+        return f"triton needs a head_dim that is a power of two, not {facts.head_dim}"
     return None
 
 
+KERNELS: Mapping[str, str] = {"filled": "tpu", "triton": "gpu"}  # And their platforms.
 DECODING: Mapping[str, Backend] = {
     "xla": xla,
     "filled": filled,
     "filled_interpreted": functools.partial(filled, interpret=True),
+    "triton": functools.partial(filled, kernel=decoding_triton.attend),
+    "triton_interpreted": functools.partial(filled, kernel=decoding_triton.attend, interpret=True),
 }

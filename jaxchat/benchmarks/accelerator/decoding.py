@@ -1,6 +1,8 @@
 """Decoding at growing batches: tokens a second, and the share of the memory's bandwidth that the bytes read make."""
 
+import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -12,13 +14,14 @@ from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.compilation import compute_dtype
 from jaxchat.config import say
+from jaxchat.model.decoding_kernels import KERNELS
 from jaxchat.model.transformer import Transformer
 
 CHUNK = 16  # Steps a dispatch.
 
 
 def decode(bench: Bench, make: Make, rows: Rows) -> None:
-    """Greedy answers of the engine to prompts of equal lengths, at every batch size."""
+    """Greedy answers of the engine to prompts of equal lengths, at every batch size, by every kernel of the device."""
     device = jax.devices()[0]
     e = make(bench.depth, "july2026", bench.batch_tokens)
     transformer = Transformer(e.model, compute_dtype(e, device, say))
@@ -30,9 +33,11 @@ def decode(bench: Bench, make: Make, rows: Rows) -> None:
         repeats=3,
         token_dispatch=False,
     )
-    for size in bench.batch_sizes:
-        measured = functools.partial(_one_size, transformer, weights, asked, size, copied, device)
-        rows.attempt({"depth": bench.depth, "rows": size}, measured)
+    kernels = ["xla", *(name for name, platform in KERNELS.items() if platform == device.platform)]
+    for size, kernel in itertools.product(bench.batch_sizes, kernels):
+        each = dataclasses.replace(asked, decoding=kernel)
+        measured = functools.partial(_one_size, transformer, weights, each, size, copied, device)
+        rows.attempt({"depth": bench.depth, "rows": size, "decoding": kernel}, measured)
 
 
 def _one_size(

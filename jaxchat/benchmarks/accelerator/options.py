@@ -53,7 +53,7 @@ class Bench:
     kernel_rows: int = 16
     repeats: int = 10
     loss_chunks: tuple[int, ...] = (1024, 4096, 16384)
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     prompt_tokens: int = 256
     decode_tokens: int = 128
     rl_prompts: int = 16
@@ -87,7 +87,7 @@ class Bench:
 
 DEFAULTS: Mapping[str, Bench] = {
     "gpu": Bench(),
-    "tpu": Bench(batch_tokens=2**17, kernel_rows=8, batch_sizes=(1, 4, 16, 64, 256), peers=()),
+    "tpu": Bench(batch_tokens=2**17, kernel_rows=8, peers=()),
 }
 
 Make = Callable[[int, Family, int], Experiment]

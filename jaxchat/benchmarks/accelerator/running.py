@@ -35,7 +35,9 @@ SECTIONS: Mapping[str, Section] = {
         kernels.attention, 0.12, 8, ("backend", "window", "documents"), ("forward_tflops_per_second", "both_ms")
     ),
     "loss": Section(kernels.loss, 0.1, 8, ("loss", "chunk_tokens"), ("both_ms", "temporary_bytes")),
-    "decode": Section(decoding.decode, 0.25, 15, ("rows",), ("tokens_per_second", "share_of_peak_bandwidth")),
+    "decode": Section(
+        decoding.decode, 0.25, 15, ("rows", "decoding"), ("tokens_per_second", "share_of_peak_bandwidth")
+    ),
     "rl": Section(rollouts.rl, 0.2, 30, ("depth",), ("sample_seconds", "score_seconds", "train_seconds")),
     "peer": Section(peers.peer, 0.3, 30, ("peer",), ("tokens_per_second", "ratio")),
     "sweep": Section(
