@@ -336,5 +336,7 @@ def test_torch_trains_a_model_of_the_same_size(dtype: str) -> None:
 
 def test_a_peer_that_fails_is_told_in_its_own_words() -> None:
     asked = peers.asked(make(1, "october2025"), "nobody", options.Bench(), "cpu")
-    with pytest.raises(UserError, match=r"torch ended with status 1: .+"):
+    with pytest.raises(
+        UserError, match=r"torch ended with status 1: .+|No module named 'torch': pip install .+interop"
+    ):
         peers.run(asked.__class__(**asked.__dict__ | {"device": "nowhere"}), seconds=600.0)
