@@ -157,10 +157,12 @@ def compile_lowered(lowered: Any, setup: Setup, say: Callable[[str], None]) -> t
 
 def state_bytes(setup: Setup) -> float:
     """Bytes of a device that the training state takes."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(setup.abstract)
-    )
+    return held_bytes(setup.abstract)
+
+
+def held_bytes(tree: Any) -> float:
+    """Bytes of a device that placed arrays, or their shapes, take."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def lower_step(setup: Setup, rows: int) -> Any:

@@ -105,12 +105,14 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     if jax.process_index():
         return evaluate.evaluate(engine, found, settings, out, about, say=lambda _: None)
     refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
+    new = not out.exists()
     try:
         with locked(out, config.say, refusal=refusal):
             results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
     finally:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # Where nothing was written.
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # Where nothing was written.
     everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.

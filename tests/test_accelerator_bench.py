@@ -1,5 +1,6 @@
 """The benchmark of an accelerator, in tiny sizes on a CPU."""
 
+import importlib.util
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -336,7 +337,7 @@ def test_torch_trains_a_model_of_the_same_size(dtype: str) -> None:
 
 def test_a_peer_that_fails_is_told_in_its_own_words() -> None:
     asked = peers.asked(make(1, "october2025"), "nobody", options.Bench(), "cpu")
-    with pytest.raises(
-        UserError, match=r"torch ended with status 1: .+|No module named 'torch': pip install .+interop"
-    ):
+    here = importlib.util.find_spec("torch") is not None
+    said = r"torch ended with status 1: .+" if here else r"No module named 'torch': pip install .+interop"
+    with pytest.raises(UserError, match=said):
         peers.run(asked.__class__(**asked.__dict__ | {"device": "nowhere"}), seconds=600.0)

@@ -1,13 +1,12 @@
 """Programs that try to pass HumanEval's tests without solving anything, and a table of how many do.
 
-    python -m jaxchat.tasks.attacks DIRECTORY [--limit=N] [--every=N] [--cpu_seconds=2] [--only NAME ...]
+    python -m jaxchat.tasks.attacks DIRECTORY [--limit=N] [--cpu_seconds=2] [--only NAME ...]
 
 An attack on a wall (a socket, a file, memory) carries the right solution and uses it if it gets through, so a problem
 that passes is a hole; an attack on the judge has no solution and hopes to be taken for right.
 """
 
 import argparse
-import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -307,12 +306,9 @@ def main() -> None:
     parser.add_argument("directory", help="where HumanEval.jsonl or HumanEval.jsonl.gz lies")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"attacks, by default all: {'; '.join(ATTACKS)}")
     parser.add_argument("--limit", type=int, default=None, help="problems, from the first")
-    parser.add_argument("--every", type=int, default=1, help="each attack on every N-th problem, from another one on")
     parser.add_argument("--cpu_seconds", type=int, default=2)
     chosen = parser.parse_args()
     names = chosen.only or list(ATTACKS)
-    if chosen.every < 1:
-        raise UserError(f"--every={chosen.every} must be at least 1")
     if unknown := set(names) - set(ATTACKS):
         raise UserError(f"there is no attack {sorted(unknown)[0]!r}: see --help")
     task = HumanEval(chosen.directory, limits=Limits(cpu_seconds=chosen.cpu_seconds))
@@ -326,14 +322,14 @@ def main() -> None:
         # Shows that what gets through passes.
         rows += [("the solution in an open attack", [(p, answer("open", p, task.entry_point(p))) for p in problems])]
         rows += [
-            (name, [(p, answer(name, p, task.entry_point(p), outside=outside, tests=str(tests))) for p in some])
-            for name, some in zip(names, itertools.cycle(problems[i :: chosen.every] for i in range(chosen.every)))
+            (name, [(p, answer(name, p, task.entry_point(p), outside=outside, tests=str(tests))) for p in problems])
+            for name in names
         ]
         for name, answers in rows:
             verdicts = [verdict.verdict for verdict in task.verdicts(answers)]
             result[name] = verdicts.count("right")
             broken = f", {verdicts.count('broken')} not judged" if "broken" in verdicts else ""
-            say(f"{name:<32} {verdicts.count('right'):>4} of {len(answers)} pass{broken}")
+            say(f"{name:<32} {verdicts.count('right'):>4} of {len(problems)} pass{broken}")
         result["left"] = left(outside)
     print(json_line(result))
 

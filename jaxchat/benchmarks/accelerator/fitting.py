@@ -5,8 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxchat import compilation, metrics
 from jaxchat.benchmarks.accelerator.timing import Compiled, compiling
 from jaxchat.compilation import Setup
@@ -41,7 +39,7 @@ def fit(setup: Setup, *, tries: int, most: int = 0) -> Fitted:
     if (state := compilation.state_bytes(setup)) > limit:
         raise UserError(
             f"the training state alone needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}: split it over "
-            f"several with --mesh.fsdp, or name smaller --depths"
+            "several with --mesh.fsdp, or name smaller --depths"
         )
     choices = [rows for rows in compilation.micro_choices(setup)[::-1] if not most or rows <= most]
     fixed, per_row = fixed_bytes(setup), row_bytes(setup)
@@ -92,8 +90,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def fixed_bytes(setup: Setup) -> float:
     """Bytes of a device that do not depend on the micro-batch: the state, and a gradient."""
-    held = lambda tree: sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in tree)  # noqa: E731
-    return float(held(jax.tree.leaves(setup.abstract)) + held(jax.tree.leaves(setup.abstract.params)))
+    return compilation.state_bytes(setup) + compilation.held_bytes(setup.abstract.params)
 
 
 def row_bytes(setup: Setup) -> float:

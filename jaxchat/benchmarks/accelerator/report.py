@@ -1,6 +1,7 @@
 """The file that a run leaves behind: whole and valid after every row."""
 
 import importlib.metadata
+import itertools
 import os
 import subprocess
 import threading
@@ -13,7 +14,7 @@ import jax
 
 from jaxchat import metrics
 from jaxchat.benchmarks.train import machine
-from jaxchat.config import first_line, json_line, say
+from jaxchat.config import UserError, first_line, json_line, say
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -78,6 +79,21 @@ class Report:
             temporary = self._path.with_name(self._path.name + ".tmp")
             temporary.write_text(json_line(self.content) + "\n", encoding="utf-8")
             temporary.replace(self._path)
+
+
+def free_place(path: Path) -> Path:
+    """`path`, with what an earlier run left there moved beside it; raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            say(f"{path} of an earlier run is kept as {kept}")
+        path.touch()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)}): name another file with --out") from None
+    return path
 
 
 class Rows:

@@ -1,7 +1,6 @@
 """Sections, the most valuable first, within a budget of seconds; whatever happens, what was measured is kept."""
 
 import difflib
-import itertools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ import jax
 
 from jaxchat.benchmarks.accelerator import decoding, kernels, peers, rollouts, training
 from jaxchat.benchmarks.accelerator.options import Bench, Make
-from jaxchat.benchmarks.accelerator.report import Clock, Report, Rows, facts, one_line
-from jaxchat.config import UserError, first_line, json_line, say
+from jaxchat.benchmarks.accelerator.report import Clock, Report, Rows, facts, free_place, one_line
+from jaxchat.config import UserError, json_line, say
 from jaxchat.signals import raised
 
 GRACE = 20.0  # Seconds after the budget until what still runs is cut off.
@@ -62,21 +61,6 @@ def chosen(only: Sequence[str], sections: Mapping[str, Section] = SECTIONS) -> l
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sections)}"
             raise UserError(f"there is no section {name!r} to measure: {hint}")
     return [name for name in sections if not only or name in only]
-
-
-def free_place(path: Path) -> Path:
-    """`path`, with what an earlier run left there moved beside it; raises UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-            kept = next(name for name in names if not name.exists())
-            path.rename(kept)
-            say(f"{path} of an earlier run is kept as {kept}")
-        path.touch()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({first_line(error)}): name another file with --out") from None
-    return path
 
 
 def check_device(kind: str, *, anyway: bool) -> None:
