@@ -125,6 +125,32 @@ def parse(
         raise UserError(str(error)) from None
 
 
+def parse_known(
+    cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None
+) -> tuple[Any, list[str]]:
+    """Reads the fields of dataclass `cls` out of `argv`; returns its value and the arguments that belong to others."""
+    text = io.StringIO()
+    known = {} if default is None else {"default": default}
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    try:
+        with redirect_stderr(text):
+            return tyro.cli(
+                cls,
+                args=list(argv),
+                description=description,
+                config=options,
+                use_underscores=True,
+                return_unknown_args=True,
+                **known,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_mistake(text.getvalue(), _names(cls, default))) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def load(argv: Sequence[str], *, description: str | None = None) -> Any:
     """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns.
 
@@ -316,16 +342,7 @@ def _import(path: Path) -> types.ModuleType:
 
 def _read_dial(default: Any, argv: list[str]) -> tuple[Any, list[str]]:
     """The dial with its overrides, and the arguments that are not the dial's."""
-    if _asks_help(argv):
-        return default, argv
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text):
-            return tyro.cli(type(default), default=default, args=argv, return_unknown_args=True, use_underscores=True)
-    except SystemExit:
-        raise UserError(_mistake(text.getvalue(), list(flags(default)))) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return (default, argv) if _asks_help(argv) else parse_known(type(default), argv, default=default)
 
 
 def _dial_flags(dial: Any) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from jaxchat.signals import Interrupted
 MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
 
 
+class Diverged(UserError):
+    """A run's numbers stopped being finite."""
+
+
 class State(NamedTuple):
     """What training carries: steps taken, parameters, optimizer state, non-finite steps in a row and in all."""
 
@@ -155,7 +159,7 @@ def fit(
 
     A step's metrics are fetched after the next one is dispatched, so the device never waits. A checkpoint is written
     before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
-    `UserError` when ten steps in a row were not finite (the last checkpoint stays as it is).
+    `Diverged` when ten steps in a row were not finite (the last checkpoint stays as it is).
     """
     waiting: tuple[int, dict[str, jax.Array]] | None = None
     clock = time.perf_counter()
@@ -170,7 +174,7 @@ def fit(
         hooks.log(number, values, now - clock)
         waiting, clock = None, now
         if values["skipped_in_row"] >= MOST_SKIPPED:
-            raise UserError(
+            raise Diverged(
                 f"{MOST_SKIPPED} steps in a row up to step {number} were not finite, and would be so again: train with "
                 "lower learning rates or another --seed under another --name; checkpoints of this run stay as they are"
             )

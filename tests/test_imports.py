@@ -16,7 +16,7 @@ LEVELS = (
     ("model", "optim", "metrics", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),
     ("train", "evaluation", "answers", "rollouts"),
-    ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "planning", "speedrun"),
+    ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "planning", "speedrun", "comparison"),
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,7 +1,7 @@
 """Pictures of runs: losses, rewards and scores over tokens or steps, out of metrics.jsonl."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,42 @@ def drawing() -> Any:
 
 def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     """Draws every run's curves into one picture, a panel for each measure; returns the last bits per byte of each."""
+    runs = {str(directory): [read_metrics(directory)] for directory in directories}
+    draw_groups(runs, out)
+    scores = {label: [r["val_bpb"] for r in records if "val_bpb" in r] for label, (records,) in runs.items()}
+    return {label: found[-1] if found else None for label, found in scores.items()}
+
+
+def draw_groups(groups: Mapping[str, Sequence[list[dict[str, Any]]]], out: Path) -> None:
+    """Draws groups of runs, each run a list of records, into one picture: a panel per measure, a colour per group."""
     pyplot = drawing()
     from matplotlib.backend_bases import FigureCanvasBase
 
     endings = FigureCanvasBase.get_supported_filetypes()
     if out.suffix[1:].lower() not in endings:
         raise UserError(f"--out={out} is no kind of picture: let it end in one of {', '.join(sorted(endings))}")
-    runs = {str(directory): read_metrics(directory) for directory in directories}
-    names = measures([record for records in runs.values() for record in records])
-    columns = min(3, max(1, len(names)))
+    names = measures([record for runs in groups.values() for records in runs for record in records])
+    if not names:
+        raise UserError("there is nothing to draw: no run has recorded a step")
+    columns = min(3, len(names))
     size = (5.5 * columns, 4 * -(-len(names) // columns))
     figure, axes = pyplot.subplots(
         -(-len(names) // columns), columns, figsize=size, constrained_layout=True, squeeze=False
     )
     for axis, name in zip(axes.flat, names):
-        for label, records in runs.items():
-            xs, ys, of = curve(records, name)
-            axis.plot(xs, ys, linewidth=0.8, marker="o" if len(xs) < 50 else None, markersize=3, label=label)
-            axis.set(xlabel=of, ylabel=MEASURES.get(name, name))
+        for number, (label, runs) in enumerate(groups.items()):
+            for again, records in enumerate(runs):
+                xs, ys, of = curve(records, name)
+                axis.plot(
+                    xs,
+                    ys,
+                    color=f"C{number}",
+                    linewidth=0.8,
+                    marker="o" if len(xs) < 50 else None,
+                    markersize=3,
+                    label=None if again else label,
+                )
+                axis.set(xlabel=of, ylabel=MEASURES.get(name, name))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -65,8 +83,6 @@ def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
         raise UserError(f"{out} cannot be written ({error.strerror}): name another --out") from None
     finally:
         pyplot.close(figure)
-    scores = {label: [r["val_bpb"] for r in records if "val_bpb" in r] for label, records in runs.items()}
-    return {label: found[-1] if found else None for label, found in scores.items()}
 
 
 MEASURES = {

@@ -25,7 +25,16 @@ def write(
     """Writes report.md and its pictures into a run directory; returns the report's path."""
     lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
     lines += ["", asked(place / stages[-1]), *published(stages, progress)]
-    lines += ["", *forgetting(stages, progress), "", "## Time", "", *times(stages, progress, dollars_per_hour)]
+    lines += [
+        "",
+        *forgetting(stages, progress),
+        "",
+        *stability(stages, progress),
+        "",
+        "## Time",
+        "",
+        *times(stages, progress, dollars_per_hour),
+    ]
     for stage in stages:
         lines += ["", f"## {stage}", ""]
         picture = place / "pictures" / f"{stage}.png"
@@ -117,6 +126,17 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
             "--rl.kl above 0, forgets less."
         )
     return [told]
+
+
+def stability(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
+    """Each stage's instabilities, with the first step of each kind."""
+    found = {stage: progress[stage]["result"].get("instabilities") or [] for stage in stages}
+    if not any(found.values()):
+        return ["Training was stable: no loss above that of uniform guessing, no spike, no exploding gradient."]
+    counts = {stage: progress[stage]["result"]["unstable_steps"] for stage in stages}
+    return [
+        f"- {stage}, {counts[stage]} unstable steps: {report}" for stage, reports in found.items() for report in reports
+    ]
 
 
 def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[str]:

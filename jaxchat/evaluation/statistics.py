@@ -1,8 +1,11 @@
 """How sure a share is, and a difference of shares on the same questions."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 Z95 = 1.959963984540054  # The normal distribution's 97.5 percent quantile.
 
@@ -48,3 +51,24 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     difference = (b - a) / n
     error = math.sqrt(max((a + b) / n - difference**2, 0.0) / n)
     return Paired(n, a, b, difference, difference - Z95 * error, difference + Z95 * error, p)
+
+
+class MeanDifference(NamedTuple):
+    """Mean of paired differences (the second's less the first's), with its 95 percent interval.
+
+    The interval is None with fewer than two pairs.
+    """
+
+    pairs: int
+    difference: float
+    interval: tuple[float, float] | None
+
+
+def paired_means(first: Sequence[float], second: Sequence[float]) -> MeanDifference:
+    """Student's t interval of the mean of paired differences (Student 1908); at least one pair."""
+    differences = [y - x for x, y in zip(first, second, strict=True)]
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < 2:
+        return MeanDifference(n, mean, None)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
+    return MeanDifference(n, mean, (mean - half, mean + half))

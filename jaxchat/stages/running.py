@@ -15,6 +15,7 @@ from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.config import UserError, difference
 from jaxchat.data import cache, prepare
 from jaxchat.decode.tools import named_tools
+from jaxchat.evaluation.curves import read_metrics
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.stages.reinforcement import Reinforcement
@@ -23,7 +24,7 @@ from jaxchat.stages.stage import Stage, inherited, locate_start, started
 from jaxchat.stages.told import StepLog, describe, make_writers, write_samples
 from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train import Cadence, Hooks, State, all_finite, fit, init_state
+from jaxchat.train import Cadence, Diverged, Hooks, State, all_finite, fit, init_state
 
 STAGES: dict[str, Callable[..., Stage]] = {"pretrain": FromRows, "sft": FromRows, "rl": Reinforcement}
 
@@ -82,7 +83,11 @@ def _train(
         checkpoint.write_experiment(e.stage_directory, e)
         stage.write_sources()
     writers = make_writers(e, start, terminal)
-    log = StepLog(setup, peak, writers, stage.numbers)
+    log = StepLog(setup, peak, writers, stage.numbers, say)
+    if start and jax.process_index() == 0:
+        for record in read_metrics(e.stage_directory):
+            if "grad_norm" in record:
+                log.stability(record)
     results: dict[str, Any] = dict(facts.get("results", {}))
 
     def save(number: int, state: State) -> None:
@@ -123,6 +128,8 @@ def _train(
         **results,
         "tokens_per_second": log.tokens_per_second,
         "mfu": log.mfu,
+        "unstable_steps": log.stability.unstable_steps,
+        "instabilities": log.stability.reports,
         "compile_seconds": round(compile_seconds, 2),
         "micro_rows": micro_rows,
         "attention": setup.transformer.attention,
@@ -221,12 +228,12 @@ def check_finite(state: State, what: str, remedy: str) -> None:
 
 
 def check_end(e: Experiment, results: dict[str, Any]) -> None:
-    """Raises `UserError` where a run ends with numbers that nobody can use; all its files are written by then."""
+    """Raises `Diverged` where a run ends with numbers that nobody can use; all its files are written by then."""
     bad = [
         f"{name}={value}" for name, value in results.items() if isinstance(value, float) and not math.isfinite(value)
     ]
     if bad:
-        raise UserError(
+        raise Diverged(
             f"the run ended at step {e.steps} with {' and '.join(bad)}: train with lower learning rates under another "
             f"--name; {e.stage_directory} holds its last finite parameters"
         )

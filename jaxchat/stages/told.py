@@ -9,19 +9,22 @@ import numpy as np
 
 from jaxchat import metrics, optim, processes
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError, to_json
+from jaxchat.config import UserError, say, to_json
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import TOOLS
 from jaxchat.experiment import Experiment
 from jaxchat.model.counts import flops_per_token, parameter_counts
+from jaxchat.stages.stability import Stability
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.train import State
 
 
 class StepLog:
     """Turns a step's metrics into a record with speed and utilisation, and remembers the median speed.
+
+    An instability is reported once, by `say`, and counted in every record.
 
     `more` gives further numbers of a step; where a step trains on no fixed number of tokens, it tells no speed.
     """
@@ -32,8 +35,10 @@ class StepLog:
         peak: float | None,
         writers: list[metrics.Writer],
         more: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
+        say: Callable[[str], None] = say,
     ) -> None:
         e = setup.experiment
+        self.stability, self._say = Stability(e.model.vocab if e.rl is None else None), say
         self._experiment, self._writers, self._more = e, writers, more
         self._rate = optim.learning_rate_factor(e.optimizer, e.steps)
         self._flops = flops_per_token(e.model, e.data.row_length)["total"]
@@ -60,6 +65,9 @@ class StepLog:
         if self._more is not None:
             record |= self._more(number, values)
         record |= {"skipped": values["skipped"], "memory_bytes": metrics.memory_bytes()}
+        if report := self.stability(record):
+            self._say(f"warning: {report}")
+        record["unstable_steps"] = self.stability.unstable_steps
         self.loss = values["loss"]
         self._seconds.append(seconds)
         for writer in self._writers:

@@ -1,0 +1,60 @@
+"""Compares variants: python -m launch.compare --config=configs/tiny.py --variants "base:" "fast: --optimizer.scale=2"
+
+Every variant is trained with every seed, on the same rows, for as many tokens as the first one (or, with --equal=time,
+for as long). The result is a table of paired differences with 95 percent intervals, compare.md with curves in
+runs/NAME, and one line of JSON. Other options go to every variant, as for launch.train; start it again to continue.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxchat import config, signals
+from jaxchat.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What is compared."""
+
+    variants: tuple[str, ...] = ()
+    """"NAME: --field=value ..." each; the others are compared with the first, whose flags may be empty."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each variant is trained once with each seed; differences are taken seed by seed."""
+    equal: Literal["tokens", "time"] = "tokens"
+    """What the variants have in common with the first one, unless a variant names its own --steps."""
+    measure: str = "val_bpb"
+    """The number compared, by its name in the last line of launch.train."""
+
+
+def main(argv: list[str]) -> Mapping[str, object] | None:
+    try:
+        with signals.raised() as stopped:
+            options, rest = config.parse_known(Compare, argv, description=__doc__)
+
+            def load(flags: Sequence[str]) -> Experiment:
+                return config.load(["--name=compare", *rest, *flags])
+
+            from jaxchat import comparison, compilation, processes
+
+            variants = comparison.read_variants(options.variants, load)
+            with processes.joined():
+                compilation.prepare_backend(load(next(iter(variants.values()))))
+                found = comparison.run(
+                    variants,
+                    load,
+                    seeds=options.seeds,
+                    equal=options.equal,
+                    measure=options.measure,
+                    stopped=stopped,
+                    say=config.say,
+                )
+                return processes.told(found)
+    except signals.Interrupted as stop:
+        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
+        raise SystemExit(75) from None
+
+
+if __name__ == "__main__":
+    config.run(main)
