@@ -36,6 +36,8 @@ from jaxchat.rollouts import RL
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
+SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates was not fitted.
+SMALL_EXPONENT = 0.1
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
@@ -46,8 +48,10 @@ class Dial:
     """The few numbers that are read first; 0 derives the number from depth.
 
     Attributes:
-        family: "july2026" is nanochat's newest architecture and optimizer, "october2025" its original, which
-            transformers knows as NanoChatForCausalLM.
+        family: a row of FAMILIES. "july2026" is nanochat's newest architecture and optimizer, "october2025" its
+            original, which transformers knows as NanoChatForCausalLM. "november2026" is ours for small models: the
+            architecture of July with rates that fit small batches. "auto" is november2026 below depth 12, and july2026
+            from there on.
         ratio: training tokens a scaling parameter.
         matmul: number format of the layers' large products while pretraining and SFT learn, "dtype" for none of its
             own; RL computes in `dtype`, as its samples are.
@@ -55,7 +59,7 @@ class Dial:
     """
 
     depth: int
-    family: Literal["july2026", "october2025"] = "july2026"
+    family: Literal["auto", "november2026", "july2026", "october2025"] = "auto"
     steps: int = 0
     batch_tokens: int = 0
     vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
@@ -82,9 +86,15 @@ def width(dial: Dial) -> int:
     return math.ceil(64 * dial.depth / dial.head_dim) * dial.head_dim
 
 
+def family(dial: Dial) -> "Family":
+    """The architecture and optimizer that the dial names."""
+    small = "november2026" if dial.depth < REFERENCE_DEPTH else "july2026"
+    return FAMILIES[small if dial.family == "auto" else dial.family]
+
+
 def model(dial: Dial) -> Model:
     """The architecture of a depth."""
-    return _july2026(dial) if dial.family == "july2026" else _october2025(dial)
+    return family(dial).model(dial)
 
 
 def scaling_parameters(dial: Dial) -> int:
@@ -106,35 +116,8 @@ def steps(dial: Dial) -> int:
 
 
 def optimizer(dial: Dial) -> Optimizer:
-    """Learning rates grow with sqrt(batch); those of tables and head fall with sqrt(width)."""
-    by_batch = math.sqrt(batch_tokens(dial) / REFERENCE_BATCH)
-    by_width = (width(dial) / 768) ** -0.5
-    if dial.family == "october2025":
-        table = AdamW(0.2 * by_width, 0.8, 0.95)
-        plain = AdamW(0.005)
-        return Optimizer(
-            muon=Muon(0.02, 0.0, 0.85, 0.95, 0.95, 300, 0.9, False, False, False, False),
-            head=AdamW(0.004 * by_width, 0.8, 0.95),
-            embed=table,
-            value_embeddings=table,
-            resid_scale=plain,
-            x0_scale=plain,
-            scalars=plain,
-            warmup_steps=0,
-            warmdown_fraction=0.2,
-            final_fraction=0.0,
-            clip=1.0,
-        )
-    decay = REFERENCE_DECAY * by_batch * scaling_parameters(_reference(dial)) / scaling_parameters(dial)
-    return Optimizer(
-        muon=Muon(0.02 * by_batch, decay),
-        head=AdamW(0.008 * by_width * by_batch, 0.8, 0.96, 0.01),
-        embed=AdamW(0.3 * by_width * by_batch, 0.8, 0.995, 0.001),
-        value_embeddings=AdamW(0.15 * by_width * by_batch, 0.8, 0.995, 0.01),
-        resid_scale=AdamW(0.005 * by_batch, 0.8, 0.95, 0.05),
-        x0_scale=AdamW(0.5 * by_batch, 0.96, 0.95),
-        scalars=AdamW(0.2, 0.8, 0.95),
-    )
+    """Groups, learning rates and schedule of a depth and batch."""
+    return family(dial).optimizer(dial)
 
 
 def pretrain(
@@ -262,6 +245,77 @@ def _reference(dial: Dial) -> Dial:
     return dataclasses.replace(dial, depth=REFERENCE_DEPTH)
 
 
+def rate_factor(batch_tokens: int) -> float:
+    """What all learning rates of november2026 are multiplied by, for a batch of so many tokens.
+
+    nanochat's sqrt(batch / 2^19) from 2^18 tokens on, where that rule was fitted. Below, rates hardly depend on the
+    batch: (2^18 / batch)^SMALL_EXPONENT times the rate at 2^18. Fitted on the runs of docs/small_models.md.
+    """
+    if batch_tokens >= SMALL_BATCH:
+        return math.sqrt(batch_tokens / REFERENCE_BATCH)
+    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * (SMALL_BATCH / batch_tokens) ** SMALL_EXPONENT
+
+
+def _by_width(dial: Dial) -> float:
+    """Rates of tables and head fall with the square root of the width."""
+    return (width(dial) / 768) ** -0.5
+
+
+def _november2026_optimizer(dial: Dial) -> Optimizer:
+    by_batch, by_width = rate_factor(batch_tokens(dial)), _by_width(dial)
+    july = _july2026_optimizer(dial)
+    if batch_tokens(dial) >= SMALL_BATCH:
+        return july
+    assert july.muon is not None
+    return dataclasses.replace(
+        july,
+        muon=dataclasses.replace(
+            july.muon, learning_rate=0.02 * by_batch, weight_decay=0.05, momentum=0.95, momentum_warmup=50
+        ),
+        head=dataclasses.replace(july.head, learning_rate=0.008 * by_width * by_batch),
+        embed=dataclasses.replace(july.embed, learning_rate=0.3 * by_width * by_batch),
+        value_embeddings=dataclasses.replace(july.value_embeddings, learning_rate=0.15 * by_width * by_batch),
+        resid_scale=dataclasses.replace(july.resid_scale, learning_rate=0.005 * by_batch),
+        x0_scale=dataclasses.replace(july.x0_scale, learning_rate=0.5 * by_batch),
+        scalars=dataclasses.replace(july.scalars, learning_rate=0.02 * by_batch),
+        warmup_steps=10,
+    )
+
+
+def _july2026_optimizer(dial: Dial) -> Optimizer:
+    """Learning rates grow with sqrt(batch); those of tables and head fall with sqrt(width)."""
+    by_batch, by_width = math.sqrt(batch_tokens(dial) / REFERENCE_BATCH), _by_width(dial)
+    decay = REFERENCE_DECAY * by_batch * scaling_parameters(_reference(dial)) / scaling_parameters(dial)
+    return Optimizer(
+        muon=Muon(0.02 * by_batch, decay),
+        head=AdamW(0.008 * by_width * by_batch, 0.8, 0.96, 0.01),
+        embed=AdamW(0.3 * by_width * by_batch, 0.8, 0.995, 0.001),
+        value_embeddings=AdamW(0.15 * by_width * by_batch, 0.8, 0.995, 0.01),
+        resid_scale=AdamW(0.005 * by_batch, 0.8, 0.95, 0.05),
+        x0_scale=AdamW(0.5 * by_batch, 0.96, 0.95),
+        scalars=AdamW(0.2, 0.8, 0.95),
+    )
+
+
+def _october2025_optimizer(dial: Dial) -> Optimizer:
+    by_width = _by_width(dial)
+    table = AdamW(0.2 * by_width, 0.8, 0.95)
+    plain = AdamW(0.005)
+    return Optimizer(
+        muon=Muon(0.02, 0.0, 0.85, 0.95, 0.95, 300, 0.9, False, False, False, False),
+        head=AdamW(0.004 * by_width, 0.8, 0.95),
+        embed=table,
+        value_embeddings=table,
+        resid_scale=plain,
+        x0_scale=plain,
+        scalars=plain,
+        warmup_steps=0,
+        warmdown_fraction=0.2,
+        final_fraction=0.0,
+        clip=1.0,
+    )
+
+
 def _july2026(dial: Dial) -> Model:
     M = width(dial)
     heads = M // dial.head_dim
@@ -313,3 +367,18 @@ def _october2025(dial: Dial) -> Model:
 def _loop(dial: Dial) -> Literal["scan", "unroll"]:
     """Deep models scan their layers, which compiles in a fraction of the time."""
     return "scan" if dial.depth >= 12 else "unroll"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a depth becomes an architecture and an optimizer."""
+
+    model: Callable[[Dial], Model]
+    optimizer: Callable[[Dial], Optimizer]
+
+
+FAMILIES = {
+    "november2026": Family(_july2026, _november2026_optimizer),
+    "july2026": Family(_july2026, _july2026_optimizer),
+    "october2025": Family(_october2025, _october2025_optimizer),
+}

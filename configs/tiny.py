@@ -15,7 +15,7 @@ from configs.recipe import Dial, chosen, dials, pretrain, rl, sft
 from jaxchat.experiment import Experiment
 from jaxchat.rollouts import RL
 
-DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=1_024, row_length=256, head_dim=64, windows="L")
+DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=2_048, row_length=256, head_dim=64, windows="L")
 DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=40)
 QUESTIONS = ("Where does Mia live?", "What is 7 + 5?", "Tom has 9 apples. He gives Mia 4. How many are left?")
 

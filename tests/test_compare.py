@@ -103,7 +103,7 @@ def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_p
     assert "| half | `--batch_tokens=320` | 12 | 3,840 |" in report and "compare.png" in report
     assert json.loads((tmp_path / "runs/compare/compare.json").read_text())["runs"]["half/seed0"]["tokens"] == 3840
     # The same names with other flags are another comparison.
-    with pytest.raises(UserError, match=r"holds another experiment: .*batch_tokens was 320 and is now 640"):
+    with pytest.raises(UserError, match="holds another experiment: optimizer"):
         launch.compare.main(flags(tmp_path, "base:", "half:"))
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import launch.bench
 import launch.chat
+import launch.compare
 import launch.convert
 import launch.evaluate
 import launch.harness
@@ -117,13 +118,13 @@ def test_the_dial_decides_what_is_derived(flags):
 
 
 def test_the_vocabulary_of_the_data_is_the_models():
-    before, after = load(), load("--data.vocab=512", "--data.row_length=128")
+    before, after = (load("--family=july2026", *more) for more in ((), ("--data.vocab=512", "--data.row_length=128")))
     assert (after.data.vocab, after.model.vocab, after.data.row_length) == (512, 512, 128)
     assert after.optimizer.muon.weight_decay != before.optimizer.muon.weight_decay
 
 
-def test_a_smaller_batch_lowers_the_rates_and_the_decay_of_the_whole_horizon_stays():
-    before, after = (load("--steps=0", f"--batch_tokens={tokens}") for tokens in (8192, 2048))
+def test_a_smaller_batch_lowers_nanochats_rates_and_the_decay_of_the_whole_horizon_stays():
+    before, after = (load("--family=july2026", "--steps=0", f"--batch_tokens={tokens}") for tokens in (8192, 2048))
     assert after.optimizer.muon.learning_rate == pytest.approx(before.optimizer.muon.learning_rate / 2)
     assert after.steps == pytest.approx(4 * before.steps, abs=4)
     decay = [e.optimizer.muon.weight_decay * e.optimizer.muon.learning_rate * e.steps for e in (before, after)]
@@ -310,6 +311,7 @@ HELP = {
     "tokenizer": (launch.tokenizer, ["--config=configs/tiny.py"], ["--data.vocab", "--data.tokenizer.algorithm"]),
     "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
+    "compare": (launch.compare, [], ["--variants", "--seeds", "--equal", "--measure"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
     "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
     "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),

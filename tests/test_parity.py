@@ -299,7 +299,7 @@ def test_schedules_equal_the_reference(steps: int) -> None:
 
 @pytest.mark.parametrize("size", reference.SIZES, ids=lambda size: f"d{size.depth}")
 def test_dial_gives_nanochats_sizes(size: reference.Size) -> None:
-    dial = Dial(depth=size.depth)
+    dial = Dial(depth=size.depth, family="july2026")
     config = recipe.model(dial)
     counts = parameter_counts(config)
     flops = flops_per_token(config, dial.row_length)["total"]
@@ -317,7 +317,7 @@ def test_dial_gives_nanochats_sizes(size: reference.Size) -> None:
 def test_dial_puts_windows_and_value_embeddings_where_nanochat_does(
     depth: int, windows: str, value_embeddings: str
 ) -> None:
-    config = recipe.model(Dial(depth=depth))
+    config = recipe.model(Dial(depth=depth, family="july2026"))
     mixers = [config.pattern[i % len(config.pattern)] for i in range(depth)]
     assert [mixer.window for mixer in mixers] == [{"S": 512, "L": None}[letter] for letter in windows]
     assert "".join("-" if mixer.value_embedding is None else "*" for mixer in mixers) == value_embeddings
@@ -325,7 +325,7 @@ def test_dial_puts_windows_and_value_embeddings_where_nanochat_does(
 
 @pytest.mark.parametrize("row", reference.HORIZONS, ids=lambda row: f"d{row.depth}-ratio{row.ratio}")
 def test_dial_gives_nanochats_horizon(row: reference.Horizon) -> None:
-    dial = Dial(depth=row.depth, ratio=row.ratio)
+    dial = Dial(depth=row.depth, ratio=row.ratio, family="july2026")
     assert (recipe.batch_tokens(dial), recipe.steps(dial)) == (row.batch_tokens, row.steps)
     ours, width = recipe.optimizer(dial), recipe.width(dial)
     expected = head_optimizer(reference.horizon(row.depth, row.ratio).rate_factor, width, row.decay)
@@ -338,7 +338,7 @@ def test_dial_gives_nanochats_horizon(row: reference.Horizon) -> None:
 
 
 def test_smaller_batch_follows_the_formulas() -> None:
-    dial = Dial(depth=4, steps=600, batch_tokens=16_384, vocab=8_192, row_length=512)
+    dial = Dial(depth=4, family="july2026", steps=600, batch_tokens=16_384, vocab=8_192, row_length=512)
     expected = reference.horizon(4, dial.ratio, batch_tokens=16_384, vocab=8_192, row_length=512)
     assert expected.rate_factor == pytest.approx(0.1768, abs=1e-4)
     muon = recipe.optimizer(dial).muon
