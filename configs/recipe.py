@@ -37,7 +37,10 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
 SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates was not fitted.
-SMALL_EXPONENT = 0.1
+BATCH_EXPONENT = 0.0
+STEPS_EXPONENT = 0.5
+REFERENCE_STEPS = 2520
+DECAY_OF_RUN = 0.45  # Muon's learning rate x weight decay x steps.
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
@@ -245,15 +248,17 @@ def _reference(dial: Dial) -> Dial:
     return dataclasses.replace(dial, depth=REFERENCE_DEPTH)
 
 
-def rate_factor(batch_tokens: int) -> float:
-    """What all learning rates of november2026 are multiplied by, for a batch of so many tokens.
+def rate_factor(batch_tokens: int, steps: int) -> float:
+    """What november2026 multiplies the learning rates of depth 12 by, for `steps` steps of `batch_tokens` tokens.
 
-    nanochat's sqrt(batch / 2^19) from 2^18 tokens on, where that rule was fitted. Below, rates hardly depend on the
-    batch: (2^18 / batch)^SMALL_EXPONENT times the rate at 2^18. Fitted on the runs of docs/small_models.md.
+    From 2^18 tokens on it is nanochat's sqrt(batch / 2^19). Below, where that rule was not fitted, the rates hardly
+    depend on the batch and fall with the length of the run: sqrt(1/2) (2^18 / batch)^a (2520 / steps)^c, which meets
+    nanochat's at 2^18 tokens and depth 12's 2,520 steps. Fitted on the runs of docs/small_models.md.
     """
     if batch_tokens >= SMALL_BATCH:
         return math.sqrt(batch_tokens / REFERENCE_BATCH)
-    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * (SMALL_BATCH / batch_tokens) ** SMALL_EXPONENT
+    by_batch = (SMALL_BATCH / batch_tokens) ** BATCH_EXPONENT
+    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * (REFERENCE_STEPS / steps) ** STEPS_EXPONENT
 
 
 def _by_width(dial: Dial) -> float:
@@ -262,23 +267,21 @@ def _by_width(dial: Dial) -> float:
 
 
 def _november2026_optimizer(dial: Dial) -> Optimizer:
-    by_batch, by_width = rate_factor(batch_tokens(dial)), _by_width(dial)
-    july = _july2026_optimizer(dial)
-    if batch_tokens(dial) >= SMALL_BATCH:
-        return july
-    assert july.muon is not None
-    return dataclasses.replace(
-        july,
-        muon=dataclasses.replace(
-            july.muon, learning_rate=0.02 * by_batch, weight_decay=0.05, momentum=0.95, momentum_warmup=50
-        ),
-        head=dataclasses.replace(july.head, learning_rate=0.008 * by_width * by_batch),
-        embed=dataclasses.replace(july.embed, learning_rate=0.3 * by_width * by_batch),
-        value_embeddings=dataclasses.replace(july.value_embeddings, learning_rate=0.15 * by_width * by_batch),
-        resid_scale=dataclasses.replace(july.resid_scale, learning_rate=0.005 * by_batch),
-        x0_scale=dataclasses.replace(july.x0_scale, learning_rate=0.5 * by_batch),
-        scalars=dataclasses.replace(july.scalars, learning_rate=0.02 * by_batch),
+    """The rates of depth 12, unscaled; `scale` is the law, and the stages after pretraining replace it."""
+    batch, number, by_width = batch_tokens(dial), steps(dial), _by_width(dial)
+    if batch >= SMALL_BATCH:
+        return _july2026_optimizer(dial)
+    scale = rate_factor(batch, number)
+    return Optimizer(
+        muon=Muon(0.02, DECAY_OF_RUN / (0.02 * scale * number), momentum=0.95, momentum_warmup=50),
+        head=AdamW(0.008 * by_width, 0.8, 0.96, 0.01),
+        embed=AdamW(0.3 * by_width, 0.8, 0.995, 0.001),
+        value_embeddings=AdamW(0.15 * by_width, 0.8, 0.995, 0.01),
+        resid_scale=AdamW(0.005, 0.8, 0.95, 0.05),
+        x0_scale=AdamW(0.5, 0.96, 0.95),
+        scalars=AdamW(0.02, 0.8, 0.95),
         warmup_steps=10,
+        scale=scale,
     )
 
 

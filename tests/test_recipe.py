@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 
@@ -17,10 +16,6 @@ from jaxchat.tasks import TASKS
 RATES = ("muon", "head", "embed", "value_embeddings", "resid_scale", "x0_scale", "scalars")
 
 
-def rates(optimizer):
-    return {name: getattr(optimizer, name).learning_rate for name in RATES}
-
-
 def test_small_depths_are_november_and_others_july():
     for depth, name in ((3, "november2026"), (11, "november2026"), (12, "july2026"), (32, "july2026")):
         assert recipe.family(Dial(depth)) is recipe.FAMILIES[name]
@@ -30,23 +25,25 @@ def test_small_depths_are_november_and_others_july():
 
 @pytest.mark.parametrize("batch", [2**18, 2**19, 2**20])
 def test_the_law_is_nanochats_where_that_was_fitted(batch):
-    assert recipe.rate_factor(batch) == math.sqrt(batch / 2**19)
+    assert recipe.rate_factor(batch, 450) == math.sqrt(batch / 2**19)
     dial = Dial(12, family="november2026", batch_tokens=batch)
     assert recipe.optimizer(dial) == recipe.optimizer(dataclasses.replace(dial, family="july2026"))
 
 
-def test_the_law_is_continuous_and_flatter_than_the_square_root_below():
-    assert recipe.rate_factor(2**18 - 1) == pytest.approx(recipe.rate_factor(2**18), rel=1e-5)
-    for large, small in itertools.pairwise(2**n for n in range(18, 9, -1)):
-        assert recipe.rate_factor(small) > 0.9 * recipe.rate_factor(large)
+def test_the_law_meets_nanochats_at_its_smallest_batch():
+    assert recipe.rate_factor(2**18 - 1, 2520) == pytest.approx(recipe.rate_factor(2**18, 2520), rel=1e-5)
 
 
-def test_every_rate_of_a_small_batch_follows_the_law_but_not_that_of_july():
-    small, smaller = (rates(recipe.optimizer(Dial(4, batch_tokens=tokens))) for tokens in (2**14, 2**11))
-    ratio = recipe.rate_factor(2**11) / recipe.rate_factor(2**14)
-    assert {name: smaller[name] / small[name] for name in RATES} == pytest.approx(dict.fromkeys(RATES, ratio))
-    old = rates(recipe.optimizer(Dial(4, family="july2026", batch_tokens=2**11)))
-    assert old["muon"] == pytest.approx(0.02 / 16) and smaller["muon"] > 10 * old["muon"]
+def test_small_batches_keep_rates_that_nanochats_rule_would_divide():
+    old, new = (
+        recipe.optimizer(Dial(3, family=name, batch_tokens=2**11, steps=450)) for name in ("july2026", "november2026")
+    )
+    assert old.muon.learning_rate == pytest.approx(0.02 / 16) and new.muon.learning_rate == 0.02
+    for name in set(RATES) - {"muon", "scalars"}:
+        assert getattr(old, name).learning_rate == pytest.approx(getattr(new, name).learning_rate / 16)
+    assert new.scale == recipe.rate_factor(2**11, 450) > 0.7
+    longer = recipe.optimizer(Dial(3, batch_tokens=2**11, steps=1800))
+    assert longer.scale < new.scale and longer.muon.weight_decay < new.muon.weight_decay
 
 
 @pytest.mark.parametrize("config", [tiny, d4])
