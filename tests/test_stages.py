@@ -44,6 +44,18 @@ def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
     assert [r["learning_rate_factor"] for r in kept.records] == [float(factor(jnp.int32(t))) for t in (0, 1, 1, 1, 2)]
 
 
+def test_an_unstable_run_says_so_once_and_counts_in_every_record(experiment):
+    kept, said = Kept(), []
+    setup = SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1))
+    log = told.StepLog(setup, None, [kept], say=said.append)
+    for number in range(1, 61):
+        loss = 9.0 if number > 40 else 3.0 - number / 50 + number % 3 / 100
+        log(number, {"loss": loss, "grad_norm": 1.0, "skipped_in_row": 0, "skipped": 0}, 0.5)
+    assert len(said) == 1 and said[0].startswith("warning: step 41: the loss 9.000 is above ln(2048)")
+    assert [record["unstable_steps"] for record in kept.records] == [max(0, number - 40) for number in range(1, 61)]
+    assert log.stability.reports == [said[0].removeprefix("warning: ")]
+
+
 def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
     lines = metrics.JsonLines(tmp_path / "metrics.jsonl", 0)
     lines.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "mfu": None, "tokens": 3})
