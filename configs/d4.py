@@ -1,6 +1,6 @@
 """d4: the smallest real model, for two CPU cores and real text.
 
-nanochat's July 2026 family at depth 4: width 256, 4 heads of 64, full windows, vocabulary 8,192, rows of 512 tokens;
+The November 2026 family at depth 4: width 256, 4 heads of 64, full windows, vocabulary 8,192, rows of 512 tokens;
 11.5 million parameters, 600 steps of 16,384 tokens. Needs text, for instance
 
     python -m launch.train --config=configs/d4.py \\

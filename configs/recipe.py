@@ -2,7 +2,8 @@
 
 Formulas are nanochat's (July 2026): horizon = 12 tokens a scaling parameter (matrices and head); batch after Power
 Lines (arXiv:2505.13738); learning rates with the square root of the batch; weight decay so that batch / (rate * decay *
-horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 12.
+horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 12. Below depth 12, learning rates and
+weight decay follow `rate_factor` instead.
 """
 
 import dataclasses
@@ -149,13 +150,10 @@ def sft(
     train: tuple[str, ...],
     val: tuple[str, ...] = (),
     epochs: tuple[float, ...] = (),
-    scale: float = 0.8,
+    scale: float,
     **fields: object,
 ) -> Experiment:
-    """Supervised fine-tuning of a pretraining experiment's model.
-
-    Learning rates are those of pretraining times `scale`, nanochat's 0.8 unless told otherwise; no weight decay.
-    """
+    """Supervised fine-tuning of a pretraining experiment's model: its optimizer with another `scale`, no weight decay."""
     data = dataclasses.replace(
         base.data, train=train, val=val, format="chat", epochs=epochs, weights=(), packing="best_fit"
     )
@@ -169,8 +167,8 @@ def sft(
     )
 
 
-def rl(base: Experiment, settings: RL, *, scale: float = 0.05, **fields: object) -> Experiment:
-    """Reinforcement learning after fine-tuning; nanochat's learning rates, a twentieth of pretraining's, down to 0."""
+def rl(base: Experiment, settings: RL, *, scale: float, **fields: object) -> Experiment:
+    """Reinforcement learning after fine-tuning: the optimizer with another `scale`, down to 0."""
     return dataclasses.replace(
         base,
         stage="rl",
@@ -206,11 +204,19 @@ def road(
             base,
             train=("hub:smoltalk", "hub:mmlu", "hub:gsm8k"),
             epochs=(1.0, 3.0, 4.0),
+            scale=family(dial).sft_scale,
             steps=dial.steps,
             tasks=("gsm8k",),
             prompts=QUESTIONS,
         ),
-        rl=lambda: rl(base, RL(tasks=("gsm8k",)), steps=dial.steps, tasks=("gsm8k",), prompts=QUESTIONS),
+        rl=lambda: rl(
+            base,
+            RL(tasks=("gsm8k",)),
+            scale=family(dial).rl_scale,
+            steps=dial.steps,
+            tasks=("gsm8k",),
+            prompts=QUESTIONS,
+        ),
     )
 
 
@@ -378,10 +384,14 @@ class Family:
 
     model: Callable[[Dial], Model]
     optimizer: Callable[[Dial], Optimizer]
+    sft_scale: float = 0.8
+    """`optimizer.scale` of fine-tuning; nanochat's unless said otherwise."""
+    rl_scale: float = 0.05
+    """`optimizer.scale` of RL; nanochat's unless said otherwise."""
 
 
 FAMILIES = {
-    "november2026": Family(_july2026, _november2026_optimizer),
+    "november2026": Family(_july2026, _november2026_optimizer, sft_scale=0.25, rl_scale=0.125),
     "july2026": Family(_july2026, _july2026_optimizer),
     "october2025": Family(_october2025, _october2025_optimizer),
 }

@@ -1,6 +1,6 @@
 """tiny: a whole chat model in minutes on two CPU cores, from an embedded world, with no download.
 
-nanochat's July 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 1,024, rows of 256 tokens; 2.1 million
+The November 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 2,048, rows of 256 tokens; 2.9 million
 parameters, 450 steps of 2,048 tokens. The corpus is the small village of Pebble Bay (jaxchat/data/tinyworld): stories,
 facts, small sums, spelling. SFT learns to talk about it and to answer sums, some in the head and some with a
 calculator, beside some of the old text; RL finds out which of the two is right with numbers that were never seen.
@@ -11,12 +11,12 @@ calculator, beside some of the old text; RL finds out which of the two is right 
     python -m launch.chat --checkpoint=runs/tiny/rl --prompt="What is 7 + 5?" --tools calculator
 """
 
-from configs.recipe import Dial, chosen, dials, pretrain, rl, sft
+from configs.recipe import Dial, chosen, dials, family, pretrain, rl, sft
 from jaxchat.experiment import Experiment
 from jaxchat.rollouts import RL
 
 DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=2_048, row_length=256, head_dim=64, windows="L")
-DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=40)
+DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=20)
 QUESTIONS = ("Where does Mia live?", "What is 7 + 5?", "Tom has 9 apples. He gives Mia 4. How many are left?")
 
 
@@ -39,7 +39,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
             train=("tinyworld:chat", "text:tinyworld:train"),
             epochs=(1.0, 0.1),
             val=("tinyworld:chat",),
-            scale=0.5,
+            scale=family(dial).sft_scale,
             eval_every=250,
             steps=dial.steps,
             prompts=QUESTIONS,
@@ -50,7 +50,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         rl=lambda: rl(
             base,
             RL(tasks=("arithmetic",), prompts=16, samples=16, max_tokens=48),
-            scale=0.1,
+            scale=family(dial).rl_scale,
             steps=dial.steps,
             prompts=QUESTIONS,
             tasks=("arithmetic",),

@@ -51,6 +51,16 @@ def test_the_small_configurations_are_of_the_new_family(config):
     assert recipe.family(config.DIAL) is recipe.FAMILIES["november2026"]
 
 
+def test_stages_after_pretraining_replace_the_law_by_the_familys_own_scale():
+    stages = {stage: tiny.get_config(stage, tiny.DIALS.get(stage, tiny.DIAL)) for stage in ("pretrain", "sft", "rl")}
+    scales = {stage: e.optimizer.scale for stage, e in stages.items()}
+    assert scales == {"pretrain": recipe.rate_factor(2048, 450), "sft": 0.25, "rl": 0.125}
+    assert {e.optimizer.muon.learning_rate for e in stages.values()} == {0.02}
+    assert [stages[stage].optimizer.muon.weight_decay for stage in ("sft", "rl")] == [0.0, 0.0]
+    large = d12.get_config("sft", d12.DIALS["sft"]), d12.get_config("rl", d12.DIALS["rl"])
+    assert [e.optimizer.scale for e in large] == [0.8, 0.05]  # nanochat's.
+
+
 def test_the_world_and_its_problems_are_what_scores_were_measured_on():
     """Texts, conversations and held-out problems, byte for byte; the hashes are those of commit 213a2aa."""
     parts = {
