@@ -153,7 +153,7 @@ def sft(
     scale: float,
     **fields: object,
 ) -> Experiment:
-    """Supervised fine-tuning of a pretraining experiment's model: its optimizer with another `scale`, no weight decay."""
+    """Supervised fine-tuning of a pretraining experiment: its optimizer with another `scale` and no weight decay."""
     data = dataclasses.replace(
         base.data, train=train, val=val, format="chat", epochs=epochs, weights=(), packing="best_fit"
     )
