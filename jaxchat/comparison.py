@@ -21,7 +21,6 @@ from jaxchat.train import Diverged
 RESULTS = "compare.json"
 TIMED_STEPS = 24  # Of each of two trials that measure a variant's speed.
 LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss")
-KEPT = ("step", "tokens", "tokens_per_second", "unstable_steps")  # Of a run's result, beside the measure.
 Load = Callable[[Sequence[str]], Experiment]
 Say = Callable[[str], None]
 
@@ -90,12 +89,14 @@ def run(
                 say(f"== {name}, seed {seed}: finished")
                 continue
             say(f"== {name}, seed {seed}")
-            result = _trained(e, measure, stopped)
+            result = _trained(e, stopped)
             _note(place, {"runs": _agreed(place).get("runs", {}) | {key: result}})
+            _value(result, measure)
             if any(processes.gather(stopped())):
                 raise signals.Interrupted(f"{key} is finished")
     results = _agreed(place)["runs"]
-    table = rows({name: [results[f"{name}/seed{seed}"].get(measure) for seed in seeds] for name in variants}, measure)
+    values = {name: [_value(results[f"{name}/seed{seed}"], measure) for seed in seeds] for name in variants}
+    table = rows(values, measure)
     if jax.process_index():
         return {}
     report = _write(place, table, planned, variants, results, seeds, measure, say)
@@ -181,18 +182,24 @@ def _placed(e: Experiment, base: Experiment, name: str) -> Experiment:
     return dataclasses.replace(e, directory=base.directory, name=f"{base.name}/{name}", prompts=())
 
 
-def _trained(e: Experiment, measure: str, stopped: Callable[[], bool]) -> dict[str, Any]:
-    """The result of one run: the measure and what the table tells beside it; no measure where it diverged."""
+def _trained(e: Experiment, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """The result of one run; where it diverged, nothing but the reason."""
     try:
-        result = stages.run(e, stopped)
+        return stages.run(e, stopped)
     except Diverged as error:
         return {"diverged": str(error)}
     finally:
         jax.clear_caches()  # Dozens of compiled programs would stay otherwise.
+
+
+def _value(result: Mapping[str, Any], measure: str) -> float | None:
+    """The measure of a run, None where it diverged; raises `UserError` where there is no such number."""
+    if "diverged" in result:
+        return None
     if not isinstance(result.get(measure), int | float):
         known = ", ".join(name for name, value in result.items() if isinstance(value, float))
         raise UserError(f"--measure={measure} is not a number of this stage's result: choose one of {known}")
-    return {name: result[name] for name in (measure, *KEPT) if name in result}
+    return float(result[measure])
 
 
 def _about(e: Experiment, results: Mapping[str, Any], name: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def _about(e: Experiment, results: Mapping[str, Any], name: str, seeds: Sequence
     return {
         "steps": finished.get("step", e.steps),
         "tokens": finished.get("tokens"),
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "unstable_steps": sum(run.get("unstable_steps", 0) for run in found),
     }
 
