@@ -38,10 +38,10 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
 SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates was not fitted.
-BATCH_EXPONENT = 0.0
-STEPS_EXPONENT = 0.5
-REFERENCE_STEPS = 2520
-DECAY_OF_RUN = 0.45  # Muon's learning rate x weight decay x steps.
+REFERENCE_STEPS = 2520  # Of nanochat's depth 12.
+BATCH_EXPONENT = 0.1
+STEPS_EXPONENT = 0.7
+DECAY_OF_RUN = 3.0  # Muon's learning rate x weight decay x steps.
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
@@ -258,13 +258,15 @@ def rate_factor(batch_tokens: int, steps: int) -> float:
     """What november2026 multiplies the learning rates of depth 12 by, for `steps` steps of `batch_tokens` tokens.
 
     From 2^18 tokens on it is nanochat's sqrt(batch / 2^19). Below, where that rule was not fitted, the rates hardly
-    depend on the batch and fall with the length of the run: sqrt(1/2) (2^18 / batch)^a (2520 / steps)^c, which meets
-    nanochat's at 2^18 tokens and depth 12's 2,520 steps. Fitted on the runs of docs/small_models.md.
+    depend on the batch and fall with the length of the run: sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7, which
+    meets nanochat's at 2^18 tokens and 2,520 steps, those of depth 12. The exponents were fitted on the runs of
+    docs/small_models.md.
     """
     if batch_tokens >= SMALL_BATCH:
         return math.sqrt(batch_tokens / REFERENCE_BATCH)
-    by_batch = (SMALL_BATCH / batch_tokens) ** BATCH_EXPONENT
-    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * (REFERENCE_STEPS / steps) ** STEPS_EXPONENT
+    by_batch = (batch_tokens / SMALL_BATCH) ** BATCH_EXPONENT
+    by_steps = (REFERENCE_STEPS / steps) ** STEPS_EXPONENT
+    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * by_steps
 
 
 def _by_width(dial: Dial) -> float:

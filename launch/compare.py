@@ -1,4 +1,4 @@
-"""Compares variants: python -m launch.compare --config=configs/tiny.py --variants "base:" "fast: --optimizer.scale=2"
+"""Compares variants: python -m launch.compare --config=configs/tiny.py --variants "base:" "deep: --depth=4"
 
 Every variant is trained with every seed, on the same rows, for as many tokens as the first one (or, with --equal=time,
 for as long). The result is a table of paired differences with 95 percent intervals, compare.md with curves in
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
         with signals.raised() as stopped:
             options, rest = config.parse_known(Compare, argv, description=__doc__)
 
+            if any(word.partition("=")[0] == "--seed" for word in rest):
+                raise config.UserError("a comparison trains every variant with each of --seeds; leave --seed out")
+
             def load(flags: Sequence[str]) -> Experiment:
                 return config.load(["--name=compare", *rest, *flags])
 
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
             variants = comparison.read_variants(options.variants, load)
             with processes.joined():
-                compilation.prepare_backend(load(next(iter(variants.values()))))
+                compilation.prepare_backend(load([]))
                 found = comparison.run(
                     variants,
                     load,

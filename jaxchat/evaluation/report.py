@@ -129,14 +129,13 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
 
 
 def stability(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """Each stage's instabilities, with the first step of each kind."""
-    found = {stage: progress[stage]["result"].get("instabilities") or [] for stage in stages}
-    if not any(found.values()):
-        return ["Training was stable: no loss above that of uniform guessing, no spike, no exploding gradient."]
-    counts = {stage: progress[stage]["result"]["unstable_steps"] for stage in stages}
-    return [
-        f"- {stage}, {counts[stage]} unstable steps: {report}" for stage, reports in found.items() for report in reports
-    ]
+    """Each stage's unstable steps and the reports of their episodes."""
+    lines = []
+    for stage in stages:
+        result = progress[stage]["result"]
+        if count := result.get("unstable_steps", 0):
+            lines += [f"- {stage}: {count} unstable steps", *(f"  - {text}" for text in result["instabilities"])]
+    return lines or ["Training was stable: no loss above that of uniform guessing, no spike, no exploding gradient."]
 
 
 def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[str]:

@@ -85,9 +85,7 @@ def _train(
     writers = make_writers(e, start, terminal)
     log = StepLog(setup, peak, writers, stage.numbers, say)
     if start and jax.process_index() == 0:
-        for record in read_metrics(e.stage_directory):
-            if "grad_norm" in record:
-                log.stability(record)
+        log.replay(read_metrics(e.stage_directory))
     results: dict[str, Any] = dict(facts.get("results", {}))
 
     def save(number: int, state: State) -> None:
@@ -109,6 +107,7 @@ def _train(
         for writer in writers:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
+        stack.callback(log.finish)
         # The run may have ended between a checkpoint and its evaluation; what a stage starts from is scored first.
         if (start and e.eval_every and start % e.eval_every == 0 and start < e.steps) or (not start and e.start_from):
             score(start, state, False)

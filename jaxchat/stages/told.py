@@ -1,7 +1,7 @@
 """What a stage tells: lines and records of its steps, the plan before, samples of its writing."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,19 @@ class StepLog:
         self._seconds.append(seconds)
         for writer in self._writers:
             writer.write(record)
+
+    def replay(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes up the records that a resumed run has written before."""
+        for record in records:
+            if "grad_norm" in record:
+                self.stability(record)
+                self.loss = record["loss"]
+                self._seconds.append(record["seconds"])
+
+    def finish(self) -> None:
+        """Reports an instability of the last steps."""
+        if report := self.stability.finish():
+            self._say(f"warning: {report}")
 
     @property
     def tokens_per_second(self) -> float | None:
