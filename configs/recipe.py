@@ -275,7 +275,10 @@ def _by_width(dial: Dial) -> float:
 
 
 def _november2026_optimizer(dial: Dial) -> Optimizer:
-    """The rates of depth 12, unscaled; `scale` is the law, and the stages after pretraining replace it."""
+    """The rates of depth 12, but for x0_scale and scalars, a tenth of July's: with more, a small model's loss jumps.
+
+    `scale` is the law; the stages after pretraining replace it.
+    """
     batch, number, by_width = batch_tokens(dial), steps(dial), _by_width(dial)
     if batch >= SMALL_BATCH:
         return _july2026_optimizer(dial)
@@ -286,7 +289,7 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
         embed=AdamW(0.3 * by_width, 0.8, 0.995, 0.001),
         value_embeddings=AdamW(0.15 * by_width, 0.8, 0.995, 0.01),
         resid_scale=AdamW(0.005, 0.8, 0.95, 0.05),
-        x0_scale=AdamW(0.5, 0.96, 0.95),
+        x0_scale=AdamW(0.05, 0.96, 0.95),
         scalars=AdamW(0.02, 0.8, 0.95),
         warmup_steps=10,
         scale=scale,

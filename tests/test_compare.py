@@ -1,14 +1,16 @@
 """Variants are trained with the same seeds, resumed after a kill, and compared seed by seed."""
 
+import dataclasses
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 import launch.compare
-from jaxchat import comparison, stages
+from jaxchat import checkpoint, comparison, config, stages
 from jaxchat.config import UserError
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.signals import Interrupted
@@ -39,6 +41,19 @@ def flags(place, *variants, **more):
     return [*(f"--{key}={value}" for key, value in common.items()), "--seeds", "0", "1", "--variants", *variants]
 
 
+def chat_flags(place, *variants):
+    argv = flags(place, *variants, config="configs/tiny.py:sft", steps=0)
+    return [word for word in argv if not word.startswith(("--data.train", "--data.val"))]
+
+
+def trained(e):
+    """What a run leaves behind, and its result, made up."""
+    checkpoint.write_experiment(e.stage_directory, e)
+    loss = 1 + 0.1 * e.seed + 0.01 * e.batch_tokens / e.steps
+    (e.stage_directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "tokens": 640}) + "\n")
+    return {"step": e.steps, "tokens": e.steps * e.batch_tokens, "tokens_per_second": 9.5, "val_bpb": loss}
+
+
 @pytest.fixture(autouse=True)
 def _in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -61,29 +76,40 @@ def test_verdicts_follow_the_interval_and_the_direction_of_the_measure():
         "same": [1.1, 1.0, 1.2],
         "lost": [0.9, None, 1.0],
     }
-    verdicts = {row.name: row.verdict for row in comparison.rows(values, "val_bpb")}
+    verdicts = {row.name: row.verdict for row in comparison.rows(values, lower=True)}
     assert verdicts == {
         "base": "baseline",
         "lower": "better",
         "same": "undecided",
         "lost": "diverged with 1 of 3 seeds",
     }
-    assert {row.name: row.verdict for row in comparison.rows(values, "core_strict")}["lower"] == "worse"
-    assert comparison.rows({"base": [1.0], "one": [0.5]}, "val_bpb")[1].verdict == "undecided"
-    assert comparison.rows(values, "val_bpb")[3].difference == pytest.approx(-0.15)  # Of the two seeds that both have.
+    assert {row.name: row.verdict for row in comparison.rows(values, lower=False)}["lower"] == "worse"
+    assert comparison.rows({"base": [1.0], "one": [0.5]}, lower=True)[1].verdict == "undecided"
+    assert comparison.rows(values, lower=True)[3].difference == pytest.approx(-0.15)  # Of the two seeds that both have.
+
+
+def test_the_direction_of_a_measure_is_known_or_refused():
+    assert [comparison.lower_is_better(name) for name in ("val_bpb", "arithmetic_strict", "core")] == [
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(UserError, match="--measure=accuracy: it is not known which direction is better"):
+        comparison.lower_is_better("accuracy")
 
 
 def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_path, monkeypatch, capsys):
     variants = ("base:", "half: --batch_tokens=320", "mad: --optimizer.scale=2")
-    real, ran = stages.run, []
+    ran = []
 
     def run(e, stopped):
         ran.append(f"{Path(e.name).parent.name} {e.seed} {e.steps}")
         if "mad" in e.name and e.seed == 1:
+            checkpoint.write_experiment(e.stage_directory, e)
             raise Diverged("10 steps in a row were not finite")
         if len(ran) == 3 and "mad" in e.name:
             raise Interrupted("saved")
-        return real(e, stopped)
+        return trained(e)
 
     monkeypatch.setattr(stages, "run", run)
     with pytest.raises(SystemExit) as stop:
@@ -105,18 +131,66 @@ def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_p
     # The same names with other flags are another comparison.
     with pytest.raises(UserError, match="holds another experiment: optimizer"):
         launch.compare.main(flags(tmp_path, "base:", "half:"))
+    # A run whose directory was removed, as that message says, is trained again.
+    shutil.rmtree(tmp_path / "runs/compare/half/seed0")
+    shutil.rmtree(tmp_path / "runs/compare/half/seed1")
+    assert launch.compare.main([*flags(tmp_path, "base:", "half: --steps=2")])["variants"]["half"]["steps"] == 2
+    assert ran[7:] == ["half 0 2", "half 1 2"]
+    (tmp_path / "runs/compare/compare.json").write_text("{")
+    with pytest.raises(UserError, match=r"compare\.json cannot be read"):
+        launch.compare.main(flags(tmp_path, *variants))
+
+
+def test_variants_are_really_trained_from_the_same_start(tmp_path):
+    """Twice the same variant gives the same number, another one not; the result is a line of the launcher's."""
+    argv = flags(tmp_path, "base:", "same: --save_every=3", "fast: --optimizer.scale=3")
+    found = launch.compare.main([*argv, "--seeds", "0"])
+    base, same, fast = (found["variants"][name]["values"][0] for name in ("base", "same", "fast"))
+    assert base == same != fast
+    assert (tmp_path / "runs/compare/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(config.json_line(found))["variants"]["fast"]["verdict"] == "undecided"
 
 
 def test_equal_time_gives_the_faster_variant_more_steps(tmp_path, monkeypatch):
-    speeds = {"base": 1000.0, "fast": 2000.0}
+    speeds, trials = {"base": [1000.0, 900.0], "fast": [1800.0, 2000.0], "mad": [Diverged("not finite")] * 2}, []
 
     def run(e, stopped):
+        checkpoint.write_experiment(e.stage_directory, e)
         kind = next(name for name in speeds if f"/{name}/" in f"/{e.name}/")
-        return {"tokens_per_second": speeds[kind], "step": e.steps, "tokens": e.steps * e.batch_tokens, "val_bpb": 1.0}
+        if "/speed/" in e.name:
+            trials.append(kind)
+            if kind == "mad":
+                raise speeds[kind][0]
+            return {"tokens_per_second": speeds[kind].pop(0)}
+        return {"step": e.steps, "tokens": e.steps * e.batch_tokens, "val_bpb": 1.0}
 
     monkeypatch.setattr(stages, "run", run)
-    found = launch.compare.main([*flags(tmp_path, "base:", "fast: --model.softcap=None"), "--equal=time"])
-    assert {name: row["steps"] for name, row in found["variants"].items()} == {"base": 6, "fast": 12}
+    variants = ("base:", "fast: --model.softcap=None", "mad: --optimizer.scale=2")
+    found = launch.compare.main([*flags(tmp_path, *variants), "--equal=time"])
+    assert {name: row["steps"] for name, row in found["variants"].items()} == {"base": 6, "fast": 12, "mad": 6}
+    assert launch.compare.main([*flags(tmp_path, *variants), "--equal=time"]) == found
+    assert trials == ["base", "fast", "mad"] * 2  # Speeds are kept.
+    with pytest.raises(UserError, match="--equal=time needs a fixed number of steps"):
+        launch.compare.main([*chat_flags(tmp_path, "base:", "low: --optimizer.scale=0.1"), "--equal=time"])
+
+
+def test_a_later_stage_is_resumed_with_what_it_took_from_the_checkpoint(tmp_path, monkeypatch):
+    """Model, vocabulary and steps of SFT come from elsewhere, so experiment.json differs from the configuration."""
+    ran = []
+
+    def run(e, stopped):
+        ran.append(e.name)
+        taken, _ = inherited(e)
+        checkpoint.write_experiment(e.stage_directory, dataclasses.replace(taken, steps=e.steps or 9))
+        return {"step": 9, "tokens": 9, "val_bpb": 1.0}
+
+    start = config.load([*flags(tmp_path)[:-4], "--depth=2", "--name=start"])
+    inherited = lambda e: (dataclasses.replace(e, model=start.model, depth=2), None)  # noqa: E731
+    monkeypatch.setattr(stages, "run", run)
+    monkeypatch.setattr(comparison, "inherited", inherited)
+    argv = chat_flags(tmp_path, "base:", "low: --optimizer.scale=0.1")
+    first = launch.compare.main(argv)
+    assert launch.compare.main(argv) == first and len(ran) == 4
 
 
 @pytest.mark.parametrize(
@@ -127,7 +201,9 @@ def test_equal_time_gives_the_faster_variant_more_steps(tmp_path, monkeypatch):
         (("base:", "base: --steps=3"), "two variants are named 'base'"),
         (("base:", "typo: --optimizer.scael=2"), "variant 'typo': there is no field --optimizer.scael: did you mean"),
         (("base:", "bad: --batch_tokens=100"), "variant 'bad': batch_tokens=100 is not a multiple"),
-        (("base:", "open: --name='x"), "variant 'open': No closing quotation"),
+        (("base:", "open: --steps='5"), "variant 'open': No closing quotation"),
+        (("base:", "mine: --seed=7"), "variant 'mine': --seed=7 cannot differ between variants"),
+        (("base:", "help: --help"), "variant 'help': --help cannot differ between variants"),
     ],
 )
 def test_a_mistake_is_refused_before_the_first_run(tmp_path, monkeypatch, variants, match):
@@ -136,7 +212,23 @@ def test_a_mistake_is_refused_before_the_first_run(tmp_path, monkeypatch, varian
         launch.compare.main(flags(tmp_path, *variants))
 
 
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        (["--seeds", "0", "99999999999"], "seed=99999999999 must lie between"),
+        (["--seeds", "0", "0"], "none twice"),
+        (["--seed=3"], "with each of --seeds; leave --seed out"),
+        (["--optimizer.scael=2"], "^there is no field --optimizer.scael"),
+        (["--measure=lost"], "--measure=lost: it is not known"),
+    ],
+)
+def test_a_mistake_outside_the_variants_is_refused_before_the_first_run(tmp_path, monkeypatch, more, match):
+    monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match=match):
+        launch.compare.main([*flags(tmp_path, "base:", "fast:"), *more])
+
+
 def test_a_measure_that_the_stage_does_not_have_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "run", lambda e, _: {"val_bpb": 1.0, "loss": 2.0, "step": 6})
-    with pytest.raises(UserError, match="--measure=accuracy is not a number of this stage's result: choose one of val"):
-        launch.compare.main([*flags(tmp_path, "base:", "fast:"), "--measure=accuracy"])
+    with pytest.raises(UserError, match="--measure=gsm8k_strict is not a number of this stage's result: choose one of"):
+        launch.compare.main([*flags(tmp_path, "base:", "fast:"), "--measure=gsm8k_strict"])
