@@ -41,6 +41,7 @@ SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates
 REFERENCE_STEPS = 2520  # Of nanochat's depth 12.
 BATCH_EXPONENT = 0.1
 STEPS_EXPONENT = 0.7
+LARGEST_FACTOR = 8.0  # The most that was tried.
 DECAY_OF_RUN = 3.0  # Muon's learning rate x weight decay x steps.
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
@@ -260,13 +261,13 @@ def rate_factor(batch_tokens: int, steps: int) -> float:
     From 2^18 tokens on it is nanochat's sqrt(batch / 2^19). Below, where that rule was not fitted, the rates hardly
     depend on the batch and fall with the length of the run: sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7, which
     meets nanochat's at 2^18 tokens and 2,520 steps, those of depth 12. The exponents were fitted on the runs of
-    docs/small_models.md.
+    docs/small_models.md. No run of a few steps gets more than LARGEST_FACTOR.
     """
     if batch_tokens >= SMALL_BATCH:
         return math.sqrt(batch_tokens / REFERENCE_BATCH)
     by_batch = (batch_tokens / SMALL_BATCH) ** BATCH_EXPONENT
     by_steps = (REFERENCE_STEPS / steps) ** STEPS_EXPONENT
-    return math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * by_steps
+    return min(math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * by_steps, LARGEST_FACTOR)
 
 
 def _by_width(dial: Dial) -> float:

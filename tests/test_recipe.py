@@ -34,6 +34,10 @@ def test_the_law_meets_nanochats_at_its_smallest_batch():
     assert recipe.rate_factor(2**18 - 1, 2520) == pytest.approx(recipe.rate_factor(2**18, 2520), rel=1e-5)
 
 
+def test_a_run_of_a_few_steps_gets_no_more_than_was_tried():
+    assert recipe.rate_factor(2**11, 1) == recipe.LARGEST_FACTOR > recipe.rate_factor(2**11, 112) > 4
+
+
 def test_small_batches_keep_rates_that_nanochats_rule_would_divide():
     old, new = (
         recipe.optimizer(Dial(3, family=name, batch_tokens=2**11, steps=450)) for name in ("july2026", "november2026")
