@@ -3,7 +3,7 @@
 Formulas are nanochat's (July 2026): horizon = 12 tokens a scaling parameter (matrices and head); batch after Power
 Lines (arXiv:2505.13738); learning rates with the square root of the batch; weight decay so that batch / (rate * decay *
 horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 12. Below depth 12, learning rates and
-weight decay follow `rate_factor` instead.
+weight decay are those of `_november2026_optimizer`.
 """
 
 import dataclasses
@@ -38,11 +38,8 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
 SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates was not fitted.
-REFERENCE_STEPS = 2520  # Of nanochat's depth 12.
 BATCH_EXPONENT = 0.1
 STEPS_EXPONENT = 0.7
-LARGEST_FACTOR = 8.0  # The most that was tried.
-DECAY_OF_RUN = 3.0  # Muon's learning rate x weight decay x steps.
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
@@ -189,7 +186,13 @@ def gentle(base: Optimizer, scale: float, *, warmdown_fraction: float) -> Optimi
         if dataclasses.is_dataclass(getattr(base, field.name))
     }
     return dataclasses.replace(
-        base, **groups, scale=scale, warmup_steps=0, warmdown_fraction=warmdown_fraction, final_fraction=0.0
+        base,
+        **groups,
+        scale=scale,
+        steps_exponent=0.0,
+        warmup_steps=0,
+        warmdown_fraction=warmdown_fraction,
+        final_fraction=0.0,
     )
 
 
@@ -255,21 +258,6 @@ def _reference(dial: Dial) -> Dial:
     return dataclasses.replace(dial, depth=REFERENCE_DEPTH)
 
 
-def rate_factor(batch_tokens: int, steps: int) -> float:
-    """What november2026 multiplies the learning rates of depth 12 by, for `steps` steps of `batch_tokens` tokens.
-
-    From 2^18 tokens on it is nanochat's sqrt(batch / 2^19). Below, where that rule was not fitted, the rates hardly
-    depend on the batch and fall with the length of the run: sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7, which
-    meets nanochat's at 2^18 tokens and 2,520 steps, those of depth 12. The exponents were fitted on the runs of
-    docs/small_models.md. No run of a few steps gets more than LARGEST_FACTOR.
-    """
-    if batch_tokens >= SMALL_BATCH:
-        return math.sqrt(batch_tokens / REFERENCE_BATCH)
-    by_batch = (batch_tokens / SMALL_BATCH) ** BATCH_EXPONENT
-    by_steps = (REFERENCE_STEPS / steps) ** STEPS_EXPONENT
-    return min(math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * by_batch * by_steps, LARGEST_FACTOR)
-
-
 def _by_width(dial: Dial) -> float:
     """Rates of tables and head fall with the square root of the width."""
     return (width(dial) / 768) ** -0.5
@@ -278,14 +266,16 @@ def _by_width(dial: Dial) -> float:
 def _november2026_optimizer(dial: Dial) -> Optimizer:
     """The rates of depth 12, but for x0_scale and scalars, a tenth of July's: with more, a small model's loss jumps.
 
-    `scale` is the law; the stages after pretraining replace it.
+    All are multiplied by sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7, fitted on the runs of docs/small_models.md.
+    Below 2^18 tokens, where nanochat's sqrt(batch / 2^19) was not fitted, rates hardly depend on the batch and fall
+    with the length of the run. Both agree at 2^18 tokens and 2,520 steps. The optimizer takes the power of the steps
+    itself, so that a run may be given more of them; the stages after pretraining have a `scale` of their own instead.
     """
-    batch, number, by_width = batch_tokens(dial), steps(dial), _by_width(dial)
+    batch, by_width = batch_tokens(dial), _by_width(dial)
     if batch >= SMALL_BATCH:
         return _july2026_optimizer(dial)
-    scale = rate_factor(batch, number)
     return Optimizer(
-        muon=Muon(0.02, DECAY_OF_RUN / (0.02 * scale * number), momentum=0.95, momentum_warmup=50),
+        muon=Muon(0.02, 0.2, momentum=0.95, momentum_warmup=50),
         head=AdamW(0.008 * by_width, 0.8, 0.96, 0.01),
         embed=AdamW(0.3 * by_width, 0.8, 0.995, 0.001),
         value_embeddings=AdamW(0.15 * by_width, 0.8, 0.995, 0.01),
@@ -293,7 +283,8 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
         x0_scale=AdamW(0.05, 0.96, 0.95),
         scalars=AdamW(0.02, 0.8, 0.95),
         warmup_steps=10,
-        scale=scale,
+        scale=math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * (batch / SMALL_BATCH) ** BATCH_EXPONENT,
+        steps_exponent=STEPS_EXPONENT,
     )
 
 

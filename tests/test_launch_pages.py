@@ -10,13 +10,14 @@ import pytest
 import runs
 
 import launch.chat
+import launch.compare
 import launch.convert
 import launch.evaluate
 import launch.harness
 import launch.plan
 import launch.plot
 import launch.speedrun
-from jaxchat import config, processes
+from jaxchat import comparison, config, processes
 from jaxchat.config import UserError
 from jaxchat.planning.chips import topology
 
@@ -69,6 +70,9 @@ def read(command):
             config.load(words)
         for named in filter(None, own.get("topology", "").split(",")):
             topology(named)
+    elif name == "compare":
+        options, rest = config.parse_known(launch.compare.Compare, argv)
+        comparison.read_variants(options.variants, lambda flags: config.load([*rest, *flags]))
     elif name == "speedrun":
         for stage in launch.speedrun.ROAD:
             config.load(launch.speedrun.stage_arguments(argv, stage))

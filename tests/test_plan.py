@@ -66,7 +66,7 @@ def test_every_stage_is_planned_and_printed(capsys: pytest.CaptureFixture[str]) 
     told = launch.plan.main(["--config", "configs/tiny.py", "--mfu=0.2", "--dollars_per_chip_hour", "2"])
     stages = told["stages"]
     assert isinstance(stages, dict) and list(stages) == ["pretrain", "sft", "rl"]
-    assert [stages[name]["tokens"] for name in stages] == [450 * 2048, 0, 40 * 256 * 48]
+    assert [stages[name]["tokens"] for name in stages] == [450 * 2048, 0, 20 * 256 * 48]
     text = capsys.readouterr().err
     assert "20% of peak" in text and "v5e x 8" in text and "cache of one sequence" in text
     (only,) = launch.plan.main(SMALL)["stages"]  # type: ignore[misc]

@@ -9,6 +9,7 @@ import pytest
 
 from configs import d4, d12, recipe, tiny
 from configs.recipe import Dial
+from jaxchat import optim
 from jaxchat.data import tinyworld
 from jaxchat.data.tinyworld import talk
 from jaxchat.tasks import TASKS
@@ -23,19 +24,20 @@ def test_small_depths_are_november_and_others_july():
     assert d12.get_config().optimizer == recipe.optimizer(dataclasses.replace(d12.DIAL, family="july2026"))
 
 
+def peak(**changes):
+    """The factor of all rates of a small november2026 dial."""
+    dial = Dial(**{"depth": 3, "batch_tokens": 2**11, "steps": 450} | changes)
+    return optim.peak_factor(recipe.optimizer(dial), recipe.steps(dial))
+
+
 @pytest.mark.parametrize("batch", [2**18, 2**19, 2**20])
-def test_the_law_is_nanochats_where_that_was_fitted(batch):
-    assert recipe.rate_factor(batch, 450) == math.sqrt(batch / 2**19)
+def test_november_is_july_where_nanochats_rule_was_fitted(batch):
     dial = Dial(12, family="november2026", batch_tokens=batch)
     assert recipe.optimizer(dial) == recipe.optimizer(dataclasses.replace(dial, family="july2026"))
 
 
 def test_the_law_meets_nanochats_at_its_smallest_batch():
-    assert recipe.rate_factor(2**18 - 1, 2520) == pytest.approx(recipe.rate_factor(2**18, 2520), rel=1e-5)
-
-
-def test_a_run_of_a_few_steps_gets_no_more_than_was_tried():
-    assert recipe.rate_factor(2**11, 1) == recipe.LARGEST_FACTOR > recipe.rate_factor(2**11, 112) > 3
+    assert peak(batch_tokens=2**18 - 2**8, steps=2520) == pytest.approx(math.sqrt(0.5), rel=1e-3)
 
 
 def test_small_batches_keep_rates_that_nanochats_rule_would_divide():
@@ -45,9 +47,16 @@ def test_small_batches_keep_rates_that_nanochats_rule_would_divide():
     assert old.muon.learning_rate == pytest.approx(0.02 / 16) and new.muon.learning_rate == 0.02
     for name in set(RATES) - {"muon", "scalars", "x0_scale"}:
         assert getattr(old, name).learning_rate == pytest.approx(getattr(new, name).learning_rate / 16)
-    assert new.scale == recipe.rate_factor(2**11, 450) > 0.7
-    longer = recipe.optimizer(Dial(3, batch_tokens=2**11, steps=1800))
-    assert longer.scale < new.scale and longer.muon.weight_decay < new.muon.weight_decay
+    assert peak() == pytest.approx(math.sqrt(0.5) * 2**-0.7 * 5.6**0.7)
+    assert peak(batch_tokens=2**14) / peak() == pytest.approx(8**0.1)
+    assert peak(steps=1800) / peak() == pytest.approx(4**-0.7)
+    assert peak(steps=1) == peak(steps=40) < 8  # No run of a few steps gets more than was tried.
+
+
+def test_more_steps_are_the_same_experiment():
+    """So that a run can be continued with other --steps; only the schedule follows."""
+    one, other = (tiny.get_config(dial=dataclasses.replace(tiny.DIAL, steps=steps)) for steps in (450, 600))
+    assert dataclasses.replace(other, steps=450) == one
 
 
 @pytest.mark.parametrize("config", [tiny, d4])
@@ -58,7 +67,8 @@ def test_the_small_configurations_are_of_the_new_family(config):
 def test_stages_after_pretraining_replace_the_law_by_the_familys_own_scale():
     stages = {stage: tiny.get_config(stage, tiny.DIALS.get(stage, tiny.DIAL)) for stage in ("pretrain", "sft", "rl")}
     scales = {stage: e.optimizer.scale for stage, e in stages.items()}
-    assert scales == {"pretrain": recipe.rate_factor(2048, 450), "sft": 0.25, "rl": 0.125}
+    assert scales == {"pretrain": pytest.approx(math.sqrt(0.5) * 2**-0.7), "sft": 0.25, "rl": 0.125}
+    assert [e.optimizer.steps_exponent for e in stages.values()] == [0.7, 0.0, 0.0]
     assert {e.optimizer.muon.learning_rate for e in stages.values()} == {0.02}
     assert [stages[stage].optimizer.muon.weight_decay for stage in ("sft", "rl")] == [0.0, 0.0]
     large = d12.get_config("sft", d12.DIALS["sft"]), d12.get_config("rl", d12.DIALS["rl"])
