@@ -151,7 +151,7 @@ def rows(values: Mapping[str, Sequence[float | None]], *, lower: bool) -> list[R
             verdict = ""
         difference = interval = None
         if found is not base and pairs:
-            _, difference, interval = paired_means(*zip(*pairs))
+            difference, interval = paired_means(*zip(*pairs))
             if not verdict:
                 verdict = _verdict(interval, lower=lower)
         table.append(Row(name, list(found), mean, difference, interval, verdict or "undecided"))

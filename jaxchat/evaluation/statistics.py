@@ -59,7 +59,6 @@ class MeanDifference(NamedTuple):
     The interval is None with fewer than two pairs.
     """
 
-    pairs: int
     difference: float
     interval: tuple[float, float] | None
 
@@ -69,6 +68,6 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> MeanDiffere
     differences = [y - x for x, y in zip(first, second, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
     if n < 2:
-        return MeanDifference(n, mean, None)
+        return MeanDifference(mean, None)
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
-    return MeanDifference(n, mean, (mean - half, mean + half))
+    return MeanDifference(mean, (mean - half, mean + half))
