@@ -271,15 +271,12 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
     with the length of the run. Both agree at 2^18 tokens and 2,520 steps. The optimizer takes the power of the steps
     itself, so that a run may be given more of them; the stages after pretraining have a `scale` of their own instead.
     """
-    batch, by_width = batch_tokens(dial), _by_width(dial)
+    batch = batch_tokens(dial)
     if batch >= SMALL_BATCH:
         return _july2026_optimizer(dial)
-    return Optimizer(
+    return dataclasses.replace(
+        _july2026_optimizer(dataclasses.replace(dial, batch_tokens=REFERENCE_BATCH)),
         muon=Muon(0.02, 0.2, momentum=0.95, momentum_warmup=50),
-        head=AdamW(0.008 * by_width, 0.8, 0.96, 0.01),
-        embed=AdamW(0.3 * by_width, 0.8, 0.995, 0.001),
-        value_embeddings=AdamW(0.15 * by_width, 0.8, 0.995, 0.01),
-        resid_scale=AdamW(0.005, 0.8, 0.95, 0.05),
         x0_scale=AdamW(0.05, 0.96, 0.95),
         scalars=AdamW(0.02, 0.8, 0.95),
         warmup_steps=10,

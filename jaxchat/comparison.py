@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import re
 import shlex
-import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from jaxchat.stages.stage import inherited
 from jaxchat.train import Diverged
 
 RESULTS = "compare.json"
-TIMED_STEPS = 24  # Of each of two trials that measure a variant's speed.
+TIMED_STEPS = 48  # Of the trial that measures a variant's speed.
 LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss", "bpb", "compile_seconds", "peak_memory_bytes", "unstable_steps")
 HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Endings.
 OWN = ("name", "directory", "seed")  # What the comparison decides for every run.
@@ -86,39 +87,27 @@ def run(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds={tuple(seeds)} must name at least one seed, and none twice")
+    try:
+        for seed in seeds:
+            dataclasses.replace(load([]), seed=seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     lower = lower_is_better(measure)
     place = load([]).run_directory
     say = say if jax.process_index() == 0 else lambda _: None
+    trained = functools.partial(_trained, place, stopped, say)
     with _held(place, say):
-        planned = _planned(variants, load, equal, stopped, say)
-        try:  # All variants of a seed before the next seed, so that an early end leaves whole pairs.
-            runs = {
-                f"{name}/seed{seed}": _placed(dataclasses.replace(e, seed=seed), f"{name}/seed{seed}")
-                for seed in seeds
-                for name, e in planned.items()
-            }
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        for key, e in runs.items():
-            result = _finished(place, key, e)
-            if result is None:
-                say(f"== {key}")
-                result = _trained(e, stopped)
-                _note(place, {"runs": _agreed(place).get("runs", {}) | {key: result}})
-                if any(processes.gather(stopped())):
-                    raise signals.Interrupted(f"{key} is finished")
-            _value(result, measure)
-        results = _agreed(place)["runs"]
-        found = {name: [results[f"{name}/seed{seed}"] for seed in seeds] for name in variants}
-        table = rows({name: [_value(r, measure) for r in results] for name, results in found.items()}, lower=lower)
+        planned = _planned(variants, load, equal, trained)
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+        for seed, name in itertools.product(seeds, variants):  # So that an early end leaves whole pairs.
+            results[name].append(trained(f"{name}/seed{seed}", dataclasses.replace(planned[name], seed=seed)))
+            _value(results[name][-1], measure)
         if jax.process_index():
             return {}
-        about = {name: _about(planned[name], results) for name, results in found.items()}
-        curves = {name: [runs[f"{name}/seed{seed}"].stage_directory for seed in seeds] for name in variants}
-        report = _write(place, table, about, variants, curves, seeds, measure, say)
-    told = {row.name: row._asdict() | about[row.name] for row in table}
-    for part in told.values():
-        del part["name"]
+        values = {name: [_value(result, measure) for result in found] for name, found in results.items()}
+        found = {row.name: row._asdict() | _about(results[row.name]) for row in rows(values, lower=lower)}
+        report = _write(place, found, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", say)
+    told = {name: {key: part for key, part in row.items() if key != "name"} for name, row in found.items()}
     return {"measure": measure, "seeds": list(seeds), "variants": told, "report": str(report)}
 
 
@@ -168,18 +157,19 @@ def _planned(
     variants: Mapping[str, list[str]],
     load: Load,
     equal: Literal["tokens", "time"],
-    stopped: Callable[[], bool],
-    say: Say,
+    trained: Callable[[str, Experiment], dict[str, Any]],
 ) -> dict[str, Experiment]:
     """The variants' experiments, with the steps that make them equal to the first one."""
     planned = {name: load(flags) for name, flags in variants.items()}
-    base = next(iter(planned.values()))
-    speeds = {name: 1.0 for name in variants}
+    speeds = dict.fromkeys(variants, 1.0)
     if equal == "time":
         if any(e.rl is not None or not e.steps for e in planned.values()):
             raise UserError("--equal=time needs a fixed number of steps of fixed size: give --steps, not in stage rl")
-        speeds = _speeds(planned, variants, stopped, say)
-    seconds = base.steps * base.batch_tokens / speeds[next(iter(variants))]
+        for name, e in planned.items():  # A variant that diverges there counts as the first's speed.
+            trial = dataclasses.replace(e, steps=TIMED_STEPS, eval_every=0, eval_rows=1)
+            speeds[name] = trained(f"speed/{name}", trial).get("tokens_per_second") or next(iter(speeds.values()))
+    first = next(iter(variants))
+    seconds = planned[first].steps * planned[first].batch_tokens / speeds[first]
     for name, e in planned.items():
         steps = max(1, round(seconds * speeds[name] / e.batch_tokens))
         named = any(flag.partition("=")[0] == "--steps" for flag in variants[name])
@@ -188,43 +178,31 @@ def _planned(
     return planned
 
 
-def _speeds(
-    planned: Mapping[str, Experiment], variants: Mapping[str, list[str]], stopped: Callable[[], bool], say: Say
-) -> dict[str, float]:
-    """Tokens per second of each variant: the better of two short trials, kept in compare.json by their flags.
+def _trained(place: Path, stopped: Callable[[], bool], say: Say, key: str, e: Experiment) -> dict[str, Any]:
+    """The result of a run, out of compare.json where it is finished; where it diverged, nothing but the reason.
 
-    A trial that was killed is repeated from its start. A variant that diverges there counts as the first's speed.
+    Raises:
+        UserError: the run's directory holds another experiment.
+        Interrupted: a signal came.
     """
-    place = next(iter(planned.values())).run_directory
-    keys = {name: shlex.join([f"{name}:", *variants[name]]) for name in planned}
-    for trial in ("first", "second"):  # In turn, for a machine's speed may drift.
-        for name, e in planned.items():
-            known = _agreed(place).get("speeds", {})
-            if trial in known.get(keys[name], {}):
-                continue
-            say(f"== {name}: measuring its speed ({trial} of two trials)")
-            e = dataclasses.replace(e, steps=TIMED_STEPS, eval_every=0, eval_rows=1)
-            e = _placed(e, f"speed/{name}/{trial}")
-            _remove(e.stage_directory)
-            result = _trained(e, stopped)
-            entry = known.get(keys[name], {}) | {trial: result.get("tokens_per_second")}
-            _note(place, {"speeds": known | {keys[name]: entry}})
-    known = _agreed(place)["speeds"]
-    found = {name: max(filter(None, known[key].values()), default=0.0) for name, key in keys.items()}
-    first = next(iter(found.values())) or 1.0
-    return {name: speed or first for name, speed in found.items()}
-
-
-def _placed(e: Experiment, name: str) -> Experiment:
-    """The experiment as a run within the comparison's directory."""
-    return dataclasses.replace(e, name=f"{e.name}/{name}", prompts=())
-
-
-def _remove(directory: Path) -> None:
-    """Removes a directory of this comparison's own, once for all processes."""
+    e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=())
+    resumable = RESUMABLE if e.steps == 0 else tuple(field for field in RESUMABLE if field != "steps")
+    checkpoint.check_same(e.stage_directory, inherited(e)[0], resumable)
+    results: dict[str, dict[str, Any]] = processes.gather(read_json(place / RESULTS) or {})[0]
+    if key in results and (e.stage_directory / checkpoint.EXPERIMENT).is_file():
+        return results[key]
+    say(f"== {key}")
+    try:
+        results[key] = stages.run(e, stopped)
+    except Diverged as error:
+        results[key] = {"diverged": str(error)}
+    finally:
+        jax.clear_caches()  # Dozens of compiled programs would stay otherwise.
     if jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-    processes.meet()
+        write_json(place / RESULTS, results)
+    if any(processes.gather(stopped())):
+        raise signals.Interrupted(f"{key} is finished")
+    return results[key]
 
 
 @contextlib.contextmanager
@@ -240,25 +218,6 @@ def _held(place: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _finished(place: Path, key: str, e: Experiment) -> dict[str, Any] | None:
-    """The result of a run that is finished; raises `UserError` where its directory holds another experiment."""
-    resumable = RESUMABLE if e.steps == 0 else tuple(field for field in RESUMABLE if field != "steps")
-    checkpoint.check_same(e.stage_directory, inherited(e)[0], resumable)
-    there = (e.stage_directory / checkpoint.EXPERIMENT).is_file()
-    found: dict[str, Any] | None = _agreed(place).get("runs", {}).get(key)
-    return found if there else None
-
-
-def _trained(e: Experiment, stopped: Callable[[], bool]) -> dict[str, Any]:
-    """The result of one run; where it diverged, nothing but the reason."""
-    try:
-        return stages.run(e, stopped)
-    except Diverged as error:
-        return {"diverged": str(error)}
-    finally:
-        jax.clear_caches()  # Dozens of compiled programs would stay otherwise.
-
-
 def _value(result: Mapping[str, Any], measure: str) -> float | None:
     """The measure of a run, None where it diverged; raises `UserError` where there is no such number."""
     if "diverged" in result:
@@ -269,82 +228,55 @@ def _value(result: Mapping[str, Any], measure: str) -> float | None:
     return float(result[measure])
 
 
-def _about(e: Experiment, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Steps, tokens, speed and unstable steps of a variant, and why it diverged, if it did."""
+def _about(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Steps, tokens, speed and unstable steps of a variant, why it diverged if it did, and its checkpoints."""
     speeds = [run["tokens_per_second"] for run in results if run.get("tokens_per_second")]
     finished: Mapping[str, Any] = next((run for run in results if "step" in run), {})
-    reasons = [run["diverged"] for run in results if "diverged" in run]
     return {
-        "steps": finished.get("step", e.steps),
+        "steps": finished.get("step"),
         "tokens": finished.get("tokens"),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "unstable_steps": sum(run.get("unstable_steps", 0) for run in results),
-        **({"diverged": reasons[0]} if reasons else {}),
+        "diverged": next((run["diverged"] for run in results if "diverged" in run), None),
     }
 
 
 def _write(
     place: Path,
-    table: Sequence[Row],
-    about: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Mapping[str, Any]],
     variants: Mapping[str, list[str]],
-    directories: Mapping[str, Sequence[Path]],
     seeds: Sequence[int],
     measure: str,
     say: Say,
 ) -> Path:
     """Writes compare.md and compare.png; returns the first."""
-    better = "lower" if lower_is_better(measure) else "higher"
-    lines = [
-        f"# {place.name}",
-        "",
-        f"{measure}, {better} is better. Differences are to {table[0].name}, seed by seed.",
-        "",
-    ]
-    lines += [
-        f"| variant | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | difference | 95% interval | verdict |",
-        "|---" * (len(seeds) + 5) + "|",
-    ]
-    for row in table:
-        interval = "" if row.interval is None else f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}"
-        cells = ["diverged" if x is None else f"{x:.4f}" for x in row.values]
-        mean = "" if row.mean is None else f"{row.mean:.4f}"
-        difference = "" if row.difference is None else f"{row.difference:+.4f}"
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {mean} | {difference} | {interval} | {row.verdict} |")
-    lines += [
-        "",
-        "| variant | flags | steps | tokens | tokens per second | unstable steps |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, facts in about.items():
-        cells = ["" if facts[key] is None else f"{facts[key]:,}" for key in ("steps", "tokens", "tokens_per_second")]
-        flags = shlex.join(variants[name]).replace("|", "\\|")
-        lines.append(f"| {name} | {flags and f'`{flags}`'} | {' | '.join(cells)} | {facts['unstable_steps']} |")
-    lines += ["", *(f"{name} diverged: {facts['diverged']}" for name, facts in about.items() if "diverged" in facts)]
+    first = next(iter(variants))
+    columns = (*(f"seed {seed}" for seed in seeds), "mean", "difference", "95% interval", "verdict")
+    columns = ("variant", *columns, "steps", "tokens", "tokens per second", "unstable steps")
+    table = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, row in found.items():
+        cells = ["diverged" if x is None else f"{x:.4f}" for x in row["values"]]
+        cells.append("" if row["mean"] is None else f"{row['mean']:.4f}")
+        cells.append("" if row["difference"] is None else f"{row['difference']:+.4f}")
+        cells.append("" if row["interval"] is None else "{:+.4f} to {:+.4f}".format(*row["interval"]))
+        numbers = (row[key] for key in ("steps", "tokens", "tokens_per_second", "unstable_steps"))
+        cells += [row["verdict"], *("" if number is None else f"{number:,}" for number in numbers)]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    notes = [f"- {name}: `{shlex.join(flags)}`" if flags else f"- {name}: no flags" for name, flags in variants.items()]
+    notes += [f"- {name} diverged: {row['diverged']}" for name, row in found.items() if row["diverged"]]
+    heading = f"{measure}. Differences are to {first}, seed by seed."
+    lines = [f"# {place.name}", "", heading, "", *table, "", *notes, ""]
     say("\n".join(lines))
-    picture = place / "compare.png"
+    curves = {
+        name: [read_metrics(file.parent) for seed in seeds for file in place.glob(f"{name}/seed{seed}/*/metrics.jsonl")]
+        for name in variants
+    }
     try:
-        curves = {
-            name: [read_metrics(directory) for directory in found if (directory / "metrics.jsonl").exists()]
-            for name, found in directories.items()
-        }
-        draw_groups(curves, picture)
-        lines += ["", f"![curves of the variants]({picture.name})"]
+        draw_groups(curves, place / "compare.png")
+        lines.append("![curves of the variants](compare.png)")
     except UserError as error:
         say(f"no picture: {error}")
-        lines += ["", f"No picture: {error}."]
+        lines.append(f"No picture: {error}.")
     path = place / "compare.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def _note(place: Path, facts: Mapping[str, Any]) -> None:
-    """Changes some entries of compare.json."""
-    if jax.process_index() == 0:
-        write_json(place / RESULTS, (read_json(place / RESULTS) or {}) | dict(facts))
-
-
-def _agreed(place: Path) -> dict[str, Any]:
-    """What compare.json holds, as the first process reads it."""
-    found: dict[str, Any] = processes.gather(read_json(place / RESULTS) or {})[0]
-    return found

@@ -109,44 +109,29 @@ def parse(
 
     `more` are names beside the fields that a misspelt name may have meant.
     """
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text):
-            known = {} if default is None else {"default": default}
-            return tyro.cli(
-                cls, args=_flags(cls, argv), description=description, config=options, use_underscores=True, **known
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_mistake(text.getvalue(), [*_names(cls, default), *more])) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return _parsed(cls, _flags(cls, argv), default, more, description=description)
 
 
 def parse_known(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None
 ) -> tuple[Any, list[str]]:
     """Reads the fields of dataclass `cls` out of `argv`; returns its value and the arguments that belong to others."""
-    text = io.StringIO()
-    known = {} if default is None else {"default": default}
+    found: tuple[Any, list[str]] = _parsed(cls, argv, default, description=description, return_unknown_args=True)
+    return found
+
+
+def _parsed(cls: type, argv: Sequence[str], default: Any, more: Sequence[str] = (), **settings: Any) -> Any:
+    if default is not None:
+        settings["default"] = default
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    text = io.StringIO()
     try:
         with redirect_stderr(text):
-            return tyro.cli(
-                cls,
-                args=list(argv),
-                description=description,
-                config=options,
-                use_underscores=True,
-                return_unknown_args=True,
-                **known,
-            )
+            return tyro.cli(cls, args=list(argv), config=options, use_underscores=True, **settings)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_mistake(text.getvalue(), _names(cls, default))) from None
+        raise UserError(_mistake(text.getvalue(), [*_names(cls, default), *more])) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -62,15 +62,9 @@ def draw_groups(groups: Mapping[str, Sequence[list[dict[str, Any]]]], out: Path)
         for number, (label, runs) in enumerate(groups.items()):
             for again, records in enumerate(runs):
                 xs, ys, of = curve(records, name)
-                axis.plot(
-                    xs,
-                    ys,
-                    color=f"C{number}",
-                    linewidth=0.8,
-                    marker="o" if len(xs) < 50 else None,
-                    markersize=3,
-                    label=None if again else label,
-                )
+                style = {"marker": "o" if len(xs) < 50 else None, "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                style |= {"color": f"C{number}", "label": None if again else label}
+                axis.plot(xs, ys, linewidth=0.8, markersize=3, **style)
                 axis.set(xlabel=of, ylabel=MEASURES.get(name, name))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:

@@ -34,74 +34,48 @@ class Stability:
     def __init__(self, vocab: int | None) -> None:
         self.unstable_steps = 0
         self.reports: list[str] = []
-        self._vocab = vocab
+        self._guessing = math.inf if vocab is None else math.log(vocab)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
-        self._first: tuple[int, str] | None = None  # An episode's first step, and what was seen there.
-        self._steps, self._last = 0, 0  # How many steps of the episode were unusual; the last of them.
-        self._ruined = False  # Whether a step of the episode was worse than guessing, or not finite.
-        self._reported = ""  # The reason that was given for this episode.
+        self._episode: list[tuple[int, str, bool]] = []  # Unusual steps: what was seen, whether it blames the rates.
+        self._reason = ""  # That was reported for this episode.
 
     def __call__(self, record: Mapping[str, Any]) -> str | None:
         """Reads the `step`, `loss` and `grad_norm` of a record; returns a report when there is one."""
-        step, loss, norm = record["step"], record["loss"], record["grad_norm"]
-        seen = self._seen(step, loss, norm)
-        if seen is not None:
+        step = record["step"]
+        if self._episode and step > self._episode[-1][0] + WINDOW:
+            self._episode, self._reason = [], ""
+        seen, rates = self._unusual(step, record["loss"], record["grad_norm"])
+        if seen:
             self.unstable_steps += 1
-            self._steps, self._last = self._steps + 1, step
-            if self._first is None:
-                self._first = step, seen
-        if self._first is not None and step > self._last + WINDOW:
-            self._first, self._steps, self._ruined, self._reported = None, 0, False, ""
-        if self._first is None or step < self._first[0] + CONFIRM:
-            return None
-        return self._report()
+            self._episode.append((step, seen, rates))
+        return self.finish() if self._episode and step >= self._episode[0][0] + CONFIRM else None
 
     def finish(self) -> str | None:
-        """The report of an episode that began in the last steps of a run."""
-        return None if self._first is None else self._report()
-
-    def _report(self) -> str | None:
-        assert self._first is not None
-        rates = self._ruined or self._steps > 2
-        more = (
-            f"{self._steps - 1} of the steps after it are unusual too" if self._steps > 1 else "the next steps are not"
-        )
-        reason = RATES if rates else BATCH
-        if self._reported in (RATES, reason):
+        """The report of an episode, if it has none; for the last steps of a run."""
+        reason = RATES if len(self._episode) > 2 or any(rates for _, _, rates in self._episode) else BATCH
+        if not self._episode or self._reason in (RATES, reason):
             return None
-        self._reported = reason
-        self.reports.append(f"step {self._first[0]}: {self._first[1]}; {more}; {reason}")
+        self._reason, others = reason, len(self._episode) - 1
+        after = f"{others} of the steps after it are unusual too" if others else "the next steps are not"
+        self.reports.append(f"step {self._episode[0][0]}: {self._episode[0][1]}; {after}; {reason}")
         return self.reports[-1]
 
-    def _seen(self, step: int, loss: float | None, norm: float | None) -> str | None:
-        """What is unusual about a step, None where nothing is; only finite steps say what is usual."""
+    def _unusual(self, step: int, loss: float | None, norm: float | None) -> tuple[str, bool]:
+        """What is unusual about a step, "" where nothing is, and whether it blames the rates."""
         if loss is None or norm is None or not (math.isfinite(loss) and math.isfinite(norm)):
-            self._ruined = True
-            return "loss or gradient are not finite"
-        seen = self._unusual_loss(step, loss) or self._unusual_norm(norm)
-        self._losses.append(loss)
+            return "loss or gradient are not finite", True
+        losses, norms, seen = list(self._losses), list(self._norms), ""
+        self._losses.append(loss)  # Only finite steps say what is usual.
         self._norms.append(norm)
-        return seen
-
-    def _unusual_loss(self, step: int, loss: float) -> str | None:
-        if self._vocab is None:
-            return None
-        guessing = math.log(self._vocab)
-        if loss > guessing * (1 if step > FIRST else 1.5):
-            self._ruined = True
-            return f"the loss {loss:.3f} is above ln({self._vocab}) = {guessing:.3f}, worse than uniform guessing"
-        if len(self._losses) < ENOUGH:
-            return None
-        recent = list(self._losses)
-        before = statistics.median(recent[-10:])
-        usual = statistics.median(abs(b - a) for a, b in itertools.pairwise(recent))
-        return f"the loss rose from {before:.3f} to {loss:.3f}" if loss - before > SPIKE * max(usual, 1e-6) else None
-
-    def _unusual_norm(self, norm: float) -> str | None:
-        if len(self._norms) < ENOUGH:
-            return None
-        usual = max(statistics.median(self._norms), 1e-12)
-        return (
-            f"the gradient norm {norm:.3g} is {norm / usual:.0f} times its median" if norm > GRADIENT * usual else None
-        )
+        if loss > self._guessing * (1 if step > FIRST else 1.5):
+            limit = f"ln({math.exp(self._guessing):.0f}) = {self._guessing:.3f}"
+            return f"the loss {loss:.3f} is above {limit}, worse than uniform guessing", True
+        if len(losses) >= ENOUGH:
+            before, usual_norm = statistics.median(losses[-10:]), max(statistics.median(norms), 1e-12)
+            change = statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
+            if self._guessing < math.inf and loss - before > SPIKE * max(change, 1e-6):
+                seen = f"the loss rose from {before:.3f} to {loss:.3f}"
+            elif norm > GRADIENT * usual_norm:
+                seen = f"the gradient norm {norm:.3g} is {norm / usual_norm:.0f} times its median"
+        return seen, False
