@@ -27,6 +27,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         train=("tinyworld:train",),
         val=("tinyworld:val",),
         eval_every=150,
+        eval_rows=64,
         save_every=150,
         micro_rows=8,
         prompts=("One morning", "On Saturday", "Where does Mia live?", "What is 7 + 5?"),
