@@ -1,4 +1,4 @@
-"""What the README says of files, commands and sizes is so."""
+"""What README and docs say about files, commands and sizes is true."""
 
 import importlib
 import re
@@ -12,14 +12,15 @@ from jaxchat.model.counts import parameter_counts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLE = re.findall(r"^\| (\w+) \| (\d.+) \|$", README, re.MULTILINE)
+CODE = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| (\w+) \| (\d.+) \|$", (ROOT / "docs/comparing.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def paths_in_tree() -> set[str]:
     """Paths in the annotated tree: two spaces of indent a folder, names, then words."""
     folders: list[str] = []
     paths = set()
-    for line in README.split("## The repository")[1].split("```")[1].splitlines():
+    for line in CODE.split("```")[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         for name in line.split():
             if not re.fullmatch(r"\w+/|\w+\.py|\.ci/run", name):
@@ -60,7 +61,8 @@ def test_commands_name_what_exists():
 
 
 def test_every_field_that_may_differ_is_listed_and_no_other():
-    listed = re.search(r"These may differ when a run goes on: (.*?)\. So", README)
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    listed = re.search(r"These may differ when a run goes on: (.*?)\. So", page)
     assert listed is not None
     named = set(re.findall(r"`--([\w.]+)\*?`", listed[1]))
     assert named == set(RESUMABLE)
