@@ -45,6 +45,9 @@ class Evaluate:
     """Where results and records go; by default eval/ in the checkpoint's directory."""
     compare: tuple[str, ...] = ()
     """Instead of asking: two directories of results, compared question by question."""
+    sandbox_check: str = ""
+    """Instead of asking: reports what protects this machine from the programs of HumanEval, whose reference solutions
+    in this directory are judged."""
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
@@ -55,6 +58,10 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
         if len(options.compare) != 2:
             raise config.UserError("--compare takes two directories of results, such as runs/a/sft/eval/500-... twice")
         return compare(Path(options.compare[0]), Path(options.compare[1]))
+    if options.sandbox_check:
+        from jaxchat.tasks.humaneval import check_sandbox
+
+        return check_sandbox(options.sandbox_check)
     if not options.checkpoint:
         raise config.UserError("which checkpoint? --checkpoint=runs/tiny/pretrain")
     for name in ("limit", "max_tokens", "samples", "slots"):

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from attacks import ATTACKS, INSTEAD, THROUGH, answer, left, ours
 from letters import Letters
 
+import launch.evaluate
 from jaxchat.config import UserError
 from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
@@ -23,7 +25,6 @@ from jaxchat.sandbox import landlock, run, walls
 from jaxchat.sandbox.literals import NotLiteral, decode, encode
 from jaxchat.sandbox.run import WALLS, Job, Limits, SandboxError, find_protection, judge, judge_many
 from jaxchat.tasks import load_task
-from jaxchat.tasks.attacks import ATTACKS, INSTEAD, THROUGH, answer, left, ours
 from jaxchat.tasks.humaneval import HumanEval, program
 
 SHARED = Path(os.environ.get("JAXCHAT_DATA", Path(__file__).parents[2] / "shared/data")) / "humaneval"
@@ -273,14 +274,25 @@ def test_some_real_problems_are_told_right_from_wrong():
     assert [score.strict for score in task.score_many(pairs)] == [True, False] * 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the problems are not at hand")
-def test_every_solution_passes_and_no_attack_of_the_list_does():
-    command = [sys.executable, "-m", "jaxchat.tasks.attacks", str(SHARED), "--cpu_seconds=2"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    right = {"problems": 164, "the solution": 164, "the solution in an open attack": 164, "left": []}
-    assert found == right | dict.fromkeys(ATTACKS, 0)
+@pytest.mark.parametrize("name", ["open", *ATTACKS])
+def test_no_attack_passes_any_of_the_real_problems(name, tmp_path):
+    """All but "open", which has the right solution and attacks nothing."""
+    task = HumanEval(str(SHARED), limits=Limits(cpu_seconds=2))
+    problems, tests = task.problems("test"), next(SHARED.resolve().glob("HumanEval.jsonl*"))
+    tmp_path.chmod(0o777)
+    names = [task._rows[problem.question].entry_point for problem in problems]
+    places = {"outside": str(tmp_path), "tests": str(tests)}
+    shown = [(problem, answer(name, problem, entry, **places)) for problem, entry in zip(problems, names)]
+    verdicts = Counter(verdict.verdict for verdict in task.verdicts(shown))
+    assert verdicts == {"right" if name == "open" else "wrong": 164}
+    assert left(str(tmp_path)) == []
+
+
+def test_the_sandbox_is_checked_with_the_solutions_of_the_problems(task):
+    found = launch.evaluate.main([f"--sandbox_check={task._directory}"])
+    assert found == {"protection": find_protection().sentence, "not_held": [], "problems": 3, "right": 3}
 
 
 def test_problems_asked_of_a_base_model_end_where_the_function_does(task):

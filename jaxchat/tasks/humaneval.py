@@ -77,14 +77,23 @@ class HumanEval:
         ]
         return judge_many(jobs, self._limits)
 
-    def entry_point(self, problem: Problem) -> str:
-        """The name of the function that a problem asks for."""
-        return self._rows[problem.question].entry_point
-
     @property
     def notice(self) -> str:
         """What protects this machine from the answers."""
         return find_protection().sentence
+
+
+def check_sandbox(directory: str) -> dict[str, Any]:
+    """What protects this machine from answers, and how many of the problems' own solutions are judged right."""
+    task, protection = HumanEval(directory), find_protection()
+    problems = task.problems("test")
+    verdicts = task.verdicts([(problem, problem.answer) for problem in problems])
+    return {
+        "protection": protection.sentence,
+        "not_held": list(protection.holes),
+        "problems": len(problems),
+        "right": sum(verdict.verdict == "right" for verdict in verdicts),
+    }
 
 
 def program(prompt: str, entry_point: str, text: str) -> str:

@@ -1,22 +1,16 @@
-"""Programs that try to pass HumanEval's tests without solving anything, and a table of how many do.
+"""Programs that try to pass HumanEval's tests without solving anything.
 
-    python -m jaxchat.tasks.attacks DIRECTORY [--limit=N] [--cpu_seconds=2] [--only NAME ...]
-
-An attack on a wall (a socket, a file, memory) carries the right solution and uses it if it gets through, so a problem
-that passes is a hole; an attack on the judge has no solution and hopes to be taken for right.
+An attack on the sandbox (a socket, a file, memory) carries the right solution and uses it only if the attack succeeds,
+so a problem that passes is a hole. An attack on the judge has no solution and tries to be judged right.
 """
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
 
-from jaxchat.config import UserError, json_line, say
-from jaxchat.sandbox.run import Limits, find_protection
-from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.task import Problem
 
-# Behind the walls: `won` says whether the attack got through.
+# Attacks on the sandbox: `won` says whether the attack succeeded.
 THROUGH: dict[str, str] = {
     "10 GB of memory": "block = bytearray(10 << 30); won = len(block) > 0",
     "10 GB of memory in pieces": "blocks = [bytearray(64 << 20) for _ in range(160)]; won = True",
@@ -134,7 +128,7 @@ for path in glob.glob("/proc/[0-9]*/mem") + glob.glob("/proc/[0-9]*/environ") + 
             pass
 """,
 }
-# On the judge: text in the place of a solution. NAME is the function's.
+# Attacks on the judge: the text that replaces a solution. NAME stands for the name of the function.
 INSTEAD: dict[str, str] = {
     "an empty body": "def NAME(*arguments):\n    pass",
     "no function": "pass",
@@ -299,40 +293,3 @@ def left(outside: str) -> list[str]:
     found = [f"process {number}" for number in ours()]
     places = {"/", "/tmp", "/var/tmp", "/dev/shm", "/run", "/root", "/home", "/usr/lib", outside, tempfile.gettempdir()}
     return found + [str(path) for place in places for path in Path(place).glob("jaxchat-outside*")]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jaxchat.tasks.attacks", description=__doc__.splitlines()[0])
-    parser.add_argument("directory", help="where HumanEval.jsonl or HumanEval.jsonl.gz lies")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"attacks, by default all: {'; '.join(ATTACKS)}")
-    parser.add_argument("--limit", type=int, default=None, help="problems, from the first")
-    parser.add_argument("--cpu_seconds", type=int, default=2)
-    chosen = parser.parse_args()
-    names = chosen.only or list(ATTACKS)
-    if unknown := set(names) - set(ATTACKS):
-        raise UserError(f"there is no attack {sorted(unknown)[0]!r}: see --help")
-    task = HumanEval(chosen.directory, limits=Limits(cpu_seconds=chosen.cpu_seconds))
-    problems = task.problems("test")[: chosen.limit]
-    say(find_protection().sentence)
-    result: dict[str, object] = {"problems": len(problems)}
-    with tempfile.TemporaryDirectory() as outside:
-        os.chmod(outside, 0o777)
-        tests = next(Path(chosen.directory).resolve().glob("HumanEval.jsonl*"))
-        rows = [("the solution", [(problem, problem.answer) for problem in problems])]
-        # Shows that what gets through passes.
-        rows += [("the solution in an open attack", [(p, answer("open", p, task.entry_point(p))) for p in problems])]
-        rows += [
-            (name, [(p, answer(name, p, task.entry_point(p), outside=outside, tests=str(tests))) for p in problems])
-            for name in names
-        ]
-        for name, answers in rows:
-            verdicts = [verdict.verdict for verdict in task.verdicts(answers)]
-            result[name] = verdicts.count("right")
-            broken = f", {verdicts.count('broken')} not judged" if "broken" in verdicts else ""
-            say(f"{name:<32} {verdicts.count('right'):>4} of {len(problems)} pass{broken}")
-        result["left"] = left(outside)
-    print(json_line(result))
-
-
-if __name__ == "__main__":
-    main()
