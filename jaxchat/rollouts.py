@@ -20,7 +20,7 @@ from jaxchat.answers import Answer, Columns, answer_of, lay_out, micro_batches
 from jaxchat.config import UserError, first_line
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.sampling import SamplingParams, Truncation
 from jaxchat.decode.tools import named_tools
 from jaxchat.objectives import advantages
 from jaxchat.objectives.policy import OBJECTIVES, Policy
@@ -34,7 +34,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class RL:
+class RL(Truncation):
     """Reinforcement learning from answers to problems whose answers can be checked.
 
     Attributes:
@@ -60,8 +60,6 @@ class RL:
     samples: int = 16
     max_tokens: int = 256
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     epochs: int = 1
     minibatches: int = 1
     clip_low: float | None = None
@@ -96,7 +94,7 @@ class RL:
             raise ValueError(f"rl.overlong_cushion={self.overlong_cushion} must lie between 0 and rl.max_tokens")
         if not ((self.kl or 0.0) >= 0 and (self.dynamic_rounds or 0) >= 0):
             raise ValueError("rl.kl and rl.dynamic_rounds must not be negative")
-        SamplingParams(self.temperature, top_k=self.top_k, top_p=self.top_p)
+        SamplingParams(self.temperature, **self.truncation)
 
     @property
     def policy(self) -> Policy:
@@ -119,11 +117,6 @@ class RL:
     def update_samples(self) -> int:
         """Samples that one optimizer step trains on."""
         return self.prompts * self.samples // self.minibatches
-
-    @property
-    def truncates(self) -> bool:
-        """Whether answers are drawn from a part of the vocabulary, so that the trainer must know which."""
-        return self.top_k > 0 or self.top_p < 1
 
 
 class Group(NamedTuple):
@@ -267,7 +260,7 @@ class RolloutStream:
 
     def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
         rl = self._rl
-        sampling = SamplingParams(rl.temperature, top_k=rl.top_k, top_p=rl.top_p, max_tokens=rl.max_tokens, seed=seed)
+        sampling = SamplingParams(rl.temperature, **rl.truncation, max_tokens=rl.max_tokens, seed=seed)
         tools = named_tools(task.tools)
         return Request(prompt, sampling, n=rl.samples, tools=tools, keep_sets=rl.truncates)
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxchat import config
+from jaxchat.decode.sampling import Truncation
 
 
-@dataclass(frozen=True)
-class Chat:
+@dataclass(frozen=True, kw_only=True)
+class Chat(Truncation):
     """Which checkpoint (its latest step, or runs/tiny/pretrain@300), what to say to it, and how it answers."""
 
     checkpoint: str
@@ -24,13 +25,13 @@ class Chat:
     style: Literal["auto", "chat", "text"] = "auto"
     """Speak in turns, or continue a text; auto: by the stage that the checkpoint comes from."""
     sampling: Literal["greedy", "plain", "course"] | None = None
-    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of the next three."""
+    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of --temperature, --top_k and --top_p."""
     temperature: float = 0.8
     """0 is greedy: the most likely token each time."""
     top_k: int = 50
-    """0 keeps every token."""
+    """Keep the k most likely tokens; 0 keeps every one."""
     top_p: float = 0.95
-    min_p: float = 0.0
+    """Keep the smallest set of tokens with at least this probability."""
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     """Texts at which the answer ends."""

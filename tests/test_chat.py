@@ -281,13 +281,13 @@ def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engi
         (chosen,) = [c for c in candidates if c.chosen]
         assert chosen.token == token
         assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.top_p) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
         z_V = logits_TV[2 + t].astype(np.float64)
         assert [c.token for c in candidates][:8] == np.argsort(-z_V)[:8].tolist()
         warm_V = np.exp(z_V / 0.7) / np.exp(z_V / 0.7).sum()
         assert candidates[0].temperature == pytest.approx(warm_V.max(), abs=1e-5)
-        assert sum(c.top_k > 0 for c in candidates) == 6
-        assert sum(c.top_k for c in candidates) == pytest.approx(1, abs=1e-5)
+        assert sum(c.filtered["top_k"] > 0 for c in candidates) == 6
+        assert sum(c.filtered["top_k"] for c in candidates) == pytest.approx(1, abs=1e-5)
     assert explain.step_table(engine.tokenizer, 1, steps[0], params).row_count == len(steps[0])
 
 
@@ -309,7 +309,7 @@ def test_an_explanation_knows_penalties_and_min_p(engine: Engine, temperature: f
     for t, candidates in enumerate(explain.explain(engine, [1, 2, 3], answer.tokens, params)):
         (chosen,) = [c for c in candidates if c.chosen]
         assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.top_p) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
 
 
 def test_a_score_is_the_loss(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams, keep, noise, pack
+from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 
@@ -278,11 +278,10 @@ def test_likely_tokens_come_with_their_logprobs(engine: Engine) -> None:
 
 
 def kept_by_teacher(engine: Engine, tokens: Sequence[int], answer: Completion, params: SamplingParams) -> np.ndarray:
-    """For each token of an answer, what `keep` keeps of the full forward's logits, (T, V)."""
+    """For each token of an answer, what `truncate` keeps of the full forward's logits, (T, V)."""
     logits_TV = engine.forward([*tokens, *answer.tokens])[len(tokens) - 1 : -1] / params.temperature
-    T = len(logits_TV)
-    columns = (np.full(T, params.top_k, np.int32), *(np.full(T, x, np.float32) for x in (params.top_p, params.min_p)))
-    return np.isfinite(jax.jit(keep)(logits_TV, *columns))
+    filters = pack([(params, 0)] * len(logits_TV)).filters
+    return np.isfinite(jax.jit(truncate)(logits_TV, filters))
 
 
 def test_kept_sets_are_those_that_tokens_were_drawn_from(engine: Engine) -> None:

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from jaxchat.config import UserError
 from jaxchat.decode.sampling import (
+    FILTERS,
     PRESETS,
     History,
     SamplingParams,
     choose,
-    keep,
     pack,
     penalise,
     process,
+    truncate,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "sampling.npz"
@@ -42,7 +43,7 @@ def kept_by_sort(z_V: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
 
 @functools.cache
 def keeper() -> Any:
-    return jax.jit(lambda z_BV, top_k_B, top_p_B: jnp.isfinite(keep(z_BV, top_k_B, top_p_B)))
+    return jax.jit(lambda z_BV, top_k_B, top_p_B: jnp.isfinite(truncate(z_BV, {"top_k": top_k_B, "top_p": top_p_B})))
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,14 +79,14 @@ def sampler() -> Any:
 
 def rows(count: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> Any:
     """Rows that differ in the number of their sample alone."""
-    params = SamplingParams(temperature, top_k, top_p, min_p, seed=seed)
+    params = SamplingParams(temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     return pack([(params, sample) for sample in range(count)])
 
 
 def test_kept_sets_equal_those_of_transformers() -> None:
     golden = np.load(GOLDEN)
     z_BV = golden["logits"] / golden["temperature"][:, None]
-    kept_BV = np.isfinite(jax.jit(keep)(z_BV, golden["top_k"], golden["top_p"], golden["min_p"]))
+    kept_BV = np.isfinite(jax.jit(truncate)(z_BV, {name: golden[name] for name in FILTERS}))
     wanted_BV = np.unpackbits(golden["kept"], axis=1)[:, : z_BV.shape[1]].astype(bool)
     differ = np.flatnonzero((kept_BV != wanted_BV).any(axis=1))
     for row in differ:  # where a float32 sum meets top_p, either set is right
@@ -125,7 +126,8 @@ def test_presence_frequency_and_bias_act_as_openai_defines_them() -> None:
     ids=str,
 )
 def test_draws_have_the_right_frequencies(settings: Any) -> None:
-    count, params = 100_000, SamplingParams(*settings)
+    count = 100_000
+    params = SamplingParams(settings[0], **dict(zip(FILTERS, settings[1:])))
     z_V = np.random.default_rng(7).standard_normal(12).astype(np.float32) * 1.5
     choice = sampler()(np.tile(z_V, (count, 1)), rows(count, *settings, seed=11), np.zeros(count, np.int32))
     z_V = z_V.astype(np.float64) / params.temperature
@@ -226,5 +228,7 @@ def test_a_parameter_out_of_range_or_of_another_type_is_refused_by_name(name: st
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    given = SamplingParams(np.float32(0.5), np.int32(3), seed=np.int64(7), logit_bias={np.int64(2): np.float32(1.5)})
-    assert given == SamplingParams(0.5, 3, seed=7, logit_bias={2: 1.5})
+    given = SamplingParams(
+        np.float32(0.5), top_k=np.int32(3), seed=np.int64(7), logit_bias={np.int64(2): np.float32(1.5)}
+    )
+    assert given == SamplingParams(0.5, top_k=3, seed=7, logit_bias={2: 1.5})

@@ -10,13 +10,13 @@ import numpy as np
 from rich.table import Table
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.sampling import History, Rows, SamplingParams, beginning, keep, pack, penalise
+from jaxchat.decode.sampling import FILTERS, History, Rows, SamplingParams, beginning, pack, penalise
 from jaxchat.tokenizer import Tokenizer
 
 
 class Candidate(NamedTuple):
-    """A token that could have come: its logit, and its probability by the model, after penalties and temperature, after
-    top-k, and after top-p and min-p.
+    """A token that could have been chosen: its logit, and its probability by the model, after penalties and
+    temperature, and after each filter of `FILTERS` in turn.
     """
 
     token: int
@@ -24,8 +24,7 @@ class Candidate(NamedTuple):
     logit: float
     model: float
     temperature: float
-    top_k: float
-    top_p: float
+    filtered: dict[str, float]
 
 
 class Scored(NamedTuple):
@@ -51,7 +50,10 @@ def explain(
     for t, chosen in enumerate(answer):
         ids = np.argsort(-logits_TV[t], kind="stable")[:count].tolist()
         ids += [] if chosen in ids else [chosen]
-        made = [Candidate(i, i == chosen, *(float(column[t, i]) for column in columns)) for i in ids]
+        made = []
+        for i in ids:
+            logit, model, warm, *filtered = (float(column[t, i]) for column in columns)
+            made.append(Candidate(i, i == chosen, logit, model, warm, dict(zip(FILTERS, filtered, strict=True))))
         steps.append(made)
     return steps
 
@@ -63,9 +65,10 @@ def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Arr
     greedy_T1 = (rows.temperature == 0)[:, None]
     best_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
     warm_TV = z_TV / jnp.where(greedy_T1, 1.0, jnp.maximum(rows.temperature, 1e-6)[:, None])
-    after_k_TV = keep(warm_TV, rows.top_k, jnp.ones_like(rows.top_p))
-    after_p_TV = keep(warm_TV, rows.top_k, rows.top_p, rows.min_p)
-    after = (jnp.where(greedy_T1, best_TV, jax.nn.softmax(z)) for z in (warm_TV, after_k_TV, after_p_TV))
+    steps = [warm_TV]
+    for name, row in FILTERS.items():
+        steps.append(row.apply(steps[-1], rows.filters[name]))
+    after = (jnp.where(greedy_T1, best_TV, jax.nn.softmax(z)) for z in steps)
     return logits_TV, jax.nn.softmax(logits_TV), *after
 
 
@@ -80,7 +83,7 @@ def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
     ]
 
 
-def name(tokenizer: Tokenizer, token: int) -> str:
+def name_of(tokenizer: Tokenizer, token: int) -> str:
     """A token as it can be read: its text quoted, or its special name, or its bytes where they are no character."""
     data = tokenizer.decode_bytes([token], keep_specials=True)
     if token in tokenizer.specials.values():
@@ -98,14 +101,14 @@ def step_table(
     table = Table(title=f"token {number}", title_justify="left")
     table.add_column("candidate")
     warm = f"{'penalties, ' if params.penalised else ''}T={params.temperature:g}"
-    last = f"top-p={params.top_p:g}" + (f", min-p={params.min_p:g}" if params.min_p else "")
-    for header in ("logit", "p", warm, f"top-k={params.top_k}", last):
+    used = [name for name, row in FILTERS.items() if getattr(params, name) != row.off]
+    for header in ("logit", "p", warm, *(f"{name.replace('_', '-')}={getattr(params, name):g}" for name in used)):
         table.add_column(header, justify="right")
     table.add_column("")
     mark = "chosen" if sampled else "a tool's"
     for c in candidates:
-        shares = (f"{p:.4f}" if p else "-" for p in (c.model, c.temperature, c.top_k, c.top_p))
-        table.add_row(name(tokenizer, c.token), f"{c.logit:.3f}", *shares, mark if c.chosen else "")
+        shares = (f"{p:.4f}" if p else "-" for p in (c.model, c.temperature, *(c.filtered[name] for name in used)))
+        table.add_row(name_of(tokenizer, c.token), f"{c.logit:.3f}", *shares, mark if c.chosen else "")
     return table
 
 
@@ -118,5 +121,5 @@ def score_table(tokenizer: Tokenizer, scored: Sequence[Scored]) -> Table:
     loss = -sum(s.logprob for s in scored) / len(scored)
     table.add_column("log-probability", justify="right", footer=f"{-loss:.4f} (loss {loss:.4f})")
     for s in scored:
-        table.add_row(name(tokenizer, s.token), f"{s.logit:.3f}", f"{s.probability:.4f}", f"{s.logprob:.4f}")
+        table.add_row(name_of(tokenizer, s.token), f"{s.logit:.3f}", f"{s.probability:.4f}", f"{s.logprob:.4f}")
     return table

@@ -1,12 +1,12 @@
-"""Choosing the next token: penalties, bias, temperature, top-k, top-p, min-p, every parameter an array by row.
+"""Choosing the next token: penalties, bias, temperature, filters, every parameter an array with an entry per row.
 
-Order: logit bias, repetition penalty, presence and frequency penalties, temperature, top-k, top-p, min-p. What is kept
-is found by bisection over the bits of the logits, not by a sort of the vocabulary.
+Order: logit bias, repetition penalty, presence and frequency penalties, temperature, then `FILTERS`. Thresholds are
+found by bisection over the bits of the logits, not by sorting the vocabulary.
 """
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,15 +31,33 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 _TURN_BITS = {"cpu": 1}  # Bits of the threshold found by one pass over the vocabulary; elsewhere passes cost most.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """Restricts sampling to a part of the vocabulary; each field is a row of `FILTERS`."""
+
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability (arXiv:1904.09751); 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the most likely one (arXiv:2407.01082); 0 keeps all."""
+
+    @property
+    def truncates(self) -> bool:
+        return any(getattr(self, name) != row.off for name, row in FILTERS.items())
+
+    @property
+    def truncation(self) -> dict[str, Any]:
+        """The filters' settings by name."""
+        return {name: getattr(self, name) for name in FILTERS}
+
+
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Truncation):
     """How a request samples and when it ends.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of at least this probability (arXiv:1904.09751); 1 keeps all.
-        min_p: keep tokens at least this likely relative to the most likely one (arXiv:2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer
             (arXiv:1909.05858); 1 is none.
         presence_penalty: subtracted from the logits of tokens of the answer.
@@ -54,9 +72,6 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -71,8 +86,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, least, most, meaning in (
             ("temperature", 0, math.inf, "a number from 0 (greedy) up"),
-            ("top_k", 0, math.inf, "0 (every token) or more"),
-            ("min_p", 0, 1, "from 0 to 1"),
+            *((name, *row.limits, row.meaning) for name, row in FILTERS.items()),
             ("presence_penalty", -math.inf, math.inf, "a number"),
             ("frequency_penalty", -math.inf, math.inf, "a number"),
             ("max_tokens", 1, math.inf, "at least 1"),
@@ -82,10 +96,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not _number(value) or not least <= value <= most or value == math.inf:
                 raise UserError(f"{name}={value} must be {meaning}")
-            if name in _WHOLE and not isinstance(value, numbers.Integral):
+            whole = name in _WHOLE or (name in FILTERS and FILTERS[name].dtype == np.int32)
+            if whole and not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}={value} must be a whole number, {meaning}")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (every token)")
         if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
@@ -106,12 +119,12 @@ class SamplingParams:
     @property
     def level(self) -> Level:
         """What a compiled step needs to be able to do for this request."""
-        if self.penalised or (self.temperature and (self.top_k or self.top_p < 1 or self.min_p)):
+        if self.penalised or (self.temperature and self.truncates):
             return "full"
         return "plain" if self.temperature else "greedy"
 
 
-_WHOLE = ("top_k", "max_tokens", "seed", "top_logprobs")
+_WHOLE = ("max_tokens", "seed", "top_logprobs")
 
 
 def _number(value: Any) -> bool:
@@ -130,9 +143,6 @@ class Rows(NamedTuple):
     """Sampling parameters by row, all (B,); the seed's halves and the number of the sample make a row's noise."""
 
     temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
     repetition_penalty: Any
     presence_penalty: Any
     frequency_penalty: Any
@@ -140,6 +150,7 @@ class Rows(NamedTuple):
     seed_low: Any
     seed_high: Any
     sample: Any
+    filters: Mapping[str, Any]
 
 
 class History(NamedTuple):
@@ -175,8 +186,12 @@ def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: in
 def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
     """Rows of NumPy arrays from the parameters and the sample number of each."""
     params = [p for p, _ in requests]
-    columns = {name: np.array([getattr(p, name) for p in params], np.float32) for name in Rows._fields[:7]}
-    columns["top_k"] = np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32)
+    columns: dict[str, Any] = {
+        name: np.array([getattr(p, name) for p in params], np.float32) for name in Rows._fields[:4]
+    }
+    columns["filters"] = {
+        name: np.array([min(getattr(p, name), 2**31 - 1) for p in params], row.dtype) for name, row in FILTERS.items()
+    }
     columns["biased"] = np.array([len(p.logit_bias) > 0 for p in params])
     columns["seed_low"] = np.array([p.seed & 0xFFFFFFFF for p in params], np.uint32)
     columns["seed_high"] = np.array([p.seed >> 32 for p in params], np.uint32)
@@ -237,7 +252,7 @@ def process(
         logits_BV = penalise(logits_BV, rows, history)
     best_B = jnp.argmax(logits_BV, axis=-1)
     z_BV = logits_BV / jnp.where(rows.temperature == 0, 1.0, jnp.maximum(rows.temperature, 1e-6))[:, None]
-    return (keep(z_BV, rows.top_k, rows.top_p, rows.min_p) if level == "full" else z_BV), best_B
+    return (truncate(z_BV, rows.filters) if level == "full" else z_BV), best_B
 
 
 def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
@@ -256,23 +271,53 @@ def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
     return z_BV - rows.presence_penalty[:, None] * said_BV - rows.frequency_penalty[:, None] * history.counts_BV
 
 
-def keep(z_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array | None = None) -> jax.Array:
-    """Logits with all but the k most likely tokens, then all but the smallest set of mass p, set to -inf; then those
-    less likely than min_p of the most likely.
+def truncate(z_BV: jax.Array, filters: Mapping[str, jax.Array]) -> jax.Array:
+    """Logits with -inf for every token that a filter removes; `filters` has each one's parameter by row, (B,)."""
+    for name, row in FILTERS.items():  # Not in the order of `filters`: JAX sorts the keys of a dictionary.
+        if name in filters:
+            z_BV = row.apply(z_BV, filters[name])
+    return z_BV
 
-    Ties at the border of top-k are kept; the token that crosses p is kept.
-    """
+
+def keep_top_k(z_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+    """All but the k most likely tokens set to -inf; ties with the last of them are kept."""
     order_BV, V = _order(z_BV), z_BV.shape[-1]
-    k_B1 = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)[:, None]
-    least_B1 = _largest(order_BV, jnp.ones_like(order_BV), k_B1)
-    z_BV = jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
-    mass_B1 = top_p_B[:, None]
-    least_B1 = jnp.where(mass_B1 >= 1, 0, _largest(order_BV, jax.nn.softmax(z_BV, axis=-1), mass_B1))
-    z_BV = jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
-    if min_p_B is None:
-        return z_BV
-    least_B1 = jnp.max(z_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
+    k_B1 = jnp.where(k_B > 0, jnp.minimum(k_B, V), V)[:, None]
+    return jnp.where(order_BV >= _largest(order_BV, jnp.ones_like(order_BV), k_B1), z_BV, -jnp.inf)
+
+
+def keep_top_p(z_BV: jax.Array, p_B: jax.Array) -> jax.Array:
+    """All but the smallest set of probability p set to -inf; the token that crosses p is kept."""
+    order_BV, p_B1 = _order(z_BV), p_B[:, None]
+    least_B1 = jnp.where(p_B1 >= 1, 0, _largest(order_BV, jax.nn.softmax(z_BV, axis=-1), p_B1))
+    return jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
+
+
+def keep_min_p(z_BV: jax.Array, p_B: jax.Array) -> jax.Array:
+    """Tokens less likely than p times the most likely one set to -inf."""
+    least_B1 = jnp.max(z_BV, axis=-1, keepdims=True) + jnp.log(p_B)[:, None]
     return jnp.where(z_BV >= least_B1, z_BV, -jnp.inf)
+
+
+class Filter(NamedTuple):
+    """A way to truncate the distribution: `apply` sets logits (B, V) to -inf by a parameter (B,).
+
+    `off` is the parameter that keeps every token, `limits` are the least and largest that are valid, `meaning` says so.
+    """
+
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    off: float
+    limits: tuple[float, float]
+    meaning: str
+    dtype: Any = np.float32
+
+
+# In the order in which they are applied.
+FILTERS: Mapping[str, Filter] = {
+    "top_k": Filter(keep_top_k, 0, (0, math.inf), "0 (every token) or more", np.int32),
+    "top_p": Filter(keep_top_p, 1, (math.ulp(0.0), 1), "above 0 and at most 1 (every token)"),
+    "min_p": Filter(keep_min_p, 0, (0, 1), "from 0 to 1"),
+}
 
 
 def _order(x: jax.Array) -> jax.Array:

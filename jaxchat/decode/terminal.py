@@ -79,17 +79,11 @@ def _check(options: Any) -> None:
 
 
 def _sampling(options: Any) -> SamplingParams:
-    chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    chosen = {"temperature": options.temperature, **options.truncation}
     if options.sampling is not None:
-        chosen = dict(PRESETS[options.sampling])
-    return SamplingParams(
-        **chosen,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        stop=options.stop,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-    )
+        chosen |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **PRESETS[options.sampling]}
+    names = ("repetition_penalty", "stop", "max_tokens", "seed")
+    return SamplingParams(**chosen, **{name: getattr(options, name) for name in names})
 
 
 def _prompt(engine: Engine, text: str, chats: bool) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Loaded, Shape, load_checkpoint
 from jaxchat.decode.requests import Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.sampling import FILTERS, SamplingParams
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.tokenizer.chat import CHAT_TEMPLATE
 
@@ -21,7 +21,7 @@ ANSWER_TOKENS = 256  # lm-eval's own default.
 SLOTS = 16
 END = "<|assistant_end|>"
 READ = frozenset({"until", "do_sample", "max_gen_toks"})
-CHOOSING = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"})
+CHOOSING = frozenset({"temperature", *FILTERS, "repetition_penalty", "seed"})
 
 
 def load(path: str, experiment_class: type, *, length: int | None = None) -> Any:
