@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxchat import processes
-from jaxchat.config import UserError, check_local, difference, first_line, from_json, to_json
+from jaxchat.errors import UserError, check_local, first_line
+from jaxchat.machine import cores
+from jaxchat.serialization import difference, from_json, to_json
 
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
@@ -215,7 +216,7 @@ def _hashes(paths: dict[str, epath.Path]) -> dict[str, str]:
                 found.update(piece)
         return found.hexdigest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         return dict(zip(paths, pool.map(digest, paths.values())))
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.config import UserError
 from jaxchat.data import cache
 from jaxchat.data.cache import read_json, write_json
+from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw_groups, read_metrics
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.experiment import RESUMABLE, Experiment

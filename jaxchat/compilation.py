@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxchat import checkpoint, metrics, optim, processes, sharding, xla
-from jaxchat.config import UserError, say
+from jaxchat import checkpoint, devices, optim, processes, sharding, xla
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.choice import choose_attention
 from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
@@ -57,7 +58,7 @@ def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None
     """bfloat16 on accelerators that have it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
-    if device.platform == "gpu" and (metrics.capability(device) or 8.0) < 8.0:
+    if device.platform == "gpu" and (devices.capability(device) or 8.0) < 8.0:
         say(f"{device.device_kind} has no fast bfloat16: computing in float32")
         return jnp.dtype("float32")
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
@@ -65,7 +66,7 @@ def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None
 
 def warn_of_float8(experiment: Experiment, device: Any, say: Callable[[str], None]) -> None:
     """Tells where products in eight-bit floats gain nothing: TPUs before the seventh, GPUs before capability 8.9."""
-    slow = device.device_kind.startswith("TPU v") or (metrics.capability(device) or 9.0) < 8.9
+    slow = device.device_kind.startswith("TPU v") or (devices.capability(device) or 9.0) < 8.9
     if isinstance(experiment.matmul, Float8) and slow:
         say(f"warning: {device.device_kind} does not multiply in float8: --matmul=float8 rounds as it would, no faster")
 
@@ -116,7 +117,7 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
     With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
     """
     e = setup.experiment
-    limit = MEMORY_SHARE * min(processes.gather(metrics.memory_limit(jax.local_devices()[0])))
+    limit = MEMORY_SHARE * min(processes.gather(devices.memory_limit(jax.local_devices()[0])))
     start = time.perf_counter()
     choices, state = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows], state_bytes(setup)
     while choices:

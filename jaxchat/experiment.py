@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from jaxchat import xla
-from jaxchat.config import check_local
 from jaxchat.data.prepare import Data
+from jaxchat.errors import check_local
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.optim import Optimizer

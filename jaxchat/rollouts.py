@@ -17,11 +17,11 @@ import grain
 import numpy as np
 
 from jaxchat.answers import Answer, Columns, answer_of, lay_out, micro_batches
-from jaxchat.config import UserError, first_line
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, Truncation
 from jaxchat.decode.tools import named_tools
+from jaxchat.errors import UserError, first_line
 from jaxchat.objectives import advantages
 from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.processes import share_out

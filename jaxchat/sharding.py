@@ -6,7 +6,6 @@ Parameters and activations carry logical axes; a rule table maps each to mesh ax
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
+from jaxchat.machine import cores
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -66,7 +66,7 @@ class Mesh:
 
 def host_devices(rows: int) -> int:
     """How many devices the CPU backend should show: the largest divisor of `rows` up to min(cores, 8)."""
-    most = min(os.cpu_count() or 1, 8)
+    most = min(cores(), 8)
     return max(n for n in range(1, most + 1) if rows % n == 0)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.config import json_line
 from jaxchat.data.cache import write_json
 from jaxchat.decode.engine import load_checkpoint
 from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.serialization import json_line
 from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import inherited
 

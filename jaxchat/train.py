@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxchat import sharding
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.likelihood import Objective, Sum
 from jaxchat.signals import Interrupted

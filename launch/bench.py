@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from configs import recipe
-from jaxchat import config
-from jaxchat.config import UserError
+from jaxchat import command_line, launcher
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 
 DEFAULTS = {
@@ -76,7 +76,7 @@ def evaluate(argv: list[str]) -> dict[str, object]:
     from jaxchat.benchmarks import evaluate as benchmark
     from jaxchat.benchmarks.train import few_cores
 
-    bench = config.parse(benchmark.Bench, argv, description=__doc__)
+    bench = command_line.parse(benchmark.Bench, argv, description=__doc__)
     few_cores(bench.threads)
     return benchmark.run(bench, Experiment)
 
@@ -85,7 +85,7 @@ def accelerator(kind: str, argv: list[str]) -> dict[str, object]:
     from jaxchat.benchmarks.accelerator import options, running
 
     default = dataclasses.replace(options.DEFAULTS[kind], out=f"bench_{kind}.json")
-    bench = config.parse(options.Bench, _spread(argv), default=default, description=__doc__)
+    bench = command_line.parse(options.Bench, _spread(argv), default=default, description=__doc__)
     running.chosen(bench.only)
     # Before JAX looks for devices; the same threshold for every run, so that a second one finds what a first one made.
     jax.config.update("jax_compilation_cache_dir", str(Path(bench.cache).absolute()))
@@ -121,11 +121,11 @@ def _read(bench_class: type, argv: list[str], more: dict[str, str]) -> tuple[Any
     own = {field.name for field in dataclasses.fields(bench_class)} | {"help"}
     name = lambda word: word.removeprefix("--").split("=")[0].replace("-", "_")  # noqa: E731
     mine = [word for word in argv if name(word) in own]
-    bench = config.parse(bench_class, _spread(mine), description=__doc__)
+    bench = command_line.parse(bench_class, _spread(mine), description=__doc__)
     rest = [word for word in argv if word not in mine]
     given = {name(word) for word in rest}
     rest += [f"--{field}={value}" for field, value in (DEFAULTS | more).items() if field not in given]
-    experiment = _october(config.load(rest))
+    experiment = _october(command_line.load(rest))
     compilation.prepare_backend(experiment)
     return bench, experiment
 
@@ -143,4 +143,4 @@ def _october(experiment: Experiment) -> Experiment:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

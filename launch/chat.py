@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 from jaxchat.decode.sampling import Truncation
 
 
@@ -48,7 +48,7 @@ class Chat(Truncation):
 
 
 def main(argv: list[str]) -> dict[str, object] | None:
-    chat = config.parse(Chat, argv, description=__doc__)
+    chat = command_line.parse(Chat, argv, description=__doc__)
     from jaxchat.decode import terminal
     from jaxchat.experiment import Experiment
 
@@ -56,4 +56,4 @@ def main(argv: list[str]) -> dict[str, object] | None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxchat import config, signals
+from jaxchat import command_line, errors, launcher, signals
 from jaxchat.experiment import Experiment
 
 
@@ -31,13 +31,13 @@ class Compare:
 def main(argv: list[str]) -> Mapping[str, object] | None:
     try:
         with signals.raised() as stopped:
-            options, rest = config.parse_known(Compare, argv, description=__doc__)
+            options, rest = command_line.parse_known(Compare, argv, description=__doc__)
 
             if any(word.partition("=")[0] == "--seed" for word in rest):
-                raise config.UserError("a comparison trains every variant with each of --seeds; leave --seed out")
+                raise errors.UserError("a comparison trains every variant with each of --seeds; leave --seed out")
 
             def load(flags: Sequence[str]) -> Experiment:
-                return config.load(["--name=compare", *rest, *flags])
+                return command_line.load(["--name=compare", *rest, *flags])
 
             from jaxchat import comparison, compilation, processes
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
                     equal=options.equal,
                     measure=options.measure,
                     stopped=stopped,
-                    say=config.say,
+                    say=launcher.say,
                 )
                 return processes.told(found)
     except signals.Interrupted as stop:
@@ -60,4 +60,4 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Convert:
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    options = config.parse(Convert, argv, description=__doc__)
+    options = command_line.parse(Convert, argv, description=__doc__)
     from configs.recipe import imported
     from jaxchat.export import convert
 
@@ -47,4 +47,4 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxchat import config
+from jaxchat import command_line, errors, launcher, serialization
 from jaxchat.sharding import Mesh
 
 
@@ -51,22 +51,22 @@ class Evaluate:
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
-    options = config.parse(Evaluate, argv, description=__doc__)
+    options = command_line.parse(Evaluate, argv, description=__doc__)
     if options.compare:
         from jaxchat.evaluation.compare import compare
 
         if len(options.compare) != 2:
-            raise config.UserError("--compare takes two directories of results, such as runs/a/sft/eval/500-... twice")
+            raise errors.UserError("--compare takes two directories of results, such as runs/a/sft/eval/500-... twice")
         return compare(Path(options.compare[0]), Path(options.compare[1]))
     if options.sandbox_check:
         from jaxchat.tasks.humaneval import check_sandbox
 
         return check_sandbox(options.sandbox_check)
     if not options.checkpoint:
-        raise config.UserError("which checkpoint? --checkpoint=runs/tiny/pretrain")
+        raise errors.UserError("which checkpoint? --checkpoint=runs/tiny/pretrain")
     for name in ("limit", "max_tokens", "samples", "slots"):
         if getattr(options, name) < (0 if name == "limit" else 1):
-            raise config.UserError(f"--{name}={getattr(options, name)} is too small")
+            raise errors.UserError(f"--{name}={getattr(options, name)} is too small")
     from jaxchat import processes
 
     with processes.joined():
@@ -91,7 +91,7 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     mesh = decoding_mesh(options.mesh)
     style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
     if style == "chat" and directory.name == "pretrain":
-        config.say(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
+        launcher.say(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]
         limit=options.limit or None,
@@ -107,25 +107,25 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
         f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prompts=min(8, options.slots)
     )
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
-    mark = hashlib.sha256(json.dumps(config.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
+    mark = hashlib.sha256(json.dumps(serialization.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
     if jax.process_index():
         return evaluate.evaluate(engine, found, settings, out, about, say=lambda _: None)
     refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
     new = not out.exists()
     try:
-        with locked(out, config.say, refusal=refusal):
-            results = evaluate.evaluate(engine, found, settings, out, about, say=config.say)
+        with locked(out, launcher.say, refusal=refusal):
+            results = evaluate.evaluate(engine, found, settings, out, about, say=launcher.say)
     finally:
         if new:
             with contextlib.suppress(OSError):
                 out.rmdir()  # Where nothing was written.
-    everything = evaluate.keep(out / "results.json", {**about, "settings": config.to_json(settings)}, results)
+    everything = evaluate.keep(out / "results.json", {**about, "settings": serialization.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.
-        report(out, everything, config.say)
+        report(out, everything, launcher.say)
     return {"out": str(out), **results}
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -7,7 +7,7 @@ Tasks are lm-eval's names, or those of YAML files in --include_path, which may r
 
 from dataclasses import dataclass
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Harness:
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    options = config.parse(Harness, argv, description=__doc__)
+    options = command_line.parse(Harness, argv, description=__doc__)
     from jaxchat.evaluation import harness
     from jaxchat.experiment import Experiment
 
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

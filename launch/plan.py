@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jaxchat import config
-from jaxchat.config import UserError
+from jaxchat import command_line, launcher
+from jaxchat.errors import UserError
 from launch.speedrun import ROAD, joined, stage_arguments
 
 OWN = ("topology", "mfu", "dollars_per_chip_hour")
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> dict[str, object]:
     own, rest = split(argv)
     mfu = positive(own, "mfu", 0.4)
     price = positive(own, "dollars_per_chip_hour", None)
-    asked = [(words, config.load(words, description=__doc__)) for words in stages(rest)]
+    asked = [(words, command_line.load(words, description=__doc__)) for words in stages(rest)]
     from jaxchat.planning import ahead, plan
     from jaxchat.planning.chips import topology
 
@@ -32,15 +32,15 @@ def main(argv: list[str]) -> dict[str, object]:
     derived = {e.stage: plan.derived(e, mfu, price, topologies) for _, e in asked}
     plan.show(derived)
     words, e = asked[0]  # Later stages have the steps of pretraining, in smaller batches.
-    shallower = lambda depth: config.load([*words, f"--depth={depth}"])  # noqa: E731
+    shallower = lambda depth: command_line.load([*words, f"--depth={depth}"])  # noqa: E731
     fits: dict[str, Any] = {}
     for there in topologies:
         try:
-            fits[there.name] = ahead.fit(e, there, config.say, shallower=shallower)
+            fits[there.name] = ahead.fit(e, there, launcher.say, shallower=shallower)
         except UserError as error:
             if len(topologies) == 1:
                 raise
-            config.say(f"{there.name}: {error}")
+            launcher.say(f"{there.name}: {error}")
             fits[there.name] = {"fits": False, "why": str(error)}
     return {"stages": derived, **({"topologies": fits} if fits else {})}
 
@@ -78,4 +78,4 @@ def positive(own: dict[str, str], name: str, default: float | None) -> float | N
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class Plot:
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    plot = config.parse(Plot, argv, description=__doc__)
+    plot = command_line.parse(Plot, argv, description=__doc__)
     from jaxchat.evaluation.curves import draw
 
     return {"out": plot.out, "val_bpb": draw([Path(run) for run in plot.runs], Path(plot.out))}
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -3,14 +3,14 @@
 Training does this by itself; here it is alone, for a machine with many cores, or to see what packing costs.
 """
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv, description=__doc__)
+    experiment = command_line.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
-    log = config.say
+    log = launcher.say
     tokenizer = prepare.ensure_tokenizer(experiment.data, experiment.cache_directory, seed=experiment.seed, log=log)
     rows = {
         split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=log)
@@ -20,4 +20,4 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

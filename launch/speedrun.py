@@ -7,8 +7,8 @@ every stage, --sft:field=value to one. Started again it goes on where it stopped
 import sys
 from collections.abc import Mapping, Sequence
 
-from jaxchat import config, signals
-from jaxchat.config import UserError
+from jaxchat import command_line, launcher, signals
+from jaxchat.errors import UserError
 
 ROAD = ("pretrain", "sft", "rl")
 
@@ -49,16 +49,16 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             rest.append(word)
     try:
         with signals.raised() as stopped:
-            road = [config.load(stage_arguments(rest, stage), description=__doc__) for stage in ROAD]
+            road = [command_line.load(stage_arguments(rest, stage), description=__doc__) for stage in ROAD]
             from jaxchat import compilation, processes, speedrun
 
             with processes.joined():
                 compilation.prepare_backend(road[0])
-                return processes.told(speedrun.run(road, stopped, config.say, dollars_per_hour=price))
+                return processes.told(speedrun.run(road, stopped, launcher.say, dollars_per_hour=price))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

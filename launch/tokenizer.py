@@ -9,21 +9,21 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from jaxchat import config
+from jaxchat import command_line, launcher
 from jaxchat.tokenizer import Report, Tokenizer, report, sample
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    experiment = config.load(argv, description=__doc__)
+    experiment = command_line.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
     data, cache, seed = experiment.data, experiment.cache_directory, experiment.seed
     start = time.monotonic()
-    path = prepare.ensure_tokenizer_directory(data, cache, seed, config.say)
+    path = prepare.ensure_tokenizer_directory(data, cache, seed, launcher.say)
     seconds = time.monotonic() - start
     tokenizer = Tokenizer.load(path)
-    held_out = list(prepare.texts(data, "val", cache, config.say))
+    held_out = list(prepare.texts(data, "val", cache, launcher.say))
     found = report(tokenizer, held_out)
     result = {
         "vocab": tokenizer.vocab_size,
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "path": str(path),
     }
-    trained_on = sample(prepare.texts(data, "train", cache, config.say), data.tokenizer.sample_bytes, seed=seed)
+    trained_on = sample(prepare.texts(data, "train", cache, launcher.say), data.tokenizer.sample_bytes, seed=seed)
     peer = peer_bytes_per_token(trained_on, held_out, vocab=tokenizer.vocab_size)
     show(found, peer)
     return result | ({} if peer is None else {"peer_bytes_per_token": round(peer, 4)})
@@ -50,4 +50,4 @@ def show(found: Report, peer: float | None) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

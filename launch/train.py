@@ -7,13 +7,13 @@ saves and exits with status 75 on SIGTERM, so that a scheduler starts it again.
 import sys
 from collections.abc import Mapping
 
-from jaxchat import config, signals
+from jaxchat import command_line, launcher, signals
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
     try:
         with signals.raised() as stopped:
-            experiment = config.load(argv, description=__doc__)
+            experiment = command_line.load(argv, description=__doc__)
             from jaxchat import compilation, processes, stages
 
             with processes.joined():
@@ -25,4 +25,4 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    launcher.run(main)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from configs import recipe
-from jaxchat import compilation, config, metrics
+from jaxchat import command_line, compilation, devices
 from jaxchat.benchmarks import decode
 from jaxchat.benchmarks.accelerator import fitting, kernels, options, peers, running, timing, training
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import CHIPS
@@ -245,14 +245,14 @@ def test_bandwidths_are_those_of_the_planner() -> None:
     }
     for name, kind in kinds.items():
         Device.device_kind, gpu = kind, CHIPS[name].gpu
-        assert gpu is not None and metrics.peak_bandwidth(Device()) == gpu.bandwidth
+        assert gpu is not None and devices.peak_bandwidth(Device()) == gpu.bandwidth
     assert kinds.keys() == {name for name, chip in CHIPS.items() if chip.gpu}
     for chip in CHIPS.values():
         if chip.gpu is None:
             Device.device_kind = chip.kind
-            assert metrics.peak_bandwidth(Device()) is not None
+            assert devices.peak_bandwidth(Device()) is not None
     Device.device_kind = "NVIDIA A100-SXM4-40GB"  # Its memory is slower than the 80 GB model's.
-    assert metrics.peak_bandwidth(Device()) is None
+    assert devices.peak_bandwidth(Device()) is None
 
 
 @pytest.mark.parametrize("row", [1.0, 3.0, 7.0, 30.0, 99.0])
@@ -269,7 +269,7 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
         return f"step {rows}", (needed if needed < fixed + 400 * 2**10 else float("inf")), timing.Compiled()
 
     monkeypatch.setattr(fitting, "compile_rows", compile_rows)
-    monkeypatch.setattr(metrics, "memory_limit", lambda device: limit / compilation.MEMORY_SHARE)
+    monkeypatch.setattr(devices, "memory_limit", lambda device: limit / compilation.MEMORY_SHARE)
     monkeypatch.setattr(fitting, "row_bytes", lambda setup: 10 * 2**10)
     found = fitting.fit(setup, tries=3)
     assert found.rows == max(n for n in (1, 2, 4, 8, 16, 32, 64) if n * row <= 100)
@@ -285,7 +285,7 @@ def test_the_largest_micro_batch_that_fits_is_found_in_few_compilations(
 
 
 def test_the_mesh_is_that_of_the_training_step() -> None:
-    asked = config.parse(options.Bench, ["--mesh.fsdp=4", "--depths", "1"], description="")
+    asked = command_line.parse(options.Bench, ["--mesh.fsdp=4", "--depths", "1"], description="")
     assert bench._dialled(asked, 1, "july2026", 2**18).mesh == Mesh(fsdp=4)
 
 

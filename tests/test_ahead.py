@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxchat import compilation, config
+from jaxchat import command_line, compilation
 from jaxchat.planning.chips import topology
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -48,7 +48,7 @@ def compiler(place: str) -> str:
 
 def lowered(name: str, place: str) -> tuple[compilation.Setup, Any]:
     rows, *flags = ASKED[name, place]
-    e = config.load([f"--config=configs/{name}.py:pretrain", f"--micro_rows={rows}", "--dtype=bfloat16", *flags])
+    e = command_line.load([f"--config=configs/{name}.py:pretrain", f"--micro_rows={rows}", "--dtype=bfloat16", *flags])
     setup = compilation.make_setup(e, print, topology(place).devices())
     with jax.set_mesh(setup.mesh):
         return setup, compilation.lower_step(setup, rows)
@@ -89,7 +89,7 @@ def test_a_real_step_is_compiled_as_it_is_meant(name: str, place: str, optimized
 
 
 def test_no_product_is_in_float32_where_bfloat16_is_meant() -> None:
-    e = config.load(["--config=configs/tiny.py:pretrain", "--depth=4", "--windows=SSSL", "--head_dim=16"])
+    e = command_line.load(["--config=configs/tiny.py:pretrain", "--depth=4", "--windows=SSSL", "--head_dim=16"])
     for dtype, wide in (("bfloat16", 0), ("float32", 1)):
         setup = compilation.make_setup(dataclasses.replace(e, dtype=dtype, micro_rows=8), print)
         with jax.set_mesh(setup.mesh):

@@ -12,11 +12,11 @@ import small
 from letters import Letters
 from outside import GOLDEN, read
 
-from jaxchat.config import UserError
 from jaxchat.decode.beam import BeamParams, beam_search
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.export import huggingface
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer

@@ -11,7 +11,7 @@ from outside import read
 
 from configs import recipe
 from jaxchat.benchmarks import decode, evaluate, rl, train
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.questions import Answer
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface

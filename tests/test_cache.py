@@ -10,9 +10,9 @@ import time
 import pytest
 from documents import environment, silent, texts, write
 
-from jaxchat.config import UserError
 from jaxchat.data import cache
 from jaxchat.data.sources import find
+from jaxchat.errors import UserError
 
 
 @pytest.fixture

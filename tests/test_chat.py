@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode import explain
 from jaxchat.decode.dialogue import Dialogue, talk
 from jaxchat.decode.engine import Engine, Shape
@@ -24,6 +23,7 @@ from jaxchat.decode.requests import Request
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import Calculator
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, chat, train_tokenizer
 

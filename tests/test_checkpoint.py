@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxchat import checkpoint
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 
 class State(NamedTuple):
@@ -235,7 +235,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import numpy as np
 import test_checkpoint as t
-from jaxchat import config
+from jaxchat import launcher
 
 def main(argv):
     checkpoints = t.Checkpoints(Path(argv[0]), keep=2)
@@ -243,7 +243,7 @@ def main(argv):
     checkpoints.save(4, t.state(4), {{}})
     checkpoints.wait()
 
-config.run(main)
+launcher.run(main)
 """
 
 

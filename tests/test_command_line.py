@@ -19,8 +19,8 @@ import launch.prepare
 import launch.tokenizer
 import launch.train
 from jaxchat import checkpoint
-from jaxchat.config import UserError
 from jaxchat.data import cache, prepare
+from jaxchat.errors import UserError
 from jaxchat.stages import running
 
 ROOT = Path(__file__).parent.parent
@@ -366,9 +366,9 @@ def test_a_process_ends_with_two_and_one_sentence(tmp_path, module, argv, said):
 FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # No file may be larger.
-from jaxchat import config
+from jaxchat import launcher
 import launch.train
-config.run(launch.train.main)
+launcher.run(launch.train.main)
 """
 
 

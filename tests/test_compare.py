@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import launch.compare
-from jaxchat import checkpoint, comparison, config, stages
-from jaxchat.config import UserError
+from jaxchat import checkpoint, command_line, comparison, serialization, stages
+from jaxchat.errors import UserError
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.signals import Interrupted
 from jaxchat.train import Diverged
@@ -149,7 +149,7 @@ def test_variants_are_really_trained_from_the_same_start(tmp_path):
     base, same, fast = (found["variants"][name]["values"][0] for name in ("base", "same", "fast"))
     assert base == same != fast
     assert (tmp_path / "runs/compare/compare.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads(config.json_line(found))["variants"]["fast"]["verdict"] == "undecided"
+    assert json.loads(serialization.json_line(found))["variants"]["fast"]["verdict"] == "undecided"
 
 
 def test_equal_time_gives_the_faster_variant_more_steps(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_later_stage_is_resumed_with_what_it_took_from_the_checkpoint(tmp_path
         checkpoint.write_experiment(e.stage_directory, dataclasses.replace(taken, steps=e.steps or 9))
         return {"step": 9, "tokens": 9, "val_bpb": 1.0}
 
-    start = config.load([*flags(tmp_path)[:-4], "--depth=2", "--name=start"])
+    start = command_line.load([*flags(tmp_path)[:-4], "--depth=2", "--name=start"])
     inherited = lambda e: (dataclasses.replace(e, model=start.model, depth=2), None)  # noqa: E731
     monkeypatch.setattr(stages, "run", run)
     monkeypatch.setattr(comparison, "inherited", inherited)

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxchat import compilation, config, metrics, xla
-from jaxchat.config import UserError
+from jaxchat import command_line, compilation, metrics, xla
+from jaxchat.errors import UserError
 from jaxchat.model import Float8
 
 
 def setup(**changes):
     """What compile_step reads of a setup: 12 rows a batch, on one device unless `ways` says otherwise."""
     ways = changes.pop("ways", 1)
-    experiment = config.load(
+    experiment = command_line.load(
         ["--config=configs/tiny.py", "--batch_tokens=192", "--data.row_length=16", "--micro_rows=auto"]
     )
     shape = {"data": ways, "fsdp": 1, "tensor": 1}

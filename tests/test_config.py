@@ -26,8 +26,8 @@ import launch.prepare
 import launch.speedrun
 import launch.tokenizer
 import launch.train
-from jaxchat import checkpoint, config
-from jaxchat.config import UserError
+from jaxchat import checkpoint, command_line, launcher, serialization
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def at_the_root(monkeypatch):
 
 @functools.cache
 def load(*argv, name="tiny"):
-    return config.load([f"--config=configs/{name}.py", *argv])
+    return command_line.load([f"--config=configs/{name}.py", *argv])
 
 
 def mistake(*argv, name="tiny"):
@@ -53,16 +53,16 @@ def mistake(*argv, name="tiny"):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_json_reads_back_what_was_written(name):
     experiment = load("--model.pattern.0.window=5", "--data.train", "a", "b", "--seed=7", name=name)
-    text = json.dumps(config.to_json(experiment))
-    assert config.from_json(Experiment, json.loads(text)) == experiment
+    text = json.dumps(serialization.to_json(experiment))
+    assert serialization.from_json(Experiment, json.loads(text)) == experiment
     assert '"window": 5' in text
 
 
 def test_an_unknown_key_in_json_is_named():
-    value = config.to_json(load())
+    value = serialization.to_json(load())
     value["model"]["mlp"]["gelu"] = 1
     with pytest.raises(UserError, match=r"config\.model\.mlp\.gelu is not a field of ReluSquared"):
-        config.from_json(Experiment, value)
+        serialization.from_json(Experiment, value)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_an_unknown_key_in_json_is_named():
 )
 def test_a_wrong_value_in_json_is_named(place, wrong, said):
     with pytest.raises(UserError, match=said):
-        config.from_json(Experiment, config.to_json(load()) | {place: wrong})
+        serialization.from_json(Experiment, serialization.to_json(load()) | {place: wrong})
 
 
 def test_a_missing_key_in_json_is_named():
-    value = config.to_json(load())
+    value = serialization.to_json(load())
     del value["depth"]
     with pytest.raises(UserError, match="depth"):
-        config.from_json(Experiment, value)
+        serialization.from_json(Experiment, value)
 
 
 def test_json_knows_which_of_a_union_it_holds():
@@ -100,9 +100,9 @@ def test_json_knows_which_of_a_union_it_holds():
 
     shape = Circle | Square | None
     for value in (Circle(2.0), Square(3.0), None):
-        assert config.from_json(shape, json.loads(json.dumps(config.to_json(value)))) == value
+        assert serialization.from_json(shape, json.loads(json.dumps(serialization.to_json(value)))) == value
     with pytest.raises(UserError, match="'Line', which is none of Circle, Square"):
-        config.from_json(shape, {"type": "Line"})
+        serialization.from_json(shape, {"type": "Line"})
 
 
 def test_the_dial_given_what_it_says_already_changes_nothing():
@@ -224,9 +224,9 @@ def test_a_field_without_its_value_is_named():
 
 def test_a_missing_configuration_suggests_one():
     with pytest.raises(UserError, match=r"no configuration file configs/tinny\.py: did you mean configs/tiny\.py\?"):
-        config.load(["--config=configs/tinny.py"])
+        command_line.load(["--config=configs/tinny.py"])
     with pytest.raises(UserError, match="which configuration"):
-        config.load(["--steps=3"])
+        command_line.load(["--steps=3"])
 
 
 @pytest.mark.parametrize("field", ["directory", "data.cache", "start_from"])
@@ -239,28 +239,28 @@ def test_a_bucket_is_no_directory(field):
 
 def test_an_unknown_stage_lists_those_there_are():
     with pytest.raises(UserError, match="there is no stage 'dessert': choose pretrain"):
-        config.load(["--config=configs/tiny.py:dessert"])
+        command_line.load(["--config=configs/tiny.py:dessert"])
 
 
 def test_a_config_file_that_is_no_configuration_says_so(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("SIZE = 3\n")
     with pytest.raises(UserError, match=r"mine\.py has no function get_config"):
-        config.load([f"--config={path}"])
+        command_line.load([f"--config={path}"])
     path.write_text("def get_config(:\n")
     with pytest.raises(UserError, match=r"mine\.py, line 1"):
-        config.load([f"--config={path}"])
+        command_line.load([f"--config={path}"])
     for missing in ("import nowhere_at_all", "from jaxchat.model import NoSuchLayer"):
         path.write_text(missing + "\n")
         with pytest.raises(UserError, match=r"mine\.py imports what is not there: .*(nowhere_at_all|NoSuchLayer)"):
-            config.load([f"--config={path}"])
+            command_line.load([f"--config={path}"])
 
 
 def test_difference_names_every_leaf():
     before = load()
     after = load("--model.pattern.0.window=9", "--seed=3")
-    assert config.difference(before, after) == {"model.pattern.0.window": (None, 9), "seed": (0, 3)}
-    assert config.difference(before, before) == {}
+    assert serialization.difference(before, after) == {"model.pattern.0.window": (None, 9), "seed": (0, 3)}
+    assert serialization.difference(before, before) == {}
 
 
 def test_parts_that_are_gone_are_a_difference():
@@ -274,7 +274,7 @@ def test_parts_that_are_gone_are_a_difference():
         part: Part | None = None
         name: Literal["a", "b"] = "a"
 
-    found = config.difference(Whole(), Whole(parts=(Part(),), part=Part()))
+    found = serialization.difference(Whole(), Whole(parts=(Part(),), part=Part()))
     assert found == {
         "parts.1": ("Part", None),
         "part": (None, "Part"),
@@ -297,7 +297,7 @@ def test_a_part_of_another_type_is_a_difference_even_with_the_same_fields():
         parts: tuple[Part, ...] = (Part(), Part())
         part: Part = Part()
 
-    found = config.difference(Whole(), Whole((Part(), Other()), Other(2)))
+    found = serialization.difference(Whole(), Whole((Part(), Other()), Other(2)))
     assert found == {"parts.1": ("Part", "Other"), "part": ("Part", "Other"), "part.size": (1, 2)}
 
 
@@ -344,15 +344,15 @@ def test_every_launcher_has_a_help_test():
 
 
 def test_reading_a_configuration_imports_no_backend():
-    code = "import jaxchat.config, sys; assert 'jax' not in sys.modules"
+    code = "import jaxchat.command_line, sys; assert 'jax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_result_is_the_last_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launcher"])
-    config.run(lambda argv: {"loss": 1.5, "text": "né"})
+    launcher.run(lambda argv: {"loss": 1.5, "text": "né"})
     assert capsys.readouterr().out == '{"loss":1.5,"text":"né"}\n'
-    config.run(lambda argv: {"loss": float("nan"), "scores": [1.5, {"a": float("-inf")}]})
+    launcher.run(lambda argv: {"loss": float("nan"), "scores": [1.5, {"a": float("-inf")}]})
     assert capsys.readouterr().out == '{"loss":null,"scores":[1.5,{"a":null}]}\n'
 
 
@@ -362,7 +362,7 @@ def test_a_mistake_exits_with_two_and_one_sentence(capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["launcher"])
     with pytest.raises(SystemExit) as stop:
-        config.run(main)
+        launcher.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "error: no such thing\n")
 
@@ -376,12 +376,12 @@ def test_a_full_disk_is_a_sentence_and_other_errors_are_not_hidden(capsys, monke
 
     monkeypatch.setattr(sys, "argv", ["launcher"])
     with pytest.raises(SystemExit) as stop:
-        config.run(full)
+        launcher.run(full)
     assert stop.value.code == 2
     said = "error: metrics.jsonl cannot be written (No space left on device): free some space and start again\n"
     assert capsys.readouterr().err == said
     with pytest.raises(OSError, match="Input/output"):
-        config.run(broken)
+        launcher.run(broken)
 
 
 def test_experiments_are_frozen():
@@ -390,7 +390,9 @@ def test_experiments_are_frozen():
 
 
 def test_a_launcher_reads_and_prints_what_is_no_text():
-    code = "from jaxchat import config\nconfig.run(lambda argv: print(config.sys.stdin.read()) or {'said': argv[0]})"
+    code = (
+        "from jaxchat import launcher\nlauncher.run(lambda argv: print(launcher.sys.stdin.read()) or {'said': argv[0]})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, b"a\xff\xf0\x9f\x91\xa9"],
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
@@ -402,7 +404,7 @@ def test_a_launcher_reads_and_prints_what_is_no_text():
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    program = "from jaxchat import config; config.run(lambda argv: print('x' * 100_000, flush=True) or {'a': 1})"
+    program = "from jaxchat import launcher; launcher.run(lambda argv: print('x' * 100_000, flush=True) or {'a': 1})"
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

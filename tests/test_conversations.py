@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.data import conversations, tinyworld
 from jaxchat.data.conversations import alpaca_prompt, opening, read, render, words
 from jaxchat.data.files import Reading, Source
 from jaxchat.data.sources import find
+from jaxchat.errors import UserError
 from jaxchat.tokenizer.chat import Malformed
 
 

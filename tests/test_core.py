@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from core_rows import ROWS, TASKS, bos
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.core import CORE, CoreRows, CoreTask, centered, examples
 from jaxchat.evaluation.likelihoods import Item, Scored
 from jaxchat.evaluation.questions import Question, answer, choices, fit, schema

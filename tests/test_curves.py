@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw, read_metrics
 
 

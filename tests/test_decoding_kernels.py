@@ -13,10 +13,10 @@ import small
 from letters import Letters
 
 from jaxchat import sharding
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer, choice, decoding_kernels, decoding_triton
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.decoding_kernels import DECODING, Facts, block_slots, unsupported

@@ -13,11 +13,11 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 

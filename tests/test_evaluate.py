@@ -15,9 +15,9 @@ import small
 from core_rows import ROWS
 from test_core import bundle
 
-from jaxchat.config import UserError
 from jaxchat.data import tinyworld
 from jaxchat.decode.engine import Engine, Shape, load_checkpoint
+from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.choice import mmlu
 from jaxchat.evaluation.compare import compare

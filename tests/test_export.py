@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import launch.chat
 import launch.convert
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.places import to_state
 from jaxchat.export.tokens import tokenizer_json

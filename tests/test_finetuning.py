@@ -12,9 +12,9 @@ import pytest
 from runs import assert_same_end, finish, launch, parameters, records, send_at
 
 import launch.evaluate as launch_evaluate
-from jaxchat import checkpoint, config, stages
-from jaxchat.config import UserError
+from jaxchat import checkpoint, command_line, stages
 from jaxchat.data.streams import open_rows
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.stages import running
 
@@ -55,7 +55,7 @@ def flags(place: Path, stage: str, name: str = "road", **changes) -> list[str]:
 
 def run(place: Path, stage: str, name: str = "road", **changes) -> dict:
     """One stage in this process."""
-    return stages.run(config.load(flags(place, stage, name, **changes)))
+    return stages.run(command_line.load(flags(place, stage, name, **changes)))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_text_among_conversations_is_learned_whole(place):
     argv[at : at + 1] = ["--data.train", "tinyworld:chat:60", "text:tinyworld:train:50"]
     at = argv.index("--data.epochs")
     argv[at : at + 1] = ["--data.epochs", "1", "0.5"]
-    stages.run(config.load(argv))
+    stages.run(command_line.load(argv))
     talk, text = json.loads((directory / "rows/sft-train.json").read_text())
     assert talk["recipe"]["form"] == "chat" and text["recipe"]["form"] == "text"
     assert talk["trained"] < 0.8 * talk["tokens"] and text["tokens"] > 0

@@ -15,7 +15,7 @@ from exports import VOCAB, model, tokenizer, write_run
 
 import launch.convert
 import launch.harness
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation import harness
 from jaxchat.experiment import Experiment
 from jaxchat.tokenizer import chat

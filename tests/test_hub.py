@@ -14,9 +14,9 @@ from documents import settings, silent, texts, write
 
 pytest.importorskip("huggingface_hub")
 
-from jaxchat.config import UserError
 from jaxchat.data import downloads, hub
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
+from jaxchat.errors import UserError
 from jaxchat.evaluation import choice
 
 REPOSITORY = "owner/texts"

@@ -16,9 +16,9 @@ from attacks import ATTACKS, INSTEAD, THROUGH, answer, left, ours
 from letters import Letters
 
 import launch.evaluate
-from jaxchat.config import UserError
 from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.solve import solve
 from jaxchat.sandbox import filter as calls_filter
 from jaxchat.sandbox import landlock, run, walls

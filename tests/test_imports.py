@@ -11,16 +11,16 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("config", "signals", "sandbox", "tokenizer", "xla"),
+    ("errors", "serialization", "launcher", "command_line", "signals", "machine", "sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
-    ("model", "optim", "metrics", "sharding", "processes"),
+    ("model", "optim", "metrics", "devices", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),
     ("train", "evaluation", "answers", "rollouts"),
     ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "planning", "speedrun", "comparison"),
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-WITHOUT_JAX = ("config", "signals", "sandbox", "tokenizer", "tasks", "data")
+WITHOUT_JAX = (*LEVELS[0], *LEVELS[1])
 FILES = sorted(
     path.relative_to(ROOT) for top in ("jaxchat", "launch", "configs") for path in (ROOT / top).rglob("*.py")
 )
@@ -116,4 +116,7 @@ def test_decoding_imports_no_optimizer(module: str) -> None:
 
 
 def test_preparing_data_imports_no_jax() -> None:
-    assert fresh("import sys, jaxchat.data.prepare, jaxchat.config\nprint('jaxchat.model' in sys.modules)") == "False\n"
+    assert (
+        fresh("import sys, jaxchat.data.prepare, jaxchat.command_line\nprint('jaxchat.model' in sys.modules)")
+        == "False\n"
+    )

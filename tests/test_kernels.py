@@ -11,7 +11,7 @@ import reference
 import small
 
 from jaxchat import sharding
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer, choice, kernels
 from jaxchat.model.kernels import BACKENDS, Facts, find_runs, unsupported
 

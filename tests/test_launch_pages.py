@@ -17,8 +17,8 @@ import launch.harness
 import launch.plan
 import launch.plot
 import launch.speedrun
-from jaxchat import comparison, config, processes
-from jaxchat.config import UserError
+from jaxchat import command_line, comparison, processes
+from jaxchat.errors import UserError
 from jaxchat.planning.chips import topology
 
 ROOT = Path(__file__).parent.parent
@@ -64,22 +64,22 @@ def read(command):
     """Raises where a launcher does not know the arguments of a command."""
     name, *argv = shlex.split(command.removeprefix("launch."), comments=True)
     if name in OPTIONS:
-        config.parse(OPTIONS[name], argv)
+        command_line.parse(OPTIONS[name], argv)
     elif name == "plan":
         own, rest = launch.plan.split(argv)
         for words in launch.plan.stages(rest):
-            config.load(words)
+            command_line.load(words)
         for named in filter(None, own.get("topology", "").split(",")):
             topology(named)
     elif name == "compare":
-        options, rest = config.parse_known(launch.compare.Compare, argv)
-        comparison.read_variants(options.variants, lambda flags: config.load([*rest, *flags]))
+        options, rest = command_line.parse_known(launch.compare.Compare, argv)
+        comparison.read_variants(options.variants, lambda flags: command_line.load([*rest, *flags]))
     elif name == "speedrun":
         for stage in launch.speedrun.ROAD:
-            config.load(launch.speedrun.stage_arguments(argv, stage))
+            command_line.load(launch.speedrun.stage_arguments(argv, stage))
     elif name != "bench" and "--help" not in argv:
         assert name in ("train", "prepare", "tokenizer"), command
-        config.load(argv)
+        command_line.load(argv)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in RECORDS], ids=lambda page: page.name)

@@ -10,8 +10,8 @@ import pytest
 
 import launch.plan
 from configs import recipe
-from jaxchat import compilation, config
-from jaxchat.config import UserError
+from jaxchat import command_line, compilation
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Transformer
@@ -41,7 +41,7 @@ def test_the_cache_of_a_plan_is_that_of_the_engine() -> None:
 
 
 def test_hours_and_dollars_follow_from_flops() -> None:
-    e = config.load(["--config=configs/d20.py"])
+    e = command_line.load(["--config=configs/d20.py"])
     found = plan.derived(e, 0.5, None)
     assert found["parameters"] == parameter_counts(e.model) and found["parameters"]["total"] == 896_533_746
     assert found["tokens"] == 3320 * 1_048_576 and found["flops"] == found["tokens"] * found["flops_per_token"]
@@ -53,7 +53,7 @@ def test_hours_and_dollars_follow_from_flops() -> None:
 
 
 def test_the_state_of_a_plan_is_what_the_step_is_compiled_with() -> None:
-    e = config.load(SMALL)
+    e = command_line.load(SMALL)
     setup = compilation.make_setup(e, print)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(setup.abstract))
     told = plan.state_bytes(e)
@@ -121,7 +121,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
 
 def experiment(depth: int = 1, **changes: object) -> Experiment:
-    e = config.load([*SMALL, f"--depth={depth}", "--micro_rows=auto"])
+    e = command_line.load([*SMALL, f"--depth={depth}", "--micro_rows=auto"])
     return dataclasses.replace(e, batch_tokens=64 * 64, **changes)
 
 
@@ -161,7 +161,7 @@ def test_the_real_steps_are_compiled_for_hardware_that_is_not_here(name: str) ->
     place = topology(name)
     pytest.importorskip("libtpu" if place.chip.gpu is None else "jax_cuda12_plugin")
     rows = 8
-    e = dataclasses.replace(config.load(SMALL), micro_rows=rows)
+    e = dataclasses.replace(command_line.load(SMALL), micro_rows=rows)
     found = ahead.fit(e, place, print, shallower=experiment)
     state = sum(plan.state_bytes(e)[part] for part in ("parameters", "optimizer"))
     assert found["fits"] and found["micro_rows"] == rows

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from documents import settings, silent, texts, write
 
-from jaxchat.config import UserError
 from jaxchat.data import cache, prepare, shards, workers
 from jaxchat.data.prepare import Data, ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.sources import find
 from jaxchat.data.streams import every_row_once
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import TokenizerConfig
 
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
 from jaxchat.data import conversations
 from jaxchat.data.batch import batch_of
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.prepare import texts as texts_of
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 
 

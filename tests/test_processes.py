@@ -14,7 +14,7 @@ from documents import corpus
 from runs import ROOT, finish, finish_group, launch, launch_group, parameters, records
 
 from jaxchat import checkpoint, processes, sharding
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.sharding import Mesh, make_mesh
 
 HAND = {processes.ADDRESS: "host:1234", processes.COUNT: "2", processes.INDEX: "1"}
@@ -234,7 +234,7 @@ def test_a_lost_process_ends_the_others_and_fewer_go_on(place: Path) -> None:
 
 UNLUCKY = """
 import os, time
-from jaxchat import checkpoint, config, processes
+from jaxchat import checkpoint, launcher, processes
 from launch.train import main
 
 measure, read = checkpoint._measure, checkpoint.Checkpoints._read
@@ -249,7 +249,7 @@ def fails(self, step, abstract):
     return read(self, step, abstract)
 
 checkpoint._measure, checkpoint.Checkpoints._read = slow, fails
-config.run(main)
+launcher.run(main)
 """
 
 

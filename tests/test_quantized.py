@@ -16,12 +16,13 @@ import small
 from test_sharding import keep_gradient, train
 from test_sharding import model as divisible
 
-from jaxchat import checkpoint, compilation, config
-from jaxchat.config import UserError, from_json, to_json
+from jaxchat import checkpoint, command_line, compilation
+from jaxchat.errors import UserError
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.model import Float8, Int8, Transformer, quantized
 from jaxchat.model.quantized import Matmul, product
 from jaxchat.objectives.likelihood import likelihood
+from jaxchat.serialization import from_json, to_json
 
 E4M3, E5M2, INT8 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int8
 MATMULS = (Int8(), Int8(weight_gradient=True), Float8(), Float8("row"))
@@ -62,7 +63,7 @@ def expected(a: np.ndarray, b: np.ndarray, pair: Any, by_row: bool) -> np.ndarra
 
 
 def experiment(*words: str, stage: str = "pretrain") -> Experiment:
-    return config.load([f"--config={Path(__file__).parent.parent}/configs/tiny.py:{stage}", *words])
+    return command_line.load([f"--config={Path(__file__).parent.parent}/configs/tiny.py:{stage}", *words])
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 from documents import corpus
 from runs import assert_same_end, finish, launch, records, send_at
 
-from jaxchat import checkpoint, config, sharding, stages
+from jaxchat import checkpoint, command_line, sharding, stages
 
 STEPS, SAVE_EVERY = 40, 5
 
@@ -100,7 +100,7 @@ def run(place, name, **changes):
     argv = flags(
         place, name, **{"steps": 6, "save_every": 2, "eval_every": 0, "batch_tokens": 256, "micro_rows": 8} | changes
     )
-    return stages.run(config.load(argv))
+    return stages.run(command_line.load(argv))
 
 
 @pytest.fixture

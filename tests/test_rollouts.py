@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode.requests import Completion, Request
+from jaxchat.errors import UserError
 from jaxchat.rollouts import RL, RolloutStream
 
 TOKENIZER = Letters(user_start=50, user_end=51, assistant_start=52, assistant_end=53)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
 from jaxchat.decode.sampling import (
     FILTERS,
     PRESETS,
@@ -23,6 +22,7 @@ from jaxchat.decode.sampling import (
     process,
     truncate,
 )
+from jaxchat.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "sampling.npz"
 ROWS, VOCAB = 64, 37

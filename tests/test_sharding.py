@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 from test_train import cut, keep_gradient
 
 from configs import recipe
-from jaxchat import optim, sharding
+from jaxchat import machine, optim, sharding
 from jaxchat.model import GQA, Model, Transformer, ValueEmbedding
 from jaxchat.objectives.likelihood import likelihood
 from jaxchat.train import init_state, state_placements, train_step
@@ -190,8 +191,17 @@ def test_a_parameter_that_a_mesh_does_not_divide_is_refused_by_name() -> None:
     ("rows", "cores", "devices"), [(8, 2, 2), (8, 64, 8), (6, 4, 3), (7, 4, 1), (7, 7, 7), (1, 8, 1)]
 )
 def test_host_devices_divide_the_rows(rows: int, cores: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(sharding, "cores", lambda: cores)
     assert sharding.host_devices(rows) == devices
+
+
+def test_a_cgroups_quota_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for text, count in ((None, 8), ("max 100000\n", 8), ("250000 100000\n", 3), ("5000 100000\n", 1)):
+        if text is not None:
+            (tmp_path / "cpu.max").write_text(text)
+        assert machine.cores() == count
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_stays_whole() -> None:

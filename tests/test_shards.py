@@ -8,9 +8,9 @@ import sys
 import pytest
 from documents import environment, settings, silent, talks, texts, write, write_rows
 
-from jaxchat.config import UserError
 from jaxchat.data import shards, workers
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
+from jaxchat.errors import UserError
 
 
 @pytest.fixture

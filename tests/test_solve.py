@@ -10,10 +10,10 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.solve import pass_at_k, solve
 from jaxchat.model import Transformer
 from jaxchat.tasks import Problem, Score

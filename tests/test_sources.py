@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
 from jaxchat.data.files import DEAL, Reading
 from jaxchat.data.sources import documents, find, held_out
+from jaxchat.errors import UserError
 
 
 def write(path, data):

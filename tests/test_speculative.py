@@ -11,12 +11,12 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Luck, Speculation, lookup, repeats
 from jaxchat.decode.tools import Calculator
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 

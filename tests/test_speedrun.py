@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import launch.speedrun
-from jaxchat import config, signals, speedrun, stages
-from jaxchat.config import UserError
+from jaxchat import command_line, signals, speedrun, stages
+from jaxchat.errors import UserError
 from jaxchat.evaluation import report
 from jaxchat.signals import Interrupted
 from launch.speedrun import stage_arguments
@@ -110,7 +110,7 @@ def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monke
         return {"step": 2}
 
     monkeypatch.setattr(stages, "run", run)
-    road = [config.load(stage_arguments(flags(tmp_path), stage)) for stage in launch.speedrun.ROAD]
+    road = [command_line.load(stage_arguments(flags(tmp_path), stage)) for stage in launch.speedrun.ROAD]
     with pytest.raises(Interrupted), signals.raised() as stopped:
         speedrun.run(road, stopped, print)
     assert ran == ["pretrain"]

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from jaxchat import config, metrics, optim
-from jaxchat.config import UserError
+from jaxchat import command_line, metrics, optim
+from jaxchat.errors import UserError
 from jaxchat.stages import running, told
 
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    return config.load(["--config=configs/tiny.py", "--steps=10", f"--directory={tmp_path}", "--prompts", "a", "b"])
+    return command_line.load(
+        ["--config=configs/tiny.py", "--steps=10", f"--directory={tmp_path}", "--prompts", "a", "b"]
+    )
 
 
 class Kept:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxchat.config import UserError
 from jaxchat.data import streams
 from jaxchat.data.batch import START, TARGET, encode_row, token_dtype
 from jaxchat.data.cache import write_json
 from jaxchat.data.streams import RowStream, every_row_once, open_rows
+from jaxchat.errors import UserError
 
 T = 3
 

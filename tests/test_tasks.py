@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.config import UserError
 from jaxchat.data import tinyworld
 from jaxchat.data.tinyworld.chance import partition
 from jaxchat.data.tinyworld.problems import Step
+from jaxchat.errors import UserError
 from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
 from jaxchat.tasks.gsm8k import GSM8K, judge

@@ -3,7 +3,7 @@
 import pytest
 
 import launch.chat
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 BEAMS = ["--prompt=a", "--beams=2"]
 

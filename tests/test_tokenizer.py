@@ -13,7 +13,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import SPECIALS, Tokenizer, TokenizerConfig, report, train_tokenizer
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 from jaxchat.tokenizer.sentencepiece import sample

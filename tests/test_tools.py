@@ -10,11 +10,11 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import Calculator
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 
 BEGIN, END, ANSWER, DONE = 50, 51, 52, 53

@@ -11,7 +11,7 @@ import small
 
 from configs import recipe
 from jaxchat import optim
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.objectives.likelihood import Sum, likelihood
 from jaxchat.train import Cadence, Hooks, Interrupted, State, fit, train_step

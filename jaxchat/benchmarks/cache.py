@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxchat.benchmarks.engines import generate, make_engine, prompts
-from jaxchat.config import say
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams, choose, pack
+from jaxchat.launcher import say
 from jaxchat.model.transformer import Transformer
 
 

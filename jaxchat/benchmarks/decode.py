@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks.cache import cache_curve, stored_prefixes
 from jaxchat.benchmarks.engines import generate, make_engine, prompts, random_weights
 from jaxchat.benchmarks.train import check_peer, machine, peer_config, state_dict, versions
-from jaxchat.config import say
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.transformer import Model, Transformer
 
 
@@ -101,7 +101,7 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
             repeats=4 * bench.repeats,
         ),
         "copy_bytes_per_second": round(bandwidth),
-        "peak_memory_bytes": metrics.memory_bytes(),
+        "peak_memory_bytes": devices.memory_bytes(),
         "prompt_tokens": bench.prompt_tokens,
         "decode_tokens": bench.decode_tokens,
         "chunk": bench.chunk,

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.model.transformer import Transformer
 
 BOS = 0

@@ -15,16 +15,17 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks.engines import random_weights
 from jaxchat.benchmarks.train import machine, versions
-from jaxchat.config import UserError, say
 from jaxchat.decode.engine import Engine, Loaded, Shape, load_checkpoint
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, jobs
 from jaxchat.evaluation.likelihoods import Scored, Scorer, answer_size, row_size, score_rows
 from jaxchat.evaluation.questions import Answer, Question, answer, ask, fit
 from jaxchat.evaluation.solve import solve
+from jaxchat.launcher import say
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.sharding import Mesh, decoding_mesh
 from jaxchat.tasks import problems_of
@@ -92,7 +93,7 @@ def run(bench: Bench, experiment_class: type) -> dict[str, Any]:
         "settings": asdict(bench),
         "step": loaded.step,
         "model": {"depth": e.depth, "width": e.model.width, "vocab": e.model.vocab, "context": e.data.row_length},
-        "peak_memory_bytes": metrics.memory_bytes(),
+        "peak_memory_bytes": devices.memory_bytes(),
         "versions": versions(("jax", "jaxlib", "flax")),
         "machine": machine(bench.threads),
     }

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks.engines import Ids, prompts, random_weights
 from jaxchat.benchmarks.train import machine, versions
-from jaxchat.config import say
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.transformer import Transformer
 
 
@@ -97,7 +97,7 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
         "tokens_per_second": round(speed["together"] * statistics.mean(lengths), 1),
         "answer_tokens": round(statistics.mean(lengths), 1),
         "settings": dataclasses.asdict(bench),
-        "peak_memory_bytes": metrics.memory_bytes(),
+        "peak_memory_bytes": devices.memory_bytes(),
         "model": {"depth": experiment.depth, "width": experiment.model.width, "vocab": experiment.model.vocab},
         "versions": versions(("jax", "jaxlib", "flax")),
         "machine": machine(bench.threads),

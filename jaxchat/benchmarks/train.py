@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxchat import compilation, metrics, sharding
-from jaxchat.config import UserError, say
+from jaxchat import compilation, devices, sharding
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.counts import flops_per_token
 from jaxchat.model.transformer import Model
 from jaxchat.optim import AdamW, Optimizer
@@ -145,7 +146,7 @@ def _race(sides: dict[str, Side], bench: Bench) -> tuple[dict[str, list[float]],
                     seconds[name].append(time.perf_counter() - start)
         at += bench.block_steps + 1
         time.sleep(bench.pause)
-        peaks.append(metrics.peak_flops(jax.devices()[0]))
+        peaks.append(devices.peak_flops(jax.devices()[0]))
         told = "  ".join(f"{name} {np.median(values) * 1e3:.0f} ms" for name, values in seconds.items())
         say(f"block {block + 1}/{bench.blocks}: {told}")
     known = [peak * jax.device_count() for peak in peaks if peak is not None]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 START = 1  # flag: a segment starts here
 TARGET = 2  # flag: this token is trained on, as the target of the one before it

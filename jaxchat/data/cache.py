@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.data.files import Source
+from jaxchat.errors import UserError
 
 SETTLED_SECONDS = 2.0
 

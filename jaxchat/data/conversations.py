@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from jaxchat.config import UserError
 from jaxchat.data.files import Object, Reading, Source, objects, place
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat import Malformed, Rendered
 from jaxchat.tokenizer.sentencepiece import scalar_values

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.data.cache import locked
+from jaxchat.errors import UserError
 
 ATTEMPTS = 6
 BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one

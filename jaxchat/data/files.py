@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError, first_line
+from jaxchat.errors import UserError, first_line
 
 DEAL = 256  # lines of a compressed file dealt to one part at a time
 Object = tuple[int, Any]

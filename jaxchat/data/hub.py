@@ -29,10 +29,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from jaxchat.config import UserError, say
 from jaxchat.data.cache import locked, read_json, write_json
 from jaxchat.data.downloads import Log, Shard, fetch, patiently
 from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
 
 DEFAULT_SHARDS = 8
 AT_ONCE = 4

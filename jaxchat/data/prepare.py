@@ -15,13 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.config import UserError
 from jaxchat.data import cache, conversations, workers
 from jaxchat.data.batch import token_dtype
 from jaxchat.data.files import Reading, Source
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.sources import SUFFIXES, Split, documents, find
 from jaxchat.data.streams import Rows, open_rows
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
 
 FORMAT = 1  # raise it when the same key would make other rows

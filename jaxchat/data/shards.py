@@ -19,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from jaxchat.config import UserError
 from jaxchat.data import conversations
 from jaxchat.data.batch import TARGET, encode_row, token_dtype
 from jaxchat.data.cache import read_json, write_json
 from jaxchat.data.files import Reading, Source
 from jaxchat.data.packing import Packed, Rule, pack, pack_whole
 from jaxchat.data.sources import Split, documents, held_out
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.chat import Malformed
 

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.config import UserError, say
 from jaxchat.data import conversations
 from jaxchat.data.files import Reading, Source, no_column, objects, place, read_text
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
 Split = Literal["train", "val"]

@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from jaxchat.config import UserError
 from jaxchat.data.batch import Batch, Row, batch_of, decode_rows
+from jaxchat.errors import UserError
 
 OPEN_SHARDS = 256
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"

@@ -23,17 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import jaxchat
-from jaxchat.config import UserError
 from jaxchat.data.shards import Counts, Job, Recipe, make_shard
+from jaxchat.errors import UserError
+from jaxchat.machine import cores
 from jaxchat.tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes on disk; starting processes takes longer than preparing less
 SAID_EVERY_SECONDS = 30.0
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.config import UserError
 from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine
+from jaxchat.errors import UserError
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 NEVER = -1e9  # The score of what does not exist.

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 
 HELP = "/clear forgets the conversation, /save FILE adds it to a file, /help says this, an empty line or Ctrl-D ends"

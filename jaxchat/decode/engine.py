@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint, sharding
-from jaxchat.config import UserError, say
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.slots import Slots
 from jaxchat.decode.speculative import Speculation
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
 from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxchat.config import UserError
 from jaxchat.decode.requests import Completion, Request, TextStream, Tool
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 # What a compiled step does: the most likely token only; temperature as well; or everything, at a price.
 Level = Literal["greedy", "plain", "full"]

@@ -8,7 +8,6 @@ import jax
 from rich.console import Console
 
 from jaxchat import checkpoint
-from jaxchat.config import UserError
 from jaxchat.decode import explain
 from jaxchat.decode.beam import BeamParams, beam_search
 from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
@@ -17,6 +16,7 @@ from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sampling import PRESETS, SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.decode.tools import Calculator
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat as conversation
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 MOST_CHARACTERS = 256
 MOST_DEPTH = 32

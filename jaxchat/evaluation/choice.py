@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxchat.config import UserError, say
 from jaxchat.data import sources
 from jaxchat.data.files import Reading, objects
 from jaxchat.data.files import place as stands
+from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
+from jaxchat.launcher import say
 from jaxchat.tokenizer import Tokenizer, chat
 
 HUB: Mapping[str, tuple[str, sources.Split]] = {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.records import read_records
 from jaxchat.evaluation.statistics import paired
 

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.config import UserError
 from jaxchat.data.files import Reading, Source, objects, place
+from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question, choices, common, schema
 from jaxchat.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 
-from jaxchat.config import UserError, json_line, say, to_json
 from jaxchat.data import sources
 from jaxchat.data.cache import read_json, write_json
 from jaxchat.data.downloads import unpacked
 from jaxchat.data.files import Reading
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.choice import arc_questions, mmlu_questions
 from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
@@ -26,7 +26,9 @@ from jaxchat.evaluation.questions import Answer, Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
+from jaxchat.launcher import say
 from jaxchat.processes import gather
+from jaxchat.serialization import json_line, to_json
 from jaxchat.tasks import TASKS, Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 

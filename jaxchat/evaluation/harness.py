@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Loaded, Shape, load_checkpoint
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import FILTERS, SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.tokenizer.chat import CHAT_TEMPLATE
 

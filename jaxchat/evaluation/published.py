@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.core import CORE, centered
 from jaxchat.evaluation.curves import drawing
 

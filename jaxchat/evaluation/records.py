@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jaxchat.config import UserError, json_line
 from jaxchat.data.cache import make_directory
+from jaxchat.errors import UserError
+from jaxchat.serialization import json_line
 
 
 class Records:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw
 from jaxchat.evaluation.published import table
 

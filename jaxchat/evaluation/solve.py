@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jaxchat.config import UserError, say
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sample import refused
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
 from jaxchat.processes import share_out
 from jaxchat.tasks import Problem, Score, Task
 from jaxchat.tokenizer import chat

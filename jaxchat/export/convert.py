@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Loaded, load_checkpoint
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxchat.config import UserError, first_line
+from jaxchat.errors import UserError, first_line
 from jaxchat.export.files import DTYPES, SHARD_BYTES, read_json, read_weights, whole, write_json, write_weights
 from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Place, to_params, to_state
 from jaxchat.export.tokens import BOS, END, read_tokenizer, write_tokenizer

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jaxchat.config import UserError
 from jaxchat.decode import programs
+from jaxchat.errors import UserError
 from jaxchat.export.files import whole, write_json, write_weights
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.tokenizer import Tokenizer

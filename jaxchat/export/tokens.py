@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.export.files import write_json
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.chat import CHAT_TEMPLATE

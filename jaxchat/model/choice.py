@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import metrics
-from jaxchat.config import UserError, first_line
+from jaxchat import devices
+from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model import decoding_kernels
 from jaxchat.model.attention import GQA
@@ -84,7 +84,7 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
 
 
 def facts(mixer: GQA, model: Model, dtype: Any, device: Any) -> Facts:
-    capability = metrics.capability(device) or 0.0
+    capability = devices.capability(device) or 0.0
     present = device in jax.devices()
     return Facts(
         device.platform, dtype, mixer.head_dim, model.isolate_documents, mixer.window, capability, present=present

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
 from jaxchat import sharding
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.model.dense import attend_row
 
 NAME = "attention"  # What rematerialisation by the policy "attention" keeps.

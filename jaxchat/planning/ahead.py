@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxchat import compilation
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.planning import plan
 from jaxchat.planning.chips import GiB, Topology

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxchat.config import UserError, first_line
-from jaxchat.metrics import PEAK_FLOPS
+from jaxchat.devices import PEAK_FLOPS
+from jaxchat.errors import UserError, first_line
 
 GiB = 1 << 30
 
@@ -59,7 +59,7 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-        kind: its name in metrics.PEAK_FLOPS.
+        kind: its name in devices.PEAK_FLOPS.
         memory: bytes that a program may use; of a GPU three quarters of what it has, JAX's own share.
         dollars: what an hour of one cost on demand in 2026, about; --dollars_per_chip_hour corrects it.
         cores: of the name's number, how many one chip counts for: v5p-16 has 8 chips.

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat import sharding
-from jaxchat.config import say
 from jaxchat.decode import programs
 from jaxchat.decode.sampling import SamplingParams, pack
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import GiB, Topology

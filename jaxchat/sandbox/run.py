@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
+from jaxchat.machine import cores
 from jaxchat.sandbox import walls
 from jaxchat.sandbox.literals import receive, send
 from jaxchat.sandbox.walls import WALLS, Wall
@@ -116,11 +117,6 @@ def judge_many(
         finally:
             waiting.clear()
     return [verdicts[i] for i in range(len(jobs))]
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Judge:

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxchat import checkpoint, processes, sharding
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError
 from jaxchat.decode.engine import Engine, Shape
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
 from jaxchat.rollouts import Columns, RolloutStream, Score

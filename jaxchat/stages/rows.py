@@ -8,8 +8,8 @@ import jax
 
 from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError
 from jaxchat.data import prepare, streams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.loss import HeldOutLoss
 from jaxchat.experiment import Experiment

@@ -10,14 +10,15 @@ from typing import Any
 
 import jax
 
-from jaxchat import checkpoint, metrics, processes, signals
+from jaxchat import checkpoint, devices, metrics, processes, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
-from jaxchat.config import UserError, difference
 from jaxchat.data import cache, prepare
 from jaxchat.decode.tools import named_tools
+from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import read_metrics
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.serialization import difference
 from jaxchat.stages.reinforcement import Reinforcement
 from jaxchat.stages.rows import FromRows
 from jaxchat.stages.stage import Stage, inherited, locate_start, started
@@ -54,7 +55,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
         if stage.steps != e.steps:
             setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
             terminal.steps = stage.steps
-        peak = metrics.peak_flops(setup.mesh.devices.flat[0])
+        peak = devices.peak_flops(setup.mesh.devices.flat[0])
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
             return _train(setup, stage, tokenizer, peak, terminal, stopped)
 
@@ -132,7 +133,7 @@ def _train(
         "compile_seconds": round(compile_seconds, 2),
         "micro_rows": micro_rows,
         "attention": setup.transformer.attention,
-        "peak_memory_bytes": metrics.memory_bytes(),
+        "peak_memory_bytes": devices.memory_bytes(),
         "checkpoint": str(e.stage_directory),
     }
 

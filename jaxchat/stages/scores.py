@@ -7,10 +7,10 @@ import jax
 
 from jaxchat import checkpoint, processes
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError
 from jaxchat.data import prepare
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, share, summaries
 from jaxchat.evaluation.likelihoods import Scorer

@@ -10,7 +10,7 @@ import optax
 
 from jaxchat import checkpoint
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State

@@ -7,15 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat import metrics, optim, processes
+from jaxchat import devices, metrics, optim, processes
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError, say, to_json
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import TOOLS
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.counts import flops_per_token, parameter_counts
+from jaxchat.serialization import to_json
 from jaxchat.stages.stability import Stability
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.train import State
@@ -64,7 +66,7 @@ class StepLog:
         record["seconds"] = seconds
         if self._more is not None:
             record |= self._more(number, values)
-        record |= {"skipped": values["skipped"], "memory_bytes": metrics.memory_bytes()}
+        record |= {"skipped": values["skipped"], "memory_bytes": devices.memory_bytes()}
         if report := self.stability(record):
             self._say(f"warning: {report}")
         record["unstable_steps"] = self.stability.unstable_steps

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from jaxchat.config import UserError, first_line
+from jaxchat.errors import UserError, first_line
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.task import Problem, Score, Split, Task

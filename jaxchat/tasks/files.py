@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.data import conversations, sources
 from jaxchat.data.files import Reading, objects, place
+from jaxchat.errors import UserError
 
 
 def read_rows(

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import UserError
 from jaxchat.data import sources
+from jaxchat.errors import UserError
 from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.numbers import last_number, read_number, same_number
 from jaxchat.tasks.task import Problem, Score, Split

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.sandbox.run import Job, Limits, SandboxError, Verdict, find_protection, judge_many
 from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.task import Problem, Score, Split

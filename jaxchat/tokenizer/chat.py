@@ -7,7 +7,7 @@ tool answered, and not the token that begins the assistant's turn (nanochat's ru
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.tokenizer.sentencepiece import Tokenizer
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import sentencepiece
 
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 
 SPECIALS = (
     "<|bos|>",

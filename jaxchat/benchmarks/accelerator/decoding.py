@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks import decode as engine_bench
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.compilation import compute_dtype
-from jaxchat.config import say
+from jaxchat.launcher import say
 from jaxchat.model.decoding_kernels import KERNELS
 from jaxchat.model.transformer import Transformer
 
@@ -46,7 +46,7 @@ def _one_size(
     found = engine_bench.one_size(transformer, weights, asked, rows, copied, None)
     read, length = found["step_bytes"], asked.prompt_tokens + asked.decode_tokens // 2
     matrices = engine_bench.step_bytes(transformer, 0, length)
-    peak, rate = metrics.peak_bandwidth(device), read / found["token_seconds"]
+    peak, rate = devices.peak_bandwidth(device), read / found["token_seconds"]
     return {
         "tokens_per_second": found["decode_tokens_per_second"],
         "tokens_per_second_with_prompts": found["tokens_per_second"],

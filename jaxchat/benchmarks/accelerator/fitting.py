@@ -5,10 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxchat import compilation, metrics
+from jaxchat import compilation, devices
 from jaxchat.benchmarks.accelerator.timing import Compiled, compiling
 from jaxchat.compilation import Setup
-from jaxchat.config import UserError, say
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
 
 # Numbers of `width` that a layer keeps of each token for the backward pass, about: only the first guess needs them.
 KEPT = {"none": 40, "dots": 20, "attention": 6, "full": 2}
@@ -35,7 +36,7 @@ def fit(setup: Setup, *, tries: int, most: int = 0) -> Fitted:
         UserError: not even the smallest fits.
     """
     device = setup.mesh.devices.flat[0]
-    limit = compilation.MEMORY_SHARE * metrics.memory_limit(device)
+    limit = compilation.MEMORY_SHARE * devices.memory_limit(device)
     if (state := compilation.state_bytes(setup)) > limit:
         raise UserError(
             f"the training state alone needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}: split it over "

@@ -11,7 +11,7 @@ from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.benchmarks.accelerator.timing import quantiles, time_call
 from jaxchat.compilation import compute_dtype
-from jaxchat.config import say
+from jaxchat.launcher import say
 from jaxchat.model.choice import PREFERRED
 from jaxchat.model.kernels import BACKENDS, Backend
 from jaxchat.model.transformer import Model

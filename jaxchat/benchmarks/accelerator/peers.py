@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.benchmarks.accelerator.torch_side import Asked
 from jaxchat.benchmarks.accelerator.training import Variant, measure
-from jaxchat.config import UserError
+from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.counts import flops_per_token
 from jaxchat.sharding import Mesh
@@ -38,7 +38,7 @@ def beside(e: Experiment, kind: str, bench: Bench, ours: Any, rows: Rows) -> dic
     """A peer's numbers, its share of the peak by the same count of FLOPs, and how many times as fast we are."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     found = run(asked(e, kind, bench, device), seconds=max(10.0, rows.clock.left()))
-    peak = metrics.peak_flops(jax.devices()[0])
+    peak = devices.peak_flops(jax.devices()[0])
     flops = flops_per_token(e.model, e.data.row_length)["total"]
     speed = found["tokens_per_second"]
     return found | {

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
-from jaxchat import metrics
+from jaxchat import devices
 from jaxchat.benchmarks.train import machine
-from jaxchat.config import UserError, first_line, json_line, say
+from jaxchat.errors import UserError, first_line
+from jaxchat.launcher import say
+from jaxchat.serialization import json_line
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -152,9 +154,9 @@ def facts(command: str, budget_s: float) -> dict[str, Any]:
             **machine(os.cpu_count() or 1),
             "driver": driver(),
             "platform_version": str(getattr(device.client, "platform_version", "")),
-            "peak_flops": metrics.peak_flops(device),
-            "peak_bytes_per_second": metrics.peak_bandwidth(device),
-            "memory_limit_bytes": metrics.memory_limit(device),
+            "peak_flops": devices.peak_flops(device),
+            "peak_bytes_per_second": devices.peak_bandwidth(device),
+            "memory_limit_bytes": devices.memory_limit(device),
         },
         "versions": versions(),
         "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},

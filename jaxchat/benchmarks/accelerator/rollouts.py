@@ -15,9 +15,9 @@ from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
 from jaxchat.benchmarks.accelerator.training import start_state
 from jaxchat.compilation import Setup
-from jaxchat.config import say
 from jaxchat.decode.engine import Engine, Shape
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.rollouts import RL, RolloutStream
 from jaxchat.stages.reinforcement import scorer
 from jaxchat.tokenizer import SPECIALS

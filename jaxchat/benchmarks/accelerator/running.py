@@ -12,7 +12,9 @@ import jax
 from jaxchat.benchmarks.accelerator import decoding, kernels, peers, rollouts, training
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Report, Rows, facts, free_place, one_line
-from jaxchat.config import UserError, json_line, say
+from jaxchat.errors import UserError
+from jaxchat.launcher import say
+from jaxchat.serialization import json_line
 from jaxchat.signals import raised
 
 GRACE = 20.0  # Seconds after the budget until what still runs is cut off.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat import compilation, metrics, sharding
+from jaxchat import compilation, devices, sharding
 from jaxchat.benchmarks.accelerator import fitting
 from jaxchat.benchmarks.accelerator.kernels import DOCUMENT, backends
 from jaxchat.benchmarks.accelerator.options import Bench, Family, Make
@@ -17,8 +17,8 @@ from jaxchat.benchmarks.accelerator.report import Clock, Rows
 from jaxchat.benchmarks.accelerator.timing import quantiles, time_steps
 from jaxchat.benchmarks.train import adamw_only
 from jaxchat.compilation import Setup
-from jaxchat.config import say
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import say
 from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.train import State, init_state
 
@@ -108,7 +108,7 @@ def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str,
             gc.collect()  # What an error's frames held is memory of the device.
     flops, tokens = flops_per_token(e.model, e.data.row_length)["total"], e.batch_tokens
     seconds = quantiles(times.seconds, scale=1.0)
-    peak = metrics.peak_flops(setup.mesh.devices.flat[0])
+    peak = devices.peak_flops(setup.mesh.devices.flat[0])
     speed = tokens / seconds["median"]
     return {
         "tokens_per_second": round(speed, 1),
@@ -122,7 +122,7 @@ def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str,
         "row_length": e.data.row_length,
         "step_bytes": fitted.bytes,
         "tried_bytes": {str(size): needed for size, needed in fitted.tried.items()},
-        "peak_memory_bytes": metrics.memory_bytes(),
+        "peak_memory_bytes": devices.memory_bytes(),
         "compile_seconds": round(fitted.compiled.seconds, 2),
         "cold_compile_seconds": round(fitted.compiled.cold_seconds, 2),
         "cached": fitted.compiled.cached,

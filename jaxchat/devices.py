@@ -1,0 +1,101 @@
+"""What a device is and holds: peak FLOPs and bandwidth, memory, compute capability."""
+
+import math
+import os
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOPs a second of one device, from the vendors' data sheets; a prefix of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+# Bytes a second of one device's memory: Google Cloud's TPU pages, NVIDIA's data sheets; a prefix of jax's device_kind.
+PEAK_BANDWIDTH = {
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5e": 0.819e12,
+    "TPU v5p": 2.765e12,
+    "TPU v5": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.352e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA B200": 7.672e12,
+    "NVIDIA L4": 0.3e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak FLOPs a second of one device: from the table, None where the kind is unknown, measured on a CPU."""
+    if device.platform == "cpu":
+        return _measured_peak() / jax.local_device_count()
+    return _of_kind(PEAK_FLOPS, device)
+
+
+def peak_bandwidth(device: Any) -> float | None:
+    """Peak bytes a second of one device's memory, read or written; None where the kind is unknown, and on a CPU."""
+    return _of_kind(PEAK_BANDWIDTH, device)
+
+
+def capability(device: Any) -> float | None:
+    """An NVIDIA GPU's compute capability, such as 9.0; None of other devices, whose names for it are no numbers."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _of_kind(table: Mapping[str, float], device: Any) -> float | None:
+    """The entry whose name is the longest beginning of the device's kind."""
+    known = [kind for kind in table if device.device_kind.startswith(kind)]
+    return table[max(known, key=len)] if known else None
+
+
+def _measured_peak(size: int = 1024, repeats: int = 4) -> float:
+    """Float32 FLOPs a second of the whole CPU: the best of a few square products, one on each device at once."""
+    devices = jax.local_devices()
+    xs = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in devices]
+    product = jax.jit(jnp.matmul)
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready([product(x, x) for x in xs])
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 * len(devices) / best
+
+
+def memory_bytes() -> int:
+    """Peak memory so far: of one device where it tells, otherwise of this process."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats:
+        return int(stats.get("peak_bytes_in_use", 0))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_limit(device: Any) -> int:
+    """Bytes that one device may use."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
