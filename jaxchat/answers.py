@@ -30,7 +30,7 @@ class Answer:
     targets_T: np.ndarray
     trained_T: np.ndarray
     sampled_logprobs_T: np.ndarray
-    kept_TC: np.ndarray | None
+    support_TC: np.ndarray | None
     advantages_T: np.ndarray
     logprobs_T: np.ndarray
     weight: float = 0.0
@@ -42,14 +42,14 @@ def answer_of(prompt: Sequence[int], completion: Completion, *, set_bytes: int) 
     ids = np.array([*prompt, *completion.tokens], np.int32)
     first, T = len(prompt) - 1, len(ids) - 1
     trained_T, sampled_T = np.zeros(T, bool), np.zeros(T, np.float32)
-    trained_T[first:], sampled_T[first:] = completion.sampled, completion.drawn_logprobs
-    kept_TC = None
+    trained_T[first:], sampled_T[first:] = completion.sampled, completion.sampling_logprobs
+    support_TC = None
     if set_bytes:
-        kept_TC = np.full((T, set_bytes), 255, np.uint8)
-        if completion.kept is not None and len(completion.tokens):
-            kept_TC[first:] = completion.kept
+        support_TC = np.full((T, set_bytes), 255, np.uint8)
+        if completion.support is not None and len(completion.tokens):
+            support_TC[first:] = completion.support
     zero_T = np.zeros(T, np.float32)
-    return Answer(ids[:-1], ids[1:], trained_T, sampled_T, kept_TC, zero_T, zero_T)
+    return Answer(ids[:-1], ids[1:], trained_T, sampled_T, support_TC, zero_T, zero_T)
 
 
 def lay_out(
@@ -66,7 +66,7 @@ def lay_out(
     more = ("weights", "norms", "advantages", "old_logprobs", "sampled", "trained")
     columns |= {name: np.zeros((rows, row_length), np.float32) for name in more}
     if set_bytes:
-        columns["kept"] = np.full((rows, row_length, set_bytes), 255, np.uint8)
+        columns["support"] = np.full((rows, row_length, set_bytes), 255, np.uint8)
     filled, places = np.zeros(rows, int), []
     for row, answer, length in zip(row_N.tolist(), answers, lengths):
         at = int(filled[row])
@@ -81,7 +81,7 @@ def lay_out(
             ("old_logprobs", answer.logprobs_T),
             ("sampled", answer.sampled_logprobs_T),
             ("trained", answer.trained_T),
-            ("kept", answer.kept_TC),
+            ("support", answer.support_TC),
         ):
             if values is not None:
                 columns[name][row, span] = values
@@ -99,7 +99,7 @@ def micro_batches(columns: Columns, *, micro_rows: int, most: int) -> tuple[Colu
     """
     used = len(columns["tokens"]) // micro_rows
     cut: Columns = {}
-    for name in ("tokens", "targets", "segments", "weights", "norms", "advantages", "old_logprobs", "kept"):
+    for name in ("tokens", "targets", "segments", "weights", "norms", "advantages", "old_logprobs", "support"):
         if name in columns:
             column = columns[name].reshape(used, micro_rows, *columns[name].shape[1:])
             cut[name] = np.concatenate([column, np.zeros((most - used, *column.shape[1:]), column.dtype)])

@@ -78,8 +78,8 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
         start = getattr(module, "DIALS", {}).get(stage, module.DIAL)
         known["dial"], rest = _read_dial(start, rest)
         dial = _dial_flags(start)
-        told = " ".join(f"--{name}={value}" for name, value in dial.items())
-        about += f"\n\nRead first, and what is derived follows: {told}"
+        dial_flags = " ".join(f"--{name}={value}" for name, value in dial.items())
+        about += f"\n\nRead first, and what is derived follows: {dial_flags}"
     try:
         default = module.get_config(**known)
     except ValueError as error:

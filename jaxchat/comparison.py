@@ -29,7 +29,7 @@ LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss", "bpb", "compile_seconds", "pea
 HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Endings.
 OWN = ("name", "directory", "seed")  # What the comparison decides for every run.
 Load = Callable[[Sequence[str]], Experiment]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ def run(
     equal: Literal["tokens", "time"],
     measure: str,
     stopped: Callable[[], bool],
-    say: Say,
+    log: Log,
 ) -> dict[str, Any]:
     """Trains every variant with every seed, unless compare.json has its result; writes compare.md and its picture.
 
@@ -94,9 +94,9 @@ def run(
         raise UserError(str(error)) from None
     lower = lower_is_better(measure)
     place = load([]).run_directory
-    say = say if jax.process_index() == 0 else lambda _: None
-    trained = functools.partial(_trained, place, stopped, say)
-    with _held(place, say):
+    log = log if jax.process_index() == 0 else lambda _: None
+    trained = functools.partial(_trained, place, stopped, log)
+    with _held(place, log):
         planned = _planned(variants, load, equal, trained)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for seed, name in itertools.product(seeds, variants):  # So that an early end leaves whole pairs.
@@ -106,9 +106,9 @@ def run(
             return {}
         values = {name: [_value(result, measure) for result in found] for name, found in results.items()}
         found = {row.name: row._asdict() | _about(results[row.name]) for row in rows(values, lower=lower)}
-        report = _write(place, found, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", say)
-    told = {name: {key: part for key, part in row.items() if key != "name"} for name, row in found.items()}
-    return {"measure": measure, "seeds": list(seeds), "variants": told, "report": str(report)}
+        report = _write(place, found, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", log)
+    by_variant = {name: {key: part for key, part in row.items() if key != "name"} for name, row in found.items()}
+    return {"measure": measure, "seeds": list(seeds), "variants": by_variant, "report": str(report)}
 
 
 def lower_is_better(measure: str) -> bool:
@@ -178,7 +178,7 @@ def _planned(
     return planned
 
 
-def _trained(place: Path, stopped: Callable[[], bool], say: Say, key: str, e: Experiment) -> dict[str, Any]:
+def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Experiment) -> dict[str, Any]:
     """The result of a run, out of compare.json where it is finished; where it diverged, nothing but the reason.
 
     Raises:
@@ -191,7 +191,7 @@ def _trained(place: Path, stopped: Callable[[], bool], say: Say, key: str, e: Ex
     results: dict[str, dict[str, Any]] = processes.gather(read_json(place / RESULTS) or {})[0]
     if key in results and (e.stage_directory / checkpoint.EXPERIMENT).is_file():
         return results[key]
-    say(f"== {key}")
+    log(f"== {key}")
     try:
         results[key] = stages.run(e, stopped)
     except Diverged as error:
@@ -206,13 +206,13 @@ def _trained(place: Path, stopped: Callable[[], bool], say: Say, key: str, e: Ex
 
 
 @contextlib.contextmanager
-def _held(place: Path, say: Say) -> Iterator[None]:
+def _held(place: Path, log: Log) -> Iterator[None]:
     """Holds the comparison's directory; raises `UserError` where another process has it, or compare.json is damaged."""
     if jax.process_index():
         yield
         return
     refusal = f"another process compares in {place}: wait for its end, or give this comparison its own --name"
-    with cache.locked(place, say, refusal=refusal):
+    with cache.locked(place, log, refusal=refusal):
         if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
             raise UserError(f"{place / RESULTS} cannot be read: remove it; runs that are finished are scored again")
         yield
@@ -247,7 +247,7 @@ def _write(
     variants: Mapping[str, list[str]],
     seeds: Sequence[int],
     measure: str,
-    say: Say,
+    log: Log,
 ) -> Path:
     """Writes compare.md and compare.png; returns the first."""
     first = next(iter(variants))
@@ -266,7 +266,7 @@ def _write(
     notes += [f"- {name} diverged: {row['diverged']}" for name, row in found.items() if row["diverged"]]
     heading = f"{measure}. Differences are to {first}, seed by seed."
     lines = [f"# {place.name}", "", heading, "", *table, "", *notes, ""]
-    say("\n".join(lines))
+    log("\n".join(lines))
     curves = {
         name: [read_metrics(file.parent) for seed in seeds for file in place.glob(f"{name}/seed{seed}/*/metrics.jsonl")]
         for name in variants
@@ -275,7 +275,7 @@ def _write(
         draw_groups(curves, place / "compare.png")
         lines.append("![curves of the variants](compare.png)")
     except UserError as error:
-        say(f"no picture: {error}")
+        log(f"no picture: {error}")
         lines.append(f"No picture: {error}.")
     path = place / "compare.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import optax
 from jaxchat import checkpoint, devices, optim, processes, sharding, xla
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.choice import choose_attention
 from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
@@ -50,42 +50,42 @@ def prepare_backend(experiment: Experiment) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", here)
     except RuntimeError:  # In a notebook or a test the backend may run already.
-        say(f"JAX runs already, with {jax.device_count()} devices")
+        log(f"JAX runs already, with {jax.device_count()} devices")
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
-def compute_dtype(experiment: Experiment, device: Any, say: Callable[[str], None]) -> Any:
+def compute_dtype(experiment: Experiment, device: Any, log: Callable[[str], None]) -> Any:
     """bfloat16 on accelerators that have it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
     if device.platform == "gpu" and (devices.capability(device) or 8.0) < 8.0:
-        say(f"{device.device_kind} has no fast bfloat16: computing in float32")
+        log(f"{device.device_kind} has no fast bfloat16: computing in float32")
         return jnp.dtype("float32")
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
 
 
-def warn_of_float8(experiment: Experiment, device: Any, say: Callable[[str], None]) -> None:
+def warn_of_float8(experiment: Experiment, device: Any, log: Callable[[str], None]) -> None:
     """Tells where products in eight-bit floats gain nothing: TPUs before the seventh, GPUs before capability 8.9."""
     slow = device.device_kind.startswith("TPU v") or (devices.capability(device) or 9.0) < 8.9
     if isinstance(experiment.matmul, Float8) and slow:
-        say(f"warning: {device.device_kind} does not multiply in float8: --matmul=float8 rounds as it would, no faster")
+        log(f"warning: {device.device_kind} does not multiply in float8: --matmul=float8 rounds as it would, no faster")
 
 
-def make_setup(experiment: Experiment, say: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
+def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
     """Mesh, model, optimizer, and the abstract state with its placements; on other devices than JAX has, if named."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     devices = list(jax.devices() if devices is None else devices)
-    dtype, length = compute_dtype(experiment, devices[0], say), experiment.data.row_length
-    warn_of_float8(experiment, devices[0], say)
+    dtype, length = compute_dtype(experiment, devices[0], log), experiment.data.row_length
+    warn_of_float8(experiment, devices[0], log)
     attention = choose_attention(
-        experiment.attention, experiment.model, length=length, dtype=dtype, device=devices[0], say=say
+        experiment.attention, experiment.model, length=length, dtype=dtype, device=devices[0], log=log
     )
     transformer = Transformer(experiment.model, dtype, attention)
     try:
         mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
         if mesh.size < len(devices) and processes.joined_count() > 1:
-            told = f"the mesh takes {mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
-            raise ValueError(f"{told}, and no process can stand aside: leave --mesh.data out, or start fewer")
+            taken = f"{mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
+            raise ValueError(f"the mesh takes {taken}, and no process can stand aside: leave --mesh.data out")
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
         shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
@@ -107,11 +107,11 @@ def learning(e: Experiment, transformer: Transformer) -> tuple[Objective, Mappin
         return likelihood(transformer), columns
     columns |= {name: ((T,), jnp.float32) for name in ("norms", "advantages", "old_logprobs")}
     if e.rl.truncates:
-        columns["kept"] = (T, -(-e.model.vocab // 8)), jnp.uint8
+        columns["support"] = (T, -(-e.model.vocab // 8)), jnp.uint8
     return policy_gradient(transformer, e.rl.policy, temperature=e.rl.temperature), columns
 
 
-def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, float]:
+def compile_step(setup: Setup, log: Callable[[str], None]) -> tuple[Any, int, float]:
     """The compiled step, the rows of a micro-batch, and the seconds it took.
 
     With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
@@ -122,18 +122,18 @@ def compile_step(setup: Setup, say: Callable[[str], None]) -> tuple[Any, int, fl
     choices, state = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows], state_bytes(setup)
     while choices:
         rows = choices[0]
-        compiled, needed = compile_lowered(lower_step(setup, rows), setup, say)
+        compiled, needed = compile_lowered(lower_step(setup, rows), setup, log)
         if compiled is not None and (needed <= limit or e.micro_rows != "auto"):
             return _guarded(compiled, setup, rows), rows, time.perf_counter() - start
         # What a step needs beyond the state grows with its rows, so half-way steps need not be compiled.
         most = rows * (limit - state) / (needed - state) if state < needed < math.inf else rows / 2
         choices = [n for n in choices[1:] if n <= most] or choices[-1:] * (len(choices) > 1)
         if choices:
-            say(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {choices[0]}")
+            log(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {choices[0]}")
     raise UserError(_out_of_memory(setup, rows))
 
 
-def compile_lowered(lowered: Any, setup: Setup, say: Callable[[str], None]) -> tuple[Any, float]:
+def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> tuple[Any, float]:
     """A program compiled with the experiment's settings, and the bytes that it needs of a device; None in its place
     where the compiler sees that it does not fit, with the bytes it names or infinity.
 
@@ -145,14 +145,14 @@ def compile_lowered(lowered: Any, setup: Setup, say: Callable[[str], None]) -> t
             compiled = lowered.compile(compiler_options=dict(options) or None)
             return compiled, step_bytes(compiled)
         except jax.errors.JaxRuntimeError as error:
-            told = str(error)
-            unknown = re.search(r"No such compile option: '(\w+)'", told)
-            if unknown is None and "RESOURCE_EXHAUSTED" not in told:
+            message = str(error)
+            unknown = re.search(r"No such compile option: '(\w+)'", message)
+            if unknown is None and "RESOURCE_EXHAUSTED" not in message:
                 raise
         if unknown is None:
-            named = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", told)
+            named = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", message)
             return None, float(named[1]) * 1024 ** ("KMGT".index(named[2]) + 1) if named else math.inf
-        say(f"this compiler has no setting {unknown[1]}: compiling without it")
+        log(f"this compiler has no setting {unknown[1]}: compiling without it")
         del options[unknown[1]]
 
 
@@ -198,13 +198,13 @@ def micro_choices(setup: Setup) -> list[int]:
 
 
 def _out_of_memory(setup: Setup, rows: int) -> str:
-    told = f"the step does not fit in memory with micro_rows={rows}"
+    message = f"the step does not fit in memory with micro_rows={rows}"
     smaller = max((n for n in micro_choices(setup) if n < rows), default=None)
     if smaller is not None:
-        return f"{told}: set --micro_rows={smaller}"
+        return f"{message}: set --micro_rows={smaller}"
     if setup.experiment.model.remat != "full":
-        return f"{told}: set --model.remat=full"
-    return f"{told} and remat=full: use more devices with --mesh.fsdp"
+        return f"{message}: set --model.remat=full"
+    return f"{message} and remat=full: use more devices with --mesh.fsdp"
 
 
 def _guarded(compiled: Any, setup: Setup, rows: int) -> Callable[[State, Any], Any]:

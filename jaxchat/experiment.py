@@ -109,8 +109,8 @@ class Experiment:
         if self.stage not in STAGES or (self.stage == "rl") != (self.rl is not None):
             raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}, and rl goes with stage 'rl'")
         if self.rl is not None and self.matmul is not None:
-            told = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
-            raise ValueError(f"{told}: leave it None in stage 'rl'")
+            problem = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
+            raise ValueError(f"{problem}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
             raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
         check_local("directory", self.directory)
@@ -131,8 +131,8 @@ class Experiment:
             if name not in xla.SETTINGS:
                 raise ValueError(f"xla names {name!r}: there are {', '.join(xla.SETTINGS)}")
         if self.model.vocab != self.data.vocab:
-            told = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
-            raise ValueError(f"{told}: set --data.vocab, the model follows")
+            problem = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
+            raise ValueError(f"{problem}: set --data.vocab, the model follows")
         if min(self.save_every, self.eval_every, self.eval_rows, self.sample_every) < 0 or self.keep < 1:
             raise ValueError("save_every, eval_every, eval_rows and sample_every must not be negative, keep at least 1")
 

@@ -11,7 +11,7 @@ from jaxchat.errors import UserError
 from jaxchat.serialization import json_line
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line for whoever runs a launcher; stdout is for its result."""
     print(text, file=sys.stderr, flush=True)
 

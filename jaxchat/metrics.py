@@ -64,7 +64,7 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.steps, self._every, self._last = steps, every_seconds, 0.0
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if jax.process_index() == 0:
             self._console.print(text, markup=False)
 
@@ -76,19 +76,19 @@ class Terminal:
             self._last = now
             left = (self.steps - step) * record["seconds"]
             skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
-            self.say(
+            self.log(
                 f"step {step:>6,}/{self.steps:,}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
-                f"{_told(record)}{skipped}  {_clock(left)} left"
+                f"{_progress(record)}{skipped}  {_clock(left)} left"
             )
         else:
-            told = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
-            self.say(f"step {step:>6,}/{self.steps:,}  {told}")
+            values = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
+            self.log(f"step {step:>6,}/{self.steps:,}  {values}")
 
     def close(self) -> None:
         sys.stderr.flush()
 
 
-def _told(record: dict[str, Any]) -> str:
+def _progress(record: dict[str, Any]) -> str:
     """What a training step tells beside its loss: its speed, or what its answers were worth."""
     if "tokens_per_second" in record:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"

@@ -327,8 +327,8 @@ def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str])
     for name, most in (*((name, math.inf) for name in finite), *((name, 1) for name in shares)):
         value = getattr(config, name)
         if not 0 <= value < most:
-            told = "finite" if most == math.inf else "below 1"
-            raise ValueError(f"{name}={value} must be at least 0 and {told}")
+            limit = "finite" if most == math.inf else "below 1"
+            raise ValueError(f"{name}={value} must be at least 0 and {limit}")
 
 
 def _is_axes(x: Any) -> bool:

@@ -27,10 +27,11 @@ from jaxchat.errors import UserError, first_line
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 JOIN_SECONDS = 300  # A slow host may still be installing.
-BEAT, PATIENCE = 2.0, 30.0  # Seconds between signs of life, and without one until a process counts as lost.
-LOST = 75  # Exit status: start again to continue.
+HEARTBEAT_SECONDS = 2.0
+HEARTBEAT_TIMEOUT = 30.0  # Seconds without a heartbeat after which a process counts as lost.
+EXIT_RESTART = 75  # EX_TEMPFAIL: a scheduler should restart the job.
 FOREVER_MS = 7 * 24 * 3600 * 1000  # A lost process is noticed by the watch.
-PLACE = "jaxchat/alive"
+HEARTBEAT_KEY = "jaxchat/alive"
 _meetings = itertools.count()
 
 Item = TypeVar("Item")
@@ -107,7 +108,7 @@ def _join(environment: Mapping[str, str]) -> None:
         by_hand = {"coordinator_address": environment[ADDRESS]}
         by_hand |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
         by_hand |= {"cluster_detection_method": "deactivate"}
-    told = f"start as many as {COUNT} says, on hosts that reach {environment.get(ADDRESS, 'the first of them')}"
+    remedy = f"start as many as {COUNT} says, on hosts that reach {environment.get(ADDRESS, 'the first of them')}"
     failed: list[Exception] = []
 
     def initialize() -> None:
@@ -115,8 +116,8 @@ def _join(environment: Mapping[str, str]) -> None:
             jax.distributed.initialize(
                 **by_hand,
                 initialization_timeout=2 * JOIN_SECONDS,
-                heartbeat_timeout_seconds=2 * int(PATIENCE),
-                shutdown_timeout_seconds=2 * int(PATIENCE),
+                heartbeat_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
+                shutdown_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
             )
         except (RuntimeError, ValueError) as error:
             failed.append(error)
@@ -128,11 +129,11 @@ def _join(environment: Mapping[str, str]) -> None:
         while thread.is_alive() and time.monotonic() - start < JOIN_SECONDS:
             thread.join(0.2)
     except KeyboardInterrupt as stop:
-        _leave(f"stopped by a signal; {stop}: start again to continue", LOST)
+        _leave(f"stopped by a signal; {stop}: start again to continue", EXIT_RESTART)
     if thread.is_alive():
-        _leave(f"error: the processes did not find each other in {JOIN_SECONDS} s: {told}", 2)
+        _leave(f"error: the processes did not find each other in {JOIN_SECONDS} s: {remedy}", 2)
     if failed:
-        raise UserError(f"the processes did not find each other ({first_line(failed[0])}): {told}") from failed[0]
+        raise UserError(f"the processes did not find each other ({first_line(failed[0])}): {remedy}") from failed[0]
 
 
 def _group() -> Any:
@@ -159,18 +160,18 @@ class _Watch:
 
     def _run(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(HEARTBEAT_SECONDS):
             beat += 1
             try:
                 self._tell(f"alive {beat} of {os.environ.get(COUNT, self._count)}")
-                told = dict(self._store.key_value_dir_get(PLACE))
+                heartbeats = dict(self._store.key_value_dir_get(HEARTBEAT_KEY))
             except jax.errors.JaxRuntimeError:
                 self._stop("process 0 is lost")
             for other in range(self._count):
-                self._hear(other, told.get(f"{PLACE}/{other}", ""))
+                self._hear(other, heartbeats.get(f"{HEARTBEAT_KEY}/{other}", ""))
 
     def _tell(self, text: str) -> None:
-        self._store.key_value_set(f"{PLACE}/{self._index}", text, allow_overwrite=True)
+        self._store.key_value_set(f"{HEARTBEAT_KEY}/{self._index}", text, allow_overwrite=True)
 
     def _hear(self, other: int, text: str) -> None:
         now = time.monotonic()
@@ -181,21 +182,21 @@ class _Watch:
             self._stop(f"process {other} was given another {COUNT}")
         if what == "failed" and other != self._index:
             self._stop(f"process {other} stopped ({text.removeprefix('failed ')})")
-        if what == "stopping" and silent > PATIENCE and not Agreement.stopping:
+        if what == "stopping" and silent > HEARTBEAT_TIMEOUT and not Agreement.stopping:
             self._stop(f"process {other} was told to stop")
-        if what not in ("stopping", "done") and silent > PATIENCE:
+        if what not in ("stopping", "done") and silent > HEARTBEAT_TIMEOUT:
             self._stop(f"process {other} is lost")
 
     def _stop(self, why: str) -> None:
         if not self._ended.is_set():
             print(f"{why}, and with it process {self._index}: start all again to continue", file=sys.stderr, flush=True)
             self._let_others_read()
-            _leave("", LOST)
+            _leave("", EXIT_RESTART)
 
     def _let_others_read(self) -> None:
         """Waits where this is process 0: it keeps what the others read, and JAX would end them without it."""
         if self._index == 0:
-            time.sleep(3 * BEAT)
+            time.sleep(3 * HEARTBEAT_SECONDS)
 
     def end(self, text: str) -> None:
         """Says that this process needs no watching any more."""
@@ -209,12 +210,13 @@ class _Watch:
         if isinstance(error, signals.Interrupted):
             print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
             self._stop_together()
-            _leave("", LOST)
+            _leave("", EXIT_RESTART)
         if _broken(error):
-            time.sleep(2 * BEAT)  # Where another process broke the connection, the watch knows more, and ends this one.
+            # If another process broke the connection, the watch learns which, and ends this one.
+            time.sleep(2 * HEARTBEAT_SECONDS)
         status = self._say(error)  # Before anything else: JAX may end this process while it waits.
         self.end(f"failed {first_line(error)}")
-        time.sleep(BEAT)
+        time.sleep(HEARTBEAT_SECONDS)
         self._let_others_read()
         _leave("", status)
 
@@ -223,9 +225,9 @@ class _Watch:
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1
         if _broken(error):
-            told = f"another process is lost, or the connection to it ({first_line(error)})"
-            print(f"error: {told}: start all again to continue", file=sys.stderr, flush=True)
-            return LOST
+            problem = f"another process is lost, or the connection to it ({first_line(error)})"
+            print(f"error: {problem}: start all again to continue", file=sys.stderr, flush=True)
+            return EXIT_RESTART
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
@@ -237,13 +239,13 @@ class _Watch:
         self.end("stopping")
         before, since = None, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while time.monotonic() - since < PATIENCE:
-                alive = [text for _, text in self._store.key_value_dir_get(PLACE) if text.startswith("alive")]
+            while time.monotonic() - since < HEARTBEAT_TIMEOUT:
+                alive = [text for _, text in self._store.key_value_dir_get(HEARTBEAT_KEY) if text.startswith("alive")]
                 if not alive:
                     break
                 if alive != before:
                     before, since = alive, time.monotonic()
-                time.sleep(BEAT)
+                time.sleep(HEARTBEAT_SECONDS)
             self._let_others_read()
 
 
@@ -290,7 +292,7 @@ class Agreement:
         return yes
 
 
-def meet() -> None:
+def barrier() -> None:
     """Returns once every process is here, however much later: a first collective waits for half a minute only."""
     if jax.process_count() > 1:
         _group().client.wait_at_barrier(f"jaxchat/meet/{next(_meetings)}", timeout_in_ms=FOREVER_MS)
@@ -300,7 +302,7 @@ def gather(value: Result) -> list[Result]:
     """What every process gave, in their order; all must call it."""
     if jax.process_count() == 1:
         return [value]
-    meet()
+    barrier()
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).ravel()
     padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
@@ -332,7 +334,7 @@ def everyone(work: Callable[[], Result]) -> Result:
     return result
 
 
-def told(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def from_first(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """A launcher's result, which the first process prints."""
     return result if jax.process_index() == 0 else None
 

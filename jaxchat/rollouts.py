@@ -148,14 +148,14 @@ class RolloutStream:
         reference: Any = None,
         own_copy: Callable[[Any], Any] = lambda params: params,
         downloads: Path | None = None,
-        say: Log = print,
+        log: Log = print,
     ) -> None:
-        self._rl, self._engine, self._score, self._say = rl, engine, score, say
+        self._rl, self._engine, self._score, self._say = rl, engine, score, log
         self._seed, self._row_length, self._micro_rows = seed, row_length, micro_rows
         self._reference, self._own_copy = reference, own_copy
         self._set_bytes = -(-engine.transformer.config.vocab // 8) if rl.truncates else 0
         tasks = [load_task(spec, downloads) for spec in rl.tasks]
-        self._problems = _readable(rl, tasks, engine.tokenizer, row_length, say)
+        self._problems = _readable(rl, tasks, engine.tokenizer, row_length, log)
         self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()
         self._answers: list[Answer] = []
         self._said: set[tuple[str, ...]] = set()
@@ -262,7 +262,7 @@ class RolloutStream:
         rl = self._rl
         sampling = SamplingParams(rl.temperature, **rl.truncation, max_tokens=rl.max_tokens, seed=seed)
         tools = named_tools(task.tools)
-        return Request(prompt, sampling, n=rl.samples, tools=tools, keep_sets=rl.truncates)
+        return Request(prompt, sampling, n=rl.samples, tools=tools, return_support=rl.truncates)
 
     def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:
         rl = self._rl
@@ -314,10 +314,10 @@ class RolloutStream:
                 kl += float(to_go_T[0]) / len(self._answers)
         trained_RT = columns["trained"] > 0
         gap_N = (columns["sampled"] - logprobs_RT)[trained_RT].astype(np.float64)
-        told = {"entropy": float(entropy_RT[trained_RT].mean()), "gap_kl": float(gap_N.mean())}
-        told |= {"gap_max": float(np.abs(gap_N).max()), "gap_mean": float(np.abs(gap_N).mean())}
-        told |= {"gap_p99": float(np.quantile(np.abs(gap_N), 0.99))}
-        return told | ({} if reference_RT is None else {"kl": kl})
+        record = {"entropy": float(entropy_RT[trained_RT].mean()), "gap_kl": float(gap_N.mean())}
+        record |= {"gap_max": float(np.abs(gap_N).max()), "gap_mean": float(np.abs(gap_N).mean())}
+        record |= {"gap_p99": float(np.quantile(np.abs(gap_N), 0.99))}
+        return record | ({} if reference_RT is None else {"kl": kl})
 
     def _rows(self, answers: Sequence[Answer]) -> tuple[Columns, list[tuple[int, int]]]:
         return lay_out(
@@ -338,7 +338,7 @@ class RolloutStream:
 
 
 def _readable(
-    rl: RL, tasks: Sequence[Task], tokenizer: Tokenizer, row_length: int, say: Log
+    rl: RL, tasks: Sequence[Task], tokenizer: Tokenizer, row_length: int, log: Log
 ) -> list[tuple[Task, Problem, list[int]]]:
     """Every training problem with its prompt, but for those that leave no room for an answer."""
     found, long = [], 0
@@ -355,7 +355,7 @@ def _readable(
             f"{row_length}: raise --data.row_length or lower --rl.max_tokens"
         )
     if long:
-        say(f"{long:,} problems are left out: with rl.max_tokens={rl.max_tokens} they do not fit a row of {row_length}")
+        log(f"{long:,} problems are left out: with rl.max_tokens={rl.max_tokens} they do not fit a row of {row_length}")
     return found
 
 
@@ -369,12 +369,12 @@ def _told(groups: Sequence[Group]) -> dict[str, float]:
     """Means over the answers of a rollout batch; each reward apart, before its weight."""
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.concatenate([group.rewards_G for group in groups])
-    told = {"reward": float(np.nanmean(rewards))}
+    record = {"reward": float(np.nanmean(rewards))}
     for name in groups[0].parts:
         values = [value for group in groups for value in group.parts[name]]
         if not np.isnan(values).all():
-            told[f"reward_{name}"] = float(np.nanmean(values))
-    return told | {
+            record[f"reward_{name}"] = float(np.nanmean(values))
+    return record | {
         "reward_errors": int(np.isnan(rewards).sum()),
         "answer_tokens": float(np.mean([len(answer.tokens) for answer in answers])),
         "ended": float(np.mean([answer.finish_reason == "stop" for answer in answers])),

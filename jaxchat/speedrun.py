@@ -21,12 +21,12 @@ from jaxchat.stages.stage import inherited
 
 PROGRESS = "speedrun.json"
 BASE = "scoring the base model"
-BEAT = 5.0  # Seconds of a stage that a kill may leave uncounted.
-Say = Callable[[str], None]
+CLOCK_SECONDS = 5.0  # Seconds of a stage that a kill may leave uncounted.
+Log = Callable[[str], None]
 
 
 def run(
-    road: Sequence[Experiment], stopped: Callable[[], bool], say: Say, *, dollars_per_hour: float | None = None
+    road: Sequence[Experiment], stopped: Callable[[], bool], log: Log, *, dollars_per_hour: float | None = None
 ) -> dict[str, Any]:
     """Runs every stage that is not finished, scores the base model on the last stage's problems, writes report.md.
 
@@ -36,19 +36,19 @@ def run(
         UserError: what a stage refuses, a finished one too: its directory may hold another experiment.
     """
     place, went_on = road[0].run_directory, ""
-    say = say if jax.process_index() == 0 else lambda _: None
+    log = log if jax.process_index() == 0 else lambda _: None
     for number, e in enumerate(road, 1):
         progress = _agreed(place)
         known = progress.get(e.stage, {})
         wanted = e.steps or known.get("result", {}).get("step")
         newest = checkpoint.finished_steps(e.stage_directory)[-1:]
         if went_on and newest:
-            say(f"warning: {e.stage_directory} started from {went_on} as it was before: remove it to train it again")
+            log(f"warning: {e.stage_directory} started from {went_on} as it was before: remove it to train it again")
         if known.get("finished") and newest == [wanted]:
             checkpoint.check_same(e.stage_directory, inherited(e)[0], RESUMABLE)
-            say(f"== {e.stage} ({number} of {len(road)}) is finished")
+            log(f"== {e.stage} ({number} of {len(road)}) is finished")
             continue
-        say(f"== {e.stage} ({number} of {len(road)})")
+        log(f"== {e.stage} ({number} of {len(road)})")
         with timed(place, e.stage):
             result = stages.run(e, stopped)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
@@ -57,24 +57,24 @@ def run(
         went_on = e.stage if known.get("finished") else went_on
     if not _agreed(place)[road[0].stage].get("base"):
         with timed(place, BASE):
-            base = score_base(road[0], road[-1], say)
+            base = score_base(road[0], road[-1], log)
         _note(place, road[0].stage, {"base": base})
     progress = _agreed(place)
     if jax.process_index():
         return {}
-    path = report.write(place, [e.stage for e in road], progress, say=say, dollars_per_hour=dollars_per_hour)
+    path = report.write(place, [e.stage for e in road], progress, log=log, dollars_per_hour=dollars_per_hour)
     return {
         **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in road},
         "report": str(path),
     }
 
 
-def score_base(e: Experiment, last: Experiment, say: Say) -> dict[str, float]:
+def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
     """The base model on the problems of the last stage, asked in the words of its own text."""
     base = load_checkpoint(str(e.stage_directory), Experiment)
-    score = TaskScores(last, base.transformer(), base.tokenizer, say, style="text")
+    score = TaskScores(last, base.transformer(), base.tokenizer, log, style="text")
     found = score(base.params())
-    say(f"the base model, asked in text: {json_line(found)}")
+    log(f"the base model, asked in text: {json_line(found)}")
     return found
 
 
@@ -91,7 +91,7 @@ def timed(place: Path, part: str) -> Iterator[None]:
             _note(place, part, {"seconds": round(before + time.monotonic() - start, 1)})
 
     def beat() -> None:
-        while not done.wait(BEAT):
+        while not done.wait(CLOCK_SECONDS):
             count()
 
     thread = threading.Thread(target=beat, daemon=True)

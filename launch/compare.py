@@ -51,9 +51,9 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
                     equal=options.equal,
                     measure=options.measure,
                     stopped=stopped,
-                    say=launcher.say,
+                    log=launcher.log,
                 )
-                return processes.told(found)
+                return processes.from_first(found)
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
     from jaxchat import processes
 
     with processes.joined():
-        return processes.told(_evaluate(options))
+        return processes.from_first(_evaluate(options))
 
 
 def _evaluate(options: Evaluate) -> Mapping[str, object]:
@@ -91,7 +91,7 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     mesh = decoding_mesh(options.mesh)
     style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
     if style == "chat" and directory.name == "pretrain":
-        launcher.say(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
+        launcher.log(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]
         limit=options.limit or None,
@@ -104,18 +104,18 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     processes.check_same("what is asked", (options, step), "start all with the same command")
     found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
     engine = load_engine(
-        f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prompts=min(8, options.slots)
+        f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots)
     )
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(serialization.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
     if jax.process_index():
-        return evaluate.evaluate(engine, found, settings, out, about, say=lambda _: None)
+        return evaluate.evaluate(engine, found, settings, out, about, log=lambda _: None)
     refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
     new = not out.exists()
     try:
-        with locked(out, launcher.say, refusal=refusal):
-            results = evaluate.evaluate(engine, found, settings, out, about, say=launcher.say)
+        with locked(out, launcher.log, refusal=refusal):
+            results = evaluate.evaluate(engine, found, settings, out, about, log=launcher.log)
     finally:
         if new:
             with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     everything = evaluate.keep(out / "results.json", {**about, "settings": serialization.to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # As those that are published were asked.
-        report(out, everything, launcher.say)
+        report(out, everything, launcher.log)
     return {"out": str(out), **results}
 
 

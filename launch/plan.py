@@ -36,11 +36,11 @@ def main(argv: list[str]) -> dict[str, object]:
     fits: dict[str, Any] = {}
     for there in topologies:
         try:
-            fits[there.name] = ahead.fit(e, there, launcher.say, shallower=shallower)
+            fits[there.name] = ahead.fit(e, there, launcher.log, shallower=shallower)
         except UserError as error:
             if len(topologies) == 1:
                 raise
-            launcher.say(f"{there.name}: {error}")
+            launcher.log(f"{there.name}: {error}")
             fits[there.name] = {"fits": False, "why": str(error)}
     return {"stages": derived, **({"topologies": fits} if fits else {})}
 

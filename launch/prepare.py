@@ -10,7 +10,7 @@ def main(argv: list[str]) -> dict[str, object]:
     experiment = command_line.load(argv, description=__doc__)
     from jaxchat.data import prepare
 
-    log = launcher.say
+    log = launcher.log
     tokenizer = prepare.ensure_tokenizer(experiment.data, experiment.cache_directory, seed=experiment.seed, log=log)
     rows = {
         split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=log)

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
             with processes.joined():
                 compilation.prepare_backend(road[0])
-                return processes.told(speedrun.run(road, stopped, launcher.say, dollars_per_hour=price))
+                return processes.from_first(speedrun.run(road, stopped, launcher.log, dollars_per_hour=price))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

@@ -20,10 +20,10 @@ def main(argv: list[str]) -> dict[str, object]:
 
     data, cache, seed = experiment.data, experiment.cache_directory, experiment.seed
     start = time.monotonic()
-    path = prepare.ensure_tokenizer_directory(data, cache, seed, launcher.say)
+    path = prepare.ensure_tokenizer_directory(data, cache, seed, launcher.log)
     seconds = time.monotonic() - start
     tokenizer = Tokenizer.load(path)
-    held_out = list(prepare.texts(data, "val", cache, launcher.say))
+    held_out = list(prepare.texts(data, "val", cache, launcher.log))
     found = report(tokenizer, held_out)
     result = {
         "vocab": tokenizer.vocab_size,
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "path": str(path),
     }
-    trained_on = sample(prepare.texts(data, "train", cache, launcher.say), data.tokenizer.sample_bytes, seed=seed)
+    trained_on = sample(prepare.texts(data, "train", cache, launcher.log), data.tokenizer.sample_bytes, seed=seed)
     peer = peer_bytes_per_token(trained_on, held_out, vocab=tokenizer.vocab_size)
     show(found, peer)
     return result | ({} if peer is None else {"peer_bytes_per_token": round(peer, 4)})

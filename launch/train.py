@@ -18,7 +18,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
             with processes.joined():
                 compilation.prepare_backend(experiment)
-                return processes.told(stages.run(experiment, stopped))
+                return processes.from_first(stages.run(experiment, stopped))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

@@ -13,7 +13,7 @@ from letters import Letters
 from outside import GOLDEN, read
 
 from jaxchat.decode.beam import BeamParams, beam_search
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -29,7 +29,7 @@ def engine() -> Engine:
     """A vocabulary of five words, of which the first and the last end a text."""
     config = small.october2025(vocab=VOCAB)
     params = jax.tree.map(jnp.asarray, small.parameters(config, scale=0.5))
-    return Engine(Transformer(config), params, Letters(assistant_end=4), Shape(length=16))  # type: ignore[arg-type]
+    return Engine(Transformer(config), params, Letters(assistant_end=4), EngineConfig(length=16))  # type: ignore[arg-type]
 
 
 def every_text(engine: Engine, prompt: list[int], penalty: float, length: int = LENGTH) -> dict[tuple[int, ...], float]:
@@ -81,7 +81,7 @@ def transformers_engine() -> Engine:
     golden = read("nanochat_v1_gqa")
     config = huggingface.read_config(golden.config)
     params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
-    return Engine(Transformer(config), params, Letters(), Shape(length=32))  # type: ignore[arg-type]
+    return Engine(Transformer(config), params, Letters(), EngineConfig(length=32))  # type: ignore[arg-type]
 
 
 GOLDEN_BEAMS = json.loads((GOLDEN / "beams.json").read_text())

@@ -18,7 +18,7 @@ from letters import Letters
 
 from jaxchat.decode import explain
 from jaxchat.decode.dialogue import Dialogue, talk
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
@@ -188,7 +188,7 @@ def test_transformers_fills_in_the_template(tokenizer: Tokenizer) -> None:
 def engine() -> Engine:
     config = small.october2025()
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    return Engine(Transformer(config), params, WORDS, Shape(length=80, slots=1))  # type: ignore[arg-type]
+    return Engine(Transformer(config), params, WORDS, EngineConfig(length=80, slots=1))  # type: ignore[arg-type]
 
 
 SHORT = SamplingParams(temperature=1.0, max_tokens=12, seed=5)
@@ -206,7 +206,7 @@ def test_a_dialogue_remembers_its_turns_and_leaves_out_the_oldest(engine: Engine
         assert len(dialogue.last.prompt) + 12 <= 80
     assert dialogue.left_out > 0
     assert dialogue.left_out % 2 == 0
-    assert engine.prompt_stats.remembered > 0
+    assert engine.prompt_stats.reused > 0
     with pytest.raises(UserError, match=r"take 7\d tokens"):
         list(dialogue.answer("1" * 70))
     assert len(dialogue.messages) == 12, "words that are refused are not remembered"
@@ -247,7 +247,7 @@ class Five(Calculator):
 class Scripted:
     """An engine that says what it is told; where a tool has answered, the tool's tokens come instead."""
 
-    tokenizer, shape = WORDS, Shape(length=80)
+    tokenizer, shape = WORDS, EngineConfig(length=80)
 
     def __init__(self, *tokens: int) -> None:
         self._tokens = tokens
@@ -281,7 +281,7 @@ def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engi
         (chosen,) = [c for c in candidates if c.chosen]
         assert chosen.token == token
         assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
         z_V = logits_TV[2 + t].astype(np.float64)
         assert [c.token for c in candidates][:8] == np.argsort(-z_V)[:8].tolist()
         warm_V = np.exp(z_V / 0.7) / np.exp(z_V / 0.7).sum()
@@ -309,7 +309,7 @@ def test_an_explanation_knows_penalties_and_min_p(engine: Engine, temperature: f
     for t, candidates in enumerate(explain.explain(engine, [1, 2, 3], answer.tokens, params)):
         (chosen,) = [c for c in candidates if c.chosen]
         assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.drawn_logprobs[t], abs=1e-4)
+        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
 
 
 def test_a_score_is_the_loss(engine: Engine) -> None:

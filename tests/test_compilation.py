@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxchat import command_line, compilation, metrics, xla
+from jaxchat import command_line, compilation, devices, xla
 from jaxchat.errors import UserError
 from jaxchat.model import Float8
 
@@ -39,7 +39,7 @@ def memory(monkeypatch):
         return SimpleNamespace(memory_analysis=lambda: memory)
 
     def has(size):
-        monkeypatch.setattr(metrics, "memory_limit", lambda device: size / compilation.MEMORY_SHARE)
+        monkeypatch.setattr(devices, "memory_limit", lambda device: size / compilation.MEMORY_SHARE)
         monkeypatch.setattr(compilation, "state_bytes", lambda setup: 0)
         monkeypatch.setattr(
             compilation,

@@ -13,7 +13,7 @@ import small
 from letters import Letters
 
 from jaxchat import sharding
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -192,7 +192,7 @@ def test_an_engine_gives_the_same_tokens(length: int, small_blocks: None) -> Non
     config = small.july2026(depth=2)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
     prompts = [(0, *np.random.default_rng(n).integers(1, 60, n).tolist()) for n in (2, 9, 45)]
-    shape = Shape(length=length, slots=4, steps=4, piece=16, adapt=False)
+    shape = EngineConfig(length=length, slots=4, steps=4, prefill_chunk=16, adapt=False)
 
     def answers(decoding: str) -> tuple[Any, Engine]:
         engine = Engine(Transformer(config), params, Letters(), shape, decoding=decoding)
@@ -216,7 +216,7 @@ def chosen(wanted: str, platform: str, monkeypatch: pytest.MonkeyPatch, *, here:
     monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
     config = small.july2026()
     dtype = "float32" if platform == "cpu" else "bfloat16"
-    return choice.choose_decoding(wanted, config, dtype=dtype, device=device, say=said.append), said
+    return choice.choose_decoding(wanted, config, dtype=dtype, device=device, log=said.append), said
 
 
 def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_it_is_tried_on_one_device_under_a_mesh_of_many(monkeypatch: pytest.Monk
         device = jax.devices()[0]
         asked = type("Asked", (), {"platform": "tpu"})()
         monkeypatch.setattr(jax, "devices", lambda: [asked, device])
-        assert choice.choose_decoding("auto", small.july2026(), dtype="float32", device=asked, say=print) == "filled"
+        assert choice.choose_decoding("auto", small.july2026(), dtype="float32", device=asked, log=print) == "filled"
     assert seen and all(seen)
 
 

@@ -10,7 +10,7 @@ import small
 from letters import Letters
 
 from jaxchat.decode.dialogue import Dialogue, talk
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.model import Transformer
 
@@ -22,7 +22,7 @@ SHORT = SamplingParams(temperature=1.0, max_tokens=12, seed=5)
 def engine() -> Engine:
     config = small.october2025(depth=1)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    return Engine(Transformer(config), params, Letters(**SPECIALS), Shape(length=80, slots=1))  # type: ignore[arg-type]
+    return Engine(Transformer(config), params, Letters(**SPECIALS), EngineConfig(length=80, slots=1))  # type: ignore[arg-type]
 
 
 class Impatient(io.StringIO):

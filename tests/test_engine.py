@@ -13,7 +13,7 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
@@ -22,7 +22,7 @@ from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 
 LENGTH = 320
-SHAPE = Shape(length=LENGTH, slots=4, steps=8, piece=32, adapt=False)
+SHAPE = EngineConfig(length=LENGTH, slots=4, steps=8, prefill_chunk=32, adapt=False)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 WARM = SamplingParams(temperature=1.0, max_tokens=20)
 
@@ -38,7 +38,7 @@ def july2026() -> Any:
     return small.july2026(depth=2, layer_loop="scan")
 
 
-def make(config: Any, shape: Shape = SHAPE, tokenizer: Any = None, **kwargs: Any) -> Engine:
+def make(config: Any, shape: EngineConfig = SHAPE, tokenizer: Any = None, **kwargs: Any) -> Engine:
     params = jax.tree.map(jnp.asarray, small.parameters(config))
     return Engine(Transformer(config), params, tokenizer or Letters(), shape, **kwargs)
 
@@ -95,11 +95,11 @@ def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
     answer = ask(engine, first, keep=True)
     longer = (*first, *answer.tokens, 5, 17, 3)
     again = ask(engine, longer, keep=True)
-    assert engine.prompt_stats.remembered == len(first) + 19
+    assert engine.prompt_stats.reused == len(first) + 19
     assert_most_likely(config, longer, again)
     parted = (*first[:35], 9, 9, 9)  # windowed layers have forgotten what lies before the parting
     third = ask(engine, parted)
-    assert engine.prompt_stats.remembered == len(first) + 19 + (35 if family is small.october2025 else 0)
+    assert engine.prompt_stats.reused == len(first) + 19 + (35 if family is small.october2025 else 0)
     assert_most_likely(config, parted, third)
     assert len(engine.prefixes) == 1, "the longer text replaces what it continues"
     engine.load(jax.tree.map(jnp.asarray, small.parameters(config, seed=4)))
@@ -113,25 +113,25 @@ def test_a_short_prompt_takes_its_share_of_a_long_remembered_text() -> None:
     ask(engine, prompt(280), keep=True)
     short = (*prompt(280)[:40], 5, 9, 2)
     answer = ask(engine, short)
-    assert engine.prompt_stats.remembered == 40
+    assert engine.prompt_stats.reused == 40
     assert_most_likely(config, short, answer)
 
 
 def test_memory_for_prefixes_is_bounded() -> None:
-    engine = make(small.october2025(depth=1), dataclasses.replace(SHAPE, remembered_bytes=75_000))
+    engine = make(small.october2025(depth=1), dataclasses.replace(SHAPE, prefix_cache_bytes=75_000))
     for seed in range(4):
         ask(engine, prompt(20, seed), keep=True)
     assert 0 < engine.prefixes.size <= 75_000
     assert len(engine.prefixes) < 4
-    before = engine.prompt_stats.remembered
+    before = engine.prompt_stats.reused
     ask(engine, (*prompt(20, 3), 1), keep=True)
-    assert engine.prompt_stats.remembered == before + 20, "the newest is kept"
+    assert engine.prompt_stats.reused == before + 20, "the newest is kept"
 
 
 def test_a_fork_reads_its_prompt_once_and_its_greedy_samples_agree(engine: Engine) -> None:
-    before = engine.prompt_stats.read
+    before = engine.prompt_stats.computed
     answers = engine.generate([Request(prompt(50), GREEDY, n=7)])[0]
-    assert engine.prompt_stats.read == before + 50
+    assert engine.prompt_stats.computed == before + 50
     assert {answer.tokens for answer in answers} == {answers[0].tokens}
     assert_most_likely(july2026(), prompt(50), answers[0])
 
@@ -160,7 +160,7 @@ def test_a_seeded_request_has_its_tokens_alone_in_company_and_in_any_slot(engine
     for place in (0, 1, 2, 17, 31):
         among = engine.generate([*others[:place], asked, *others[place:]])[place][0]
         assert among.tokens == alone.tokens
-        np.testing.assert_allclose(among.drawn_logprobs, alone.drawn_logprobs, atol=1e-5)
+        np.testing.assert_allclose(among.sampling_logprobs, alone.sampling_logprobs, atol=1e-5)
     for other in others[:3]:
         engine.submit(other)
     engine.step()
@@ -291,22 +291,22 @@ def test_kept_sets_are_those_that_tokens_were_drawn_from(engine: Engine) -> None
         SamplingParams(1.3, top_k=7, max_tokens=30),
         SamplingParams(0.7, min_p=0.05, max_tokens=21, seed=4),
     ]
-    asking = [Request(prompt(12 + i, i), params, n=2, keep_sets=True) for i, params in enumerate(kinds)]
-    others = [Request(prompt(20), params, keep_sets=True) for params in (GREEDY, WARM)] + company(4)
+    asking = [Request(prompt(12 + i, i), params, n=2, return_support=True) for i, params in enumerate(kinds)]
+    others = [Request(prompt(20), params, return_support=True) for params in (GREEDY, WARM)] + company(4)
     answers = engine.generate([*others[:3], *asking, *others[3:]])
     sizes = set()
     for request, both in zip(asking, answers[3:6]):
         for answer in both:
-            assert answer.kept is not None
-            assert answer.kept.dtype == np.uint8
-            assert answer.kept.shape == (len(answer.tokens), 8)
-            kept_TV = np.unpackbits(answer.kept, axis=1, count=60, bitorder="little").astype(bool)
+            assert answer.support is not None
+            assert answer.support.dtype == np.uint8
+            assert answer.support.shape == (len(answer.tokens), 8)
+            kept_TV = np.unpackbits(answer.support, axis=1, count=60, bitorder="little").astype(bool)
             np.testing.assert_array_equal(kept_TV, kept_by_teacher(engine, request.prompt, answer, request.sampling))
             assert kept_TV[np.arange(len(kept_TV)), answer.tokens].all()
             sizes |= set(kept_TV.sum(axis=1))
     assert len(sizes) > 5, "sets of few sizes tell little"
-    assert [answer.kept for (answer,) in answers[:3] + answers[6:]] == [None] * 6
-    plain = engine.generate([dataclasses.replace(request, keep_sets=False) for request in asking])
+    assert [answer.support for (answer,) in answers[:3] + answers[6:]] == [None] * 6
+    plain = engine.generate([dataclasses.replace(request, return_support=False) for request in asking])
     assert [[one.tokens for one in both] for both in plain] == [[one.tokens for one in both] for both in answers[3:6]]
 
 
@@ -321,7 +321,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "text": (lambda: Request("12"), "must be a list of token ids"),  # type: ignore[arg-type]
     "between": (lambda: Request([1.5]), "must be a list of token ids"),  # type: ignore[list-item]
     "nothing": (lambda: Request(None), "must be a list of token ids"),  # type: ignore[arg-type]
-    "kept": (lambda: Request([1], SamplingParams(top_k=3, presence_penalty=1.0), keep_sets=True), "keep_sets"),
+    "support": (
+        lambda: Request([1], SamplingParams(top_k=3, presence_penalty=1.0), return_support=True),
+        "return_support",
+    ),
 }
 
 

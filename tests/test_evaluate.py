@@ -16,7 +16,7 @@ from core_rows import ROWS
 from test_core import bundle
 
 from jaxchat.data import tinyworld
-from jaxchat.decode.engine import Engine, Shape, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig, load_checkpoint
 from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.choice import mmlu
@@ -46,7 +46,7 @@ def engine() -> Engine:
     )
     config = small.october2025(vocab=400)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    return Engine(Transformer(config), params, tokenizer, Shape(length=192, slots=4, steps=4))
+    return Engine(Transformer(config), params, tokenizer, EngineConfig(length=192, slots=4, steps=4))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(engine: Engine, data: Path, out: Path, specs: Any = ("core", "mmlu"), **settings: Any) -> dict[str, Any]:
     chosen = Settings(**{"style": "text", "max_tokens": 4} | settings)
     found = jobs([f"{spec}:{data}" if spec in ("core", "mmlu") else spec for spec in specs], chosen, out)
-    return evaluate(engine, found, chosen, out, {}, say=lambda text: None)
+    return evaluate(engine, found, chosen, out, {}, log=lambda text: None)
 
 
 def test_all_together_answer_as_one_by_one(engine: Engine, data: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
 
 def test_a_mesh_answers_as_one_device(engine: Engine, data: Path, tmp_path: Path) -> None:
     mesh = make_mesh(Mesh(data=2, tensor=2), rows=0, devices=jax.devices()[:4])
-    shape = Shape(length=192, slots=4, steps=4)
+    shape = EngineConfig(length=192, slots=4, steps=4)
     params = small.parameters(engine.transformer.config)
     spread = Engine(engine.transformer, params, engine.tokenizer, shape, mesh=mesh)
     specs = ("core", "mmlu", "arithmetic")

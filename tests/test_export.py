@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import launch.chat
 import launch.convert
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -230,7 +230,7 @@ def test_the_stablehlo_readmes_code_gives_the_engines_tokens(family: Model, tmp_
     space: dict[str, Any] = {}
     exec(code.replace('Path(".")', f"Path({str(tmp_path / 'out')!r})"), space)
     prompt = [words.bos, *words.encode("the fox saw a bear near old trees")]
-    engine = Engine(transformer, params, words, Shape(48, slots=2, steps=4, piece=8))
+    engine = Engine(transformer, params, words, EngineConfig(48, slots=2, steps=4, prefill_chunk=8))
     count = 48 - len(prompt)
     ((answer,),) = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=count))])
     assert len(answer.tokens) > 3

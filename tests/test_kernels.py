@@ -294,7 +294,7 @@ def chosen(wanted: str, device: Any, monkeypatch: pytest.MonkeyPatch, *, here: b
     monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
     config = small.july2026(pattern=(choice.GQA(heads=2, kv_heads=2, head_dim=8, window=3),))
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    name = choice.choose_attention(wanted, config, length=64, dtype=dtype, device=device, say=said.append)
+    name = choice.choose_attention(wanted, config, length=64, dtype=dtype, device=device, log=said.append)
     return name, said
 
 

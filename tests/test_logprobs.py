@@ -137,7 +137,7 @@ def scored(g: Any, targets: Any, **static: Any) -> Any:
 CASES = {
     "plain": (VOCAB, 6.0, 1.0, False),
     "temperature": (PADDED, None, 0.6, False),
-    "kept": (VOCAB, None, 1.0, True),
+    "support": (VOCAB, None, 1.0, True),
     "all": (VOCAB, 6.0, 1.7, True),
 }
 
@@ -152,7 +152,7 @@ def test_tokens_log_probabilities_and_gradients_equal_numpys(case: str, dtype: A
     with jax.enable_x64(dtype == np.float64):
         static = {"vocab": vocab, "softcap": softcap, "temperature": temperature, "chunk_tokens": 24}
         if sets is not None:
-            static["kept_BTC"] = jnp.asarray(np.packbits(sets, axis=-1, bitorder="little"))
+            static["support_BTC"] = jnp.asarray(np.packbits(sets, axis=-1, bitorder="little"))
         ours, again = scored(g.astype(dtype), targets, **static)(hidden.astype(dtype), head.astype(dtype))
     np.testing.assert_array_equal(again, ours[0])
     for mine, other in zip(ours, expected, strict=True):
@@ -165,7 +165,7 @@ def test_a_kept_set_of_every_token_changes_nothing_and_of_none_leaves_the_target
     static = {"vocab": VOCAB, "softcap": 6.0, "temperature": 0.5}
     with jax.enable_x64(True):
         free, every, none = (
-            scored(g, targets, **static, kept_BTC=kept)(hidden, head)[0]
+            scored(g, targets, **static, support_BTC=kept)(hidden, head)[0]
             for kept in (None, *(np.full((ROWS, LENGTH, 8), byte, np.uint8) for byte in (255, 0)))
         )
     for mine, other in zip(every, free, strict=True):
@@ -185,7 +185,7 @@ def test_every_mesh_gives_the_same_log_probabilities(name: str) -> None:
     with jax.enable_x64(True), jax.set_mesh(mesh):
         columns = (g, targets, np.packbits(sets, axis=-1, bitorder="little"))
         g, targets, kept = (jax.device_put(column, rows) for column in columns)
-        step = scored(g, targets, vocab=VOCAB, softcap=6.0, temperature=0.8, kept_BTC=kept, chunk_tokens=4)
+        step = scored(g, targets, vocab=VOCAB, softcap=6.0, temperature=0.8, support_BTC=kept, chunk_tokens=4)
         compiled = step.lower(jax.device_put(hidden, rows), jax.device_put(head, placed)).compile()
         ours, _ = compiled(jax.device_put(hidden, rows), jax.device_put(head, placed))
     for mine, other in zip(ours, expected, strict=True):
@@ -201,10 +201,10 @@ def test_bad_temperatures_and_sets_are_refused() -> None:
     for temperature in (0.0, -1.0, np.inf, np.nan):
         with pytest.raises(ValueError, match="must be positive and finite"):
             call(temperature=temperature)
-    with pytest.raises(ValueError, match=r"kept sets are uint8\[8, 12, 60\], not uint8\[8, 12, 8\]"):
-        call(kept_BTC=np.zeros((ROWS, LENGTH, VOCAB), np.uint8))
-    with pytest.raises(ValueError, match=r"kept sets are bool\[8, 12, 8\], not uint8"):
-        call(kept_BTC=np.zeros((ROWS, LENGTH, 8), bool))
+    with pytest.raises(ValueError, match=r"support masks are uint8\[8, 12, 60\], not uint8\[8, 12, 8\]"):
+        call(support_BTC=np.zeros((ROWS, LENGTH, VOCAB), np.uint8))
+    with pytest.raises(ValueError, match=r"support masks are bool\[8, 12, 8\], not uint8"):
+        call(support_BTC=np.zeros((ROWS, LENGTH, 8), bool))
 
 
 def sizes(text: str) -> dict[str, int]:
@@ -247,7 +247,7 @@ def test_tokens_log_probabilities_hold_no_array_of_all_logits(truncated: bool) -
     kept = [jax.ShapeDtypeStruct((*row.shape, vocab // 8), jnp.uint8)] if truncated else []
 
     def total(hidden: Any, head: Any, targets: Any, g: Any, sets: Any = None) -> Any:
-        found = token_logprobs(hidden, head, targets, vocab=vocab, softcap=15.0, temperature=0.9, kept_BTC=sets)
+        found = token_logprobs(hidden, head, targets, vocab=vocab, softcap=15.0, temperature=0.9, support_BTC=sets)
         return jnp.sum(g * found)
 
     compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(hidden, head, row, g, *kept).compile()

@@ -104,7 +104,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     tried: list[tuple[int, int, str]] = []
 
     def needs(share: float) -> list[tuple[int, int, str]]:
-        def compiled(e, topology, rows, remat, say):  # type: ignore[no-untyped-def]
+        def compiled(e, topology, rows, remat, log):  # type: ignore[no-untyped-def]
             tried.append((e.depth, rows, remat))
             needed = (4.0 if remat == "full" else 16.0) * rows * e.depth * share * GiB
             needed /= topology.chips * e.mesh.fsdp
@@ -116,7 +116,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
     devices = {1: jax.devices()[:1], 8: jax.devices()[:8]}
     monkeypatch.setattr(type(topology("v5e-1")), "devices", lambda self: devices[self.chips])
-    monkeypatch.setattr(ahead, "fit_decoding", lambda e, topology, say: {"fits": True})
+    monkeypatch.setattr(ahead, "fit_decoding", lambda e, topology, log: {"fits": True})
     return needs
 
 

@@ -93,7 +93,7 @@ class Enumeration:
             "norms": norm_N[:, None] * weights_NT,
             "advantages": np.broadcast_to(advantages_NT, weights_NT.shape),
             "old_logprobs": np.asarray(self.logprobs(params)[0]),
-            "kept": self.kept,
+            "support": self.kept,
         }
         objective = policy_gradient(self.transformer, policy, temperature=self.temperature)
         return jax.jit(jax.grad(lambda params: objective(params, batch).total))(params)
@@ -175,7 +175,7 @@ def rollouts(config: Model, rows: int, length: int, dtype: Any, policy: Policy) 
     sets = generator.random((rows, length, config.vocab)) < 0.5
     columns["old_logprobs"] = -3.5 + 0.3 * generator.standard_normal((rows, length))
     batch |= {name: column.astype(dtype) for name, column in columns.items()}
-    return batch | {"kept": np.packbits(sets, axis=-1, bitorder="little")}
+    return batch | {"support": np.packbits(sets, axis=-1, bitorder="little")}
 
 
 SPLITS = {  # micro-batches, and the mesh
@@ -225,7 +225,7 @@ def test_a_model_scored_by_itself_is_at_ratio_one() -> None:
     @jax.jit
     def score(params: Any) -> Any:
         hidden, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
-        static = {"vocab": config.vocab, "softcap": config.softcap, "temperature": 0.8, "kept_BTC": batch["kept"]}
+        static = {"vocab": config.vocab, "softcap": config.softcap, "temperature": 0.8, "support_BTC": batch["support"]}
         return score_tokens(hidden, transformer.head(params), batch["targets"], **static)
 
     batch["old_logprobs"] = np.asarray(score(params)[0])

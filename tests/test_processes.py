@@ -257,7 +257,7 @@ launcher.run(main)
 def test_a_slow_hash_is_waited_for_and_what_one_cannot_read_all_pass_over(place: Path) -> None:
     (place / "unlucky.py").write_text(UNLUCKY)
     stage, unlucky = place / "runs/unlucky/pretrain", {"program": "unlucky", "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
-    slow = unlucky | {"HASH_SECONDS": str(processes.PATIENCE + 10)}
+    slow = unlucky | {"HASH_SECONDS": str(processes.HEARTBEAT_TIMEOUT + 10)}
     group = launch_group(2, *flags(place, "pretrain", "unlucky", steps=LONG, save_every=LONG, eval_every=0), **slow)
     began(group, stage)
     group[1].send_signal(signal.SIGTERM)

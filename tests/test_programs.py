@@ -25,7 +25,7 @@ def compiled(level: Level, history: bool, attend: Any = None) -> str:
     params = jax.eval_shape(model.unstack, model.shapes())
     cache = jax.eval_shape(lambda: model.empty_cache(B, LENGTH, write=1))
     whole = jnp.int32
-    running = programs.Running(*(jax.ShapeDtypeStruct(shape, whole) for shape in ((B,), (B,), (B,), (B, 4))))
+    running = programs.DecodeState(*(jax.ShapeDtypeStruct(shape, whole) for shape in ((B,), (B,), (B,), (B, 4))))
     past = History(*(jax.ShapeDtypeStruct((B, VOCAB), dtype) for dtype in (jnp.bool_, whole, jnp.float32)))
     decode = jax.jit(functools.partial(programs.decode, model), donate_argnums=(1, 2), static_argnames=("level", "top"))
     rows, forced = pack([(SamplingParams(), 0)] * B), jax.ShapeDtypeStruct((4, B), whole)
@@ -69,7 +69,7 @@ def test_a_chunk_makes_no_second_cache() -> None:
     model = Transformer(small.october2025())
     params = jax.eval_shape(model.unstack, model.shapes())
     cache = jax.eval_shape(lambda: model.empty_cache(8, 4096, write=1))
-    running = programs.Running(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (8,), (8,), (8, 4))))
+    running = programs.DecodeState(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (8,), (8,), (8, 4))))
     decode = jax.jit(functools.partial(programs.decode, model), donate_argnums=1, static_argnames=("level", "top"))
     rows, forced = pack([(SamplingParams(), 0)] * 8), jax.ShapeDtypeStruct((4, 8), jnp.int32)
     program = decode.lower(params, cache, None, running, rows, forced, level="plain", top=False).compile()

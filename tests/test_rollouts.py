@@ -82,7 +82,7 @@ def stream(task: str, engine: Any = None, **settings: Any) -> RolloutStream:
         row_length=ROW,
         micro_rows=2,
         reference="reference",
-        say=said.append,
+        log=said.append,
     )
     return made
 
@@ -123,7 +123,7 @@ def test_every_answer_lies_in_a_row_with_its_mask_and_its_numbers(task):
             mask = np.array([False] * first + list(answer.sampled))
             np.testing.assert_array_equal(columns["weights"] > 0, mask, "the end is trained, a tool's words are not")
             np.testing.assert_allclose(columns["advantages"][mask], reward - np.mean(rewards), atol=1e-6)
-            sampled = np.array(answer.drawn_logprobs)[list(answer.sampled)]
+            sampled = np.array(answer.sampling_logprobs)[list(answer.sampled)]
             np.testing.assert_allclose(columns["old_logprobs"][mask], sampled + 0.001, atol=1e-6)
     assert not found
     assert one.facts["gap_max"] == pytest.approx(0.001, rel=1e-3)

@@ -10,7 +10,7 @@ import small
 from letters import Letters
 
 from jaxchat.decode import tools
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.model import Transformer
 from jaxchat.rollouts import RL, RolloutStream
 from jaxchat.tasks import TASKS, Problem, Score
@@ -83,13 +83,13 @@ def test_calls_and_the_end_are_trained_and_what_a_tool_said_is_not(monkeypatch: 
     monkeypatch.setitem(TASKS, "digits", Digits)  # type: ignore
     config = small.july2026(depth=2)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    engine = Calling(Transformer(config), params, TOKENIZER, Shape(length=32, slots=8, steps=8, adapt=False))  # type: ignore
+    engine = Calling(Transformer(config), params, TOKENIZER, EngineConfig(length=32, slots=8, steps=8, adapt=False))  # type: ignore
 
     def score(params, columns):
         return columns["sampled"], np.ones_like(columns["sampled"])
 
     rl = RL(tasks=("digits",), prompts=4, samples=16, max_tokens=MOST, objective="reinforce")
-    stream = RolloutStream(rl, engine, score, seed=3, row_length=32, micro_rows=4, say=pytest.fail)
+    stream = RolloutStream(rl, engine, score, seed=3, row_length=32, micro_rows=4, log=pytest.fail)
     batch, used = stream.batch(0, params)
     rows = {name: column[:used].reshape(-1, 32) for name, column in batch.items()}
     cut = {"in a call": 0, "in a tool's words": 0, "ended": 0}

@@ -9,7 +9,7 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Speculation
@@ -25,7 +25,7 @@ KINDS = (
 def make(**about: Any) -> Engine:
     config = small.july2026(depth=2)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    shape = Shape(length=96, slots=3, steps=4, piece=16, prompts=2, adapt=False)
+    shape = EngineConfig(length=96, slots=3, steps=4, prefill_chunk=16, prefill_batch=2, adapt=False)
     return Engine(Transformer(config), params, Letters(), shape, **about)  # type: ignore[arg-type]
 
 

@@ -141,7 +141,7 @@ def test_draws_have_the_right_frequencies(settings: Any) -> None:
     assert freedom > 1
     chi_square = np.sum((counts_V - count * p_V)[kept_V] ** 2 / (count * p_V[kept_V]))
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
-    np.testing.assert_allclose(choice.drawn_logprob_B, np.log(p_V[choice.token_B]), atol=1e-5)
+    np.testing.assert_allclose(choice.sampling_logprob_B, np.log(p_V[choice.token_B]), atol=1e-5)
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
@@ -150,7 +150,7 @@ def test_temperature_zero_is_greedy_whatever_else_is_asked() -> None:
     for top_k, top_p in ((0, 1.0), (3, 0.5)):
         choice = sampler()(z_BV, rows(200, 0.0, top_k, top_p), np.zeros(200, np.int32))
         np.testing.assert_array_equal(choice.token_B, z_BV.argmax(axis=1))
-        np.testing.assert_array_equal(choice.drawn_logprob_B, 0)
+        np.testing.assert_array_equal(choice.sampling_logprob_B, 0)
         expected = z_BV.max(axis=1) - np.log(np.exp(z_BV).sum(axis=1))
         np.testing.assert_allclose(choice.logprob_B, expected, atol=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -34,7 +34,7 @@ class Judge:
 def engine():
     config = small.july2026(depth=2)
     params = jax.tree.map(jnp.asarray, small.parameters(config))
-    return Engine(Transformer(config), params, TOKENIZER, Shape(length=48, slots=4, steps=4, adapt=False))
+    return Engine(Transformer(config), params, TOKENIZER, EngineConfig(length=48, slots=4, steps=4, adapt=False))
 
 
 def test_all_together_answer_as_one_by_one(engine):

@@ -11,16 +11,16 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.decode.speculative import Luck, Speculation, lookup, repeats
+from jaxchat.decode.speculative import AcceptanceTracker, Speculation, lookup, repeats
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 
-SHAPE = Shape(length=160, slots=3, steps=8, piece=32, adapt=False)
+SHAPE = EngineConfig(length=160, slots=3, steps=8, prefill_chunk=32, adapt=False)
 ALWAYS = Speculation(tokens=4, ngram=1, rounds=3, least=0.0)
 TOOL = {"python_start": 50, "python_end": 51, "output_start": 52, "output_end": 53}
 
@@ -72,7 +72,7 @@ def test_speculation_changes_no_token(config: Any, guesser: str) -> None:
         assert with_it.tokens == without.tokens
         assert with_it.finish_reason == without.finish_reason
         np.testing.assert_allclose(with_it.logprobs, without.logprobs, atol=1e-4)
-        np.testing.assert_allclose(with_it.drawn_logprobs, without.drawn_logprobs, atol=1e-4)
+        np.testing.assert_allclose(with_it.sampling_logprobs, without.sampling_logprobs, atol=1e-4)
     stats = engine.slots.stats
     assert stats.useful_steps == sum(len(answer.tokens) - 1 for (answer,) in expected)
     if guesser == "itself":
@@ -95,9 +95,9 @@ def test_what_is_remembered_holds_no_guess(guesser: str) -> None:
         assert cache.length_B.tolist() == [len(tokens)]
         assert cache.last_B.tolist() == [tokens[-1]]
     longer = [Request([*one.prompt, *answer.tokens, 7], one.sampling) for one, answer in zip(asked, answers)]
-    before = engine.prompt_stats.remembered
+    before = engine.prompt_stats.reused
     again = engine.generate(longer)
-    assert engine.prompt_stats.remembered > before
+    assert engine.prompt_stats.reused > before
     assert [one.tokens for (one,) in again] == [one.tokens for (one,) in plain(JULY).generate(longer)]
 
 
@@ -163,7 +163,7 @@ def test_lookup_continues_the_latest_earlier_occurrence() -> None:
 
 
 def test_guessing_rests_longer_and_longer_while_it_fails() -> None:
-    luck, tried = Luck(least=1.0), []
+    luck, tried = AcceptanceTracker(least=1.0), []
     for i in range(200):
         if luck.wants():
             tried.append(i)
@@ -171,7 +171,7 @@ def test_guessing_rests_longer_and_longer_while_it_fails() -> None:
     gaps = np.diff(tried)
     assert list(gaps[:4]) == [5, 9, 17, 33]
     assert gaps.max() <= 65
-    lucky = Luck(least=1.0)
+    lucky = AcceptanceTracker(least=1.0)
     for _ in range(20):
         assert lucky.wants()
         lucky.note(3.0)

@@ -119,7 +119,7 @@ def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monke
 
 def test_a_killed_stage_keeps_the_seconds_it_took(tmp_path, monkeypatch):
     """What a kill leaves is what the file says in the middle of a stage."""
-    monkeypatch.setattr(speedrun, "BEAT", 0.05)
+    monkeypatch.setattr(speedrun, "CLOCK_SECONDS", 0.05)
     told = lambda: json.loads((tmp_path / "speedrun.json").read_text())["sft"]["seconds"]  # noqa: E731
     with speedrun.timed(tmp_path, "sft"):
         time.sleep(0.4)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxchat import command_line, metrics, optim
 from jaxchat.errors import UserError
-from jaxchat.stages import running, told
+from jaxchat.stages import reporting, running
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ class Kept:
 
 def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
     kept = Kept()
-    log = told.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), None, [kept])
+    log = reporting.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), None, [kept])
     skipped = [(0, 0), (1, 1), (2, 2), (0, 2), (0, 2)]  # In a row and in all, after each of five steps.
     for number, (in_row, in_all) in enumerate(skipped, 1):
         values = {"loss": 1.0, "grad_norm": 1.0, "skipped_in_row": in_row, "skipped": in_all}
@@ -49,7 +49,7 @@ def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
 def test_an_unstable_run_says_so_once_and_counts_in_every_record(experiment):
     kept, said = Kept(), []
     setup = SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1))
-    log = told.StepLog(setup, None, [kept], say=said.append)
+    log = reporting.StepLog(setup, None, [kept], log=said.append)
     for number in range(1, 61):
         loss = 9.0 if number > 40 else 3.0 - number / 50 + number % 3 / 100
         log(number, {"loss": loss, "grad_norm": 1.0, "skipped_in_row": 0, "skipped": 0}, 0.5)
@@ -94,12 +94,12 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
         def generate(self, asked):
             return [[SimpleNamespace(error=None, text=f" {next(answered)}\n\nand on")] for _ in asked]
 
-    monkeypatch.setattr(told, "Engine", Engine)
+    monkeypatch.setattr(reporting, "Engine", Engine)
     tokenizer = SimpleNamespace(bos=0, encode=lambda text: [1])
     experiment.stage_directory.mkdir(parents=True)
     setup, state = SimpleNamespace(experiment=experiment, transformer=None, mesh=None), SimpleNamespace(params=None)
     for number in (5, 10, 15, 10):  # Killed after 15, taken up again from 5.
-        told.write_samples(setup, tokenizer, state, number=number, say=lambda text: None)
+        reporting.write_samples(setup, tokenizer, state, number=number, log=lambda text: None)
     text = (experiment.stage_directory / "samples.md").read_text()
     sections = {5: "ab", 10: "gh"}
     assert text == "".join(

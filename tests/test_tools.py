@@ -10,7 +10,7 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import Calculator
@@ -82,7 +82,7 @@ def model() -> tuple[Transformer, Any]:
 
 def engine(model: tuple[Transformer, Any], **about: Any) -> Engine:
     specials = Letters(python_start=BEGIN, python_end=END, output_start=ANSWER, output_end=DONE)
-    shape = Shape(length=96, slots=2, steps=4, adapt=False)
+    shape = EngineConfig(length=96, slots=2, steps=4, adapt=False)
     return Engine(*model, specials, shape, **about)  # type: ignore[arg-type]
 
 
@@ -114,9 +114,9 @@ def test_what_a_tool_said_could_have_been_anything(model: tuple[Transformer, Any
     """Where tokens say what they were drawn from, a forced one was drawn from all."""
     asked = SamplingParams(100.0, top_k=55, max_tokens=80, ignore_end=True)
     machine, forced = engine(model), 0
-    for answer in machine.generate([Request([1, 2], asked, n=30, tools=(Echo(),), keep_sets=True)])[0]:
-        assert answer.kept is not None
-        counts_T = np.bitwise_count(answer.kept).sum(axis=1)
+    for answer in machine.generate([Request([1, 2], asked, n=30, tools=(Echo(),), return_support=True)])[0]:
+        assert answer.support is not None
+        counts_T = np.bitwise_count(answer.support).sum(axis=1)
         np.testing.assert_array_equal(counts_T == 64, ~np.array(answer.sampled))
         forced += sum(counts_T == 64)
     assert forced > 20, "hardly a call was answered"
@@ -186,6 +186,6 @@ def test_a_call_that_gets_no_answer_changes_no_text(model: tuple[Transformer, An
 
 
 def test_a_tool_without_its_special_tokens_is_refused(model: tuple[Transformer, Any]) -> None:
-    machine = Engine(*model, Letters(), Shape(length=96))  # type: ignore[arg-type]
+    machine = Engine(*model, Letters(), EngineConfig(length=96))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"Calculator needs the special token <\|python_start\|>"):
         machine.submit(Request([1], tools=(Calculator(),)))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxchat.benchmarks.engines import generate, make_engine, prompts
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams, choose, pack
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.transformer import Transformer
 
 
@@ -37,7 +37,7 @@ def cache_curve(
         equal = generate(engine, [prompt], asked)[0].tokens == tuple(naive(prompt))
         cached = functools.partial(generate, engine, [prompt], asked)
         seconds = alternate({"cached": cached, "naive": functools.partial(naive, prompt)}, repeats)
-        say(f"{count} tokens: cached {seconds['cached']:.3f} s, naive {seconds['naive']:.3f} s")
+        log(f"{count} tokens: cached {seconds['cached']:.3f} s, naive {seconds['naive']:.3f} s")
         curve.append(
             {
                 "tokens": count,
@@ -100,15 +100,15 @@ def stored_prefixes(
     asked, sides = [[*prefixes[i], *tail] for i, tail in enumerate(tails)], {}
     for count in (FEW, MANY):
         length = len(asked[0]) + decode_tokens
-        engine = make_engine(transformer, weights, length=length, slots=4, steps=chunk, remembered_bytes=1 << 34)
+        engine = make_engine(transformer, weights, length=length, slots=4, steps=chunk, prefix_cache_bytes=1 << 34)
         one = dataclasses.replace(params, max_tokens=1)
         engine.generate([Request(prefix, one, keep=True) for prefix in prefixes[:count]])
-        before = engine.prompt_stats.remembered
+        before = engine.prompt_stats.reused
         generate(engine, asked, params)
-        assert engine.prompt_stats.remembered - before == sum(map(len, prefixes[:4])), "what is stored is used"
+        assert engine.prompt_stats.reused - before == sum(map(len, prefixes[:4])), "what is stored is used"
         sides[str(len(engine.prefixes))] = functools.partial(generate, engine, asked, params)
     few, many = alternate(sides, repeats).values()
-    say(f"{' and '.join(sides)} remembered prefixes: {few:.4f} and {many:.4f} s")
+    log(f"{' and '.join(sides)} remembered prefixes: {few:.4f} and {many:.4f} s")
     return {
         "stored": [int(name) for name in sides],
         "seconds": [round(few, 5), round(many, 5)],

@@ -22,7 +22,7 @@ from jaxchat.benchmarks.train import check_peer, machine, peer_config, state_dic
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.transformer import Model, Transformer
 
 
@@ -78,7 +78,7 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
         check_peer(experiment)
     config = experiment.model
     bandwidth = copy_bandwidth()
-    say(f"a large copy moves {bandwidth / 1e9:.1f} GB/s")
+    log(f"a large copy moves {bandwidth / 1e9:.1f} GB/s")
     transformer = Transformer(config, jnp.dtype(_dtype(experiment)))
     weights = random_weights(transformer, experiment.seed)
     peer = None if bench.peer == "none" else Peer(config, weights, bench.threads)
@@ -163,7 +163,7 @@ def one_size(
     speed = {name: rows * bench.decode_tokens / statistics.median(values) for name, values in seconds.items()}
     token_seconds = statistics.median(token_times)
     read = step_bytes(transformer, rows, bench.prompt_tokens + bench.decode_tokens // 2)
-    say(f"batch {rows}: " + ", ".join(f"{name} {value:.0f} tokens/s" for name, value in speed.items()))
+    log(f"batch {rows}: " + ", ".join(f"{name} {value:.0f} tokens/s" for name, value in speed.items()))
     return {
         "rows": rows,
         "tokens_per_second": round(speed["ours"], 1),
@@ -250,7 +250,7 @@ def speculation(transformer: Transformer, weights: Any, bench: Bench) -> dict[st
             "equal": texts["plain"] == texts["guessing"],
             "distinct_trigrams": round(distinct, 3),
         }
-        say(f"speculation on {name} text: {ratio:.2f} times as fast")
+        log(f"speculation on {name} text: {ratio:.2f} times as fast")
     return told
 
 

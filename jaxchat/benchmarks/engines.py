@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -48,7 +48,7 @@ def prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
 def make_engine(
     transformer: Transformer, weights: Any, *, speculation: Any = None, decoding: str = "auto", **shape: Any
 ) -> Engine:
-    fixed = Shape(**shape, adapt=False)
+    fixed = EngineConfig(**shape, adapt=False)
     return Engine(transformer, weights, Ids(), fixed, speculation=speculation, decoding=decoding)  # type: ignore[arg-type]
 
 

@@ -18,14 +18,14 @@ import numpy as np
 from jaxchat import devices
 from jaxchat.benchmarks.engines import random_weights
 from jaxchat.benchmarks.train import machine, versions
-from jaxchat.decode.engine import Engine, Loaded, Shape, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig, Loaded, load_checkpoint
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, jobs
 from jaxchat.evaluation.likelihoods import Scored, Scorer, answer_size, row_size, score_rows
 from jaxchat.evaluation.questions import Answer, Question, answer, ask, fit
 from jaxchat.evaluation.solve import solve
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.sharding import Mesh, decoding_mesh
 from jaxchat.tasks import problems_of
@@ -111,7 +111,7 @@ def _questions(
     if bench.shuffle:
         random.Random(bench.shuffle).shuffle(order)
     mixed = [questions[i] for i in order]
-    say(f"{len(questions):,} questions, {sum(len(question.items) for question in questions):,} items")
+    log(f"{len(questions):,} questions, {sum(len(question.items) for question in questions):,} items")
     together, seconds = _timed("together", bench, lambda: dict(ask(batched, mixed)))
     alone, loop_seconds = _timed("one at a time", bench, lambda: list(single()))
     pairs = [(together[place], alone[number]) for place, number in enumerate(order)]
@@ -167,12 +167,12 @@ def _problems(
     length = loaded.experiment.data.row_length
 
     def answers(slots: int, mesh: jax.sharding.Mesh | None) -> Callable[[], list[Any]]:
-        shape = Shape(length, slots=slots, prompts=min(8, slots))
+        shape = EngineConfig(length, slots=slots, prefill_batch=min(8, slots))
         engine = Engine(loaded.transformer(), _weights(loaded, bench, mesh), loaded.tokenizer, shape, mesh=mesh)
 
         def all_of_them() -> list[Any]:
             some = [problems] if slots > 1 else [[problem] for problem in problems]
-            made = [solve(engine, job.task, part, sampling=sampling, style=style, log=say).records for part in some]
+            made = [solve(engine, job.task, part, sampling=sampling, style=style, log=log).records for part in some]
             return [record for records in made for record in records]
 
         return all_of_them
@@ -201,5 +201,5 @@ def _timed(name: str, bench: Bench, work: Callable[[], Any]) -> tuple[Any, float
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
-    say(f"{name}: {seconds:.2f} s")
+    log(f"{name}: {seconds:.2f} s")
     return result, seconds

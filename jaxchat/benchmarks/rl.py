@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxchat import devices
 from jaxchat.benchmarks.engines import Ids, prompts, random_weights
 from jaxchat.benchmarks.train import machine, versions
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.transformer import Transformer
 
 
@@ -68,7 +68,7 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
     length = bench.prompt_tokens + bench.decode_tokens
 
     def engine(slots: int) -> Engine:
-        shape = Shape(length=length, slots=slots, steps=bench.chunk, prompts=min(8, slots))
+        shape = EngineConfig(length=length, slots=slots, steps=bench.chunk, prefill_batch=min(8, slots))
         return Engine(transformer, weights, Ids(), shape)  # type: ignore[arg-type]
 
     together, by_prompt, by_sample = engine(bench.slots), engine(bench.samples), engine(1)
@@ -87,7 +87,7 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - start)
     speed = {name: sum(map(len, answers[name])) / statistics.median(seconds[name]) for name in ways}
     lengths = [len(answer.tokens) for group in answers["together"] for answer in group]
-    say(", ".join(f"{name} {value:.1f} rollouts/s" for name, value in speed.items()))
+    log(", ".join(f"{name} {value:.1f} rollouts/s" for name, value in speed.items()))
     return {
         "rollouts_per_second": round(speed["together"], 2),
         "ratio_to_a_prompt_at_a_time": round(speed["together"] / speed["a_prompt_at_a_time"], 3),

@@ -19,7 +19,7 @@ import numpy as np
 from jaxchat import compilation, devices, sharding
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token
 from jaxchat.model.transformer import Model
 from jaxchat.optim import AdamW, Optimizer
@@ -95,10 +95,10 @@ def run(experiment: Experiment, bench: Bench) -> dict[str, Any]:
     )
     ours, weights = _our_side(experiment, ids)
     sides = {"ours": ours}
-    say(f"jaxchat: first step with compilation {ours.first_step_seconds:.1f} s")
+    log(f"jaxchat: first step with compilation {ours.first_step_seconds:.1f} s")
     if bench.peer != "none":
         sides["peer"] = _peer_side(experiment, ids, weights, bench.threads)
-        say(f"transformers: first step with compilation {sides['peer'].first_step_seconds:.1f} s")
+        log(f"transformers: first step with compilation {sides['peer'].first_step_seconds:.1f} s")
     seconds, losses, peak = _race(sides, bench)
     speed = {name: experiment.batch_tokens / float(np.median(values)) for name, values in seconds.items()}
     peer_speed = speed.get("peer")
@@ -148,21 +148,21 @@ def _race(sides: dict[str, Side], bench: Bench) -> tuple[dict[str, list[float]],
         time.sleep(bench.pause)
         peaks.append(devices.peak_flops(jax.devices()[0]))
         told = "  ".join(f"{name} {np.median(values) * 1e3:.0f} ms" for name, values in seconds.items())
-        say(f"block {block + 1}/{bench.blocks}: {told}")
+        log(f"block {block + 1}/{bench.blocks}: {told}")
     known = [peak * jax.device_count() for peak in peaks if peak is not None]
     return seconds, losses, max(known) if known else None
 
 
 def _our_side(experiment: Experiment, ids: np.ndarray) -> tuple[Side, dict[str, np.ndarray]]:
     """The training step as launch.train compiles it, its first step taken, and the weights it started from."""
-    setup = compilation.make_setup(experiment, say)
+    setup = compilation.make_setup(experiment, log)
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     with jax.set_mesh(setup.mesh):
         start = jax.jit(lambda key: init_state(setup.transformer, setup.tx, key), out_shardings=placed)
         state = start(jax.random.key(experiment.seed))
         weights = jax.device_get(state.params)
         begin = time.perf_counter()
-        step, rows, _ = compilation.compile_step(setup, say)
+        step, rows, _ = compilation.compile_step(setup, log)
     shape = (experiment.batch_rows // rows, rows, experiment.data.row_length)
     batches = [
         sharding.put_batch(

@@ -223,8 +223,8 @@ def _fold(listed: Any) -> list[Message]:
         raise Malformed("no message", "the messages are no list of objects")
     messages: list[Message] = []
     for message in listed:
-        told = message.get("role", message.get("from"))
-        role = ROLES.get(told.lower(), told) if isinstance(told, str) else str(told)
+        given = message.get("role", message.get("from"))
+        role = ROLES.get(given.lower(), given) if isinstance(given, str) else str(given)
         content = message.get("content", message.get("value"))
         last: Message = messages[-1] if messages else {"role": ""}
         if role == "system":

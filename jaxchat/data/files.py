@@ -61,8 +61,8 @@ class Reading:
         except UnicodeError:  # Such as one byte of an encoding of two.
             pass
         except LookupError:
-            told = f"--data.encoding={self.encoding} is not an encoding of text that Python knows"
-            raise UserError(told) from None
+            problem = f"--data.encoding={self.encoding} is not an encoding of text that Python knows"
+            raise UserError(problem) from None
 
     @property
     def is_utf8(self) -> bool:
@@ -194,9 +194,9 @@ def _read_parquet(source: Source, reading: Reading, columns: list[str] | None) -
                     reading.advance(group + 1, file.num_row_groups)
                 before += rows
     except UnicodeDecodeError as error:
-        told = f"in column {columns[0]!r} " if columns else ""
+        where = f"in column {columns[0]!r} " if columns else ""
         raise UserError(
-            f"{source.path} rows {before + 1:,} to {before + rows:,} hold text {told}that is not UTF-8 "
+            f"{source.path} rows {before + 1:,} to {before + rows:,} hold text {where}that is not UTF-8 "
             f"({error.reason}); write the file again with texts of UTF-8"
         ) from None
     except (pa.ArrowException, OSError) as error:
@@ -233,10 +233,10 @@ def _not_utf8(path: str, data: bytes, position: int, error: UnicodeDecodeError) 
 
 
 def _not_decoded(path: str, encoding: str, error: UnicodeError) -> str:
-    told = str(error)
+    reason = str(error)
     if isinstance(error, UnicodeDecodeError):
-        told = f"{error.reason} (0x{error.object[error.start]:02x})"
-    return f"{path} is not {encoding}: {told}; correct --data.encoding"
+        reason = f"{error.reason} (0x{error.object[error.start]:02x})"
+    return f"{path} is not {encoding}: {reason}; correct --data.encoding"
 
 
 def _binary(path: str, offset: int) -> str:

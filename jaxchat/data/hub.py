@@ -33,7 +33,7 @@ from jaxchat.data.cache import locked, read_json, write_json
 from jaxchat.data.downloads import Log, Shard, fetch, patiently
 from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 
 DEFAULT_SHARDS = 8
 AT_ONCE = 4
@@ -64,7 +64,7 @@ DATA_SETS = {
 }
 
 
-def download(spec: str, split: str, directory: Path, *, log: Log = say, endpoint: str | None = None) -> list[Path]:
+def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint: str | None = None) -> list[Path]:
     """The files that a spec names for a split, downloaded where they are missing."""
     name, data_set, count = _parse(spec)
     place = directory / re.sub(r"[^\w.-]+", "--", name)

@@ -175,7 +175,7 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
     }
     ids = sum(manifest["rows"] * (manifest["row_length"] + 1) for manifest in manifests)
     talks = [manifest for manifest in manifests if _is_talk(manifest)]
-    told = {
+    counts = {
         "trained_fraction": round(total["trained"] / max(total["tokens"], 1), 6),
         "too_long": total["too_long"],
         "skipped": sum(sum(manifest["skipped"].values()) for manifest in talks),
@@ -189,7 +189,7 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
         "padding_fraction": round(total["padding"] / max(ids, 1), 6),
         "cut_documents": total["cut"],
         "empty_documents": total["empty"],
-        **(told if talks else {}),
+        **(counts if talks else {}),
         "megabytes_per_second": round(total["seconds_bytes"] / 1e6 / max(total["seconds"], 1e-3), 3),
         "paths": [str(part.directory) for part in rows],
     }
@@ -357,8 +357,8 @@ def _summary(manifest: dict[str, Any], directory: Path) -> str:
     took = f"{manifest['seconds']:.1f} s: {directory}"
     if _is_talk(manifest):
         trained = manifest["trained"] / max(manifest["tokens"], 1)
-        told = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
-        return f"{counted}{_conversations(manifest['documents'])}; {told}"
+        counts = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
+        return f"{counted}{_conversations(manifest['documents'])}; {counts}"
     return (
         f"{counted}{manifest['documents']:,} documents; {discarded:.2%} of tokens thrown away, {padding:.2%} padding, "
         f"{manifest['cut']:,} documents cut; {took}"
@@ -367,16 +367,16 @@ def _summary(manifest: dict[str, Any], directory: Path) -> str:
 
 def _warnings(manifest: dict[str, Any]) -> list[str]:
     """What of the conversations is not in the rows, and why."""
-    told = [
+    counts = [
         f"{_conversations(count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
         for reason, count in sorted(manifest["skipped"].items())
     ]
     if manifest["too_long"]:
-        told.append(
+        counts.append(
             f"{_conversations(manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
             f"--data.row_length={manifest['longest'] - 1} takes the longest"
         )
-    return told
+    return counts
 
 
 def _conversations(count: int) -> str:

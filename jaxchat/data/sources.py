@@ -24,7 +24,7 @@ from typing import Any, Literal
 from jaxchat.data import conversations
 from jaxchat.data.files import Reading, Source, no_column, objects, place, read_text
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
 Split = Literal["train", "val"]
@@ -39,7 +39,7 @@ def find(
     *,
     suffixes: Mapping[str, str] = SUFFIXES,
     hub_directory: str | Path | None = None,
-    log: Callable = say,
+    log: Callable = log,
 ) -> list[Source]:
     """The sources that a spec names, in a fixed order; for a directory, those of the split with one of the suffixes."""
     if spec.startswith("tinyworld:"):

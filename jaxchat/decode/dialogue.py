@@ -125,8 +125,8 @@ def show(pieces: Iterator[str], out: TextIO, stop: Callable[[], None]) -> bool:
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        for piece in pieces:
-            print(piece, end="", file=out, flush=True)
+        for prefill_chunk in pieces:
+            print(prefill_chunk, end="", file=out, flush=True)
     finally:
         signal.signal(signal.SIGINT, before)
     print(file=out, flush=True)

@@ -1,7 +1,7 @@
-"""The decode engine: many requests at once, each with the tokens it would get alone.
+"""The decode engine: many requests at once, each with the tokens that it would get alone.
 
-Requests wait, are read, and take a slot; the device decodes all slots in chunks of steps; between chunks finished
-samples leave, tools answer, and waiting requests enter.
+Requests are queued, prefilled and assigned to slots. The device decodes all slots for a fixed number of steps per
+dispatch; between dispatches the host removes finished samples, runs tools and admits new requests.
 """
 
 import dataclasses
@@ -26,47 +26,47 @@ from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.slots import Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
 END_TOKENS = ("<|bos|>", "<|assistant_end|>")
-LOOK_AHEAD = 8  # How many times as many requests as one call reads are looked at for those that it can read.
+LOOK_AHEAD = 8  # Times `prefill_batch`: how many queued prompts are searched for ones of the same plan.
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What fixes the engine's programs.
+class EngineConfig:
+    """Static sizes of an engine. Changing any of them compiles new programs.
 
     Attributes:
-        length: positions a row, the context.
-        slots: how many samples are decoded at once.
-        steps: decoding steps a dispatch; between dispatches the host looks at the tokens.
-        piece: the longest piece of a prompt that one call reads.
-        prompts: how many prompts one call reads.
-        adapt: decode in fewer slots and shorter rows, by powers of two, while that is enough. Off, every request meets
-            one compiled shape, so that its tokens do not differ even by a rounding.
-        remembered_bytes: how much memory the caches of remembered texts may take.
+        length: context length: positions per cache row.
+        slots: maximum number of samples decoded at the same time.
+        steps: decoding steps per dispatch; between dispatches the host looks at the tokens.
+        prefill_chunk: maximum number of prompt tokens processed in one prefill call.
+        prefill_batch: number of prompts prefilled together.
+        adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
+            requests use one compiled shape, so results are identical bit for bit.
+        prefix_cache_bytes: memory limit of the prefix cache.
     """
 
     length: int
     slots: int = 8
     steps: int = 8
-    piece: int = 512
-    prompts: int = 1
+    prefill_chunk: int = 512
+    prefill_batch: int = 1
     adapt: bool = True
-    remembered_bytes: int = 1 << 30
+    prefix_cache_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name in ("length", "slots", "steps", "piece", "prompts"):
+        for name in ("length", "slots", "steps", "prefill_chunk", "prefill_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass
-class Fork:
-    """A prompt that was read, and its samples that have no slot yet."""
+class PrefilledPrompt:
+    """A prefilled prompt whose samples are waiting for a slot."""
 
     cache: Cache
     logits_RV: jax.Array
@@ -77,10 +77,10 @@ class Fork:
 
 @dataclass
 class PromptStats:
-    """Prompt tokens that were read, and those that were remembered instead."""
+    """Prompt tokens that were computed, and those that were taken from the prefix cache."""
 
-    read: int = 0
-    remembered: int = 0
+    computed: int = 0
+    reused: int = 0
 
 
 class Engine:
@@ -97,7 +97,7 @@ class Engine:
         transformer: Transformer,
         params: Params,
         tokenizer: Tokenizer,
-        shape: Shape,
+        shape: EngineConfig,
         *,
         mesh: jax.sharding.Mesh | None = None,
         speculation: Speculation | None = None,
@@ -111,12 +111,12 @@ class Engine:
         draft = None if draft is None else (_decoded(draft[0], decoding, device), draft[1])
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
-        self.prefixes = Prefixes(shape.remembered_bytes, windowed=windowed)
+        self.prefixes = Prefixes(shape.prefix_cache_bytes, windowed=windowed)
         self.prompt_stats = PromptStats()
         with self.on_mesh():
             if draft is not None:
                 draft = draft[0], jax.jit(functools.partial(programs.unstack, draft[0]))(draft[1])
-                self._draft_reader = Reader(draft[0], shape.prompts)
+                self._draft_reader = Reader(draft[0], shape.prefill_batch)
             self._draft = draft
             self.slots = Slots(
                 transformer,
@@ -128,25 +128,25 @@ class Engine:
                 draft=draft,
             )
         self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
-        self._reader = Reader(transformer, shape.prompts)
+        self._reader = Reader(transformer, shape.prefill_batch)
         self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
         self._forward = jax.jit(lambda params, ids: transformer.logits(params, transformer.apply(params, ids)[0])[0])
         self._waiting: deque[Sample] = deque()
-        self._forks: deque[Fork] = deque()
+        self._prefilled: deque[PrefilledPrompt] = deque()
         self.load(params)
 
     def load(self, params: Params) -> None:
-        """Decodes with these parameters from now on; what others remembered is forgotten."""
+        """Replaces the parameters and clears the prefix cache."""
         with self.on_mesh():
             self.params = self._unstack(params)
         self.prefixes.clear()
 
     def on_mesh(self) -> AbstractContextManager[Any]:
-        """The mesh, as what is set inside."""
+        """Context manager that sets the engine's mesh, if it has one."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def submit(self, request: Request) -> list[Sample]:
-        """Queues a request; returns its samples, which fill as `step` is called.
+        """Queues a request and returns its samples, which fill as `step` is called.
 
         Raises:
             UserError: the prompt is empty or too long, names ids or special tokens that the model does not have, or
@@ -155,8 +155,8 @@ class Engine:
         prompt = self.check(request.prompt)
         if not isinstance(request.n, int) or request.n < 1:
             raise UserError(f"n={request.n} must be a whole number, at least 1")
-        if request.keep_sets and request.sampling.penalised:
-            raise UserError("keep_sets has no meaning with penalties or a logit bias: leave one of them out")
+        if request.return_support and request.sampling.penalised:
+            raise UserError("return_support has no meaning with penalties or a logit bias: leave one of them out")
         self._check_ids("logit_bias", request.sampling.logit_bias)
         self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:
@@ -171,7 +171,7 @@ class Engine:
         return samples
 
     def check(self, prompt: Sequence[int], *, what: str = "the prompt", room: int = 1) -> tuple[int, ...]:
-        """The prompt, or UserError for one that cannot be read, or leaves less than `room` tokens for an answer."""
+        """The prompt as a tuple; `UserError` if it is invalid or leaves fewer than `room` tokens for an answer."""
         try:
             tokens = tuple(map(operator.index, prompt))
         except TypeError:
@@ -189,7 +189,7 @@ class Engine:
             raise UserError(f"{what} names token {strange[0]}, and the vocabulary has ids 0 to {vocab - 1}")
 
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
-        """The cache of a prompt in its first row, and the logits after it, (R, V)."""
+        """Prefills one prompt; returns its cache (in the first row) and the logits after it, (R, V)."""
         return self._reader.read(self.params, [prompt], [None], self._plan(prompt, 0))
 
     def forward(self, tokens: Sequence[int]) -> np.ndarray:
@@ -235,7 +235,7 @@ class Engine:
             sample.cancel()
 
     def step(self) -> bool:
-        """Admits what waits, decodes one chunk, and says whether anything is left to do."""
+        """Admits queued requests, decodes one chunk, and returns whether any work is left."""
         with self.on_mesh():
             self._leave()
             self._enter()
@@ -243,38 +243,40 @@ class Engine:
                 self.slots.fit()
                 self.slots.decode(self.params)
                 self._leave()
-        return bool(self.slots.active or self._waiting or self._forks)
+        return bool(self.slots.active or self._waiting or self._prefilled)
 
     def _leave(self) -> None:
-        """Lets go of samples that have ended, and remembers what was read for those that ask for it."""
+        """Removes finished samples, and stores the caches of those that ask for it in the prefix cache."""
         for sample in self.slots.active:
             if sample.request.keep and sample.finish_reason in ("stop", "length", "context"):
                 self.prefixes.store(*self.slots.snapshot(sample))
         self.slots.release()
         self._waiting = deque(sample for sample in self._waiting if not sample.finish_reason)
-        for fork in self._forks:
-            fork.waiting = deque(sample for sample in fork.waiting if not sample.finish_reason)
-        self._forks = deque(fork for fork in self._forks if fork.waiting)
+        for prefilled in self._prefilled:
+            prefilled.waiting = deque(sample for sample in prefilled.waiting if not sample.finish_reason)
+        self._prefilled = deque(prefilled for prefilled in self._prefilled if prefilled.waiting)
 
     def _enter(self) -> None:
-        """Fills free slots in the order of asking; a sample whose first token is its last frees its slot at once."""
-        while (self._waiting or self._forks) and self.slots.free:
-            if not self._forks:
+        """Fills free slots in order of submission; a sample whose first token is its last frees its slot at once."""
+        while (self._waiting or self._prefilled) and self.slots.free:
+            if not self._prefilled:
                 self._read()
-            fork = self._forks[0]
-            entering = [fork.waiting.popleft() for _ in range(min(self.slots.free, len(fork.waiting)))]
+            prefilled = self._prefilled[0]
+            count = min(self.slots.free, len(prefilled.waiting))
+            entering = [prefilled.waiting.popleft() for _ in range(count)]
             self.slots.fit(entering)
-            self.slots.enter(fork.cache, fork.logits_RV, [(fork.row, sample) for sample in entering], fork.draft)
+            rows = [(prefilled.row, sample) for sample in entering]
+            self.slots.enter(prefilled.cache, prefilled.logits_RV, rows, prefilled.draft)
             self._leave()
 
     def _read(self) -> None:
-        """Reads the next prompt, each once for all its samples, and with it later ones of the same plan."""
+        """Prefills the next prompt, once for all of its samples, together with later prompts of the same plan."""
         groups: list[list[Sample]] = []
         found: list[tuple[int, Cache] | None] = []
         agreed: Plan | None = None
-        passed: list[Sample] = []  # They wait for a read of their own plan.
-        for _ in range(LOOK_AHEAD * self.shape.prompts):
-            if not self._waiting or len(groups) == self.shape.prompts:
+        passed: list[Sample] = []  # Prompts with another plan: they wait for a prefill of their own.
+        for _ in range(LOOK_AHEAD * self.shape.prefill_batch):
+            if not self._waiting or len(groups) == self.shape.prefill_batch:
                 break
             first = self._waiting[0]
             group = []
@@ -289,29 +291,30 @@ class Engine:
             agreed = own
             groups.append(group)
             found.append(remembered)
-            self.prompt_stats.remembered += done
-            self.prompt_stats.read += len(first.prompt) - done
+            self.prompt_stats.reused += done
+            self.prompt_stats.computed += len(first.prompt) - done
         assert agreed is not None
         self._waiting.extendleft(reversed(passed))
         prompts, draft = [group[0].prompt for group in groups], None
         cache, logits_RV = self._reader.read(self.params, prompts, found, agreed)
         if self._draft is not None:
-            whole = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.pieces))
+            whole = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.chunks))
             draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), whole)
-        self._forks.extend(Fork(cache, logits_RV, draft, row, deque(group)) for row, group in enumerate(groups))
+        for row, group in enumerate(groups):
+            self._prefilled.append(PrefilledPrompt(cache, logits_RV, draft, row, deque(group)))
 
     def _plan(self, prompt: Sequence[int], remembered: int) -> Plan:
-        return plan(len(prompt), remembered, piece=self.shape.piece, length=self.shape.length)
+        return plan(len(prompt), remembered, prefill_chunk=self.shape.prefill_chunk, length=self.shape.length)
 
 
 def _decoded(transformer: Transformer, wanted: str, device: Any) -> Transformer:
-    """The model with the attention that decodes on a device."""
-    name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, say=say)
+    """The transformer with the decoding backend of a device."""
+    name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, log=log)
     return dataclasses.replace(transformer, decoding=name)
 
 
 class Loaded(NamedTuple):
-    """A checkpoint that was found: where, of which step, its experiment and its run's tokenizer."""
+    """A checkpoint: its directory and step, its experiment, and the tokenizer of its run."""
 
     directory: Path
     step: int
@@ -369,6 +372,6 @@ def load_engine(
     `shape` are fields of Shape; the length is the model's row length unless given.
     """
     loaded = load_checkpoint(path, experiment_class)
-    whole = Shape(**{"length": loaded.experiment.data.row_length} | shape)
+    whole = EngineConfig(**{"length": loaded.experiment.data.row_length} | shape)
     params = loaded.params(mesh)
     return Engine(loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation)

@@ -1,4 +1,4 @@
-"""What the device runs: prefill, admission into slots, chunks of decoding steps; pure functions of their arguments."""
+"""The engine's compiled programs: prefill, admission into slots, decoding steps. Pure functions of their arguments."""
 
 from typing import Any, NamedTuple
 
@@ -11,9 +11,12 @@ from jaxchat.model.cache import resize
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
-class Running(NamedTuple):
-    """Where each slot stands, (B,): its newest token, not in the cache yet; that token's position, -1 for an idle slot;
-    the position of the last token it may get; and (B, N) the tokens at which it pauses, -1 for none.
+class DecodeState(NamedTuple):
+    """Decoding state per slot, arrays of shape (B,).
+
+    `token_B`: last sampled token, not yet in the cache. `position_B`: its position, -1 if the slot is idle. `limit_B`:
+    last position that the slot may fill. `stops_BN` (B, N): tokens after which the device stops decoding the slot, -1
+    for none.
     """
 
     token_B: Any
@@ -22,20 +25,21 @@ class Running(NamedTuple):
     stops_BN: Any
 
 
-class Steps(NamedTuple):
-    """What each step gave each slot, (K, B): -1 for no token; where asked for, the most likely tokens, (K, B, N) each,
-    and the set that the token was drawn from, in bits.
+class StepOutputs(NamedTuple):
+    """Output of K decoding steps per slot, (K, B): token (-1 for none), its log-probability under the model and under
+    the sampling distribution; if requested, the most likely tokens (K, B, N), and the support that the token was
+    sampled from, as packed bits (K, B, ceil(V / 8)).
     """
 
     token_KB: jax.Array
     logprob_KB: jax.Array
-    drawn_logprob_KB: jax.Array
+    sampling_logprob_KB: jax.Array
     top_KBN: tuple[jax.Array, jax.Array] | None = None
-    kept_KBC: jax.Array | None = None
+    support_KBC: jax.Array | None = None
 
 
 def unstack(transformer: Transformer, params: Params) -> Params:
-    """Parameters by layer, in the compute type and in their places for decoding, from those of training or export."""
+    """Parameters per layer in the compute type, with the shardings for decoding."""
     axes, pattern = transformer.axes(), transformer.config.pattern
     cut = [jax.tree.map(lambda names: names[1:], own, is_leaf=lambda x: isinstance(x, tuple)) for own in axes["layers"]]
     by_layer = {"ends": axes["ends"], "layer": tuple(cut[i % len(pattern)] for i in range(transformer.config.depth))}
@@ -44,7 +48,7 @@ def unstack(transformer: Transformer, params: Params) -> Params:
 
 
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
-    """An empty cache in its place on the mesh."""
+    """An empty cache, sharded over the mesh."""
     return place(transformer.empty_cache(batch, length, write=write))
 
 
@@ -56,7 +60,7 @@ def prefill(
     cache: Cache,
     logits_RV: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    """Reads a piece of each prompt into its cache, and the logits after it; a row of padding stays as it is."""
+    """Processes one chunk of each prompt; returns the cache and the logits after it. A row of padding is unchanged."""
     hidden_RTM, cache_after = transformer.apply(params, tokens_RT, positions_BT=positions_RT, cache=cache)
     assert cache_after is not None
     last_R11 = jnp.argmax(positions_RT, axis=1)[:, None, None]
@@ -77,12 +81,12 @@ def admit(
     *,
     level: Level,
     top: bool,
-    keep_sets: bool = False,
+    return_support: bool = False,
 ) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
-    """Copies prefilled rows `take_N` into slots `slot_N` (out of range for none) and chooses each one's first token."""
+    """Copies prefilled rows `take_N` into slots `slot_N` (out of range: none) and samples the first token of each."""
     logits_NV = logits_RV[take_N]
     position_N = source.length_B[take_N] - 1
-    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, keep_sets=keep_sets)
+    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, return_support=return_support)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     if history is not None and prompts is not None:
         rows_N = jnp.arange(slot_N.shape[0])
@@ -92,7 +96,7 @@ def admit(
 
 
 def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> Cache:
-    """A cache with rows `take_N` of `source` in slots `slot_N`, which is out of range for none."""
+    """The cache with rows `take_N` of `source` copied into slots `slot_N` (out of range: none)."""
     rows = jax.tree.map(lambda x: x[take_N], source)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     layers = tuple(
@@ -107,17 +111,18 @@ def decode(
     params: Params,
     cache: Cache,
     history: History | None,
-    running: Running,
+    running: DecodeState,
     rows: Rows,
     forced_KB: jax.Array,
     *,
     level: Level,
     top: bool,
-    keep_sets: bool = False,
-) -> tuple[Cache, History | None, Steps]:
-    """A step for each row of `forced_KB`: reads every slot's newest token and chooses the next, unless one is forced.
+    return_support: bool = False,
+) -> tuple[Cache, History | None, StepOutputs]:
+    """Decodes K steps, K being the rows of `forced_KB`: each processes every slot's last token and samples the next,
+    or takes the forced one where it is not -1.
 
-    A slot that reaches a stop token or its limit pauses: it writes nothing and gets nothing until the next chunk.
+    A slot that reaches a stop token or its limit pauses: its cache and token stay as they are until the next dispatch.
     """
     slots_B = jnp.arange(running.token_B.shape[0])
 
@@ -126,16 +131,16 @@ def decode(
         at_B = jnp.where(paused_B, -1, position_B)
         hidden_B1M, cache = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
         logits_BV = transformer.logits(params, hidden_B1M)[:, 0]
-        choice = choose(logits_BV, rows, position_B, level=level, history=history, keep_sets=keep_sets)
+        choice = choose(logits_BV, rows, position_B, level=level, history=history, return_support=return_support)
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
         if history is not None:
             history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))
-        given = Steps(
+        given = StepOutputs(
             jnp.where(paused_B, -1, next_B),
             choice.logprob_B,
-            choice.drawn_logprob_B,
+            choice.sampling_logprob_B,
             most_likely(logits_BV) if top else None,
-            choice.kept_BC,
+            choice.support_BC,
         )
         token_B = jnp.where(paused_B, token_B, next_B)
         position_B = jnp.where(paused_B, position_B, position_B + 1)
@@ -148,13 +153,13 @@ def decode(
 
 
 def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
-    """A cache whose row `row` begins with the first `length` positions of the single row of `source`."""
+    """The cache with the first `length` positions of the single row of `source` copied into row `row`."""
     zero = jnp.zeros((1,), jnp.int32)
     return seat(cache, source._replace(length_B=length[None], last_B=last[None]), zero, row[None])
 
 
 def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:
-    """The rows `take_B` of a cache, in a cache of another length."""
+    """Rows `take_B` of a cache, copied into a new cache of another length."""
     shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
     rows = jax.tree.map(lambda x: x[take_B], cache)
     layers = tuple(
@@ -170,6 +175,6 @@ def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def place(cache: Cache) -> Cache:
-    """A cache by its logical axes, where a mesh is set: rows over `data`, heads over `tensor`."""
+    """The cache with its sharding: rows over `data`, heads over `tensor`. Unchanged without a mesh."""
     put = lambda x: sharding.constrain(x, ("batch", "kv_heads", None, None))  # noqa: E731
     return cache._replace(layers=jax.tree.map(put, cache.layers))

@@ -1,4 +1,4 @@
-"""Reading prompts: prefill in pieces of fixed lengths, after whatever an earlier prompt or answer has in common."""
+"""Prefill: prompts are processed in chunks of fixed lengths, after the longest prefix found in the prefix cache."""
 
 import functools
 from collections import OrderedDict
@@ -13,7 +13,7 @@ import numpy as np
 from jaxchat.decode import programs
 from jaxchat.model.transformer import Cache, Params, Transformer
 
-SHORTEST_PIECE = 16
+SHORTEST_CHUNK = 16
 SHORTEST_ROW = 256
 
 
@@ -23,26 +23,26 @@ def bucket(least: int, *, shortest: int, longest: int) -> int:
 
 
 class Plan(NamedTuple):
-    """The compiled shapes that a prompt meets: its row's length, the longest piece, and the pieces it is read in."""
+    """The compiled shapes for a prompt: length of its cache row, longest chunk, and the chunk sizes in order."""
 
     length: int
     longest: int
-    pieces: tuple[int, ...]
+    chunks: tuple[int, ...]
 
 
-def plan(tokens: int, remembered: int, *, piece: int, length: int) -> Plan:
-    """The plan for a prompt of which `remembered` tokens need not be read; a function of the prompt alone."""
+def plan(tokens: int, reused: int, *, prefill_chunk: int, length: int) -> Plan:
+    """The plan for a prompt of `tokens` tokens whose first `reused` tokens are in the prefix cache."""
     row = bucket(tokens, shortest=SHORTEST_ROW, longest=length)
-    longest = min(piece, row)
-    whole, last = divmod(tokens - remembered, longest)
-    pieces = (longest,) * whole
+    longest = min(prefill_chunk, row)
+    whole, last = divmod(tokens - reused, longest)
+    chunks = (longest,) * whole
     if last:
-        pieces += (bucket(last, shortest=SHORTEST_PIECE, longest=longest),)
-    return Plan(row, longest, pieces)
+        chunks += (bucket(last, shortest=SHORTEST_CHUNK, longest=longest),)
+    return Plan(row, longest, chunks)
 
 
 class Prefixes:
-    """Caches of texts that were read before, the least recently used forgotten first."""
+    """The prefix cache: caches of processed texts, evicted least recently used first."""
 
     def __init__(self, most_bytes: int, *, windowed: bool) -> None:
         self._most_bytes, self._windowed = most_bytes, windowed
@@ -55,7 +55,7 @@ class Prefixes:
         self._held.clear()
 
     def store(self, tokens: tuple[int, ...], cache: Cache) -> None:
-        """Remembers a single row; it replaces those whose text it continues."""
+        """Adds the cache of one row; it replaces entries that are a prefix of its text."""
         for other in [held for held in self._held if tokens[: len(held)] == held]:
             del self._held[other]
         self._held[tokens] = cache
@@ -68,9 +68,10 @@ class Prefixes:
         return sum(leaf.nbytes for cache in self._held.values() for leaf in jax.tree.leaves(cache))
 
     def find(self, prompt: Sequence[int]) -> tuple[int, Cache] | None:
-        """How many of a prompt's first tokens are remembered, and where; its last token is always read again.
+        """The number of tokens of the longest usable prefix, and its cache. The last token is always computed.
 
-        A windowed layer has overwritten what lies before its window, so there a text is used whole or not at all.
+        A windowed layer has overwritten the positions before its window, so with one an entry is used whole or not at
+        all.
         """
         best: tuple[int, tuple[int, ...]] | None = None
         for held in self._held:
@@ -84,14 +85,14 @@ class Prefixes:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two texts share."""
+    """Length of the common prefix of two texts."""
     most = min(len(one), len(other))
     return next((i for i in range(most) if one[i] != other[i]), most)
 
 
 @dataclass
 class Reader:
-    """Reads `rows` prompts at a time; every prompt of a call has the same plan."""
+    """Prefills `rows` prompts at a time; all prompts of a call have the same plan."""
 
     transformer: Transformer
     rows: int
@@ -108,16 +109,16 @@ class Reader:
         found: Sequence[tuple[int, Cache] | None],
         plan: Plan,
     ) -> tuple[Cache, jax.Array]:
-        """The prompts' caches, and the logits after each, (R, V)."""
+        """Returns the cache of the prompts, one row each, and the logits after each, (R, V)."""
         cache = self._empty(self.rows, plan.length, plan.longest)
         done = [0] * len(prompts)
-        for row, remembered in enumerate(found):
-            if remembered is not None:
-                done[row], source = remembered
+        for row, reused in enumerate(found):
+            if reused is not None:
+                done[row], source = reused
                 length, last = np.int32(done[row]), np.int32(prompts[row][done[row] - 1])
                 cache = self._recall(cache, source, np.int32(row), length, last)
         logits_RV = jnp.zeros((self.rows, self.transformer.config.vocab), jnp.float32)
-        for size in plan.pieces:
+        for size in plan.chunks:
             tokens_RT, positions_RT = np.zeros((self.rows, size), np.int32), np.full((self.rows, size), -1, np.int32)
             for row, prompt in enumerate(prompts):
                 part = prompt[done[row] : done[row] + size]

@@ -43,7 +43,7 @@ class Request:
     tools: Sequence[Tool] = ()
     keep: bool = False
     """Whether the engine remembers what it read, for a later prompt that begins with it."""
-    keep_sets: bool = False
+    return_support: bool = False
     """Whether the answer says which tokens each of its own was drawn from, for training on it."""
 
 
@@ -55,7 +55,7 @@ class Completion:
         text: the answer, without special tokens and without the stop text.
         tokens: its tokens, the end token included.
         logprobs: the model's log-probability of each token.
-        drawn_logprobs: each token's log-probability under the distribution it was drawn from.
+        sampling_logprobs: each token's log-probability under the distribution it was drawn from.
         sampled: whether each token was chosen by the model; those of a tool's answer were not.
         finish_reason: "stop" at an end token or stop text, "length" at max_tokens, "context" when the context is full,
             "cancelled", or "error".
@@ -63,21 +63,21 @@ class Completion:
         first_token_seconds: from submission to the first token.
         top_logprobs: for each sampled token, the most likely tokens and their log-probabilities, where asked for.
         error: what was wrong with the request.
-        kept: the tokens that each token was drawn from, (tokens, ceil(V / 8)) uint8, a bit a token, the lowest first;
-            all of them for a token of a tool's answer. None where not asked for, and where every token can be drawn.
+        support: the tokens that each token was sampled from, (tokens, ceil(V / 8)) uint8, one bit per token, lowest bit
+            first; all bits are set for a token of a tool's answer. None if not requested, or if nothing was truncated.
     """
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    drawn_logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
     sampled: tuple[bool, ...]
     finish_reason: str
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     error: str | None = None
-    kept: np.ndarray | None = field(default=None, compare=False)
+    support: np.ndarray | None = field(default=None, compare=False)
 
 
 class TextStream:

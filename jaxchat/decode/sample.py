@@ -48,7 +48,7 @@ class Sample:
         self._drawn: list[float] = []
         self._sampled: list[bool] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
-        self._kept: list[np.ndarray] = []
+        self._support: list[np.ndarray] = []
         self._start = self._end = time.perf_counter()
         self._first = 0.0
 
@@ -63,9 +63,9 @@ class Sample:
         return self.stops | {self._tokenizer.specials[tool.end] for tool in self.request.tools}
 
     @property
-    def keeps_sets(self) -> bool:
+    def returns_support(self) -> bool:
         """Whether the sets that tokens are drawn from are asked for, and are not simply all tokens."""
-        return self.request.keep_sets and self.request.sampling.level == "full"
+        return self.request.return_support and self.request.sampling.level == "full"
 
     def give(
         self,
@@ -73,7 +73,7 @@ class Sample:
         logprob: float,
         drawn: float,
         top: Sequence[tuple[int, float]] = (),
-        kept_C: np.ndarray | None = None,
+        support_C: np.ndarray | None = None,
     ) -> None:
         """Takes the next token from the device; finishes the sample, or calls a tool, where it is time to."""
         if self.finish_reason:
@@ -91,9 +91,9 @@ class Sample:
         self._drawn.append(0.0 if forced else drawn)
         if count := self.request.sampling.top_logprobs:
             self._top.append(() if forced else tuple(top[:count]))
-        if self.keeps_sets:
-            assert kept_C is not None
-            self._kept.append(np.full_like(kept_C, 255) if forced else kept_C.copy())
+        if self.returns_support:
+            assert support_C is not None
+            self._support.append(np.full_like(support_C, 255) if forced else support_C.copy())
         if not forced and token in self.stops:
             self._finish("stop")
             return
@@ -147,14 +147,14 @@ class Sample:
             text=self._stream.text,
             tokens=tuple(self.tokens),
             logprobs=tuple(self._logprobs),
-            drawn_logprobs=tuple(self._drawn),
+            sampling_logprobs=tuple(self._drawn),
             sampled=tuple(self._sampled),
             finish_reason=self.finish_reason,
             seconds=self._end - self._start,
             first_token_seconds=max(0.0, self._first - self._start),
             top_logprobs=tuple(self._top),
             error=self.error,
-            kept=np.stack(self._kept) if self._kept else None,
+            support=np.stack(self._support) if self._support else None,
         )
 
 

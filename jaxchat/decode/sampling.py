@@ -169,8 +169,8 @@ class Choice(NamedTuple):
 
     token_B: jax.Array
     logprob_B: jax.Array
-    drawn_logprob_B: jax.Array
-    kept_BC: jax.Array | None = None
+    sampling_logprob_B: jax.Array
+    support_BC: jax.Array | None = None
 
 
 def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: int, vocab: int) -> History:
@@ -218,12 +218,12 @@ def choose(
     *,
     level: Level,
     history: History | None = None,
-    keep_sets: bool = False,
+    return_support: bool = False,
 ) -> Choice:
     """One token a row: the most likely at temperature 0, otherwise drawn from what is kept.
 
     `position_B` is the position of the token before. `level` says what the rows ask for at most; a row's answer does
-    not depend on it. `keep_sets` asks for the sets that were drawn from, above level greedy.
+    not depend on it. `return_support` asks for the sets that were drawn from, above level greedy.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if level == "greedy":
@@ -233,9 +233,9 @@ def choose(
     z_BV, best_B = process(logits_BV, rows, level=level, history=history)
     token_B = draw(z_BV, rows, position_B)
     token_B = jnp.where(rows.temperature == 0, best_B, token_B).astype(jnp.int32)
-    drawn_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
-    kept_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if keep_sets else None
-    return Choice(token_B, logprob(logits_BV, token_B), drawn_B, kept_BC)
+    sampling_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
+    support_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if return_support else None
+    return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC)
 
 
 def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The rows that are decoded together: their caches on the device, and who sits where."""
+"""The slots that are decoded together: their cache on the device, and which sample is in which slot."""
 
 import functools
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.decode import programs
-from jaxchat.decode.programs import Running, Steps
+from jaxchat.decode.programs import DecodeState, StepOutputs
 from jaxchat.decode.prompts import SHORTEST_ROW, bucket
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, beginning, pack
-from jaxchat.decode.speculative import Luck, Speculation, repeats, speculate
+from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats, speculate
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 _IDLE = (SamplingParams(temperature=0), 0)
@@ -22,7 +22,7 @@ _IDLE = (SamplingParams(temperature=0), 0)
 
 @dataclass
 class Stats:
-    """Steps of slots that were decoded, those that gave a sample its token, and dispatches."""
+    """Decoded slot steps, those that produced a token for a sample, and dispatches."""
 
     slot_steps: int = 0
     useful_steps: int = 0
@@ -30,20 +30,20 @@ class Stats:
 
 
 class Wanted(NamedTuple):
-    """What a dispatch has to do for its samples: the level that serves all of them, and whether any reports likely
-    tokens, asks for the sets that it draws from, or is penalised.
+    """What a dispatch must compute for its samples: the sampling level, and whether any sample reports the most likely
+    tokens, returns its support, or has penalties.
     """
 
     level: Level
     top: bool
-    keep_sets: bool
+    return_support: bool
     penalised: bool
 
 
 class Slots:
-    """At most `most` samples, decoded `steps` tokens a dispatch, in rows of at most `length` positions.
+    """At most `most` samples, decoded `steps` tokens per dispatch, in cache rows of at most `length` positions.
 
-    With `adapt`, there are as many slots, and rows as long, as the samples need, each rounded up to a power of two.
+    With `adapt`, the number of slots and the row length are the smallest powers of two that fit the active samples.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Slots:
         if speculation is not None:
             self._write = speculation.tokens + 1
             self._most_new = max(steps, speculation.rounds * self._write)
-            self._luck = Luck(speculation.least)
+            self._acceptance = AcceptanceTracker(speculation.least)
             self._speculate = jax.jit(
                 lambda params, cache, draft_cache, running, rows, text_BL, draft_params, level: speculate(
                     transformer,
@@ -89,8 +89,9 @@ class Slots:
         self._cache: Cache | None = None
         self._history: History | None = None
         self._rows: Rows | None = None
-        """Sent to the device when somebody enters, and not at every chunk: 8 percent of one at batch 1."""
-        static = ("level", "top", "keep_sets")
+        """Sampling parameters on the device, sent when a sample enters: at every dispatch they would take 8 percent of
+        its time at batch 1."""
+        static = ("level", "top", "return_support")
         self._admit = jax.jit(programs.admit, donate_argnums=(0, 1), static_argnames=static)
         self._decode = jax.jit(
             functools.partial(programs.decode, transformer), donate_argnums=(1, 2), static_argnames=static
@@ -111,12 +112,12 @@ class Slots:
         self.samples = [None if sample is None or sample.finish_reason else sample for sample in self.samples]
 
     def fit(self, entering: Sequence[Sample] = ()) -> None:
-        """Makes room for those who enter and for every sample's next chunk; gives up room that nobody needs."""
-        people = [*self.active, *entering]
+        """Resizes the batch and the cache to fit the active samples and their next chunk."""
+        samples = [*self.active, *entering]
         slots, length = self._most, self._longest
         if self._adapt:
-            need = max((sample.position + 1 + self._most_new for sample in people), default=1)
-            slots = bucket(len(people), shortest=1, longest=self._most)
+            need = max((sample.position + 1 + self._most_new for sample in samples), default=1)
+            slots = bucket(len(samples), shortest=1, longest=self._most)
             length = bucket(need, shortest=SHORTEST_ROW, longest=self._longest)
         if (slots, length) == (len(self.samples), self._length):
             return
@@ -139,9 +140,9 @@ class Slots:
     def enter(
         self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]], draft: Cache | None = None
     ) -> None:
-        """Gives a slot to samples whose prompts are rows of `source`, and to each its first token.
+        """Puts samples into free slots, each with the row of `source` that holds its prompt, and its first token.
 
-        `draft` is what the draft model read, if there is one.
+        `draft` is the draft model's cache of the same prompts, if there is one.
         """
         assert self._cache is not None
         free = [slot for slot, sample in enumerate(self.samples) if sample is None]
@@ -161,7 +162,7 @@ class Slots:
                 if self._history is None:
                     empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
                     self._history = History(*empty)
-            level, top, keep_sets, _ = _wanted([sample for _, sample in group])
+            level, top, return_support, _ = _wanted([sample for _, sample in group])
             self._cache, history, choice, likely = self._admit(
                 self._cache,
                 self._history if prompts is not None else None,
@@ -173,20 +174,20 @@ class Slots:
                 prompts,
                 level=level,
                 top=top,
-                keep_sets=keep_sets,
+                return_support=return_support,
             )
             if prompts is not None:
                 self._history = history
             if draft is not None:
                 self._draft_cache = self._seat(self._draft_cache, draft, take, slot)
-            one = Steps(choice.token_B, choice.logprob_B, choice.drawn_logprob_B, likely, choice.kept_BC)
+            one = StepOutputs(choice.token_B, choice.logprob_B, choice.sampling_logprob_B, likely, choice.support_BC)
             steps = jax.tree.map(lambda x: x[None], jax.device_get(one))
             for i, (_, sample) in enumerate(group):
                 _give(sample, steps, 0, i)
         self._rows = None
 
     def decode(self, params: Params) -> None:
-        """One chunk: every sample gets up to `steps` tokens."""
+        """One dispatch: every active sample gets up to `steps` tokens."""
         assert self._cache is not None
         B, K = len(self.samples), self._steps
         position, token, limit = np.full(B, -1, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
@@ -202,9 +203,9 @@ class Slots:
         if self._rows is None:
             asked = [(sample.request.sampling, sample.index) if sample else _IDLE for sample in self.samples]
             self._rows = jax.tree.map(jnp.asarray, pack(asked))
-        level, top, keep_sets, penalised = _wanted(self.active)
-        running = Running(token, position, limit, stops)
-        guessing = not (top or keep_sets or penalised) and self._guesses()
+        level, top, return_support, penalised = _wanted(self.active)
+        running = DecodeState(token, position, limit, stops)
+        guessing = not (top or return_support or penalised) and self._guesses()
         if guessing:
             text_BL = np.zeros((B, self._longest), np.int32)
             for slot, sample in enumerate(self.samples):
@@ -216,30 +217,30 @@ class Slots:
             )
         else:
             history = self._history if penalised else None
-            self._cache, history, steps = self._decode(
-                params, self._cache, history, running, self._rows, forced, level=level, top=top, keep_sets=keep_sets
-            )
+            wanted = {"level": level, "top": top, "return_support": return_support}
+            arguments = (params, self._cache, history, running, self._rows, forced)
+            self._cache, history, steps = self._decode(*arguments, **wanted)
             if penalised:
                 self._history = history
         steps = jax.device_get(steps)
         if guessing:  # (rounds, B, tokens) to (rounds * tokens, B)
             given = (steps.token_KB >= 0).sum(axis=2)
-            self._luck.note(float((given - 1)[given > 0].mean()))
-            token_KB, logprob_KB, drawn_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
-            steps = Steps(token_KB, logprob_KB, drawn_KB)
+            self._acceptance.note(float((given - 1)[given > 0].mean()))
+            token_KB, logprob_KB, sampling_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
+            steps = StepOutputs(token_KB, logprob_KB, sampling_KB)
         self._tell(steps)
 
     def _guesses(self) -> bool:
-        """Whether this dispatch guesses tokens: where no answer of a tool waits, and guessing seems to pay."""
+        """Whether to decode speculatively: no tool output is queued, and recent guesses were accepted often enough."""
         if self._speculation is None or any(sample.forced for sample in self.active):
             return False
         if self._draft is not None:
             return True
         ngram = self._speculation.ngram
-        return self._luck.wants() and any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
+        return self._acceptance.wants() and any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
 
-    def _tell(self, steps: Steps) -> None:
-        """Gives every sample its tokens."""
+    def _tell(self, steps: StepOutputs) -> None:
+        """Appends the decoded tokens to their samples."""
         self.stats.chunks += 1
         self.stats.slot_steps += steps.token_KB.size
         for k, slot in np.argwhere(steps.token_KB >= 0).tolist():
@@ -249,7 +250,7 @@ class Slots:
                 _give(sample, steps, k, slot)
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
-        """What was read for a sample that has ended and not left: the tokens, and a cache of one row."""
+        """The tokens that were processed for a finished sample that still has its slot, and their cache, one row."""
         assert self._cache is not None
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
         length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
@@ -262,14 +263,14 @@ def _wanted(samples: Sequence[Sample]) -> Wanted:
     return Wanted(
         level=max((params.level for params in asked), key=LEVELS.index),
         top=any(params.top_logprobs for params in asked),
-        keep_sets=any(sample.keeps_sets for sample in samples),
+        return_support=any(sample.returns_support for sample in samples),
         penalised=any(params.penalised for params in asked),
     )
 
 
-def _give(sample: Sample, steps: Steps, k: int, slot: int) -> None:
-    """Gives a sample what a step had for it."""
-    logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.drawn_logprob_KB[k, slot])
+def _give(sample: Sample, steps: StepOutputs, k: int, slot: int) -> None:
+    """Appends the output of step k to a sample."""
+    logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.sampling_logprob_KB[k, slot])
     likely = [] if steps.top_KBN is None else list(zip(*(column[k, slot].tolist() for column in steps.top_KBN)))
-    kept_C = None if steps.kept_KBC is None else np.asarray(steps.kept_KBC[k, slot])
-    sample.give(int(steps.token_KB[k, slot]), logprob, drawn, likely, kept_C)
+    support_C = None if steps.support_KBC is None else np.asarray(steps.support_KBC[k, slot])
+    sample.give(int(steps.token_KB[k, slot]), logprob, drawn, likely, support_C)

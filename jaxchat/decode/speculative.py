@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode.programs import Running, Steps, place
+from jaxchat.decode.programs import DecodeState, StepOutputs, place
 from jaxchat.decode.sampling import Level, Rows, choose
 from jaxchat.model.transformer import Cache, Params, Transformer
 
@@ -42,7 +42,7 @@ class Speculation:
                 raise ValueError(f"speculation {name}={getattr(self, name)} must be at least 1")
 
 
-class Luck:
+class AcceptanceTracker:
     """Whether guessing pays: how many guesses a call were right of late, and a pause after bad luck that doubles."""
 
     FIRST_REST, LONGEST_REST = 4, 64
@@ -122,12 +122,12 @@ def verify(
     transformer: Transformer,
     params: Params,
     rows: Rows,
-    running: Running,
+    running: DecodeState,
     at: Round,
     guess_BD: jax.Array,
     *,
     level: Level,
-) -> tuple[Round, Steps]:
+) -> tuple[Round, StepOutputs]:
     """Reads the newest token and the guesses, and moves each row on past the guesses that stand, and one more."""
     B, T = guess_BD.shape[0], guess_BD.shape[1] + 1
     step_T = jnp.arange(T, dtype=jnp.int32)[None]
@@ -158,7 +158,7 @@ def verify(
     draft_cache = None if at.draft_cache is None else _take_back(at.draft_cache, at.paused_B, position_B, before_B)
     cache = _take_back(cache, at.paused_B, position_B, before_B)
     after = Round(token_B, position_B, at.paused_B | stopped_B, cache, draft_cache, text_BL)
-    return after, Steps(given_BT, logprob_BT, drawn_BT)
+    return after, StepOutputs(given_BT, logprob_BT, drawn_BT)
 
 
 def _take_back(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax.Array) -> Cache:
@@ -172,17 +172,17 @@ def speculate(
     params: Params,
     cache: Cache,
     draft_cache: Cache | None,
-    running: Running,
+    running: DecodeState,
     rows: Rows,
     text_BL: jax.Array,
     draft: tuple[Transformer, Params] | None,
     *,
     settings: Speculation,
     level: Level,
-) -> tuple[Cache, Cache | None, Steps]:
+) -> tuple[Cache, Cache | None, StepOutputs]:
     """`rounds` calls, each with its guesses. Steps are (rounds, B, tokens + 1), -1 for no token."""
 
-    def turn(at: Round, _: None) -> tuple[Round, Steps]:
+    def turn(at: Round, _: None) -> tuple[Round, StepOutputs]:
         if draft is None:
             guess_BD = lookup(at.text_BL, at.position_B, ngram=settings.ngram, tokens=settings.tokens)
         else:

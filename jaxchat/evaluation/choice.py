@@ -16,7 +16,7 @@ from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.tokenizer import Tokenizer, chat
 
 HUB: Mapping[str, tuple[str, sources.Split]] = {
@@ -98,7 +98,7 @@ def mmlu_questions(
     for one in mmlu(place, "dev", downloads):
         shown.setdefault(one.subject, []).append(one)
     if bare := [choice for choice in asked if choice.subject not in shown]:
-        say(
+        log(
             f"warning: mmlu: {len(bare)} of {len(asked)} questions are asked without examples, for the dev file has "
             f"none of {bare[0].subject or 'their subject'}"
         )

@@ -26,7 +26,7 @@ from jaxchat.evaluation.questions import Answer, Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.processes import gather
 from jaxchat.serialization import json_line, to_json
 from jaxchat.tasks import TASKS, Task, load_task, problems_of
@@ -124,7 +124,7 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
         raise UserError(f"CORE has no task {name[5:]!r}: there are {', '.join(task.label for task in CORE)}")
-    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=say) / "eval_bundle"
+    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=log) / "eval_bundle"
     rows = [CoreRows(task, directory, mode) for task in wanted]
     there = [one for one in rows if one.file is not None]
     if not there:
@@ -139,7 +139,7 @@ def evaluate(
     out: Path,
     about: Mapping[str, Any],
     *,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Every task's result by name, and CORE and ChatCORE where their tasks were asked.
 
@@ -156,14 +156,14 @@ def evaluate(
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
     asked = [job for job in found if isinstance(job, Asked)]
     if asked:
-        results |= _ask(engine, scorer, asked, settings, out, about, say)
+        results |= _ask(engine, scorer, asked, settings, out, about, log)
     for job in found:
         if isinstance(job, Solving):
-            results[job.name] = _solve(engine, job, settings, out, about, say)
+            results[job.name] = _solve(engine, job, settings, out, about, log)
         elif isinstance(job, Texts):
             results[job.name] = bits_per_byte(scorer, engine.tokenizer, job.spec, settings.limit)
         if not isinstance(job, Asked):
-            say(f"{job.name}: {told(results[job.name])}")
+            log(f"{job.name}: {summary(results[job.name])}")
     return results | summaries(results)
 
 
@@ -174,7 +174,7 @@ def _ask(
     settings: Settings,
     out: Path,
     about: Mapping[str, Any],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """All questions of all tasks at once, so that their items share batches."""
     questions, owners, records = [], [], {}
@@ -183,7 +183,7 @@ def _ask(
             mine = job.questions(engine.tokenizer, settings.limit)
             told_of = {**about, "task": job.name, "questions": fingerprint(mine)}
             records[job.name] = kept = _records(out, job.name, told_of)
-            say(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
+            log(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
             for index, question in enumerate(mine):
                 if index not in kept.done:
                     questions.append(question)
@@ -192,13 +192,13 @@ def _ask(
             name, index = owners[number]
             records[name].add(index, _record(questions[number], answer))
             if count % max(len(questions) // 20, 1) == 0:
-                say(f"{count:,} of {len(questions):,} questions")
+                log(f"{count:,} of {len(questions):,} questions")
         results = {job.name: share(list(records[job.name].done.values()), job.baselines) for job in asked}
     finally:
         for kept in records.values():
             kept.close()
     for name, result in results.items():
-        say(f"{name}: {told(result)}")
+        log(f"{name}: {summary(result)}")
     return results
 
 
@@ -225,7 +225,7 @@ def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) 
 
 
 def _solve(
-    engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], say: Callable[[str], None]
+    engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Answers the test problems, `TOGETHER` of them at a time, and judges them."""
     problems = list(problems_of(job.task, "test"))[: s.limit]
@@ -240,14 +240,14 @@ def _solve(
             first = min(mine)
             sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + first)
             batch = problems[first : start + TOGETHER]
-            solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=say)
+            solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=log)
             for i in range(first, min(start + TOGETHER, len(problems))):
                 answers = [record for record in solved.records if record.problem == i - first]
                 if i in mine:
                     told_of = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
                     texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
                     records.add(i, {"right": answers[0].strict, **told_of, **texts})
-            say(f"{job.name}: {min(start + TOGETHER, len(problems)):,} of {len(problems):,} problems")
+            log(f"{job.name}: {min(start + TOGETHER, len(problems)):,} of {len(problems):,} problems")
         made = [records.done[i] for i in range(len(problems))]
     strict, lenient = ([answer for record in made for answer in record[how]] for how in ("strict", "lenient"))
     low, high = wilson(sum(strict), len(strict)) if s.samples == 1 else (None, None)
@@ -306,7 +306,7 @@ def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, A
     return everything
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """A result in a few words."""
     if "bpb" in result:
         return f"{result['bpb']:.4f} bits per byte of {result['bytes']:,} bytes"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.decode.engine import Engine, Loaded, Shape, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig, Loaded, load_checkpoint
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import FILTERS, SamplingParams
 from jaxchat.errors import UserError
@@ -144,7 +144,7 @@ class Adapter:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, all in flight together; a prompt leaves room for the longest answer that its task asks for."""
         if self._engine is None:
-            shape = Shape(self.length, slots=SLOTS, prompts=4, piece=min(self.length, 512))
+            shape = EngineConfig(self.length, slots=SLOTS, prefill_batch=4, prefill_chunk=min(self.length, 512))
             self._engine = Engine(self._transformer, self._params, self._words, shape)
         asked = [self._request(*request.args) for request in requests]
         answers = []

@@ -64,17 +64,17 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             asked = [label for label in results if label in BASELINES]
             others = [*_means(asked), NANOCHAT_D20[name] if len(asked) == len(CORE) else None]
         if mine is not None and any(other is not None for other in others):
-            told = f"{mine:.4f}"
+            score = f"{mine:.4f}"
             if result.get("low") is not None:
-                told += f" ({result['low']:.4f} to {result['high']:.4f})"
+                score += f" ({result['low']:.4f} to {result['high']:.4f})"
             cells = ("" if other is None else f"{other:.4f}" for other in others)
-            rows.append(f"| {name} | {told} | {' | '.join(cells)} |")
+            rows.append(f"| {name} | {score} | {' | '.join(cells)} |")
     if not rows:
         return []
     return [f"| | this model | {' | '.join((*GPT2, NANOCHAT))} |", "|---" * 7 + "|", *rows]
 
 
-def report(directory: Path, results: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]) -> None:
+def report(directory: Path, results: Mapping[str, Mapping[str, Any]], log: Callable[[str], None]) -> None:
     """Writes published.md and, of CORE, published.png into a directory, where there is anything to compare."""
     lines = table(results)
     if not lines:
@@ -84,10 +84,10 @@ def report(directory: Path, results: Mapping[str, Mapping[str, Any]], say: Calla
             draw(results, directory / "published.png")
             lines += ["", "![beside published scores](published.png)"]
         except UserError as error:
-            say(f"no picture: {error}")
+            log(f"no picture: {error}")
     path = directory / "published.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    say(f"beside published scores: {path}")
+    log(f"beside published scores: {path}")
 
 
 def _means(labels: Sequence[str]) -> list[float]:

@@ -19,7 +19,7 @@ def write(
     stages: Sequence[str],
     progress: Mapping[str, Any],
     *,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     dollars_per_hour: float | None = None,
 ) -> Path:
     """Writes report.md and its pictures into a run directory; returns the report's path."""
@@ -42,12 +42,12 @@ def write(
             draw([place / stage], picture)
             lines += [f"![curves of {stage}](pictures/{picture.name})", ""]
         except UserError as error:
-            say(f"no picture of {stage}: {error}")
+            log(f"no picture of {stage}: {error}")
             lines += [f"No picture: {error}.", ""]
         lines += last_samples(place / stage / "samples.md")
     path = place / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    say(f"report: {path}")
+    log(f"report: {path}")
     return path
 
 
@@ -78,8 +78,8 @@ def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
     names = [name for name in dict.fromkeys(key for found in columns.values() for key in found) if _is_score(name)]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
-        told = [found.get(name) for found in columns.values()]
-        lines.append(f"| {name} | {' | '.join(map(_cell, told))} |")
+        cells = [found.get(name) for found in columns.values()]
+        lines.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
     return lines
 
 
@@ -110,7 +110,7 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
     if not base or not last:
         return ["The bits per byte of the pretraining text were not measured after the last stage."]
     change = last / base - 1
-    told = f"Bits per byte of the pretraining text went from {base:.4f} to {last:.4f} ({change:+.1%})."
+    sentence = f"Bits per byte of the pretraining text went from {base:.4f} to {last:.4f} ({change:+.1%})."
     measured = [
         (stage, progress[stage]["result"]["val_bpb"]) for stage in stages if "val_bpb" in progress[stage]["result"]
     ]
@@ -120,12 +120,12 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
         if worse / better > 1.05
     ]
     if lost or change > 0.05:
-        told += (
+        sentence += (
             f" More than 5 percent were lost{' in ' if lost else ''}{', '.join(lost)}: that stage trains on other text "
             "at these learning rates, and nothing holds the old text in place; a lower --optimizer.scale there, or "
             "--rl.kl above 0, forgets less."
         )
-    return [told]
+    return [sentence]
 
 
 def stability(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from jaxchat.decode.sample import refused
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.processes import share_out
 from jaxchat.tasks import Problem, Score, Task
 from jaxchat.tokenizer import chat
@@ -68,7 +68,7 @@ def solve(
     n: int = 1,
     sampling: SamplingParams,
     style: Style = "chat",
-    log: Callable[[str], None] = say,
+    log: Callable[[str], None] = log,
 ) -> Solved:
     """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line, or to
     the task's own `stop`.

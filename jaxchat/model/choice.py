@@ -25,7 +25,7 @@ TOLERANCE = 0.03  # Of the largest value; one key more or fewer under the window
 
 
 def choose_attention(
-    wanted: str, model: Model, *, length: int, dtype: Any, device: Any, say: Callable[[str], None]
+    wanted: str, model: Model, *, length: int, dtype: Any, device: Any, log: Callable[[str], None]
 ) -> str:
     """The row of `kernels.BACKENDS` for a model in training; "auto" takes the devices' own where it works.
 
@@ -36,7 +36,7 @@ def choose_attention(
     if name == "xla":
         return name
     if name == "splash" and device.platform == "cpu":
-        say("attention splash runs in Pallas' interpreter on a CPU: for tests, not for training")
+        log("attention splash runs in Pallas' interpreter on a CPU: for tests, not for training")
         return "splash_interpreted"
     present = device in jax.devices()
     reason = next(filter(None, (unsupported(name, facts(m, model, dtype, device)) for m in set(model.pattern))), None)
@@ -51,11 +51,11 @@ def choose_attention(
         return name
     if wanted != "auto":
         raise UserError(f"attention={wanted} cannot be used: {reason}; set --attention=xla")
-    say(f"attention xla, not {name}: {reason}")
+    log(f"attention xla, not {name}: {reason}")
     return "xla" if present or name != "cudnn" else "xla_remat"
 
 
-def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: Callable[[str], None]) -> str:
+def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: Callable[[str], None]) -> str:
     """The row of `DECODING` for a model that is decoded; "auto" takes the kernel on TPUs where it works.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
     if name == "xla":
         return name
     if name in KERNELS and device.platform == "cpu":
-        say(f"decoding {name} runs in Pallas' interpreter on a CPU: for tests, not for decoding")
+        log(f"decoding {name} runs in Pallas' interpreter on a CPU: for tests, not for decoding")
         return f"{name}_interpreted"
     if name not in DECODING:
         raise UserError(f"there is no decoding={wanted}: name one of auto, {', '.join(DECODING)}")
@@ -79,7 +79,7 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, say: 
         return name
     if wanted != "auto":
         raise UserError(f"decoding={wanted} cannot be used: {reason}; leave it out")
-    say(f"decoding xla, not {name}: {reason}")
+    log(f"decoding xla, not {name}: {reason}")
     return "xla"
 
 

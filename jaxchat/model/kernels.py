@@ -267,14 +267,14 @@ def _cudnn_packed(
 
 def _packing_problem() -> str | None:
     """Why this JAX's private function for packed documents cannot be called; None where it can."""
-    told = f"JAX {jax.__version__} has no packed attention by cuDNN as it is known here"
+    problem = f"JAX {jax.__version__} has no packed attention by cuDNN as it is known here"
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
     except ImportError as error:
-        return f"{told} ({error})"
+        return f"{problem} ({error})"
     missing = set(PACKED) - set(inspect.signature(dot_product_attention).parameters)
     missing |= {"PADDING_CAUSAL"} - set(MaskType.__members__)
-    return f"{told} (without {', '.join(sorted(missing))})" if missing else None
+    return f"{problem} (without {', '.join(sorted(missing))})" if missing else None
 
 
 def _on_each_device(

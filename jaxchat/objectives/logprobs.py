@@ -62,18 +62,18 @@ def token_logprobs(
     vocab: int,
     softcap: float | None,
     temperature: float = 1.0,
-    kept_BTC: jax.Array | None = None,
+    support_BTC: jax.Array | None = None,
     chunk_tokens: int | None = None,
 ) -> jax.Array:
     """log softmax(z / temperature)[target] of every token, (B, T) in float32 nats, z as in `weighted_nll`.
 
-    `kept_BTC`, uint8 of ceil(vocab / 8) bytes, holds one bit for each token of the vocabulary, lowest bits first: where
-    it is given, the softmax is over the tokens whose bit is set, and over the target, which counts as kept whatever its
-    bit says. That is the probability with which a truncating sampler (top-k, top-p, min-p) drew the target. Logits are
-    computed again in the backward pass, chunk by chunk; the sets get no gradient.
+    `support_BTC`, uint8 of ceil(vocab / 8) bytes, has one bit per token of the vocabulary, lowest bit first. If given,
+    the softmax is over the tokens whose bit is set, and over the target, which always counts as set: the probability
+    with which a truncating sampler (top-k, top-p, min-p) drew the target. Logits are computed again in the backward
+    pass, chunk by chunk; the support gets no gradient.
     """
-    shape, kept_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, kept_BTC, chunk_tokens)
-    logprobs = _logprobs(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), kept_SBTC)
+    shape, support_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, support_BTC, chunk_tokens)
+    logprobs = _logprobs(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), support_SBTC)
     return logprobs.reshape(targets_BT.shape)
 
 
@@ -85,23 +85,23 @@ def score_tokens(
     vocab: int,
     softcap: float | None,
     temperature: float = 1.0,
-    kept_BTC: jax.Array | None = None,
+    support_BTC: jax.Array | None = None,
     chunk_tokens: int | None = None,
 ) -> TokenScores:
     """What `token_logprobs` gives, with more about the same distribution; no gradient flows."""
-    shape, kept_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, kept_BTC, chunk_tokens)
+    shape, support_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, support_BTC, chunk_tokens)
     h_SBTM, w_MV, targets_SBT = jax.lax.stop_gradient((_sharded(hidden_BTM), head_MV, _sharded(targets_BT)))
 
     def step(_: Any, chunk: Any) -> Any:
-        h, targets, kept = chunk
-        z, _ = _kept_logits(shape, h, w_MV, targets, kept)
+        h, targets, support = chunk
+        z, _ = _support_logits(shape, h, w_MV, targets, support)
         norm = jax.nn.logsumexp(z, axis=-1)
         log_p = z - norm[..., None]
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
         target = _pick(z, targets)
         return (), TokenScores(target - norm, entropy, target >= z.max(axis=-1))
 
-    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, kept_SBTC))
+    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, support_SBTC))
     scores = jax.lax.scan(step, (), chunks)[1]
     return jax.tree.map(lambda x: _whole(x).reshape(targets_BT.shape), scores)
 
@@ -111,48 +111,48 @@ def _prepare(
     vocab: int,
     softcap: float | None,
     temperature: float,
-    kept_BTC: jax.Array | None,
+    support_BTC: jax.Array | None,
     chunk_tokens: int | None,
 ) -> tuple[_Shape, jax.Array | None]:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be positive and finite")
     shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens), temperature)
-    if kept_BTC is None:
+    if support_BTC is None:
         return shape, None
     expected = (*hidden_BTM.shape[:2], -(-vocab // 8))
-    if kept_BTC.shape != expected or kept_BTC.dtype != jnp.uint8:
-        raise ValueError(f"kept sets are {kept_BTC.dtype}{list(kept_BTC.shape)}, not uint8{list(expected)}")
-    return shape, _sharded(kept_BTC)
+    if support_BTC.shape != expected or support_BTC.dtype != jnp.uint8:
+        raise ValueError(f"support masks are {support_BTC.dtype}{list(support_BTC.shape)}, not uint8{list(expected)}")
+    return shape, _sharded(support_BTC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprobs(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, kept_SBTC: Any) -> jax.Array:
-    return _logprobs_forward(shape, h_SBTM, w_MV, targets_SBT, kept_SBTC)[0]
+def _logprobs(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, support_SBTC: Any) -> jax.Array:
+    return _logprobs_forward(shape, h_SBTM, w_MV, targets_SBT, support_SBTC)[0]
 
 
-def _logprobs_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, kept_SBTC: Any) -> Any:
+def _logprobs_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, support_SBTC: Any) -> Any:
     def step(_: Any, chunk: Any) -> Any:
-        h, targets, kept = chunk
-        z, _ = _kept_logits(shape, h, w_MV, targets, kept)
+        h, targets, support = chunk
+        z, _ = _support_logits(shape, h, w_MV, targets, support)
         norm = jax.nn.logsumexp(z, axis=-1)
         return (), (_pick(z, targets) - norm, norm)
 
-    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, kept_SBTC))
+    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, support_SBTC))
     logprobs, norms = jax.lax.scan(step, (), chunks)[1]
-    return _whole(logprobs), (h_SBTM, w_MV, targets_SBT, kept_SBTC, _whole(norms))
+    return _whole(logprobs), (h_SBTM, w_MV, targets_SBT, support_SBTC, _whole(norms))
 
 
 def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
-    h_SBTM, w_MV, targets_SBT, kept_SBTC, norms_SBT = saved
+    h_SBTM, w_MV, targets_SBT, support_SBTC, norms_SBT = saved
 
     def step(dw_SMV: jax.Array, chunk: Any) -> Any:
-        h, targets, kept, norms, g = chunk
-        z, slope = _kept_logits(shape, h, w_MV, targets, kept)
+        h, targets, support, norms, g = chunk
+        z, slope = _support_logits(shape, h, w_MV, targets, support)
         g = g[..., None]
         dz = (jnp.where(_is_target(targets, w_MV), g, 0) - jnp.exp(z - norms[..., None]) * g) * slope
         return _product_gradients(h, w_MV, dz, dw_SMV)
 
-    columns = (h_SBTM, targets_SBT, kept_SBTC, norms_SBT, g_SBT)
+    columns = (h_SBTM, targets_SBT, support_SBTC, norms_SBT, g_SBT)
     dw_SMV, dh = jax.lax.scan(
         step, _no_gradient(h_SBTM, w_MV), jax.tree.map(functools.partial(_chunked, shape), columns)
     )
@@ -228,15 +228,15 @@ def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, ja
     return z, slope
 
 
-def _kept_logits(
-    shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, kept: jax.Array | None
+def _support_logits(
+    shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, support: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | float]:
-    """`_logits` with -inf outside the kept set, to which the target always belongs."""
+    """`_logits` with -inf outside the support, to which the target always belongs."""
     z, slope = _logits(shape, h, w_MV)
-    if kept is None:
+    if support is None:
         return z, slope
-    bits = (kept[..., None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, None, None]) & 1
-    bits = bits.reshape(*kept.shape[:-1], -1)[..., : shape.vocab]
+    bits = (support[..., None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, None, None]) & 1
+    bits = bits.reshape(*support.shape[:-1], -1)[..., : shape.vocab]
     bits = jnp.pad(bits, [(0, 0)] * 3 + [(0, w_MV.shape[1] - shape.vocab)])
     return jnp.where((bits == 1) | _is_target(targets, w_MV), z, -jnp.inf), slope
 

@@ -68,7 +68,7 @@ def policy_gradient(transformer: Transformer, policy: Policy, *, temperature: fl
     """The surrogate loss of `policy` on batches of sampled sequences; `temperature` is that of the sampler.
 
     Columns are tokens, targets, segments (B, T) int32, those that `surrogate` reads, and, where the sampler truncated,
-    kept (B, T, ceil(vocab / 8)) uint8, the set that each target was drawn from (see `logprobs.token_logprobs`). A
+    support (B, T, ceil(vocab / 8)) uint8, the tokens that each target was drawn from (see `logprobs.token_logprobs`). A
     sequence is one segment of a row; a row has several only where the model isolates documents.
     """
     c = transformer.config
@@ -82,7 +82,7 @@ def policy_gradient(transformer: Transformer, policy: Policy, *, temperature: fl
             vocab=c.vocab,
             softcap=c.softcap,
             temperature=temperature,
-            kept_BTC=batch.get("kept"),
+            support_BTC=batch.get("support"),
         )
         return surrogate(policy, logprobs_BT, batch)
 

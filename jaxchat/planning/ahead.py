@@ -17,7 +17,7 @@ from jaxchat.planning.chips import GiB, Topology
 from jaxchat.planning.decoding import fit_decoding
 
 REMATS = ("none", "dots", "attention", "full")  # From the fastest to the smallest.
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Fit:
     seconds: float
 
 
-def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, say: Say) -> Fit:
+def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, log: Log) -> Fit:
     """Compiles the real training step of a setting."""
     model = dataclasses.replace(e.model, remat=remat)  # type: ignore[arg-type]
     changed = dataclasses.replace(e, model=model, micro_rows=micro_rows)
@@ -41,19 +41,19 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, say
     limit = topology.chip.memory * (1 if e.micro_rows == micro_rows else compilation.MEMORY_SHARE)
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
-        program, needed = compilation.compile_lowered(compilation.lower_step(setup, micro_rows), setup, say)
+        program, needed = compilation.compile_lowered(compilation.lower_step(setup, micro_rows), setup, log)
     fits = program is not None and needed <= limit
     attention = setup.transformer.attention
     fit = Fit(micro_rows, remat, attention, fits, needed, time.perf_counter() - start)
     size = f"{needed / GiB:.2f} GiB" if math.isfinite(needed) else "more"
-    say(
+    log(
         f"{topology.name}: micro_rows={micro_rows} remat={remat} attention={attention} "
         f"{'fits in' if fits else 'needs'} {size} of {limit / GiB:.2f}; compiled in {fit.seconds:.0f} s"
     )
     return fit
 
 
-def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[Fit]]:
+def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[Fit]]:
     """The largest micro-batch under the least remat that fits, and everything that was tried.
 
     A larger micro-batch needs more memory, so the largest that fits is found by halving the choices.
@@ -62,11 +62,11 @@ def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[
     choices, tried = compilation.micro_choices(setup)[::-1], list[Fit]()
     state, limit = compilation.state_bytes(setup), topology.chip.memory * compilation.MEMORY_SHARE
     if state > limit:
-        say(f"{topology.name}: the state alone needs {state / GiB:.2f} GiB of {limit / GiB:.2f}")
+        log(f"{topology.name}: the state alone needs {state / GiB:.2f} GiB of {limit / GiB:.2f}")
         return None, tried
 
     def attempt(rows: int, remat: str) -> Fit:
-        tried.append(compiled(e, topology, rows, remat, say))
+        tried.append(compiled(e, topology, rows, remat, log))
         return tried[-1]
 
     for remat in REMATS:
@@ -86,7 +86,7 @@ def best(e: Experiment, topology: Topology, say: Say) -> tuple[Fit | None, list[
     return None, tried
 
 
-def fit(e: Experiment, topology: Topology, say: Say, *, shallower: Callable[[int], Experiment]) -> dict[str, Any]:
+def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int], Experiment]) -> dict[str, Any]:
     """Whether the setting that is asked for fits, or else the best that does, with the command's flags.
 
     `shallower` gives the experiment at a smaller depth, for what is said where this one fits in no way.
@@ -97,14 +97,16 @@ def fit(e: Experiment, topology: Topology, say: Say, *, shallower: Callable[[int
     e = in_bfloat16(e)
     tried: list[Fit] = []
     if e.micro_rows != "auto":
-        found: Fit | None = compiled(e, topology, e.micro_rows, e.model.remat, say)
+        found: Fit | None = compiled(e, topology, e.micro_rows, e.model.remat, log)
         if found is not None and not found.fits:
             found = None
     else:
-        found, tried = best(e, topology, say)
+        found, tried = best(e, topology, log)
     if found is None:
-        told = f"{e.name} does not fit {topology.name} with micro_rows={e.micro_rows} and model.remat={e.model.remat}"
-        raise UserError(f"{told}: {remedy(e, topology, say, shallower, tried)}")
+        tested = f"micro_rows={e.micro_rows} and model.remat={e.model.remat}"
+        raise UserError(
+            f"{e.name} does not fit {topology.name} with {tested}: {remedy(e, topology, log, shallower, tried)}"
+        )
     return {
         "fits": True,
         "exact": topology.exact,
@@ -115,7 +117,7 @@ def fit(e: Experiment, topology: Topology, say: Say, *, shallower: Callable[[int
         "limit": int(topology.chip.memory),
         "flags": flags(found),
         "tried": [dataclasses.asdict(one) for one in tried],
-        "decoding": fit_decoding(e, topology, say),
+        "decoding": fit_decoding(e, topology, log),
     }
 
 
@@ -125,19 +127,19 @@ def in_bfloat16(e: Experiment) -> Experiment:
 
 
 def remedy(
-    e: Experiment, topology: Topology, say: Say, shallower: Callable[[int], Experiment], tried: list[Fit]
+    e: Experiment, topology: Topology, log: Log, shallower: Callable[[int], Experiment], tried: list[Fit]
 ) -> str:
     """The smallest change under which an experiment fits: of the micro-batch, of the mesh, of the depth.
 
     `tried` is what is known not to fit.
     """
     if e.micro_rows != "auto":
-        found, tried = best(e, topology, say)
+        found, tried = best(e, topology, log)
         if found is not None:
             return f"set {flags(found)}"
     if e.mesh.fsdp < topology.chips // e.mesh.tensor:
         split = dataclasses.replace(e.mesh, data=0, fsdp=topology.chips // e.mesh.tensor)
-        found, _ = best(dataclasses.replace(e, mesh=split), topology, say)
+        found, _ = best(dataclasses.replace(e, mesh=split), topology, log)
         if found is not None:
             free = "--mesh.data=0 " if e.mesh.data else ""
             return f"set {free}--mesh.fsdp={split.fsdp} {flags(found)}"
@@ -152,8 +154,8 @@ def remedy(
         expected = per_state * sum(plan.state_bytes(smaller).values()) / (e.mesh.fsdp * e.mesh.tensor)
         if expected > topology.chip.memory * compilation.MEMORY_SHARE:
             continue  # What the deeper one needed says so.
-        say(f"{topology.name}: {e.name} does not fit at depth={e.depth} in any way; trying depth={depth}")
-        found, _ = best(smaller, topology, say)
+        log(f"{topology.name}: {e.name} does not fit at depth={e.depth} in any way; trying depth={depth}")
+        found, _ = best(smaller, topology, log)
         if found is not None:
             return (
                 f"with one row a device and remat=full neither; set --depth={depth} {flags(found)}, or name more chips"

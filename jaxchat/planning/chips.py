@@ -46,9 +46,9 @@ class Gpu:
             "registers_per_core_limit": 65_536,
             "registers_per_block_limit": 65_536,
         }
-        told = " ".join(f"{key}: {value}" for key, value in fields.items())
+        settings = " ".join(f"{key}: {value}" for key, value in fields.items())
         return (
-            f"gpu_device_info {{ {told} cuda_compute_capability {{ major: {self.capability} }} }} "
+            f"gpu_device_info {{ {settings} cuda_compute_capability {{ major: {self.capability} }} }} "
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 } '
             f'device_description_str: "{name}"'
         )

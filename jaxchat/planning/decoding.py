@@ -10,7 +10,7 @@ from jaxchat import sharding
 from jaxchat.decode import programs
 from jaxchat.decode.sampling import SamplingParams, pack
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import GiB, Topology
@@ -23,7 +23,7 @@ def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 
     """The chunk of decoding steps that the engine runs, lowered for `rows` rows of the experiment's length on all
     chips, drawing at temperature 1, in bfloat16; `decoding` attends to the cache, or what the chips choose."""
     devices, length, dtype = topology.devices(), e.data.row_length, jnp.bfloat16
-    decoding = choose_decoding(decoding, e.model, dtype=dtype, device=devices[0], say=say)
+    decoding = choose_decoding(decoding, e.model, dtype=dtype, device=devices[0], log=log)
     transformer = Transformer(e.model, dtype, decoding=decoding)
     mesh = make_mesh(Mesh(tensor=tensor), rows=0, devices=devices)
     with jax.set_mesh(mesh):
@@ -41,36 +41,37 @@ def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 
             empty.output_shardings,
         )
         number = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        running = programs.Running(number, number, number, jax.ShapeDtypeStruct((rows, 2), jnp.int32))
+        running = programs.DecodeState(number, number, number, jax.ShapeDtypeStruct((rows, 2), jnp.int32))
         sampled = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, pack([(SamplingParams(), 0)] * rows)))
         decode = jax.jit(
             functools.partial(programs.decode, transformer),
             donate_argnums=(1, 2),
-            static_argnames=("level", "top", "keep_sets"),
+            static_argnames=("level", "top", "return_support"),
         )
         forced = jax.ShapeDtypeStruct((STEPS, rows), jnp.int32)
         arguments = _on(mesh, (running, sampled, forced))
-        return decode.lower(params, cache, None, *arguments, level=SamplingParams().level, top=False, keep_sets=False)
+        asked = {"level": SamplingParams().level, "top": False, "return_support": False}
+        return decode.lower(params, cache, None, *arguments, **asked)
 
 
-def fit_decoding(e: Experiment, topology: Topology, say: Any) -> dict[str, Any]:
+def fit_decoding(e: Experiment, topology: Topology, log: Any) -> dict[str, Any]:
     """Bytes of a device that decoding `ROWS` rows a chip needs, and whether they fit it."""
     rows = ROWS * topology.chips
-    told: dict[str, Any] = {"rows": rows, "length": e.data.row_length}
+    row: dict[str, Any] = {"rows": rows, "length": e.data.row_length}
     try:
         m = lower_decode(e, topology, rows).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens does not fit")
-        return told | {"fits": False}
+        log(f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens does not fit")
+        return row | {"fits": False}
     needed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     fits = needed <= topology.chip.memory
-    say(
+    log(
         f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens {'fits in' if fits else 'needs'} "
         f"{needed / GiB:.2f} GiB of {topology.chip.memory / GiB:.2f}"
     )
-    return told | {"fits": fits, "bytes_per_device": int(needed)}
+    return row | {"fits": fits, "bytes_per_device": int(needed)}
 
 
 def _on(mesh: jax.sharding.Mesh, tree: Any) -> Any:

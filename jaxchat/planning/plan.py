@@ -94,8 +94,10 @@ def show(plans: Mapping[str, Mapping[str, Any]]) -> None:
     for name, form in (("steps", ",d"), ("tokens", ",d"), ("flops", ".3g")):
         table.add_row(name, *(format(plan[name], form) if plan["tokens"] else ROWS for plan in plans.values()))
     for chips in first["estimates"] or plans:
-        told = (plan["estimates"].get(chips) for plan in plans.values())
-        table.add_row(chips, *("" if one is None else f"{one['hours']:.2f} h  ${one['dollars']:,.2f}" for one in told))
+        estimates = (plan["estimates"].get(chips) for plan in plans.values())
+        table.add_row(
+            chips, *("" if one is None else f"{one['hours']:.2f} h  ${one['dollars']:,.2f}" for one in estimates)
+        )
     console.print(table)
     if "rl" in plans:
         console.print("rl: training on answers as long as they may be; prompts and sampling come on top")

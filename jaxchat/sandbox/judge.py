@@ -54,10 +54,10 @@ def main() -> None:
                 _work(job, its)
             os.close(its)
             with open(ours, "rb") as pipe:
-                told = pipe.read()
+                verdict = pipe.read()
             status = os.waitpid(number, 0)[1]
             # Its own limits, or a value that its Python cannot stand: the program made it.
-            send(verdicts, json.loads(told) if told else ["wrong", f"the judge ended with status {status}"])
+            send(verdicts, json.loads(verdict) if verdict else ["wrong", f"the judge ended with status {status}"])
 
 
 def _work(job: Mapping[str, Any], verdicts: int) -> NoReturn:

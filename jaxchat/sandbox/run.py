@@ -149,7 +149,7 @@ class _Judge:
                 bufsize=0,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        orders, told = self._process.stdin.fileno(), self._process.stdout.fileno()
+        orders, answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         seconds = self._limits.wall_seconds + _GRACE_SECONDS
         with _directory(self._protection.wall) as directory:
             order = {
@@ -161,8 +161,8 @@ class _Judge:
             }
             try:
                 send(orders, order)
-                if select.select([told], [], [], seconds)[0]:
-                    return Verdict(*receive(told, 1 << 20))
+                if select.select([answers], [], [], seconds)[0]:
+                    return Verdict(*receive(answers, 1 << 20))
                 reason = f"no verdict within {seconds:g} s"
             except (OSError, EOFError):
                 reason = "the judge ended"

@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxchat import checkpoint, processes, sharding
 from jaxchat.compilation import Setup
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
 from jaxchat.rollouts import Columns, RolloutStream, Score
 from jaxchat.stages.scores import pretrained_text, task_scores
-from jaxchat.stages.stage import Say, locate_start
+from jaxchat.stages.stage import Log, locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -24,9 +24,9 @@ from jaxchat.train import State
 class Reinforcement:
     """A stage that learns from the rewards of its own answers."""
 
-    def __init__(self, e: Experiment, tokenizer: Tokenizer, say: Say) -> None:
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         assert e.rl is not None
-        self._rl, self._tokenizer, self._say = e.rl, tokenizer, say
+        self._rl, self._tokenizer, self._say = e.rl, tokenizer, log
         self.steps = e.steps
         if e.steps % e.rl.updates:
             raise UserError(
@@ -38,8 +38,8 @@ class Reinforcement:
         """Makes sampler and scorer; a checkpoint's cursor says which problems come next."""
         e, rl = setup.experiment, self._rl
         self._setup, self._dispatched = setup, time.perf_counter()
-        self._told: dict[int, dict[str, Any]] = {}
-        shape = Shape(length=e.data.row_length, slots=rl.slots, prompts=8)
+        self._records: dict[int, dict[str, Any]] = {}
+        shape = EngineConfig(length=e.data.row_length, slots=rl.slots, prefill_batch=8)
         placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.params)
         zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), setup.abstract.params)  # noqa: E731
         fresh = jax.jit(zeros, out_shardings=placed)()
@@ -59,7 +59,7 @@ class Reinforcement:
             reference=reference,
             own_copy=own_copy,
             downloads=e.cache_directory / "downloads",
-            say=self._say,
+            log=self._say,
         )
         self._stream.cursor = facts.get("cursor", 0)
         self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
@@ -68,24 +68,24 @@ class Reinforcement:
     def batch_at(self, index: int, state: State) -> Any:
         jax.block_until_ready(state.params)  # So that training is not counted as sampling.
         start = time.perf_counter()
-        if index in self._told:
-            self._told[index]["train_seconds"] = start - self._dispatched
+        if index in self._records:
+            self._records[index]["train_seconds"] = start - self._dispatched
         columns, used = self._stream.batch(index, state.params)
         count = jax.device_put(np.int32(used), sharding.replicated(self._setup.mesh))
         batch = sharding.put_whole(self._setup.mesh, columns) | {"count": count}
         self._dispatched = time.perf_counter()
         fresh = index % self._rl.updates == 0
         times = {name: self._stream.facts[name] if fresh else 0.0 for name in ("sample_seconds", "score_seconds")}
-        self._told[index + 1] = {**self._stream.facts, **times, "micro_batches": used}
+        self._records[index + 1] = {**self._stream.facts, **times, "micro_batches": used}
         return batch
 
     def numbers(self, number: int, values: dict[str, float]) -> dict[str, Any]:
         """What was sampled, how well sampler and trainer agree, and where the time went."""
-        told = self._told.pop(number)
-        told.setdefault("train_seconds", time.perf_counter() - self._dispatched)
+        record = self._records.pop(number)
+        record.setdefault("train_seconds", time.perf_counter() - self._dispatched)
         # The loop's clock would count the next step's sampling for this one.
-        told["seconds"] = sum(told[f"{part}_seconds"] for part in ("sample", "score", "train"))
-        return told | {name: values[name] for name in ("ratio", "clipped", "kl_old", "trained_tokens")}
+        record["seconds"] = sum(record[f"{part}_seconds"] for part in ("sample", "score", "train"))
+        return record | {name: values[name] for name in ("ratio", "clipped", "kl_old", "trained_tokens")}
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:
         """Problems solved, and bits per byte of the pretraining text."""
@@ -122,14 +122,14 @@ def scorer(setup: Setup) -> Score:
             vocab=transformer.config.vocab,
             softcap=transformer.config.softcap,
             temperature=rl.temperature,
-            kept_BTC=columns.get("kept"),
+            support_BTC=columns.get("support"),
         )[:2]
 
     compiled = jax.jit(score, out_shardings=sharding.replicated(setup.mesh))
 
     def run(params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         needed: Columns = {
-            name: columns[name][None] for name in ("tokens", "targets", "segments", "kept") if name in columns
+            name: columns[name][None] for name in ("tokens", "targets", "segments", "support") if name in columns
         }
         placed = {name: column[0] for name, column in sharding.put_whole(setup.mesh, needed).items()}
         return jax.device_get(compiled(params, placed))

@@ -14,7 +14,7 @@ from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.loss import HeldOutLoss
 from jaxchat.experiment import Experiment
 from jaxchat.stages.scores import pretrained_text, task_scores
-from jaxchat.stages.stage import Say
+from jaxchat.stages.stage import Log
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -22,10 +22,10 @@ from jaxchat.train import State
 class FromRows:
     """A stage that learns the tokens of rows on disk."""
 
-    def __init__(self, e: Experiment, tokenizer: Tokenizer, say: Say) -> None:
-        self._tokenizer, self._say = tokenizer, say
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
+        self._tokenizer, self._say = tokenizer, log
         self._rows = {
-            split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=say)
+            split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=log)
             for split in ("train", "val")
         }
         self._made_of = [part.directory.name for part in self._rows["train"]]  # Hashes of what decides their rows.

@@ -20,9 +20,9 @@ from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.serialization import difference
 from jaxchat.stages.reinforcement import Reinforcement
+from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
 from jaxchat.stages.rows import FromRows
 from jaxchat.stages.stage import Stage, inherited, locate_start, started
-from jaxchat.stages.told import StepLog, describe, make_writers, write_samples
 from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Diverged, Hooks, State, all_finite, fit, init_state
@@ -42,16 +42,16 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
     check_ahead(e)
     check_tasks(e)
-    setup = make_setup(e, terminal.say)
+    setup = make_setup(e, terminal.log)
     cache.make_directory(e.stage_directory, "--directory")
     processes.check_shared(e.stage_directory, "--directory")
-    with alone(e, terminal.say):
-        go_on(stopped)
+    with run_lock(e, terminal.log):
+        raise_if_interrupted(stopped)
         if tokenizer is None:
-            tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=terminal.say)
+            tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=terminal.log)
         check_tokenizer(e.run_directory, tokenizer)
-        go_on(stopped)
-        stage = STAGES[e.stage](e, tokenizer, terminal.say)
+        raise_if_interrupted(stopped)
+        stage = STAGES[e.stage](e, tokenizer, terminal.log)
         if stage.steps != e.steps:
             setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
             terminal.steps = stage.steps
@@ -68,15 +68,15 @@ def _train(
     terminal: metrics.Terminal,
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
-    e, say = setup.experiment, terminal.say
-    go_on(stopped)
-    step, micro_rows, compile_seconds = compile_step(setup, say)
-    describe(setup, micro_rows, compile_seconds, peak, say)
-    processes.meet()
+    e, log = setup.experiment, terminal.log
+    raise_if_interrupted(stopped)
+    step, micro_rows, compile_seconds = compile_step(setup, log)
+    describe(setup, micro_rows, compile_seconds, peak, log)
+    processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     with signals.noted() as interrupted:  # An error that a signal became must not be taken for damage.
-        start, state, facts = _start(setup, checkpoints, say)
-    go_on(lambda: stopped() or interrupted())
+        start, state, facts = _start(setup, checkpoints, log)
+    raise_if_interrupted(lambda: stopped() or interrupted())
     stage.begin(setup, micro_rows, start, facts)
     # The first that is written of a run: until here another experiment may take its name.
     if jax.process_index() == 0:
@@ -84,9 +84,9 @@ def _train(
         checkpoint.write_experiment(e.stage_directory, e)
         stage.write_sources()
     writers = make_writers(e, start, terminal)
-    log = StepLog(setup, peak, writers, stage.numbers, say)
+    step_log = StepLog(setup, peak, writers, stage.numbers, log)
     if start and jax.process_index() == 0:
-        log.replay(read_metrics(e.stage_directory))
+        step_log.replay(read_metrics(e.stage_directory))
     results: dict[str, Any] = dict(facts.get("results", {}))
 
     def save(number: int, state: State) -> None:
@@ -102,34 +102,34 @@ def _train(
             writer.write({"step": number, **found})
 
     def sample(number: int, state: State) -> None:
-        write_samples(setup, tokenizer, state, number=number, say=say)
+        write_samples(setup, tokenizer, state, number=number, log=log)
 
     with signals.noted() as interrupted, contextlib.ExitStack() as stack:
         for writer in writers:
             stack.callback(writer.close)
         stack.callback(checkpoints.close)
-        stack.callback(log.finish)
+        stack.callback(step_log.finish)
         # The run may have ended between a checkpoint and its evaluation; what a stage starts from is scored first.
         if (start and e.eval_every and start % e.eval_every == 0 and start < e.steps) or (not start and e.start_from):
             score(start, state, False)
         agreed = processes.Agreement()
-        hooks = Hooks(log, save, score, sample, lambda: agreed(stopped() or interrupted()))
+        hooks = Hooks(step_log, save, score, sample, lambda: agreed(stopped() or interrupted()))
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
         state = fit(state, step, stage.batch_at, start=start, steps=e.steps, cadence=cadence, hooks=hooks)
         checkpoints.wait()
         if start == e.steps:
             score(e.steps, state, True)
-    check_end(e, {"loss": log.loss} | results)
+    check_end(e, {"loss": step_log.loss} | results)
     return {
         "stage": e.stage,
         "step": e.steps,
         **stage.total(),
-        "loss": log.loss,
+        "loss": step_log.loss,
         **results,
-        "tokens_per_second": log.tokens_per_second,
-        "mfu": log.mfu,
-        "unstable_steps": log.stability.unstable_steps,
-        "instabilities": log.stability.reports,
+        "tokens_per_second": step_log.tokens_per_second,
+        "mfu": step_log.mfu,
+        "unstable_steps": step_log.stability.unstable_steps,
+        "instabilities": step_log.stability.reports,
         "compile_seconds": round(compile_seconds, 2),
         "micro_rows": micro_rows,
         "attention": setup.transformer.attention,
@@ -139,23 +139,23 @@ def _train(
 
 
 def _start(
-    setup: Setup, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]
+    setup: Setup, checkpoints: checkpoint.Checkpoints, log: Callable[[str], None]
 ) -> tuple[int, State, dict[str, Any]]:
     """The newest checkpoint, or a fresh state made in its place on every device."""
     e = setup.experiment
-    restored = checkpoints.restore(setup.abstract, say)
+    restored = checkpoints.restore(setup.abstract, log)
     if restored is not None:
         number, state, facts = restored
         place = checkpoints.directory / str(number)
         check_finite(state, f"the parameters of {place}", "remove it to go on from the one before")
-        say(f"continuing from step {number:,}")
+        log(f"continuing from step {number:,}")
         return number, state, facts
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     make = functools.partial(init_state, setup.transformer, setup.tx)
     state = jax.jit(make, out_shardings=placed)(jax.random.key(e.seed))
     if e.start_from:
         directory, step = locate_start(e)
-        say(f"starting from {directory}@{step}")
+        log(f"starting from {directory}@{step}")
         state = started(setup, state)
     check_finite(state, "the first parameters", "correct the numbers of --model")
     return 0, state, {}
@@ -194,17 +194,17 @@ def check_tasks(e: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def alone(e: Experiment, say: Callable[[str], None]) -> Iterator[None]:
+def run_lock(e: Experiment, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the stage directory, so that no second process writes there; raises `UserError` where one does already."""
     if jax.process_index():
         yield
         return
     refusal = f"another process trains in {e.stage_directory}: wait for its end, or give this run its own --name"
-    with cache.locked(e.stage_directory, say, refusal=refusal):
+    with cache.locked(e.stage_directory, log, refusal=refusal):
         yield
 
 
-def go_on(stopped: Callable[[], bool]) -> None:
+def raise_if_interrupted(stopped: Callable[[], bool]) -> None:
     """Raises `Interrupted` after a signal that a library swallowed."""
     if stopped():
         raise signals.Interrupted(signals.KEPT)

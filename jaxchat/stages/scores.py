@@ -8,7 +8,7 @@ import jax
 from jaxchat import checkpoint, processes
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.bits_per_byte import BitsPerByte
@@ -18,14 +18,14 @@ from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.stages.stage import Say
+from jaxchat.stages.stage import Log
 from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 EVALUATION_SEED = 1_000_003  # Its noise is the same at every step, and not that of any rollout.
 
 
-def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, say: Say) -> BitsPerByte | None:
+def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> BitsPerByte | None:
     """Bits per byte on the held-out text of the pretraining that this stage goes back to, where that is at hand."""
     e = setup.experiment
     directory = Path(e.start.partition("@")[0])
@@ -35,20 +35,20 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, say: Sa
             name = base.start_from.partition("@")[0]
             directory = directory.parent / name if name in STAGES else Path(name)
             base = checkpoint.read_experiment(directory, Experiment)
-        rows = prepare.ensure_rows(base.data, tokenizer, "val", e.cache_directory, log=say)
+        rows = prepare.ensure_rows(base.data, tokenizer, "val", e.cache_directory, log=log)
     except UserError as error:
-        say(f"warning: what is forgotten of the pretraining text is not measured: {error}")
+        log(f"warning: what is forgotten of the pretraining text is not measured: {error}")
         return None
     return BitsPerByte(
         setup.transformer, setup.mesh, rows=rows, bytes_per_token=tokenizer.bytes_per_token, batch_rows=micro_rows
     )
 
 
-def task_scores(setup: Setup, tokenizer: Tokenizer, say: Say) -> "TaskScores | None":
+def task_scores(setup: Setup, tokenizer: Tokenizer, log: Log) -> "TaskScores | None":
     """What scores the tasks of an experiment, if it names any."""
     e = setup.experiment
     style: Style = "text" if e.stage == "pretrain" else "chat"
-    return TaskScores(e, setup.transformer, tokenizer, say, style=style, mesh=setup.mesh) if e.tasks else None
+    return TaskScores(e, setup.transformer, tokenizer, log, style=style, mesh=setup.mesh) if e.tasks else None
 
 
 class TaskScores:
@@ -62,12 +62,12 @@ class TaskScores:
         e: Experiment,
         transformer: Transformer,
         tokenizer: Tokenizer,
-        say: Say,
+        log: Log,
         *,
         style: Style,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, say
+        self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, log
         self._style: Style = style
         self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
@@ -95,7 +95,7 @@ class TaskScores:
         """Shares of a task's problems that are solved, and pass@k, each judged strictly and leniently."""
         e, found = self._experiment, dict[str, float]()
         if self._engine is None:
-            shape = Shape(length=e.data.row_length, slots=64, prompts=8)
+            shape = EngineConfig(length=e.data.row_length, slots=64, prefill_batch=8)
             self._engine = Engine(self._transformer, params, self._tokenizer, shape, mesh=self._mesh)
         self._engine.load(params)
         sampling = SamplingParams(1.0, max_tokens=e.eval_tokens, seed=EVALUATION_SEED)

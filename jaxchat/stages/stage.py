@@ -15,7 +15,7 @@ from jaxchat.experiment import STAGES, Experiment
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Record = dict[str, Any]
 
 

@@ -68,7 +68,7 @@ class Facts:
         value = problem.answer
         ways = (value, number_word(int(value))) if value.isdecimal() else (value,)
         first, whole = _words(text.partition(".")[0]), _words(text)
-        return Score(*(any(_words(way) in told for way in ways) for told in (first, whole)))
+        return Score(*(any(_words(way) in part for way in ways) for part in (first, whole)))
 
 
 def _words(text: str) -> str:

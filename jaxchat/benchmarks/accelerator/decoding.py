@@ -13,7 +13,7 @@ from jaxchat.benchmarks import decode as engine_bench
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.compilation import compute_dtype
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.decoding_kernels import KERNELS
 from jaxchat.model.transformer import Transformer
 
@@ -24,7 +24,7 @@ def decode(bench: Bench, make: Make, rows: Rows) -> None:
     """Greedy answers of the engine to prompts of equal lengths, at every batch size, by every kernel of the device."""
     device = jax.devices()[0]
     e = make(bench.depth, "july2026", bench.batch_tokens)
-    transformer = Transformer(e.model, compute_dtype(e, device, say))
+    transformer = Transformer(e.model, compute_dtype(e, device, log))
     weights, copied = device_weights(transformer), engine_bench.copy_bandwidth()
     asked = engine_bench.Bench(
         prompt_tokens=bench.prompt_tokens,

@@ -9,7 +9,7 @@ from jaxchat import compilation, devices
 from jaxchat.benchmarks.accelerator.timing import Compiled, compiling
 from jaxchat.compilation import Setup
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 
 # Numbers of `width` that a layer keeps of each token for the backward pass, about: only the first guess needs them.
 KEPT = {"none": 40, "dots": 20, "attention": 6, "full": 2}
@@ -53,7 +53,7 @@ def fit(setup: Setup, *, tries: int, most: int = 0) -> Fitted:
         step, needed, compiled = compile_rows(setup, rows)
         tried[rows] = needed
         fits = step is not None and needed <= limit
-        say(f"micro_rows={rows} {'fits in' if fits else 'needs'} {needed / 2**30:.2f} GiB of {limit / 2**30:.2f}")
+        log(f"micro_rows={rows} {'fits in' if fits else 'needs'} {needed / 2**30:.2f} GiB of {limit / 2**30:.2f}")
         if fits:
             low, found = at, Fitted(step, rows, needed, compiled, tried)
         else:
@@ -81,7 +81,7 @@ def at_most(choices: Sequence[int], rows: float) -> int:
 def compile_rows(setup: Setup, rows: int) -> tuple[Any, float, Compiled]:
     """The step for micro-batches of `rows`, the bytes of a device (step None: too many), the cost."""
     with compiling() as compiled:
-        step, needed = compilation.compile_lowered(compilation.lower_step(setup, rows), setup, say)
+        step, needed = compilation.compile_lowered(compilation.lower_step(setup, rows), setup, log)
     return step, needed, compiled
 
 

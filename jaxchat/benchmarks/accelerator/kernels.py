@@ -11,7 +11,7 @@ from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Rows
 from jaxchat.benchmarks.accelerator.timing import quantiles, time_call
 from jaxchat.compilation import compute_dtype
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.choice import PREFERRED
 from jaxchat.model.kernels import BACKENDS, Backend
 from jaxchat.model.transformer import Model
@@ -32,7 +32,7 @@ def attention(bench: Bench, make: Make, rows: Rows) -> None:
     mixer = next((mixer for mixer in model.pattern if mixer.window), model.pattern[0])
     B, T, H, D = bench.kernel_rows, bench.row_length, mixer.heads, mixer.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
-    dtype = compute_dtype(make(bench.depth, "july2026", bench.batch_tokens), jax.devices()[0], say)
+    dtype = compute_dtype(make(bench.depth, "july2026", bench.batch_tokens), jax.devices()[0], log)
     q_BTHD, k_BTHD, v_BTHD, do_BTHD = (jax.random.normal(key, (B, T, H, D), dtype) for key in keys)
     segments_BT = jnp.broadcast_to(jnp.arange(T) // min(DOCUMENT, T // 2), (B, T)).astype(jnp.int32)
     masks = [(window, documents) for window in dict.fromkeys((None, mixer.window)) for documents in (True, False)]
@@ -98,7 +98,7 @@ def loss(bench: Bench, make: Make, rows: Rows) -> None:
     """The chunked loss and the one that builds every logit at once: milliseconds and bytes, gradients included."""
     e = make(bench.depth, "july2026", bench.batch_tokens)
     B, T, c = bench.kernel_rows, bench.row_length, e.model
-    dtype = compute_dtype(e, jax.devices()[0], say)
+    dtype = compute_dtype(e, jax.devices()[0], log)
     keys = jax.random.split(jax.random.key(1), 3)
     hidden_BTM = jax.random.normal(keys[0], (B, T, c.width), dtype)
     head_MV = 0.02 * jax.random.normal(keys[1], (c.width, c.padded_vocab), jnp.float32)

@@ -15,7 +15,7 @@ import jax
 from jaxchat import devices
 from jaxchat.benchmarks.train import machine
 from jaxchat.errors import UserError, first_line
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.serialization import json_line
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch")
@@ -91,7 +91,7 @@ def free_place(path: Path) -> Path:
             names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
             kept = next(name for name in names if not name.exists())
             path.rename(kept)
-            say(f"{path} of an earlier run is kept as {kept}")
+            log(f"{path} of an earlier run is kept as {kept}")
         path.touch()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({first_line(error)}): name another file with --out") from None
@@ -115,7 +115,7 @@ class Rows:
         """Adds the row of `label` and what `measure` gives, or its error in one line; without time left, says so."""
         told = f"{self._section} " + " ".join(f"{name}={value}" for name, value in label.items())
         if late := self._late():
-            say(f"{told}: skipped, {late}")
+            log(f"{told}: skipped, {late}")
             self._report.add(self._section, {**label, "error": f"skipped: {late}"})
             return None
         self._tried += 1
@@ -123,12 +123,12 @@ class Rows:
         try:
             found = measure()
         except Exception as error:  # One setting that does not run must not lose the others.
-            say(f"{told}: {one_line(error)}")
+            log(f"{told}: {one_line(error)}")
             self._report.add(self._section, {**label, "error": one_line(error)})
             return None
         row = {**label, **found, "row_seconds": round(time.monotonic() - start, 2)}
         self._report.add(self._section, row)
-        say(f"{told}: {brief(found)}")
+        log(f"{told}: {brief(found)}")
         return row
 
 

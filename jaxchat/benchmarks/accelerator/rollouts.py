@@ -15,9 +15,9 @@ from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Rows
 from jaxchat.benchmarks.accelerator.training import start_state
 from jaxchat.compilation import Setup
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.rollouts import RL, RolloutStream
 from jaxchat.stages.reinforcement import scorer
 from jaxchat.tokenizer import SPECIALS
@@ -51,7 +51,7 @@ def rl(bench: Bench, make: Make, rows: Rows) -> None:
     depth = min(bench.depths)
 
     def measured() -> dict[str, Any]:
-        setup = compilation.make_setup(experiment(bench, make, depth), say)
+        setup = compilation.make_setup(experiment(bench, make, depth), log)
         with jax.set_mesh(setup.mesh):
             return measure(setup, tries=bench.tries, clock=rows.clock)
 
@@ -79,10 +79,10 @@ def measure(setup: Setup, *, tries: int, clock: Clock) -> dict[str, Any]:
     assert e.rl is not None
     fitted = fitting.fit(setup, tries=tries)
     state = start_state(setup)
-    shape = Shape(length=e.data.row_length, slots=e.rl.slots, prompts=min(8, e.rl.slots))
+    shape = EngineConfig(length=e.data.row_length, slots=e.rl.slots, prefill_batch=min(8, e.rl.slots))
     engine = Engine(setup.transformer, state.params, Bytes(), shape)  # type: ignore[arg-type]
     stream = RolloutStream(
-        e.rl, engine, scorer(setup), seed=0, row_length=e.data.row_length, micro_rows=fitted.rows, say=say
+        e.rl, engine, scorer(setup), seed=0, row_length=e.data.row_length, micro_rows=fitted.rows, log=log
     )
     seconds: dict[str, list[float]] = {"sample": [], "score": [], "train": []}
     for index in range(1 + STEPS):

@@ -13,7 +13,7 @@ from jaxchat.benchmarks.accelerator import decoding, kernels, peers, rollouts, t
 from jaxchat.benchmarks.accelerator.options import Bench, Make
 from jaxchat.benchmarks.accelerator.report import Clock, Report, Rows, facts, free_place, one_line
 from jaxchat.errors import UserError
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.serialization import json_line
 from jaxchat.signals import raised
 
@@ -110,7 +110,7 @@ def run(
                 if signalled():  # A library may have taken the signal for an error of its own.
                     break
     except KeyboardInterrupt:
-        say("stopped by a signal: what was measured is kept")
+        log("stopped by a signal: what was measured is kept")
         report.stop("a signal stopped it")
     finally:
         timer.cancel()
@@ -124,15 +124,15 @@ def _section(name: str, section: Section, bench: Bench, make: Make, report: Repo
     report.begin(name)
     if clock.left() < section.least:
         told = f"{max(0.0, clock.left()):.0f} s of the budget are left, it needs {section.least:.0f}"
-        say(f"{name}: skipped, {told}")
+        log(f"{name}: skipped, {told}")
         report.end(name, "skipped", told)
         return
-    say(f"{name}: {clock.left():.0f} s of the budget are left")
+    log(f"{name}: {clock.left():.0f} s of the budget are left")
     rows = Rows(report, name, clock, share=section.share * bench.budget_s, least=section.least)
     try:
         section.measure(bench, make, rows)
     except Exception as error:  # A section that fails must not lose the others.
-        say(f"{name}: {one_line(error)}")
+        log(f"{name}: {one_line(error)}")
         report.end(name, "failed", one_line(error))
     else:
         report.end(name, "done" if report.good(name) else "failed")

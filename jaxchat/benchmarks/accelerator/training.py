@@ -18,7 +18,7 @@ from jaxchat.benchmarks.accelerator.timing import quantiles, time_steps
 from jaxchat.benchmarks.train import adamw_only
 from jaxchat.compilation import Setup
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.train import State, init_state
 
@@ -91,7 +91,7 @@ def attempt(variant: Variant, bench: Bench, make: Make, rows: Rows) -> None:
 
 def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str, Any]:
     """Trains for some steps with the largest micro-batch that fits; a smaller one where that runs out of memory."""
-    setup = compilation.make_setup(e, say)
+    setup = compilation.make_setup(e, log)
     most = 0
     while True:
         try:
@@ -102,7 +102,7 @@ def measure(e: Experiment, *, steps: int, tries: int, clock: Clock) -> dict[str,
         except jax.errors.JaxRuntimeError as error:
             if not fitting.out_of_memory(error) or fitted.rows == min(compilation.micro_choices(setup)):
                 raise
-            say(f"micro_rows={fitted.rows} ran out of memory")
+            log(f"micro_rows={fitted.rows} ran out of memory")
             most = fitted.rows - 1
         finally:
             gc.collect()  # What an error's frames held is memory of the device.

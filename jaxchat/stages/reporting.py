@@ -9,13 +9,13 @@ import numpy as np
 
 from jaxchat import devices, metrics, optim, processes
 from jaxchat.compilation import Setup
-from jaxchat.decode.engine import Engine, Shape
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import TOOLS
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.launcher import say
+from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.serialization import to_json
 from jaxchat.stages.stability import Stability
@@ -26,7 +26,7 @@ from jaxchat.train import State
 class StepLog:
     """Turns a step's metrics into a record with speed and utilisation, and remembers the median speed.
 
-    An instability is reported once, by `say`, and counted in every record.
+    An instability is reported once, by `log`, and counted in every record.
 
     `more` gives further numbers of a step; where a step trains on no fixed number of tokens, it tells no speed.
     """
@@ -37,10 +37,10 @@ class StepLog:
         peak: float | None,
         writers: list[metrics.Writer],
         more: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
-        say: Callable[[str], None] = say,
+        log: Callable[[str], None] = log,
     ) -> None:
         e = setup.experiment
-        self.stability, self._say = Stability(e.model.vocab if e.rl is None else None), say
+        self.stability, self._say = Stability(e.model.vocab if e.rl is None else None), log
         self._experiment, self._writers, self._more = e, writers, more
         self._rate = optim.learning_rate_factor(e.optimizer, e.steps)
         self._flops = flops_per_token(e.model, e.data.row_length)["total"]
@@ -101,7 +101,7 @@ class StepLog:
         return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
 
 
-def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, say: Callable[[str], None]) -> None:
+def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Callable[[str], None]) -> None:
     """Answers each prompt greedily, a base model by going on with it, and adds the texts to samples.md.
 
     What samples.md holds of this step and of later ones, from before a kill, is replaced.
@@ -112,7 +112,7 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     params = processes.own_copy(setup.mesh, state.params)
     if jax.process_index():
         return
-    shape = Shape(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
+    shape = EngineConfig(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
     engine = Engine(setup.transformer, params, tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
     greedy = SamplingParams(0.0, max_tokens=64)
     chats = e.stage != "pretrain"
@@ -126,11 +126,11 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
     for prompt, (answer,) in zip(prompts, answers):
         if answer.error:  # A run of hours does not fail for a sample.
-            say(f"warning: no sample for {prompt!r}: {answer.error}")
+            log(f"warning: no sample for {prompt!r}: {answer.error}")
             continue
         text = tokenizer.decode(answer.tokens, keep_specials=True) if chats else answer.text
         lines.append(f"- **{prompt}**{' ' * chats}{text}\n")
-        say(f"  | {prompt}{' ' * chats}{text}")
+        log(f"  | {prompt}{' ' * chats}{text}")
     path = e.stage_directory / "samples.md"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     kept = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
@@ -160,24 +160,24 @@ def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[
 
 
 def describe(
-    setup: Setup, micro_rows: int, compile_seconds: float, peak: float | None, say: Callable[[str], None]
+    setup: Setup, micro_rows: int, compile_seconds: float, peak: float | None, log: Callable[[str], None]
 ) -> None:
     """The plan of the run, before it starts."""
     e, counts = setup.experiment, parameter_counts(setup.experiment.model)
     flops = flops_per_token(e.model, e.data.row_length)["total"]
     mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
     device = setup.mesh.devices.flat[0]
-    say(f"{counts['total']:,} parameters  {flops:.3e} FLOPs a token (6 a matrix parameter + attention, not halved)")
+    log(f"{counts['total']:,} parameters  {flops:.3e} FLOPs a token (6 a matrix parameter + attention, not halved)")
     each = f"{e.batch_tokens:,} tokens = {e.steps * e.batch_tokens:,} tokens"
     if e.rl is not None:
         each = f"{e.rl.update_samples:,} of {e.rl.prompts} prompts x {e.rl.samples} answers, {e.rl.objective}"
-    say(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
+    log(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
     isolated = "isolated" if e.model.isolate_documents else "not isolated"
     peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s a device"
     products = f"{setup.transformer.dtype}"
     if e.matmul is not None:
         products += f", the layers' products in {e.matmul}; FLOPs and peak are counted as without"
-    say(
+    log(
         f"{mesh} on {device.device_kind}  {products}  "
         f"attention {setup.transformer.attention}, documents {isolated}  "
         f"{peak_text}  compiled in {compile_seconds:.1f} s"
