@@ -21,6 +21,7 @@ from jaxchat.model import (
     Backout,
     Float8,
     Int8,
+    Layer,
     Model,
     ReluSquared,
     ResidualScales,
@@ -241,7 +242,7 @@ def imported(model: Model, length: int, stage: str) -> Experiment:
         batch_tokens=length,
         vocab=model.vocab,
         row_length=length,
-        head_dim=model.pattern[0].head_dim,
+        head_dim=model.pattern[0].mixer.head_dim,
     )
     data = Data(vocab=model.vocab, row_length=length)
     return Experiment(model, optimizer(dial), data, model.depth, 1, length, stage=stage, name="imported")
@@ -342,8 +343,7 @@ def _july2026(dial: Dial) -> Model:
         vocab=dial.vocab,
         width=M,
         depth=dial.depth,
-        pattern=tuple(mixer(i) for i in range(period)),
-        mlp=ReluSquared(4 * M),
+        pattern=tuple(Layer(mixer(i), ReluSquared(4 * M)) for i in range(period)),
         residual_scales=ResidualScales(),
         smear=Smear(),
         backout=Backout(),
@@ -354,12 +354,12 @@ def _july2026(dial: Dial) -> Model:
 def _october2025(dial: Dial) -> Model:
     M = width(dial)
     heads = M // dial.head_dim
+    mixer = GQA(heads=heads, kv_heads=heads, head_dim=dial.head_dim, init="normal")
     return Model(
         vocab=dial.vocab,
         width=M,
         depth=dial.depth,
-        pattern=(GQA(heads=heads, kv_heads=heads, head_dim=dial.head_dim, init="normal"),),
-        mlp=ReluSquared(4 * M, init="normal", init_scale=1.0),
+        pattern=(Layer(mixer, ReluSquared(4 * M, init="normal", init_scale=1.0)),),
         embed_std=1.0,
         head_std=0.0,
         isolate_documents=False,

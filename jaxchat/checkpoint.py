@@ -22,6 +22,7 @@ from jaxchat import processes
 from jaxchat.errors import UserError, check_local, first_line
 from jaxchat.machine import cores
 from jaxchat.serialization import difference, from_json, to_json
+from jaxchat.upgrades import FORMAT, upgraded
 
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
@@ -289,7 +290,8 @@ def write_experiment(directory: Path, experiment: Any) -> None:
     """Writes experiment.json, by way of a temporary file."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / (EXPERIMENT + ".tmp")
-    temporary.write_text(json.dumps(to_json(experiment), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    value = {"format": FORMAT, **to_json(experiment)}
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(directory / EXPERIMENT)
 
 
@@ -299,7 +301,7 @@ def read_experiment(directory: Path, cls: type) -> Any:
         value = json.loads((directory / EXPERIMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / EXPERIMENT} cannot be read: {first_line(error)}") from None
-    return from_json(cls, value)
+    return from_json(cls, upgraded(value, directory / EXPERIMENT) if isinstance(value, dict) else value)
 
 
 def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,7 @@ from jaxchat.launcher import log
 from jaxchat.model.choice import choose_attention
 from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
-from jaxchat.objectives.likelihood import Objective, likelihood
-from jaxchat.objectives.policy import policy_gradient
-from jaxchat.train import State, init_state, state_placements, train_step
+from jaxchat.train import Loss, State, init_state, state_placements, train_step
 
 MEMORY_SHARE = 0.92  # Of a device's memory, what a compiled step may plan with.
 
@@ -36,9 +34,8 @@ class Setup:
     transformer: Transformer
     tx: optax.GradientTransformation
     abstract: State
-    objective: Objective
-    columns: Mapping[str, tuple[tuple[int, ...], Any]]
-    """Shape beyond (micro-batches, rows) and type of a batch's columns."""
+    loss: Loss
+    """The objective with the transformer that training uses: it alone has `matmul`."""
 
 
 def prepare_backend(experiment: Experiment) -> None:
@@ -87,28 +84,13 @@ def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequ
             taken = f"{mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
             raise ValueError(f"the mesh takes {taken}, and no process can stand aside: leave --mesh.data out")
         axes = transformer.axes()
-        tx = optim.make(experiment.optimizer, axes, steps=experiment.steps, dtype=transformer.dtype)
+        tx = optim.make(experiment.optimizer, transformer.specs(), steps=experiment.steps, dtype=transformer.dtype)
         shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
         abstract = checkpoint.abstract_like(shapes, state_placements(mesh, shapes, axes))
     except ValueError as error:
         raise UserError(str(error)) from None
-    return Setup(experiment, mesh, transformer, tx, abstract, *learning(experiment, transformer))
-
-
-def learning(e: Experiment, transformer: Transformer) -> tuple[Objective, Mapping[str, tuple[tuple[int, ...], Any]]]:
-    """The objective of a stage, and the columns of the batches that it reads; it alone knows `matmul`."""
-    transformer = dataclasses.replace(transformer, matmul=e.matmul)
-    T = e.data.row_length
-    columns: dict[str, tuple[tuple[int, ...], Any]] = {
-        name: ((T,), jnp.int32) for name in ("tokens", "targets", "segments")
-    }
-    columns["weights"] = (T,), jnp.float32
-    if e.rl is None:
-        return likelihood(transformer), columns
-    columns |= {name: ((T,), jnp.float32) for name in ("norms", "advantages", "old_logprobs")}
-    if e.rl.truncates:
-        columns["support"] = (T, -(-e.model.vocab // 8)), jnp.uint8
-    return policy_gradient(transformer, e.rl.policy, temperature=e.rl.temperature), columns
+    loss = functools.partial(experiment.objective, dataclasses.replace(transformer, matmul=experiment.matmul))
+    return Setup(experiment, mesh, transformer, tx, abstract, loss)
 
 
 def compile_step(setup: Setup, log: Callable[[str], None]) -> tuple[Any, int, float]:
@@ -169,14 +151,14 @@ def held_bytes(tree: Any) -> float:
 def lower_step(setup: Setup, rows: int) -> Any:
     """The training step lowered for micro-batches of `rows` rows."""
     e = setup.experiment
-    step = functools.partial(train_step, objective=setup.objective, tx=setup.tx)
+    step = functools.partial(train_step, loss=setup.loss, tx=setup.tx, seed=e.seed)
     placed = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec(None, sharding.BATCH))
     lead = (e.batch_rows // rows, rows)
     batch = {
         name: jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=placed)
-        for name, (shape, dtype) in setup.columns.items()
+        for name, (shape, dtype) in e.objective.columns(e.model, e.data.row_length).items()
     }
-    if e.rl is not None:  # How many of the micro-batches are not empty.
+    if e.objective.ragged:
         batch["count"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(setup.mesh))
     placements = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placements, None))

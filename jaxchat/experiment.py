@@ -9,6 +9,9 @@ from jaxchat.data.prepare import Data
 from jaxchat.errors import check_local
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
+from jaxchat.objectives.likelihood import Likelihood
+from jaxchat.objectives.objective import Objective
+from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.optim import Optimizer
 from jaxchat.rollouts import RL
 from jaxchat.sharding import Mesh
@@ -135,6 +138,13 @@ class Experiment:
             raise ValueError(f"{problem}: set --data.vocab, the model follows")
         if min(self.save_every, self.eval_every, self.eval_rows, self.sample_every) < 0 or self.keep < 1:
             raise ValueError("save_every, eval_every, eval_rows and sample_every must not be negative, keep at least 1")
+
+    @property
+    def objective(self) -> Objective:
+        """What training minimises."""
+        if self.rl is None:
+            return Likelihood()
+        return PolicyGradient(self.rl.policy, self.rl.temperature, self.rl.truncates)
 
     @property
     def batch_rows(self) -> int:

@@ -1,10 +1,11 @@
-"""The optimizer: Muon for the layers' matrices, AdamW for everything else, groups chosen by logical axes.
+"""The optimizer: Muon for the layers' matrices, AdamW for everything else; parameters name their own group.
 
 After nanochat (2026): Muon with Nesterov momentum (Jordan 2024), row equilibration (MuonEq, arXiv:2603.28254), Polar
 Express orthogonalisation (arXiv:2505.16932), renormalisation (Muon+, arXiv:2602.21545), factored second moments
 (NorMuon, arXiv:2510.05491) and cautious decoupled weight decay (arXiv:2510.12402).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxchat import sharding
+from jaxchat.model.part import Spec
 
 Schedule = Callable[[Any], jax.Array]  # Of a step, traced or a plain number.
 Sides = tuple[str, str]
@@ -144,35 +146,26 @@ def muon_decay(config: Optimizer, steps: int) -> Schedule:
     return lambda step: decay * 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(step / steps, 1.0)))
 
 
-def make(config: Optimizer, axes: Any, *, steps: int, dtype: Any = jnp.float32) -> optax.GradientTransformation:
-    """The whole optimizer for a parameter tree with logical `axes`; `dtype` is that of Newton-Schulz."""
+def make(config: Optimizer, specs: Any, *, steps: int, dtype: Any = jnp.float32) -> optax.GradientTransformation:
+    """The optimizer of a parameter tree, by the groups of its `specs`; `dtype` is that of Newton-Schulz.
+
+    Raises:
+        ValueError: a parameter is of a group that the configuration does not have.
+    """
     factor = learning_rate_factor(config, steps)
 
     def adamw(group: AdamW) -> optax.GradientTransformation:
         rate = lambda step: group.learning_rate * factor(step)  # noqa: E731
         return optax.adamw(rate, b1=group.b1, b2=group.b2, eps=group.eps, weight_decay=group.weight_decay)
 
-    names = ("head", "embed", "value_embeddings", "resid_scale", "x0_scale", "scalars")
-    groups = {name: adamw(getattr(config, name)) for name in names}
-    groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, axes, steps=steps, dtype=dtype)
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    groups = {name: adamw(group) for name, group in own.items() if isinstance(group, AdamW)}
+    groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, specs, steps=steps, dtype=dtype)
+    labels = jax.tree.map(lambda spec: spec.group, specs, is_leaf=_is_spec)
+    if unknown := set(jax.tree.leaves(labels)) - groups.keys():
+        raise ValueError(f"there is no optimizer group {sorted(unknown)[0]!r}: add it as a field of Optimizer")
     parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
-    return optax.chain(*parts, optax.partition(groups, group_labels(axes)))
-
-
-def group_labels(axes: Any) -> Any:
-    """Each parameter's group, by its logical axes: a matrix of a layer, a table by token, the head, or a scalar."""
-
-    def label(path: Any, names: tuple[str, ...]) -> str:
-        if "tokens" in names:
-            return "value_embeddings"
-        if "vocab" in names:
-            return "head" if names[-1] == "vocab" else "embed"
-        if _is_matrix(names):
-            return "matrices"
-        name = path[-1].key
-        return name if name in ("resid_scale", "x0_scale") else "scalars"
-
-    return jax.tree_util.tree_map_with_path(label, axes, is_leaf=_is_axes)
+    return optax.chain(*parts, optax.partition(groups, labels))
 
 
 class MuonState(NamedTuple):
@@ -183,12 +176,12 @@ class MuonState(NamedTuple):
     variance: Any
 
 
-def muon(config: Optimizer, axes: Any, *, steps: int, dtype: Any) -> optax.GradientTransformation:
+def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.GradientTransformation:
     """Muon for the leaves that `optax.partition` leaves in place (others are masked nodes)."""
     c = config.muon or Muon()
     factor, momentum, decay = (f(config, steps) for f in (learning_rate_factor, muon_momentum, muon_decay))
     triples = POLAR_EXPRESS if c.polar_express else NEWTON_SCHULZ
-    views = [_View(names) for names in jax.tree.leaves(axes, is_leaf=_is_axes) if _is_matrix(names)]
+    views = [_View(spec) for spec in jax.tree.leaves(specs, is_leaf=_is_spec) if spec.group == "matrices"]
 
     def init(params: Any) -> MuonState:
         def mean_squares(view: "_View", w: jax.Array) -> jax.Array:
@@ -292,19 +285,19 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: 
 
 @dataclass(frozen=True)
 class _View:
-    """A stacked parameter as matrices (N, out, in): its heads and head axes are one side."""
+    """A stacked parameter as matrices (N, out, in)."""
 
-    axes: tuple[str, ...]
+    spec: Spec
 
     @property
     def split(self) -> int:
-        """Where the input axes end."""
-        return 3 if self.axes[1] in ("heads", "kv_heads") else 2
+        """Where the input axes end, after the axis of the stack."""
+        return 1 + self.spec.inputs
 
     @property
     def sides(self) -> Sides:
-        """The logical axis that splits each side of a matrix; that of its heads, where it has heads."""
-        return self.axes[self.split], self.axes[1]
+        """The first logical axis of each side of a matrix: outputs, inputs."""
+        return self.spec.axes[self.split], self.spec.axes[1]
 
     def matrices(self, w: jax.Array) -> jax.Array:
         rows = math.prod(w.shape[1 : self.split])
@@ -331,9 +324,5 @@ def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str])
             raise ValueError(f"{name}={value} must be at least 0 and {limit}")
 
 
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
-
-
-def _is_matrix(names: tuple[str, ...]) -> bool:
-    return len(names) > 2 and names[0] == "layers" and "tokens" not in names
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, Spec)

@@ -1,7 +1,7 @@
 """The training loop: one state, one step, one `fit`, for every stage."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ import optax
 from jaxchat import sharding
 from jaxchat.errors import UserError
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.objectives.likelihood import Objective, Sum
+from jaxchat.objectives.objective import Batch, Sum
 from jaxchat.signals import Interrupted
 
+STEP_METRICS = ("loss", "weight", "grad_norm", "skipped_in_row", "skipped")  # Others are statistics, by their names.
 MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
 
 
@@ -64,45 +65,50 @@ def all_finite(params: Params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
+Loss = Callable[[Params, Batch, jax.Array], Sum]
+
+
 def train_step(
-    state: State, batch: Mapping[str, jax.Array], *, objective: Objective, tx: optax.GradientTransformation
+    state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, seed: int = 0
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update from a batch of (micro-batches, rows, ...) columns.
 
-    Totals, weights, extras and gradients are added over micro-batches and divided once, gradients by the batch's whole
-    weight, so the result does not depend on how the batch is cut. An entry `count` () says how many of the
-    micro-batches are not empty; the others are not computed. A step whose loss, gradient or new parameters are not
-    finite changes nothing but the counters.
+    Totals, weights, statistics and gradients are added over micro-batches and divided once, gradients by the batch's
+    whole weight, so the result does not depend on how the batch is cut. An entry `count` () says how many of the
+    micro-batches are not empty; the others are not computed. The random key of a micro-batch follows from the seed, the
+    step and its number. A step whose loss, gradient or new parameters are not finite changes nothing but the counters.
     """
     columns = {name: column for name, column in batch.items() if name != "count"}
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     at = lambda i: {name: column[i] for name, column in columns.items()}  # noqa: E731
 
-    def gradient(columns: Mapping[str, jax.Array]) -> tuple[Sum, Any]:
+    def gradient(i: Any, columns: Batch) -> tuple[Sum, Any]:
         def total(params: Params) -> tuple[jax.Array, Sum]:
-            found = objective(params, columns)
+            found = loss(params, columns, jax.random.fold_in(step_key, i))
             return found.total, found
 
         (_, found), grads = jax.value_and_grad(total, has_aux=True)(state.params)
         return found, grads
 
-    def add(carry: Any, columns: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, gradient(columns)), None
+    def add(carry: Any, numbered: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, gradient(*numbered)), None
 
-    if "count" not in batch and next(iter(columns.values())).shape[0] == 1:
-        (total, weight, extras), grads = gradient(at(0))
+    micro_batches = next(iter(columns.values())).shape[0]
+    if "count" not in batch and micro_batches == 1:
+        (total, weight, statistics), grads = gradient(0, at(0))
     else:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, at(0)))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0, at(0)))
         if "count" in batch:
-            added = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, at(i))[0], zero)
+            added = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, (i, at(i)))[0], zero)
         else:
-            added, _ = jax.lax.scan(add, zero, columns)
-        (total, weight, extras), grads = added
+            added, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), columns))
+        (total, weight, statistics), grads = added
     share = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * share, grads)
-    loss, norm = total * share, optax.tree.norm(grads)
+    mean, norm = total * share, optax.tree.norm(grads)
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm) & all_finite(params)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     bad = jnp.where(finite, 0, 1)
     after = State(
@@ -113,16 +119,16 @@ def train_step(
         state.skipped + bad,
     )
     metrics = {
-        "loss": loss,
+        "loss": mean,
         "weight": weight,
         "grad_norm": norm,
         "skipped_in_row": after.skipped_in_row,
         "skipped": after.skipped,
     }
-    if extras:
-        tokens = extras["tokens"]
-        means = {name: value / jnp.maximum(tokens, 1) for name, value in extras.items() if name != "tokens"}
-        metrics |= {"trained_tokens": tokens, **means}
+    for name, (value, weight) in statistics.items():
+        if name in metrics:
+            raise ValueError(f"a statistic cannot be named {name!r}: every step has a metric of that name")
+        metrics[name] = value / jnp.maximum(weight, 1e-9)
     return after, metrics
 
 

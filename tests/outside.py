@@ -10,6 +10,7 @@ from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Layout, Place
 from jaxchat.model import (
     GQA,
     Backout,
+    Layer,
     Model,
     ReluSquared,
     ResidualScales,
@@ -50,7 +51,8 @@ def read(name: str) -> Golden:
 def head_model(c: dict[str, Any]) -> Model:
     """nanochat HEAD with the windows of the golden file; value embeddings on every second layer, the last included."""
     norm, last = RMSNorm(c["eps"]), c["depth"] - 1
-    pattern = tuple(
+    mlp = ReluSquared(4 * c["width"])
+    mixers = tuple(
         GQA(
             c["heads"],
             c["kv_heads"],
@@ -67,8 +69,7 @@ def head_model(c: dict[str, Any]) -> Model:
         vocab=c["vocab"],
         width=c["width"],
         depth=c["depth"],
-        pattern=pattern,
-        mlp=ReluSquared(4 * c["width"]),
+        pattern=tuple(Layer(mixer, mlp, norm) for mixer in mixers),
         norm=norm,
         residual_scales=ResidualScales(),
         smear=Smear(),

@@ -8,6 +8,7 @@ import numpy as np
 from jaxchat.model import (
     GQA,
     Backout,
+    Layer,
     Model,
     ReluSquared,
     ResidualScales,
@@ -17,6 +18,11 @@ from jaxchat.model import (
     Transformer,
     ValueEmbedding,
 )
+
+
+def model(*, pattern: Any, mlp: Any, **fields: Any) -> Model:
+    """A model of layers with these mixers, which share a feed-forward."""
+    return Model(pattern=tuple(Layer(mixer, mlp) for mixer in pattern), **fields)
 
 
 def july2026(**changes: Any) -> Model:
@@ -33,7 +39,7 @@ def july2026(**changes: Any) -> Model:
         "smear": Smear(channels=8),
         "backout": Backout(),
     }
-    return Model(**fields | changes)
+    return model(**fields | changes)
 
 
 def october2025(**changes: Any) -> Model:
@@ -46,7 +52,7 @@ def october2025(**changes: Any) -> Model:
         "mlp": ReluSquared(24, init="normal", init_scale=1.0),
         "isolate_documents": False,
     }
-    return Model(**fields | changes)
+    return model(**fields | changes)
 
 
 def mixed(**changes: Any) -> Model:
@@ -65,7 +71,7 @@ def mixed(**changes: Any) -> Model:
         "tied": True,
         "softcap": None,
     }
-    return Model(**fields | changes)
+    return model(**fields | changes)
 
 
 def parameters(config: Model, dtype: Any = np.float32, scale: float = 0.3, seed: int = 0) -> Any:

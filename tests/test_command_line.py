@@ -157,7 +157,10 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
         ),
         ("vocab=320 of ends.embed is not a multiple of tensor=3", {"mesh.tensor": 3}),
         ("micro_rows=3 does not divide the batch of 8 rows", {"micro_rows": 3}),
-        ("heads=3 is not a multiple of kv_heads=2", {"model.pattern.0.heads": 3, "model.pattern.0.kv_heads": 2}),
+        (
+            "heads=3 is not a multiple",
+            {"model.pattern.0.mixer.heads": 3, "model.pattern.0.mixer.kv_heads": 2},
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(place, trained, said, changes):

@@ -52,7 +52,7 @@ def mistake(*argv, name="tiny"):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_json_reads_back_what_was_written(name):
-    experiment = load("--model.pattern.0.window=5", "--data.train", "a", "b", "--seed=7", name=name)
+    experiment = load("--model.pattern.0.mixer.window=5", "--data.train", "a", "b", "--seed=7", name=name)
     text = json.dumps(serialization.to_json(experiment))
     assert serialization.from_json(Experiment, json.loads(text)) == experiment
     assert '"window": 5' in text
@@ -60,8 +60,8 @@ def test_json_reads_back_what_was_written(name):
 
 def test_an_unknown_key_in_json_is_named():
     value = serialization.to_json(load())
-    value["model"]["mlp"]["gelu"] = 1
-    with pytest.raises(UserError, match=r"config\.model\.mlp\.gelu is not a field of ReluSquared"):
+    value["model"]["pattern"][0]["mlp"]["gelu"] = 1
+    with pytest.raises(UserError, match=r"config\.model\.pattern\.0\.mlp\.gelu is not a field of ReluSquared"):
         serialization.from_json(Experiment, value)
 
 
@@ -138,12 +138,12 @@ def test_a_smaller_batch_has_a_smaller_micro_batch():
 
 
 def test_an_explicit_leaf_wins_over_the_dial():
-    flags = ["--optimizer.muon.learning_rate=0.5", "--model.pattern.0.window=64"]
+    flags = ["--optimizer.muon.learning_rate=0.5", "--model.pattern.0.mixer.window=64"]
     for argv in ([*flags, "--depth=3"], ["--depth=3", *flags]):
         experiment = load(*argv)
         assert experiment.model.depth == 3
         assert experiment.optimizer.muon.learning_rate == 0.5
-        assert experiment.model.pattern[0].window == 64
+        assert experiment.model.pattern[0].mixer.window == 64
         assert experiment.optimizer.head == load("--depth=3").optimizer.head
 
 
@@ -156,8 +156,8 @@ def test_steps_of_the_dial_reach_the_experiment():
     [
         (["--save_evry=3"], "there is no field --save_evry: did you mean --save_every?"),
         (
-            ["--model.pattern.0.windw=3"],
-            "there is no field --model.pattern.0.windw: did you mean --model.pattern.0.window?",
+            ["--model.pattern.0.mixer.windw=3"],
+            "there is no field --model.pattern.0.mixer.windw: did you mean --model.pattern.0.mixer.window?",
         ),
         (["--data.vocb=3"], "there is no field --data.vocb: did you mean --data.vocab?"),
         (["--xyzzy=3"], "there is no field --xyzzy; see --help"),
@@ -198,8 +198,8 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--optimizer.scalars.eps=0"], "optimizer.scalars: eps=0 must be positive: it keeps the first updates finite"),
         (["--data.weights", "1", "2"], "data.weights has 2 entries for 1 of data.train"),
         (
-            ["--model.pattern.0.heads=3", "--model.pattern.0.kv_heads=2"],
-            "model.pattern.0: heads=3 is not a multiple of kv_heads=2",
+            ["--model.pattern.0.mixer.heads=3", "--model.pattern.0.mixer.kv_heads=2"],
+            "model.pattern.0.mixer: heads=3 is not a multiple of kv_heads=2",
         ),
     ],
 )
@@ -258,8 +258,8 @@ def test_a_config_file_that_is_no_configuration_says_so(tmp_path):
 
 def test_difference_names_every_leaf():
     before = load()
-    after = load("--model.pattern.0.window=9", "--seed=3")
-    assert serialization.difference(before, after) == {"model.pattern.0.window": (None, 9), "seed": (0, 3)}
+    after = load("--model.pattern.0.mixer.window=9", "--seed=3")
+    assert serialization.difference(before, after) == {"model.pattern.0.mixer.window": (None, 9), "seed": (0, 3)}
     assert serialization.difference(before, before) == {}
 
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("errors", "serialization", "launcher", "command_line", "signals", "machine", "sandbox", "tokenizer", "xla"),
+    ("errors", "serialization", "upgrades", "launcher", "command_line", "signals", "machine"),
+    ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "devices", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),
@@ -20,7 +21,7 @@ LEVELS = (
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-WITHOUT_JAX = (*LEVELS[0], *LEVELS[1])
+WITHOUT_JAX = (*LEVELS[0], *LEVELS[1], *LEVELS[2])
 FILES = sorted(
     path.relative_to(ROOT) for top in ("jaxchat", "launch", "configs") for path in (ROOT / top).rglob("*.py")
 )
@@ -83,7 +84,7 @@ def acts(node: ast.stmt) -> bool:
     if isinstance(node, ast.Expr):
         return not (isinstance(node.value, ast.Constant) or ".defvjp(" in ast.unparse(node))
     if isinstance(node, ast.If):
-        return ast.unparse(node.test) != "__name__ == '__main__'"
+        return ast.unparse(node.test) not in ("__name__ == '__main__'", "TYPE_CHECKING")
     return not isinstance(
         node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
     )

@@ -12,7 +12,7 @@ import small
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model import Transformer, choice, kernels
+from jaxchat.model import GQA, Transformer, choice, kernels
 from jaxchat.model.kernels import BACKENDS, Facts, find_runs, unsupported
 
 HERE = ("xla", "xla_remat", "splash_interpreted")
@@ -174,7 +174,7 @@ def test_a_model_with_splash_gives_the_gradient_of_one_without(loop: str) -> Non
 
     def gradient(attention: str) -> Any:
         def total(params: Any) -> Any:
-            hidden, _ = Transformer(config, jnp.float32, attention).apply(
+            hidden, _, _, _ = Transformer(config, jnp.float32, attention).apply(
                 params, batch["tokens"], segments_BT=batch["segments"]
             )
             return jnp.sum(hidden * probe)
@@ -292,7 +292,7 @@ class Device(NamedTuple):
 def chosen(wanted: str, device: Any, monkeypatch: pytest.MonkeyPatch, *, here: bool = True) -> tuple[str, list[str]]:
     said: list[str] = []
     monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
-    config = small.july2026(pattern=(choice.GQA(heads=2, kv_heads=2, head_dim=8, window=3),))
+    config = small.july2026(pattern=(GQA(heads=2, kv_heads=2, head_dim=8, window=3),))
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     name = choice.choose_attention(wanted, config, length=64, dtype=dtype, device=device, log=said.append)
     return name, said

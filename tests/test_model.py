@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Likelihood
 
 pytestmark = pytest.mark.quick
 
@@ -44,7 +44,7 @@ def test_cached_decode_equals_the_full_forward(make: Any) -> None:
 
         @jax.jit
         def extend(tokens_BT: Array, positions_BT: Array, cache: Any) -> Any:
-            hidden_BTM, cache = model.apply(by_layer, tokens_BT, positions_BT=positions_BT, cache=cache)
+            hidden_BTM, cache, _, _ = model.apply(by_layer, tokens_BT, positions_BT=positions_BT, cache=cache)
             return model.logits(by_layer, hidden_BTM), cache
 
         cache = model.empty_cache(2, LENGTH, write=PIECE)
@@ -62,7 +62,7 @@ def test_cached_decode_equals_the_full_forward(make: Any) -> None:
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11)
             seen += sizes
     assert seen.max() == 15
-    windows = [config.pattern[i % len(config.pattern)].window for i in range(config.depth)]
+    windows = [layer.mixer.window for layer in config.layers]
     rings = [LENGTH if window is None else window + 1 + PIECE for window in windows]
     assert slots == rings
     assert all(ring < seen.min() for ring, window in zip(rings, windows) if window is not None), "no ring came round"
@@ -73,7 +73,7 @@ def likelihood_and_gradient(config: Model) -> Any:
     """The whole likelihood and its gradients, in float64."""
     batch = small.batch(2, 12, config.vocab, np.float64)
     with jax.enable_x64(True):
-        objective = likelihood(Transformer(config, jnp.float64))
+        objective = functools.partial(Likelihood(), Transformer(config, jnp.float64))
         loss = jax.jit(jax.value_and_grad(lambda params: objective(params, batch).total))
         return jax.tree.map(np.asarray, loss(small.parameters(config, np.float64)))
 
@@ -94,13 +94,13 @@ def test_remat_saves_less() -> None:
     def kept(remat: str) -> int:
         config = small.july2026(remat=remat)
         params, batch = small.parameters(config), small.batch(2, 12, config.vocab)
-        objective = likelihood(Transformer(config))
+        objective = functools.partial(Likelihood(), Transformer(config))
         _, pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: objective(p, batch).total, p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
     sizes = {remat: kept(remat) for remat in ("none", "full", "dots", "attention")}
     config = small.july2026()
-    attention = config.depth * 2 * 12 * config.pattern[0].heads * config.pattern[0].head_dim
+    attention = config.depth * 2 * 12 * config.pattern[0].mixer.heads * config.pattern[0].mixer.head_dim
     assert sizes["attention"] == sizes["full"] + attention
     assert sizes["full"] < sizes["attention"] < sizes["dots"] < sizes["none"]
 
@@ -116,7 +116,7 @@ def gradient_of_second_document(isolate: bool) -> Any:
     probe_BTM = np.random.default_rng(3).standard_normal((1, 13, 16)).astype(np.float32)
 
     def total(params: Any, tokens_BT: Array) -> Array:
-        hidden_BTM, _ = model.apply(params, tokens_BT, segments_BT=segments_BT)
+        hidden_BTM = model.apply(params, tokens_BT, segments_BT=segments_BT).hidden
         return jnp.sum((hidden_BTM * probe_BTM)[:, 7:])
 
     return jax.jit(jax.grad(total))

@@ -1,6 +1,7 @@
 """jaxchat against the outside: golden files of tests/golden, the float64 references of reference.py, and optax."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.model.dense import attend_row
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.logprobs import weighted_nll
 
 pytestmark = pytest.mark.quick
@@ -46,7 +47,7 @@ def run(model: Transformer, params: Any, golden: Golden) -> Results:
     batch = {"tokens": tokens, "targets": targets, "weights": weights, "segments": segments}
 
     def mean(params: Any) -> jax.Array:
-        found = likelihood(model)(params, batch)
+        found = functools.partial(Likelihood(), model)(params, batch)
         return found.total / found.weight
 
     logits = jax.jit(lambda p: model.logits(p, model.apply(p, tokens)[0]))(params)
@@ -86,7 +87,7 @@ def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant:
 
     @jax.jit
     def extend(cache: Any, tokens_1T: jax.Array, positions_1T: jax.Array) -> Any:
-        hidden_1TM, cache = model.apply(params, tokens_1T, positions_BT=positions_1T, cache=cache)
+        hidden_1TM, cache, _, _ = model.apply(params, tokens_1T, positions_BT=positions_1T, cache=cache)
         return model.logits(params, hidden_1TM)[0, -1].argmax(), cache
 
     cache = model.empty_cache(1, len(expected), write=prompt)
@@ -262,7 +263,8 @@ def test_whole_optimizer_step_equals_the_reference() -> None:
     theirs = reference_steps(golden.weights, gradients, width=width, scale=scale, decay=decay, steps=steps)
     with jax.enable_x64(True):
         transformer = Transformer(config, jnp.float64)
-        tx = optim.make(head_optimizer(scale, width, decay, WARMUP), transformer.axes(), steps=steps, dtype=jnp.float64)
+        optimizer = head_optimizer(scale, width, decay, WARMUP)
+        tx = optim.make(optimizer, transformer.specs(), steps=steps, dtype=jnp.float64)
 
         @jax.jit
         def step(params: Any, state: Any, grads: Any) -> Any:
@@ -303,7 +305,7 @@ def test_dial_gives_nanochats_sizes(size: reference.Size) -> None:
     config = recipe.model(dial)
     counts = parameter_counts(config)
     flops = flops_per_token(config, dial.row_length)["total"]
-    heads = {mixer.heads for mixer in config.pattern}
+    heads = {layer.mixer.heads for layer in config.pattern}
     assert heads == {size.heads}
     scaling = recipe.scaling_parameters(dial)
     assert reference.Size(dial.depth, config.width, size.heads, counts["total"], scaling, flops) == size
@@ -318,7 +320,7 @@ def test_dial_puts_windows_and_value_embeddings_where_nanochat_does(
     depth: int, windows: str, value_embeddings: str
 ) -> None:
     config = recipe.model(Dial(depth=depth, family="july2026"))
-    mixers = [config.pattern[i % len(config.pattern)] for i in range(depth)]
+    mixers = [layer.mixer for layer in config.layers]
     assert [mixer.window for mixer in mixers] == [{"S": 512, "L": None}[letter] for letter in windows]
     assert "".join("-" if mixer.value_embedding is None else "*" for mixer in mixers) == value_embeddings
 

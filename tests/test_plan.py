@@ -34,7 +34,7 @@ def test_the_cache_of_a_plan_is_that_of_the_engine() -> None:
         transformer = Transformer(model, jnp.bfloat16)
         layers = jax.eval_shape(lambda t=transformer: t.empty_cache(1, 2048, write=1)).layers
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
-        windows = sum(mixer.window is not None for mixer in model.pattern) * model.repeats
+        windows = sum(layer.mixer.window is not None for layer in model.pattern) * model.repeats
         told = plan.cache_bytes(model, 2048)["total"]
         # A window's ring has room for what is written while its oldest key is still seen.
         assert told <= held <= told * (1 + 0.02 * windows)

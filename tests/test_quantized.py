@@ -21,7 +21,7 @@ from jaxchat.errors import UserError
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.model import Float8, Int8, Transformer, quantized
 from jaxchat.model.quantized import Matmul, product
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.serialization import from_json, to_json
 
 E4M3, E5M2, INT8 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int8
@@ -191,7 +191,7 @@ def likelihood_and_gradient(matmul: Matmul, loop: Any = "unroll", remat: Any = "
     config = small.july2026(layer_loop=loop, remat=remat)
     batch = small.batch(2, 12, config.vocab, np.float64)
     with jax.enable_x64(True):
-        objective = likelihood(Transformer(config, jnp.float64, matmul=matmul))
+        objective = functools.partial(Likelihood(), Transformer(config, jnp.float64, matmul=matmul))
         loss = jax.jit(jax.value_and_grad(lambda params: objective(params, batch).total))
         return jax.tree.map(np.asarray, loss(small.parameters(config, np.float64)))
 
@@ -209,7 +209,7 @@ def test_every_product_of_the_layers_is_in_eight_bits_and_no_other(make: Any) ->
     text = jax.jit(lambda p: model.logits(p, model.apply(p, tokens_BT)[0])).lower(model.shapes()).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     eight = [line for line in products if line.count("f8E4M3FN") == 2]
-    assert len(eight) == config.depth * (4 + (3 if "SwiGLU" in str(config.mlp) else 2))
+    assert len(eight) == config.depth * (4 + (3 if "SwiGLU" in str(config.pattern[0].mlp) else 2))
     assert len(products) > len(eight), "attention and the head compute in the compute type"
 
 
@@ -233,7 +233,7 @@ def learned(matmul: Matmul, steps: int = 60) -> tuple[float, float]:
 
     @jax.jit
     def step(params: Any, moments: Any) -> Any:
-        loss, grads = jax.value_and_grad(lambda params: likelihood(transformer)(params, batch).total)(params)
+        loss, grads = jax.value_and_grad(lambda params: Likelihood()(transformer, params, batch).total)(params)
         updates, moments = tx.update(grads, moments)
         return optax.apply_updates(params, updates), moments, loss
 

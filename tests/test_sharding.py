@@ -17,7 +17,7 @@ from test_train import cut, keep_gradient
 from configs import recipe
 from jaxchat import machine, optim, sharding
 from jaxchat.model import GQA, Model, Transformer, ValueEmbedding
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.train import init_state, state_placements, train_step
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
@@ -38,7 +38,7 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 
 def muon_adamw(transformer: Transformer, dtype: Any) -> optax.GradientTransformation:
     dial = recipe.Dial(depth=4, steps=20, batch_tokens=4096)
-    return optim.make(recipe.optimizer(dial), transformer.axes(), steps=20, dtype=dtype)
+    return optim.make(recipe.optimizer(dial), transformer.specs(), steps=20, dtype=dtype)
 
 
 def train(name: str, transformer: Transformer, tx: Any, steps: int, micro: int) -> tuple[Any, list[float]]:
@@ -53,7 +53,7 @@ def train(name: str, transformer: Transformer, tx: Any, steps: int, micro: int) 
         params = jax.device_put(params, placed.params)
         optimizer = jax.jit(tx.init, out_shardings=placed.optimizer)(params)
         state = start._replace(step=zero, params=params, optimizer=optimizer, skipped_in_row=zero, skipped=zero)
-        step = functools.partial(train_step, objective=likelihood(transformer), tx=tx)
+        step = functools.partial(train_step, loss=functools.partial(Likelihood(), transformer), tx=tx)
         step = jax.jit(step, out_shardings=(placed, None), donate_argnums=0)
         state, losses = jax.device_put(state, placed), []
         for _ in range(steps):

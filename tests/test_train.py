@@ -1,5 +1,6 @@
 """The training step and the loop: micro-batches, steps that are not finite, and the order of what `fit` does."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from configs import recipe
 from jaxchat import optim
 from jaxchat.errors import UserError
 from jaxchat.model import Transformer
-from jaxchat.objectives.likelihood import Sum, likelihood
+from jaxchat.objectives.likelihood import Likelihood
+from jaxchat.objectives.objective import Sum
 from jaxchat.train import Cadence, Hooks, Interrupted, State, fit, train_step
 
 ZERO = jnp.zeros((), jnp.int32)
@@ -36,10 +38,10 @@ def test_one_micro_batch_gives_the_gradient_of_eight() -> None:
     batch = small.batch(8, 12, config.vocab, np.float64)
     assert len(set(batch["weights"].sum(axis=1))) == 8, "rows of equal weight would hide a mean of means"
     with jax.enable_x64(True):
-        objective, tx = likelihood(Transformer(config, jnp.float64)), keep_gradient()
+        objective, tx = functools.partial(Likelihood(), Transformer(config, jnp.float64)), keep_gradient()
         params = jax.tree.map(jnp.asarray, small.parameters(config, np.float64))
         state = State(ZERO, params, tx.init(params), ZERO, ZERO)
-        step = jax.jit(lambda state, batch: train_step(state, batch, objective=objective, tx=tx))
+        step = jax.jit(lambda state, batch: train_step(state, batch, loss=objective, tx=tx))
         one, eight = (step(state, cut(batch, micro)) for micro in (1, 8))
         mean = jax.jit(jax.grad(lambda p: objective(p, batch).total / batch["weights"].sum()))(params)
     small.assert_close(eight[0].optimizer, one[0].optimizer, 1e-10)
@@ -58,8 +60,9 @@ def test_one_micro_batch_trains_as_eight_do(dtype: Any, tolerance: float) -> Non
     config = small.july2026(layer_loop="scan")
     transformer = Transformer(config)
     dial = recipe.Dial(depth=2, steps=20, batch_tokens=4096)
-    tx = optim.make(recipe.optimizer(dial), transformer.axes(), steps=20, dtype=dtype)
-    step = jax.jit(lambda state, batch: train_step(state, batch, objective=likelihood(transformer), tx=tx))
+    tx = optim.make(recipe.optimizer(dial), transformer.specs(), steps=20, dtype=dtype)
+    loss = functools.partial(Likelihood(), transformer)
+    step = jax.jit(lambda state, batch: train_step(state, batch, loss=loss, tx=tx))
     losses = []
     for micro in (1, 8):
         params = jax.tree.map(jnp.asarray, small.parameters(config, scale=0.1))
@@ -71,7 +74,7 @@ def test_one_micro_batch_trains_as_eight_do(dtype: Any, tolerance: float) -> Non
     assert losses[4] < losses[0] * 0.99, "training does not change the loss"
 
 
-def root(params: Any, batch: Any) -> Sum:
+def root(params: Any, batch: Any, key: Any) -> Sum:
     """An objective whose gradient is infinite at zero while its value is finite."""
     return Sum(jnp.sum(jnp.sqrt(jnp.abs(batch["x"] * params["w"]))), batch["weights"].sum())
 
@@ -80,7 +83,7 @@ def root(params: Any, batch: Any) -> Sum:
 def test_a_step_that_is_not_finite_changes_only_the_counters(bad: float) -> None:
     tx = optax.adam(0.1)
     params = {"w": jnp.asarray([1.0, 2.0])}
-    step = jax.jit(lambda state, batch: train_step(state, batch, objective=root, tx=tx))
+    step = jax.jit(lambda state, batch: train_step(state, batch, loss=root, tx=tx))
 
     def batch(value: float) -> dict[str, np.ndarray]:
         x = np.array([[[3.0, value]], [[4.0, 5.0]]], np.float32)  # the first of two micro-batches
@@ -106,7 +109,7 @@ def test_a_step_that_would_make_a_parameter_infinite_is_skipped(rate: float) -> 
     params = {"w": jnp.asarray([1.0, 2.0]), "v": jnp.asarray(0.0)}
     batch = {"x": np.full((1, 2), 300.0, np.float32), "weights": np.ones((1, 2), np.float32)}
     before = State(ZERO, params, tx.init(params), ZERO, ZERO)
-    after, metrics = jax.jit(lambda state, batch: train_step(state, batch, objective=root, tx=tx))(before, batch)
+    after, metrics = jax.jit(lambda state, batch: train_step(state, batch, loss=root, tx=tx))(before, batch)
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert (int(after.step), int(after.skipped_in_row), int(metrics["skipped"])) == (1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (before.params, before.optimizer))
@@ -115,27 +118,53 @@ def test_a_step_that_would_make_a_parameter_infinite_is_skipped(rate: float) -> 
 def test_a_batch_of_no_weight_changes_no_gradient() -> None:
     tx, params = optax.sgd(1.0), {"w": jnp.asarray([1.0, 2.0])}
     batch = {"x": np.ones((1, 2), np.float32), "weights": np.zeros((1, 2), np.float32)}
-    weighted = lambda p, b: Sum(jnp.sum(p["w"] * b["x"] * b["weights"]), b["weights"].sum())  # noqa: E731
-    state, metrics = train_step(State(ZERO, params, tx.init(params), ZERO, ZERO), batch, objective=weighted, tx=tx)
+    weighted = lambda p, b, key: Sum(jnp.sum(p["w"] * b["x"] * b["weights"]), b["weights"].sum())  # noqa: E731
+    state, metrics = train_step(State(ZERO, params, tx.init(params), ZERO, ZERO), batch, loss=weighted, tx=tx)
     assert float(metrics["loss"]) == 0
     np.testing.assert_array_equal(state.params["w"], params["w"])
 
 
-def test_extras_are_added_over_micro_batches_and_logged_per_token() -> None:
+def test_statistics_are_added_over_micro_batches_and_divided_by_their_own_weight() -> None:
     tx, params = optax.sgd(1.0), {"w": jnp.asarray([1.0, 2.0])}
     x = np.array([[3.0, 5.0], [0.0, 0.0], [1.0, 0.0]], np.float32)  # 2, 0 and 1 tokens
 
-    def objective(params: Any, batch: Any) -> Sum:
+    def loss(params: Any, batch: Any, key: Any) -> Sum:
         tokens = jnp.sum(batch["x"] > 0).astype(jnp.float32)
-        return Sum(jnp.sum(params["w"] * batch["x"]), tokens, {"tokens": tokens, "seen": jnp.sum(batch["x"])})
+        statistics = {"seen": (jnp.sum(batch["x"]), tokens), "rows": (jnp.float32(2), jnp.float32(1))}
+        return Sum(jnp.sum(params["w"] * batch["x"]), tokens, statistics)
 
-    step = jax.jit(lambda state, batch: train_step(state, batch, objective=objective, tx=tx))
+    step = jax.jit(lambda state, batch: train_step(state, batch, loss=loss, tx=tx))
     state = State(ZERO, params, tx.init(params), ZERO, ZERO)
     for rows in ((0, 1, 2), (1,), (0,)):
         metrics = step(state, {"x": x[list(rows)]})[1]
         count = np.count_nonzero(x[list(rows)])
-        assert (float(metrics["trained_tokens"]), "tokens" in metrics) == (count, False)
         np.testing.assert_allclose(metrics["seen"], x[list(rows)].sum() / max(count, 1), rtol=1e-6)
+        assert metrics["rows"] == 2
+
+
+def test_keys_follow_from_seed_step_and_micro_batch() -> None:
+    tx, params = optax.sgd(0.0), {"w": jnp.asarray(1.0)}
+
+    def loss(params: Any, batch: Any, key: Any) -> Sum:
+        return Sum(params["w"] * jax.random.uniform(key, ()), jnp.float32(1))
+
+    def losses(seed: int, rows: int) -> list[float]:
+        step = jax.jit(lambda state, batch: train_step(state, batch, loss=loss, tx=tx, seed=seed))
+        state, found = State(ZERO, params, tx.init(params), ZERO, ZERO), []
+        for _ in range(3):
+            state, metrics = step(state, {"x": np.ones((rows, 1), np.float32)})
+            found.append(float(metrics["loss"]))
+        return found
+
+    assert losses(0, 2) == losses(0, 2)
+    assert len({*losses(0, 1), *losses(0, 2), *losses(1, 1), *losses(1, 2)}) == 12
+
+
+def test_a_statistic_may_not_hide_a_metric() -> None:
+    tx, params = optax.sgd(1.0), {"w": jnp.asarray(1.0)}
+    loss = lambda p, b, key: Sum(p["w"], jnp.float32(1), {"loss": (p["w"], jnp.float32(1))})  # noqa: E731
+    with pytest.raises(ValueError, match="cannot be named 'loss'"):
+        train_step(State(ZERO, params, tx.init(params), ZERO, ZERO), {"x": np.ones((1, 1))}, loss=loss, tx=tx)
 
 
 class Fake(NamedTuple):

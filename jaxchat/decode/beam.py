@@ -133,14 +133,14 @@ def search(
         token_W = at.going_WN[:, state.step]
         position_W = jnp.where(at.open, start + state.step, -1)
         cache = jax.tree.map(lambda x: x[parent_W], state.cache)
-        hidden_W1M, cache = transformer.apply(
+        forward = transformer.apply(
             params,
             token_W[:, None],
             positions_BT=jnp.broadcast_to(position_W, token_W.shape)[:, None].astype(jnp.int32),
             cache=cache,
         )
-        assert cache is not None
-        return at._replace(cache=cache, logits_WV=transformer.logits(params, hidden_W1M)[:, 0]), None
+        assert forward.cache is not None
+        return at._replace(cache=forward.cache, logits_WV=transformer.logits(params, forward.hidden)[:, 0]), None
 
     return jax.lax.scan(turn, state, None, length=steps)[0]
 

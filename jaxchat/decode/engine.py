@@ -27,6 +27,7 @@ from jaxchat.decode.slots import Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
+from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
@@ -110,7 +111,8 @@ class Engine:
         transformer = _decoded(transformer, decoding, device)
         draft = None if draft is None else (_decoded(draft[0], decoding, device), draft[1])
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
-        windowed = any(mixer.window is not None for mixer in transformer.config.pattern)
+        mixers = [layer.mixer for layer in transformer.config.pattern]
+        windowed = not all(MIXERS[type(mixer)].keeps_all(mixer) for mixer in mixers)
         self.prefixes = Prefixes(shape.prefix_cache_bytes, windowed=windowed)
         self.prompt_stats = PromptStats()
         with self.on_mesh():
@@ -130,7 +132,7 @@ class Engine:
         self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prefill_batch)
         self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
-        self._forward = jax.jit(lambda params, ids: transformer.logits(params, transformer.apply(params, ids)[0])[0])
+        self._forward = jax.jit(functools.partial(programs.forward, transformer))
         self._waiting: deque[Sample] = deque()
         self._prefilled: deque[PrefilledPrompt] = deque()
         self.load(params)

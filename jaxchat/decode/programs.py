@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from jaxchat import sharding
 from jaxchat.decode.sampling import TOP_LOGPROBS, Choice, History, Level, Rows, choose
-from jaxchat.model.cache import resize
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -47,6 +46,11 @@ def unstack(transformer: Transformer, params: Params) -> Params:
     return jax.tree.map(put, transformer.unstack(params), by_layer)
 
 
+def forward(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """The logits after every token of the first row, (T, V), without a cache."""
+    return transformer.logits(params, transformer.apply(params, tokens_BT).hidden)[0]
+
+
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
     """An empty cache, sharded over the mesh."""
     return place(transformer.empty_cache(batch, length, write=write))
@@ -61,7 +65,7 @@ def prefill(
     logits_RV: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """Processes one chunk of each prompt; returns the cache and the logits after it. A row of padding is unchanged."""
-    hidden_RTM, cache_after = transformer.apply(params, tokens_RT, positions_BT=positions_RT, cache=cache)
+    hidden_RTM, cache_after, _, _ = transformer.apply(params, tokens_RT, positions_BT=positions_RT, cache=cache)
     assert cache_after is not None
     last_R11 = jnp.argmax(positions_RT, axis=1)[:, None, None]
     new_RV = transformer.logits(params, jnp.take_along_axis(hidden_RTM, last_R11, axis=1))[:, 0]
@@ -100,7 +104,7 @@ def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> C
     rows = jax.tree.map(lambda x: x[take_N], source)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     layers = tuple(
-        jax.tree.map(put, old, resize(new, rows.length_B, old.k_BKSD.shape[2]))
+        jax.tree.map(put, old, new.resize(rows.length_B, old))
         for old, new in zip(cache.layers, rows.layers, strict=True)
     )
     return place(Cache(layers, put(cache.length_B, rows.length_B), put(cache.last_B, rows.last_B)))
@@ -129,7 +133,7 @@ def decode(
     def step(carry: Any, forced_B: jax.Array) -> Any:
         token_B, position_B, paused_B, cache, history = carry
         at_B = jnp.where(paused_B, -1, position_B)
-        hidden_B1M, cache = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
+        hidden_B1M, cache, _, _ = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
         logits_BV = transformer.logits(params, hidden_B1M)[:, 0]
         choice = choose(logits_BV, rows, position_B, level=level, history=history, return_support=return_support)
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
@@ -162,9 +166,7 @@ def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: i
     """Rows `take_B` of a cache, copied into a new cache of another length."""
     shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
     rows = jax.tree.map(lambda x: x[take_B], cache)
-    layers = tuple(
-        resize(row, rows.length_B, shape.k_BKSD.shape[2]) for row, shape in zip(rows.layers, shapes.layers, strict=True)
-    )
+    layers = tuple(row.resize(rows.length_B, shape) for row, shape in zip(rows.layers, shapes.layers, strict=True))
     return place(rows._replace(layers=layers))
 
 
@@ -176,5 +178,5 @@ def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def place(cache: Cache) -> Cache:
     """The cache with its sharding: rows over `data`, heads over `tensor`. Unchanged without a mesh."""
-    put = lambda x: sharding.constrain(x, ("batch", "kv_heads", None, None))  # noqa: E731
-    return cache._replace(layers=jax.tree.map(put, cache.layers))
+    layers = tuple(type(layer)(*map(sharding.constrain, layer, layer.axes)) for layer in cache.layers)
+    return cache._replace(layers=layers)

@@ -109,9 +109,9 @@ def guess(
     def step(carry: Any, _: None) -> Any:
         token_B, position_B, cache = carry
         where_B1 = jnp.where(at.paused_B, -1, position_B)[:, None]
-        hidden_B1M, cache = transformer.apply(params, token_B[:, None], positions_BT=where_B1, cache=cache)
-        choice = choose(transformer.logits(params, hidden_B1M)[:, 0], rows, position_B, level=level)
-        return (choice.token_B, position_B + 1, cache), choice.token_B
+        forward = transformer.apply(params, token_B[:, None], positions_BT=where_B1, cache=cache)
+        choice = choose(transformer.logits(params, forward.hidden)[:, 0], rows, position_B, level=level)
+        return (choice.token_B, position_B + 1, forward.cache), choice.token_B
 
     start = (at.token_B, at.position_B, at.draft_cache)
     (_, _, cache), guess_DB = jax.lax.scan(step, start, None, length=tokens + 1)  # The last is read, not used.
@@ -134,7 +134,7 @@ def verify(
     tokens_BT = jnp.concatenate([at.token_B[:, None], guess_BD], axis=1)
     positions_BT = at.position_B[:, None] + step_T
     read_BT = (tokens_BT >= 0) & (positions_BT < running.limit_B[:, None]) & ~at.paused_B[:, None]
-    hidden_BTM, cache = transformer.apply(
+    hidden_BTM, cache, _, _ = transformer.apply(
         params, jnp.maximum(tokens_BT, 0), positions_BT=jnp.where(read_BT, positions_BT, -1), cache=at.cache
     )
     assert cache is not None

@@ -32,7 +32,7 @@ class BitsPerByte:
         c = transformer.config
 
         def score(params: Any, batch: Any, bytes_V: jax.Array) -> tuple[jax.Array, jax.Array]:
-            hidden_BTM, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
+            hidden_BTM = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"]).hidden
             bytes_BT = bytes_V[batch["targets"]] * batch["weights"]
             counted_BT = (bytes_BT > 0).astype(jnp.float32)
             nats = weighted_nll(

@@ -191,7 +191,7 @@ def score_rows(
     transformer: Transformer, params: Params, tokens_BT: jax.Array, at_BN: jax.Array, targets_BN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities (B, N) of targets after positions `at_BN` of rows, and whether no token is more likely."""
-    hidden_BTM, _ = transformer.apply(params, tokens_BT)
+    hidden_BTM = transformer.apply(params, tokens_BT).hidden
     hidden_BNM = jnp.take_along_axis(hidden_BTM, at_BN[..., None], axis=1)
     return _scores(transformer, params, hidden_BNM, targets_BN)
 
@@ -211,10 +211,10 @@ def score_trees(
     (B, T), (_, K, C) = context_BT.shape, read_BKC.shape
     positions_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], jnp.arange(T)[None], -1)
     empty = programs.empty(transformer, B, T + C, max(T, C))
-    _, cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=empty)
+    cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=empty).cache
     copies = programs.place(jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), cache))
     after_NC = jnp.repeat(length_B, K)[:, None] + jnp.arange(C)[None]
-    hidden_NCM, _ = transformer.apply(params, read_BKC.reshape(B * K, C), positions_BT=after_NC, cache=copies)
+    hidden_NCM = transformer.apply(params, read_BKC.reshape(B * K, C), positions_BT=after_NC, cache=copies).hidden
     hidden_BNM = hidden_NCM.reshape(B, K * C, -1)
     return _scores(transformer, params, hidden_BNM, targets_BKC.reshape(B, K * C))
 

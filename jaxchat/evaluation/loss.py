@@ -1,5 +1,6 @@
 """The mean loss of what is trained on, on held-out rows."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxchat import sharding
 from jaxchat.data import streams
 from jaxchat.data.streams import Rows
 from jaxchat.model.transformer import Transformer
-from jaxchat.objectives.likelihood import likelihood
+from jaxchat.objectives.likelihood import Likelihood
 
 
 class HeldOutLoss:
@@ -19,7 +20,7 @@ class HeldOutLoss:
         self, transformer: Transformer, mesh: jax.sharding.Mesh, *, rows: Sequence[Rows], batch_rows: int
     ) -> None:
         self._mesh, self._rows, self._batch_rows = mesh, rows, batch_rows
-        self._sum = jax.jit(likelihood(transformer))
+        self._sum = jax.jit(functools.partial(Likelihood(), transformer))
 
     def __call__(self, params: Any) -> float:
         total = weight = 0.0

@@ -15,7 +15,7 @@ from jaxchat.errors import UserError, first_line
 from jaxchat.export.files import DTYPES, SHARD_BYTES, read_json, read_weights, whole, write_json, write_weights
 from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Place, to_params, to_state
 from jaxchat.export.tokens import BOS, END, read_tokenizer, write_tokenizer
-from jaxchat.model import GQA, Model, ReluSquared, RMSNorm, RoPE
+from jaxchat.model import GQA, Layer, Model, ReluSquared, RMSNorm, RoPE
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
 
@@ -84,18 +84,20 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
 
 def check_exportable(model: Model) -> None:
     """Raises `UserError` naming everything that NanoChatForCausalLM lacks."""
-    mixer = model.pattern[0]
+    layer, mixers = model.pattern[0], [layer.mixer for layer in model.pattern]
+    mixer = mixers[0]
     lacking = {
         "layers that differ": len(set(model.pattern)) > 1,
-        "windows": any(m.window is not None for m in model.pattern),
-        "value embeddings": any(m.value_embedding is not None for m in model.pattern),
+        "norms elsewhere than before each part": (layer.placement, layer.norm) != ("before", model.norm),
+        "windows": any(m.window is not None for m in mixers),
+        "value embeddings": any(m.value_embedding is not None for m in mixers),
         "a smear": model.smear is not None,
         "a backout": model.backout is not None,
         "scales of the residual stream": model.residual_scales is not None,
         f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
         "queries and keys that are not normalised as the rest is": mixer.qk_norm != model.norm,
         "its kind of positions": mixer.rope is None or mixer.rope.direction != -1,
-        f"{type(model.mlp).__name__} layers": not isinstance(model.mlp, ReluSquared),
+        f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
     }
     if found := [name for name, there in lacking.items() if there]:
         listed = ", ".join(found[:-1]) + " and " * (len(found) > 1) + found[-1]
@@ -107,14 +109,14 @@ def check_exportable(model: Model) -> None:
 
 def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) -> dict[str, Any]:
     """The content of config.json. There is no padding id: torch would take the gradient of its embedding away."""
-    mixer = model.pattern[0]
+    mixer = model.pattern[0].mixer
     assert mixer.rope is not None
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nanochat",
         "vocab_size": model.vocab,
         "hidden_size": model.width,
-        "intermediate_size": model.mlp.hidden,
+        "intermediate_size": model.pattern[0].mlp.hidden,
         "num_hidden_layers": model.depth,
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.kv_heads,
@@ -167,8 +169,7 @@ def read_config(config: Mapping[str, Any]) -> Model:
             vocab=config["vocab_size"],
             width=config["hidden_size"],
             depth=config["num_hidden_layers"],
-            pattern=(mixer,),
-            mlp=ReluSquared(config["intermediate_size"], init="normal", init_scale=1.0),
+            pattern=(Layer(mixer, ReluSquared(config["intermediate_size"], init="normal", init_scale=1.0), norm),),
             norm=norm,
             embed_std=1.0,
             head_std=0.0,

@@ -66,7 +66,7 @@ def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: E
         return _padded(value, shape, config, ends[name])
 
     def stacked(position: int, path: Any, shape: Any) -> Array:
-        place, mixer = layers[tuple(step.key for step in path)], config.pattern[position]
+        place, mixer = layers[tuple(step.key for step in path)], config.pattern[position].mixer
         names = [place.name.format(i) for i in range(position, config.depth, len(config.pattern))]
         try:
             value = np.stack([place.layout.read(take(name), mixer) for name in names])

@@ -7,8 +7,9 @@ Arrays are named by their shape:
 """
 
 from jaxchat.model.attention import GQA, RoPE, ValueEmbedding
-from jaxchat.model.layers import RMSNorm
+from jaxchat.model.layer import Layer
 from jaxchat.model.mlp import ReluSquared, SwiGLU
+from jaxchat.model.norms import RMSNorm
 from jaxchat.model.quantized import Float8, Int8
 from jaxchat.model.transformer import Backout, Model, ResidualScales, Smear, Transformer
 
@@ -17,6 +18,7 @@ __all__ = [
     "Backout",
     "Float8",
     "Int8",
+    "Layer",
     "Model",
     "RMSNorm",
     "ReluSquared",

@@ -5,7 +5,7 @@ What a query sees is the rule of `dense.visible`, whichever of `kernels.BACKENDS
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,10 @@ from jaxchat import sharding
 from jaxchat.model import cache as kv
 from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS
-from jaxchat.model.layers import (
-    Init,
-    RMSNorm,
-    centred_uniform,
-    initializer,
-    look_up,
-    param,
-    rms_norm,
-    uniform_between,
-)
-from jaxchat.model.quantized import Matmul, product
+from jaxchat.model.layers import Init, centred_uniform, initializer, look_up, uniform_between
+from jaxchat.model.norms import NORMS, Norm, RMSNorm
+from jaxchat.model.part import Attends, Aux, Context, Static, param
+from jaxchat.model.quantized import product
 
 GATE_INIT = (0.0, 0.02)
 
@@ -40,6 +33,13 @@ class RoPE:
 
     base: float = 10_000.0
     direction: int = -1
+
+    def angles(self, positions_BT: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine of direction * position * base^(-2i/D), each (B, T, 1, D/2); angles in float32."""
+        wide, half = jnp.promote_types(dtype, jnp.float32), head_dim // 2
+        frequency_D = self.base ** (-jnp.arange(half, dtype=wide) / half)
+        angle = positions_BT[:, :, None, None].astype(wide) * frequency_D[None, None, None] * self.direction
+        return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GQA:
     head_dim: int
     window: int | None = None
     rope: RoPE | None = RoPE()
-    qk_norm: RMSNorm | None = RMSNorm()
+    qk_norm: Norm | None = RMSNorm()
     qk_scale: float = 1.0
     value_embedding: ValueEmbedding | None = None
     init: Init = "uniform"
@@ -73,26 +73,9 @@ class GQA:
             raise ValueError(f"window={self.window} must be at least 1, or None for all earlier tokens")
 
 
-class Context(NamedTuple):
-    """What a mixer needs beside its input: token ids, positions and segments, each (B, T); segments may be None.
-
-    `rotation` holds the layer's cosines and sines, made once for all layers of equal rotary positions; `length_B`, with
-    a cache, is how many positions of each row are written once this call's are.
-    """
-
-    tokens_BT: jax.Array
-    positions_BT: jax.Array
-    segments_BT: jax.Array | None
-    rotation: tuple[jax.Array, jax.Array] | None = None
-    length_B: jax.Array | None = None
-
-
-def rotation(positions_BT: jax.Array, rope: RoPE, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of direction * position * base^(-2i/D), each (B, T, 1, D/2); angles in float32."""
-    wide, half = jnp.promote_types(dtype, jnp.float32), head_dim // 2
-    frequency_D = rope.base ** (-jnp.arange(half, dtype=wide) / half)
-    angle = positions_BT[:, :, None, None].astype(wide) * frequency_D[None, None, None] * rope.direction
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+def _angles_of(config: GQA) -> str:
+    """The name of a layer's angles in `Context.shared`; JAX sorts the keys of a dictionary, so it is a string."""
+    return f"{config.rope} {config.head_dim}"
 
 
 def rotate(x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -103,52 +86,50 @@ def rotate(x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 class GroupedQueryAttention(nn.Module):
     config: GQA
-    width: int
-    vocab: int
-    attention: str = "xla"
-    decoding: str = "xla"
-    matmul: Matmul = None
+    static: Static
 
     @nn.compact
     def __call__(
         self, x_BTM: jax.Array, context: Context, cache: kv.KVCache | None
-    ) -> tuple[jax.Array, kv.KVCache | None]:
+    ) -> tuple[jax.Array, kv.KVCache | None, Aux]:
         """x is the normalised input; returns what is added to the residual stream, and the cache with x's tokens."""
-        c, M, H, K, D = self.config, self.width, self.config.heads, self.config.kv_heads, self.config.head_dim
+        c, M, H, K, D = self.config, self.static.width, self.config.heads, self.config.kv_heads, self.config.head_dim
 
         def project(name: str, axis: str, heads: int) -> jax.Array:
             w_MHD = param(self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D))
-            return sharding.constrain(product(x_BTM, w_MHD, self.matmul), ("batch", "length", axis, "head"))
+            return sharding.constrain(product(x_BTM, w_MHD, self.static.matmul), ("batch", "length", axis, "head"))
 
         q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
         if c.value_embedding is not None:
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
-        q_BTHD, k_BTKD = self._prepare(q_BTHD, context), self._prepare(k_BTKD, context)
+        q_BTHD, k_BTKD = self._prepare("q", q_BTHD, context), self._prepare("k", k_BTKD, context)
         if cache is None:
             # Tokens of a segment stand in order, so a difference of indices is one of positions.
-            o_BTHD = BACKENDS[self.attention](q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window)
+            o_BTHD = BACKENDS[self.static.attention](q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window)
         else:
             assert context.length_B is not None
             cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
-            attend = DECODING[self.decoding]
+            attend = DECODING[self.static.decoding]
             o_BTHD = attend(q_BTHD, cache, context.positions_BT, context.length_B, c.window)
-        w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M))
+        w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2)
         # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
-        return product(o_BTHD.reshape(*o_BTHD.shape[:2], H * D), w_HDM.reshape(H * D, M), self.matmul), cache
+        o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
+        return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
 
-    def _prepare(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
-        """Queries and keys: rotate first, then normalise, then scale."""
+    def _prepare(self, name: str, x_BTHD: jax.Array, context: Context) -> jax.Array:
+        """Queries or keys: rotated, then normalised, then scaled."""
         c = self.config
-        if context.rotation is not None:
-            x_BTHD = rotate(x_BTHD, *context.rotation)
+        if c.rope is not None:
+            x_BTHD = rotate(x_BTHD, *context.shared[_angles_of(c)])
         if c.qk_norm is not None:
-            x_BTHD = rms_norm(x_BTHD, c.qk_norm.eps)
+            x_BTHD = NORMS[type(c.qk_norm)](c.qk_norm, self.static, name=f"{name}_norm")(x_BTHD)
         return x_BTHD if c.qk_scale == 1.0 else x_BTHD * c.qk_scale
 
     def _value_embedding(self, value: ValueEmbedding, x_BTM: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         K, D, C = self.config.kv_heads, self.config.head_dim, value.gate_channels
-        shape, axes = (self.vocab, K, D), ("tokens", "kv_heads", "head")
-        table_VKD = param(self, "value_embedding", axes, shape, centred_uniform(self.width**-0.5))
+        shape, axes = (self.static.vocab, K, D), ("tokens", "kv_heads", "head")
+        init, group = centred_uniform(self.static.width**-0.5), "value_embeddings"
+        table_VKD = param(self, "value_embedding", axes, shape, init, group=group)
         gate_CK = param(self, "value_gate", ("gate", "kv_heads"), (C, K), uniform_between(*GATE_INIT))
         gate_BTK = value.scale * jax.nn.sigmoid(x_BTM[..., :C] @ gate_CK.astype(x_BTM.dtype))
         return gate_BTK[..., None] * look_up(table_VKD, tokens_BT, axes, x_BTM.dtype)
@@ -164,6 +145,22 @@ class GroupedQueryAttention(nn.Module):
             head_dim=config.head_dim,
             dtype=dtype,
         )
+
+    @staticmethod
+    def share(config: GQA, context: Context, dtype: Any) -> dict[Any, Any]:
+        """The cosines and sines of the positions, computed once for all layers with the same rotary positions."""
+        if config.rope is None:
+            return {}
+        return {_angles_of(config): config.rope.angles(context.positions_BT, config.head_dim, dtype)}
+
+    @staticmethod
+    def kernel(config: GQA) -> Attends:
+        return Attends(config.heads, config.kv_heads, config.head_dim, config.window)
+
+    @staticmethod
+    def keeps_all(config: GQA) -> bool:
+        """Whether a cache holds every earlier position, so that any prefix of it can be reused."""
+        return config.window is None
 
     @staticmethod
     def matmul_parameters(config: GQA, width: int) -> int:

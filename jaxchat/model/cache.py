@@ -3,7 +3,7 @@
 Position p lies in slot p % slots, so a length alone tells which position each slot holds.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,19 @@ class KVCache(NamedTuple):
 
     k_BKSD: jax.Array
     v_BKSD: jax.Array
+
+    @property
+    def axes(self) -> "KVCache":
+        """Logical axes, for placing the cache on a mesh."""
+        return KVCache(*[("batch", "kv_heads", None, None)] * 2)  # type: ignore[arg-type]
+
+    def resize(self, length_B: jax.Array, like: Any) -> "KVCache":
+        """The same rows in rings of the size of `like`; what does not fit any more is the oldest."""
+        old, slots = self.k_BKSD.shape[2], like.k_BKSD.shape[2]
+        if slots == old:
+            return self
+        index_BS = jnp.maximum(slot_positions(length_B, slots), 0) % old
+        return KVCache(*(jnp.take_along_axis(x, index_BS[:, None, :, None], axis=2) for x in self))
 
 
 def empty(
@@ -46,12 +59,3 @@ def write(cache: KVCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: ja
         return old_BKSD.at[rows, :, slot_BT].set(new_BTKD.astype(old_BKSD.dtype), mode="drop")
 
     return KVCache(put(cache.k_BKSD, k_BTKD), put(cache.v_BKSD, v_BTKD))
-
-
-def resize(cache: KVCache, length_B: jax.Array, slots: int) -> KVCache:
-    """The same rows in rings of another size; what does not fit any more is the oldest."""
-    old = cache.k_BKSD.shape[2]
-    if slots == old:
-        return cache
-    index_BS = jnp.maximum(slot_positions(length_B, slots), 0) % old
-    return KVCache(*(jnp.take_along_axis(x, index_BS[:, None, :, None], axis=2) for x in cache))

@@ -12,9 +12,10 @@ from jaxchat import devices
 from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model import decoding_kernels
-from jaxchat.model.attention import GQA
+from jaxchat.model.attention import MIXERS
 from jaxchat.model.decoding_kernels import DECODING, KERNELS
 from jaxchat.model.kernels import BACKENDS, Facts, unsupported
+from jaxchat.model.part import Attends
 from jaxchat.model.transformer import Model
 from jaxchat.sharding import apart
 
@@ -39,12 +40,12 @@ def choose_attention(
         log("attention splash runs in Pallas' interpreter on a CPU: for tests, not for training")
         return "splash_interpreted"
     present = device in jax.devices()
-    reason = next(filter(None, (unsupported(name, facts(m, model, dtype, device)) for m in set(model.pattern))), None)
+    calls = kernel_calls(model)
+    reason = next(filter(None, (unsupported(name, facts(call, model, dtype, device)) for call in calls)), None)
     if reason is None and present:
-        tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
         found = (
             apart(differs, name, *one, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
-            for one in sorted(tried)
+            for one in tried(calls)
         )
         reason = next(filter(None, found), None)
     if reason is None:
@@ -69,11 +70,11 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: 
         return f"{name}_interpreted"
     if name not in DECODING:
         raise UserError(f"there is no decoding={wanted}: name one of auto, {', '.join(DECODING)}")
-    every = (decoding_kernels.Facts(device.platform, dtype, mixer.head_dim) for mixer in set(model.pattern))
+    calls = kernel_calls(model)
+    every = (decoding_kernels.Facts(device.platform, dtype, call.head_dim) for call in calls)
     reason = next(filter(None, (decoding_kernels.unsupported(name, one) for one in every)), None)
     if reason is None and device in jax.devices():
-        tried = {(m.heads, m.kv_heads, m.head_dim, m.window is not None) for m in model.pattern}
-        found = (apart(decodes_otherwise, name, *one, jnp.dtype(dtype).name) for one in sorted(tried))
+        found = (apart(decodes_otherwise, name, *one, jnp.dtype(dtype).name) for one in tried(calls))
         reason = next(filter(None, found), None)
     if reason is None:
         return name
@@ -83,7 +84,17 @@ def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: 
     return "xla"
 
 
-def facts(mixer: GQA, model: Model, dtype: Any, device: Any) -> Facts:
+def kernel_calls(model: Model) -> set[Attends]:
+    """The shapes with which the model's mixers call an attention kernel."""
+    return {call for layer in model.pattern if (call := MIXERS[type(layer.mixer)].kernel(layer.mixer)) is not None}
+
+
+def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:
+    """What is tested for each call: heads, kv heads, head size, and whether there is a window."""
+    return sorted({(call.heads, call.kv_heads, call.head_dim, call.window is not None) for call in calls})
+
+
+def facts(mixer: Attends, model: Model, dtype: Any, device: Any) -> Facts:
     capability = devices.capability(device) or 0.0
     present = device in jax.devices()
     return Facts(

@@ -29,11 +29,11 @@ def flops_per_token(config: Model, length: int) -> dict[str, int]:
     nanochat's convention (after PaLM, arXiv:2204.02311): 6 a matrix parameter, 12 H D min(window, T) a layer for
     attention, not halved for causality; look-ups, norms and softmax are not counted.
     """
-    mixers = [config.pattern[i % len(config.pattern)] for i in range(config.depth)]
+    mixers, mlps = ([getattr(layer, part) for layer in config.layers] for part in ("mixer", "mlp"))
     parts = {
         "mixers": 6 * sum(MIXERS[type(m)].matmul_parameters(m, config.width) for m in mixers),
         "attention": sum(MIXERS[type(m)].attention_flops(m, length) for m in mixers),
-        "mlp": 6 * config.depth * MLPS[type(config.mlp)].matmul_parameters(config.mlp, config.width),
+        "mlp": 6 * sum(MLPS[type(m)].matmul_parameters(m, config.width) for m in mlps),
         "head": 6 * config.padded_vocab * config.width,
         "smear": 0 if config.smear is None else 6 * config.smear.channels,
     }

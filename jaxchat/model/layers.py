@@ -1,9 +1,8 @@
-"""Parameters with logical axes, initial values, and normalisation."""
+"""Initial values, and look-ups in tables of parameters."""
 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,27 +13,6 @@ from jaxchat import sharding
 
 Initializer = Callable[..., jax.Array]
 Init = Literal["uniform", "normal", "zeros"]
-
-
-@dataclass(frozen=True)
-class RMSNorm:
-    """Root mean square normalisation without a weight (arXiv:1910.07467), computed in float32."""
-
-    eps: float = 1e-6
-
-
-def rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 inside and in x's type outside."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-def param(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], init: Initializer) -> jax.Array:
-    """A float32 parameter whose logical axes stand beside its shape; sharding and optimizer groups read the axes."""
-    if len(axes) != len(shape):
-        raise ValueError(f"parameter {name} has {len(axes)} axes and {len(shape)} dimensions")
-    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape)
-    return value
 
 
 class _LookUp(NamedTuple):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
-from jaxchat.model.layers import Init, initializer, param
-from jaxchat.model.quantized import Matmul, product
+from jaxchat.model.layers import Init, initializer
+from jaxchat.model.part import Aux, Context, Static, param
+from jaxchat.model.quantized import product
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,15 @@ class SwiGLU:
 
 class ReluSquaredLayer(nn.Module):
     config: ReluSquared
-    width: int
-    matmul: Matmul = None
+    static: Static
 
     @nn.compact
-    def __call__(self, x_BTM: jax.Array) -> jax.Array:
-        c, M, F = self.config, self.width, self.config.hidden
+    def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
+        c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
         w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale))
         w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
-        h_BTF = sharding.constrain(product(x_BTM, w_MF, self.matmul), ("batch", "length", "hidden"))
-        return product(jnp.square(jax.nn.relu(h_BTF)), w_FM, self.matmul)
+        h_BTF = sharding.constrain(product(x_BTM, w_MF, matmul), ("batch", "length", "hidden"))
+        return product(jnp.square(jax.nn.relu(h_BTF)), w_FM, matmul), Aux()
 
     @staticmethod
     def matmul_parameters(config: ReluSquared, width: int) -> int:
@@ -50,19 +50,18 @@ class ReluSquaredLayer(nn.Module):
 
 class SwiGLULayer(nn.Module):
     config: SwiGLU
-    width: int
-    matmul: Matmul = None
+    static: Static
 
     @nn.compact
-    def __call__(self, x_BTM: jax.Array) -> jax.Array:
-        c, M, F = self.config, self.width, self.config.hidden
+    def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
+        c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
         init = initializer(c.init, M, F, c.init_scale)
         g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init)
         w_MF = param(self, "in", ("embed", "hidden"), (M, F), init)
         w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
-        h_BTF = jax.nn.silu(product(x_BTM, g_MF, self.matmul)) * product(x_BTM, w_MF, self.matmul)
+        h_BTF = jax.nn.silu(product(x_BTM, g_MF, matmul)) * product(x_BTM, w_MF, matmul)
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "hidden"))
-        return product(h_BTF, w_FM, self.matmul)
+        return product(h_BTF, w_FM, matmul), Aux()
 
     @staticmethod
     def matmul_parameters(config: SwiGLU, width: int) -> int:

@@ -1,7 +1,7 @@
 """The transformer: one forward for training and decoding, built from parts that the configuration names."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
-from jaxchat.model.attention import GATE_INIT, GQA, MIXERS, Context, rotation
-from jaxchat.model.cache import KVCache
-from jaxchat.model.layers import RMSNorm, look_up, param, rms_norm, uniform_between
-from jaxchat.model.mlp import MLPS, ReluSquared, SwiGLU
+from jaxchat.model.attention import GATE_INIT, MIXERS
+from jaxchat.model.layer import Block, Layer
+from jaxchat.model.layers import look_up, uniform_between
+from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
+from jaxchat.model.part import Aux, Context, Spec, Static, Weighted, add_aux, is_boxed, param, stacked
 from jaxchat.model.quantized import Matmul
 
 EMBED = ("vocab", "embed")  # Axes of the embedding.
@@ -48,14 +49,13 @@ class Backout:
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture. Layer i uses `pattern[i % len(pattern)]`."""
+    """The architecture. Layer i is `pattern[i % len(pattern)]`; `norm` is that of the embedding and of the output."""
 
     vocab: int
     width: int
     depth: int
-    pattern: tuple[GQA, ...]
-    mlp: ReluSquared | SwiGLU
-    norm: RMSNorm = RMSNorm()
+    pattern: tuple[Layer, ...]
+    norm: Norm = RMSNorm()
     embed_std: float = 0.8
     head_std: float = 0.001
     tied: bool = False
@@ -82,6 +82,11 @@ class Model:
         return self.depth // len(self.pattern)
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in order."""
+        return self.pattern * self.repeats
+
+    @property
     def padded_vocab(self) -> int:
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -93,52 +98,44 @@ class Cache(NamedTuple):
     the token before.
     """
 
-    layers: tuple[KVCache, ...]
+    layers: tuple[Any, ...]
     length_B: jax.Array
     last_B: jax.Array
 
 
-class Block(nn.Module):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+class Forward(NamedTuple):
+    """Final hidden states (B, T, M); the cache, if there was one; losses and statistics of all parts, by name."""
 
-    config: Model
-    mixer: GQA
-    attention: str = "xla"
-    decoding: str = "xla"
-    matmul: Matmul = None
-
-    @nn.compact
-    def __call__(self, x_BTM: jax.Array, context: Context, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-        c = self.config
-        make = MIXERS[type(self.mixer)]
-        mixer = make(self.mixer, c.width, c.padded_vocab, self.attention, self.decoding, self.matmul, name="mixer")
-        y_BTM, cache = mixer(rms_norm(x_BTM, c.norm.eps), context, cache)
-        x_BTM = x_BTM + y_BTM
-        mlp = MLPS[type(c.mlp)](c.mlp, c.width, self.matmul, name="mlp")
-        x_BTM = x_BTM + mlp(rms_norm(x_BTM, c.norm.eps))
-        return sharding.constrain(x_BTM, ("batch", "length", "width")), cache
+    hidden: jax.Array
+    cache: Cache | None
+    losses: Mapping[str, Weighted] = {}
+    statistics: Mapping[str, Weighted] = {}
 
 
 class Ends(nn.Module):
     """What stands before and after the layers: embedding, head, and the scalars of the residual stream."""
 
     config: Model
+    static: Static
 
     @nn.compact
     def __call__(self) -> None:
-        c, V, M = self.config, self.config.padded_vocab, self.config.width
-        param(self, "embed", EMBED, (V, M), nn.initializers.normal(c.embed_std))
+        c, V, M = self.config, self.static.vocab, self.static.width
+        param(self, "embed", EMBED, (V, M), nn.initializers.normal(c.embed_std), group="embed")
         if not c.tied:
-            param(self, "head", ("embed", "vocab"), (M, V), nn.initializers.normal(c.head_std))
+            param(self, "head", ("embed", "vocab"), (M, V), nn.initializers.normal(c.head_std), group="head")
         if c.residual_scales is not None:
-            r = c.residual_scales
-            param(self, "resid_scale", ("layers",), (c.depth,), _line(r.resid_first, r.resid_last))
-            param(self, "x0_scale", ("layers",), (c.depth,), _line(r.x0_first, r.x0_last))
+            r, axes, shape = c.residual_scales, ("layers",), (c.depth,)
+            param(self, "resid_scale", axes, shape, _line(r.resid_first, r.resid_last), group="resid_scale")
+            param(self, "x0_scale", axes, shape, _line(r.x0_first, r.x0_last), group="x0_scale")
         if c.smear is not None:
-            param(self, "smear_gate", ("gate",), (c.smear.channels,), uniform_between(*GATE_INIT))
-            param(self, "smear_scale", (), (), nn.initializers.zeros_init())
+            gate = uniform_between(*GATE_INIT)
+            param(self, "smear_gate", ("gate",), (c.smear.channels,), gate, group="scalars")
+            param(self, "smear_scale", (), (), nn.initializers.zeros_init(), group="scalars")
         if c.backout is not None:
-            param(self, "backout_scale", (), (), nn.initializers.constant(c.backout.init))
+            param(self, "backout_scale", (), (), nn.initializers.constant(c.backout.init), group="scalars")
+        for name in ("embed_norm", "final_norm"):
+            NORMS[type(c.norm)](c.norm, self.static, name=name)(jnp.zeros((1, 1, M)))
 
 
 def _line(first: float, last: float) -> Callable[..., jax.Array]:
@@ -165,28 +162,36 @@ class Transformer:
 
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters; the same for every sharding and every layer loop."""
-        return nn.meta.unbox(self._boxed(key))
+        return jax.tree.map(lambda box: box.value, self._boxed(key), is_leaf=is_boxed)
 
     def shapes(self) -> Any:
         """Shapes and types of the parameters. Starts no backend."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
+    @property
+    def static(self) -> Static:
+        c = self.config
+        return Static(c.width, c.padded_vocab, self.attention, self.decoding, self.matmul)
+
+    def specs(self) -> Any:
+        """The Spec of every parameter: the tree of `init` with Specs for leaves. Starts no backend."""
+        boxed = jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
+        return jax.tree.map(lambda box: box.spec, boxed, is_leaf=is_boxed)
+
     def axes(self) -> Any:
         """The logical axes of every parameter: the tree of `init` with tuples of names for leaves."""
-        boxed = jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
-        return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+        return jax.tree.map(lambda spec: spec.axes, self.specs(), is_leaf=lambda x: isinstance(x, Spec))
 
     def _boxed(self, key: jax.Array) -> Params:
-        c = self.config
+        c, static = self.config, Static(self.config.width, self.config.padded_vocab)
         keys = jax.random.split(key, 1 + c.depth)
         x_BTM, tokens_BT = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
-        layers = []
-        for i, mixer in enumerate(c.pattern):
-            start = functools.partial(Block(c, mixer).init, x_BTM=x_BTM, cache=None)
-            start = functools.partial(start, context=Context(tokens_BT, tokens_BT, None))
-            stacked = jax.vmap(start)(keys[1 + i :: len(c.pattern)])["params"]
-            layers.append(jax.tree.map(_stacked_box, stacked, is_leaf=_is_box))
-        return {"ends": Ends(c).init(keys[0])["params"], "layers": tuple(layers)}
+        context, layers = self._share(Context(tokens_BT, tokens_BT, None)), []
+        for i, layer in enumerate(c.pattern):
+            start = functools.partial(Block(layer, static).init, x_BTM=x_BTM, context=context, cache=None)
+            repeats = jax.vmap(start)(keys[1 + i :: len(c.pattern)])["params"]
+            layers.append(jax.tree.map(stacked, repeats, is_leaf=is_boxed))
+        return {"ends": Ends(c, static).init(keys[0])["params"], "layers": tuple(layers)}
 
     def apply(
         self,
@@ -196,11 +201,13 @@ class Transformer:
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Tokens to final hidden states (B, T, M), ready for `logits` or a chunked objective.
+        key: jax.Array | None = None,
+    ) -> Forward:
+        """Tokens (B, T) to final hidden states (B, T, M), for `logits` or a chunked objective.
 
-        Without positions, those within each segment (or row) are counted. With a cache, positions say where each token
-        stands and -1 marks padding, which is neither written nor seen.
+        Without positions, those within each segment (or row) are counted. With a cache, `positions_BT` are the tokens'
+        positions, and -1 marks padding, which is neither written nor seen. `key` is for parts that are random in
+        training.
         """
         c, ends = self.config, params["ends"]
         if not c.isolate_documents:
@@ -208,18 +215,19 @@ class Transformer:
         if positions_BT is None:
             positions_BT = positions_within(tokens_BT, segments_BT)
         length_B = None if cache is None else _length(positions_BT, cache)
-        context = Context(tokens_BT, positions_BT, segments_BT, length_B=length_B)
+        context = self._share(Context(tokens_BT, positions_BT, segments_BT, length_B=length_B, key=key))
         x_BTM = self._embed(ends, context, None if cache is None else cache.last_B)
         x_BTM = sharding.constrain(x_BTM, ("batch", "length", "width"))
         if cache is None and c.layer_loop == "scan" and "layers" in params:
-            x_BTM, middle_BTM, layers = *self._scan(params, x_BTM, context), ()
+            x_BTM, middle_BTM, aux = self._scan(params, x_BTM, context)
+            layers: tuple[Any, ...] = ()
         else:
-            x_BTM, middle_BTM, layers = self._unroll(params, x_BTM, context, cache)
+            x_BTM, middle_BTM, layers, aux = self._unroll(params, x_BTM, context, cache)
         if c.backout is not None:
             x_BTM = x_BTM - ends["backout_scale"].astype(x_BTM.dtype) * middle_BTM
         if cache is not None:
             cache = Cache(layers, _length(positions_BT, cache), _last_token(context, cache.last_B))
-        return rms_norm(x_BTM, c.norm.eps), cache
+        return Forward(self._normalise(ends, "final_norm", x_BTM), cache, aux.losses, aux.statistics)
 
     def head(self, params: Params) -> jax.Array:
         """The output matrix (M, V), float32."""
@@ -236,8 +244,7 @@ class Transformer:
 
     def empty_cache(self, batch: int, length: int, *, write: int) -> Cache:
         """A cache for `length` positions a row; `write` is the most tokens that one call of `apply` adds."""
-        c = self.config
-        mixers = [c.pattern[i % len(c.pattern)] for i in range(c.depth)]
+        mixers = [layer.mixer for layer in self.config.layers]
         layers = tuple(MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in mixers)
         return Cache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
@@ -252,45 +259,47 @@ class Transformer:
             return list(params["layer"])
         c = self.config
         layers: list[Any] = [None] * c.depth
-        for j, stacked in enumerate(params["layers"]):
-            leaves, tree = jax.tree.flatten(stacked)
+        for j, repeats in enumerate(params["layers"]):
+            leaves, tree = jax.tree.flatten(repeats)
             parts = [jax.lax.split(leaf, [1] * c.repeats, axis=0) for leaf in leaves]
             for g in range(c.repeats):
                 layers[g * len(c.pattern) + j] = jax.tree.unflatten(tree, [part[g][0] for part in parts])
         return layers
 
+    def _normalise(self, ends: Params, name: str, x_BTM: jax.Array) -> jax.Array:
+        return normalise(self.config.norm, self.static, ends.get(name, {}), x_BTM)
+
     def _embed(self, ends: Params, context: Context, last_B: jax.Array | None) -> jax.Array:
-        c = self.config
-        x_BTM = rms_norm(look_up(ends["embed"], context.tokens_BT, EMBED, self.dtype), c.norm.eps)
+        def embed(tokens_BT: jax.Array) -> jax.Array:
+            return self._normalise(ends, "embed_norm", look_up(ends["embed"], tokens_BT, EMBED, self.dtype))
+
+        c, x_BTM = self.config, embed(context.tokens_BT)
         if c.smear is None:
             return x_BTM
-        if last_B is None:
-            first_B1M = jnp.zeros_like(x_BTM[:, :1])
-        else:
-            first_B1M = rms_norm(look_up(ends["embed"], last_B[:, None], EMBED, self.dtype), c.norm.eps)
+        first_B1M = jnp.zeros_like(x_BTM[:, :1]) if last_B is None else embed(last_B[:, None])
         previous_BTM = jnp.concatenate([first_B1M, x_BTM[:, :-1]], axis=1)
         gate_BT = jax.nn.sigmoid(x_BTM[..., : c.smear.channels] @ ends["smear_gate"].astype(self.dtype))
         gate_BT = jnp.where(context.positions_BT > 0, gate_BT * ends["smear_scale"].astype(self.dtype), 0)
         return x_BTM + gate_BT[..., None] * previous_BTM
 
-    def _contexts(self, context: Context) -> list[Context]:
-        """The context of each layer of the pattern; equal rotary positions share their cosines and sines."""
-        made: dict[Any, Any] = {}
-        for mixer in self.config.pattern:
-            if mixer.rope is not None and (mixer.rope, mixer.head_dim) not in made:
-                angles = rotation(context.positions_BT, mixer.rope, mixer.head_dim, self.dtype)
-                made[mixer.rope, mixer.head_dim] = angles
-        return [context._replace(rotation=made.get((mixer.rope, mixer.head_dim))) for mixer in self.config.pattern]
+    def _share(self, context: Context) -> Context:
+        """The context with what equal parts of all layers compute once."""
+        shared: dict[Any, Any] = {}
+        for layer in dict.fromkeys(self.config.pattern):
+            shared |= MIXERS[type(layer.mixer)].share(layer.mixer, context, self.dtype)
+        return context._replace(shared=shared)
 
     def _layer(
-        self, i: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, scales: Any, context: Context, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Layer i of the pattern on the residual stream."""
+        self, i: Any, j: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, scales: Any, context: Context, cache: Any
+    ) -> tuple[jax.Array, Any, Aux]:
+        """Layer i, which is layer j of the pattern, on the residual stream; i may be traced."""
         c = self.config
         if scales is not None:
             resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
             x_BTM = resid * x_BTM + x0 * x0_BTM
-        block = Block(c, c.pattern[i % len(c.pattern)], self.attention, self.decoding, self.matmul)
+        if context.key is not None:
+            context = context._replace(key=jax.random.fold_in(context.key, i))
+        block = Block(c.pattern[j], self.static)
 
         def forward(p: Any, x_BTM: jax.Array, context: Context, cache: Any) -> Any:
             return block.apply({"params": p}, x_BTM, context, cache)
@@ -305,37 +314,40 @@ class Transformer:
 
     def _unroll(
         self, params: Params, x_BTM: jax.Array, context: Context, cache: Cache | None
-    ) -> tuple[jax.Array, jax.Array, tuple[Any, ...]]:
-        c, x0_BTM, middle_BTM, caches = self.config, x_BTM, x_BTM, []
-        scales, contexts = self._scales(params), self._contexts(context)
+    ) -> tuple[jax.Array, jax.Array, tuple[Any, ...], Aux]:
+        c, x0_BTM, middle_BTM, caches, found = self.config, x_BTM, x_BTM, [], []
+        scales = self._scales(params)
         for i, p in enumerate(self._layers(params)):
             own = None if scales is None else (scales[0][i], scales[1][i])
             before = None if cache is None else cache.layers[i]
-            x_BTM, after = self._layer(i, p, x_BTM, x0_BTM, own, contexts[i % len(contexts)], before)
+            x_BTM, after, aux = self._layer(i, i % len(c.pattern), p, x_BTM, x0_BTM, own, context, before)
             caches.append(after)
+            found.append(aux)
             if i == c.depth // 2:
                 middle_BTM = x_BTM
-        return x_BTM, middle_BTM, tuple(caches)
+        return x_BTM, middle_BTM, tuple(caches), add_aux(found)
 
-    def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, Aux]:
         """The same layers as a scan over repeats of the pattern: compiles in constant time, in any depth."""
         c, P, x0_BTM = self.config, len(self.config.pattern), x_BTM
-        scales, contexts = self._scales(params), self._contexts(context)
+        scales = self._scales(params)
         rows = None if scales is None else tuple(s.reshape(c.repeats, P) for s in scales)
 
         def turn(carry: Any, xs: Any) -> Any:
             x_BTM, middle_BTM = carry
             turn_index, layers, rows = xs
+            found = []
             for j in range(P):
                 own = None if rows is None else (rows[0][j], rows[1][j])
-                x_BTM, _ = self._layer(j, layers[j], x_BTM, x0_BTM, own, contexts[j], None)
+                x_BTM, _, aux = self._layer(turn_index * P + j, j, layers[j], x_BTM, x0_BTM, own, context, None)
+                found.append(aux)
                 if c.backout is not None and j == (c.depth // 2) % P:
                     middle_BTM = jnp.where(turn_index == (c.depth // 2) // P, x_BTM, middle_BTM)
-            return (x_BTM, middle_BTM), None
+            return (x_BTM, middle_BTM), add_aux(found)
 
         turns = (jnp.arange(c.repeats), params["layers"], rows)
-        (x_BTM, middle_BTM), _ = jax.lax.scan(turn, (x_BTM, x0_BTM), turns)
-        return x_BTM, middle_BTM
+        (x_BTM, middle_BTM), repeats = jax.lax.scan(turn, (x_BTM, x0_BTM), turns)
+        return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), repeats)
 
 
 def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -359,14 +371,6 @@ def _last_token(context: Context, last_B: jax.Array) -> jax.Array:
     index_B1 = jnp.argmax(context.positions_BT, axis=1)[:, None]
     token_B = jnp.take_along_axis(context.tokens_BT, index_B1, axis=1)[:, 0]
     return jnp.where(context.positions_BT.max(axis=1) >= 0, token_B, last_B)
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, nn.LogicallyPartitioned)
-
-
-def _stacked_box(box: Any) -> Any:
-    return nn.LogicallyPartitioned(box.value, ("layers", *box.names))
 
 
 _POLICIES: dict[str, Any] = {

@@ -1,42 +1,34 @@
 """Maximum likelihood: the objective of pretraining and SFT, which differ in their weights alone."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
-from jaxchat.model.transformer import Params, Transformer
+from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.objectives.logprobs import weighted_nll
+from jaxchat.objectives.objective import Batch, Column, Sum, row_columns, with_losses
 
 
-class Sum(NamedTuple):
-    """A weighted total and its weight; whoever wants the mean divides once, at the end.
-
-    `extras` are further sums that are only logged, each divided by the sum named "tokens".
-    """
-
-    total: jax.Array
-    weight: jax.Array
-    extras: Mapping[str, jax.Array] = {}
-
-
-Objective = Callable[[Params, Mapping[str, jax.Array]], Sum]
-
-
-def likelihood(transformer: Transformer) -> Objective:
+@dataclass(frozen=True)
+class Likelihood:
     """The weighted negative log-likelihood of a batch's targets, in nats."""
-    c = transformer.config
 
-    def objective(params: Params, batch: Mapping[str, jax.Array]) -> Sum:
-        hidden_BTM, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
+    ragged: ClassVar[bool] = False
+
+    def columns(self, model: Model, length: int) -> Mapping[str, Column]:
+        return row_columns(length)
+
+    def __call__(self, transformer: Transformer, params: Params, batch: Batch, key: jax.Array | None = None) -> Sum:
+        c = transformer.config
+        forward = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"], key=key)
         total = weighted_nll(
-            hidden_BTM,
+            forward.hidden,
             transformer.head(params),
             batch["targets"],
             batch["weights"],
             vocab=c.vocab,
             softcap=c.softcap,
         )
-        return Sum(total, batch["weights"].sum())
-
-    return objective
+        return with_losses(Sum(total, batch["weights"].sum()), forward)

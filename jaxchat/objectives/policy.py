@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxchat.model.transformer import Params, Transformer
+from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.objectives.advantages import Aggregate, Baseline
-from jaxchat.objectives.likelihood import Objective, Sum
 from jaxchat.objectives.logprobs import token_logprobs
+from jaxchat.objectives.objective import Batch, Column, Sum, row_columns, with_losses
 
 LARGEST_LOG_RATIO = 20.0  # exp of more could overflow; verl bounds it alike.
 
@@ -64,29 +64,39 @@ OBJECTIVES: Mapping[str, Policy] = {
 }
 
 
-def policy_gradient(transformer: Transformer, policy: Policy, *, temperature: float = 1.0) -> Objective:
-    """The surrogate loss of `policy` on batches of sampled sequences; `temperature` is that of the sampler.
+@dataclass(frozen=True)
+class PolicyGradient:
+    """The surrogate loss of `policy` on batches of sampled sequences.
 
-    Columns are tokens, targets, segments (B, T) int32, those that `surrogate` reads, and, where the sampler truncated,
-    support (B, T, ceil(vocab / 8)) uint8, the tokens that each target was drawn from (see `logprobs.token_logprobs`). A
-    sequence is one segment of a row; a row has several only where the model isolates documents.
+    `temperature` is that of the sampler, `truncated` whether it sampled from a part of the vocabulary. Columns beside
+    those of every batch are what `surrogate` reads, and, if truncated, support (B, T, ceil(vocab / 8)) uint8: the
+    tokens that each target was sampled from (see `logprobs.token_logprobs`). A sequence is one segment of a row; a row
+    has several only if the model isolates documents.
     """
-    c = transformer.config
 
-    def objective(params: Params, batch: Mapping[str, jax.Array]) -> Sum:
-        hidden_BTM, _ = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"])
+    policy: Policy
+    temperature: float = 1.0
+    truncated: bool = False
+    ragged: ClassVar[bool] = True
+
+    def columns(self, model: Model, length: int) -> Mapping[str, Column]:
+        names = ("norms", "advantages", "old_logprobs")
+        columns = row_columns(length) | {name: ((length,), jnp.float32) for name in names}
+        return columns | ({"support": ((length, -(-model.vocab // 8)), jnp.uint8)} if self.truncated else {})
+
+    def __call__(self, transformer: Transformer, params: Params, batch: Batch, key: jax.Array | None = None) -> Sum:
+        c = transformer.config
+        forward = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"], key=key)
         logprobs_BT = token_logprobs(
-            hidden_BTM,
+            forward.hidden,
             transformer.head(params),
             batch["targets"],
             vocab=c.vocab,
             softcap=c.softcap,
-            temperature=temperature,
+            temperature=self.temperature,
             support_BTC=batch.get("support"),
         )
-        return surrogate(policy, logprobs_BT, batch)
-
-    return objective
+        return with_losses(surrogate(self.policy, logprobs_BT, batch), forward)
 
 
 def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:
@@ -96,8 +106,8 @@ def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Ar
     targets under the parameters that sampled them (rollouts give those that the trainer computed itself, not the
     sampler's, so that the first ratio is 1); segments, from 0 to T in a row. What stands where weights are 0 does not
     matter.
-    Extras are sums over trained tokens: their number; the ratio (of tokens where the objective has none); how many the
-    clip binds; and r - 1 - log r >= 0 of tokens, whose mean estimates KL(old || policy) in nats (Schulman's k3).
+    Statistics are means over trained tokens: the ratio (of tokens where the objective has none); the share that the
+    clip binds; and r - 1 - log r >= 0, which estimates KL(old || policy) in nats (Schulman's k3).
     """
     trained_BT = batch["weights"] > 0
     # Where nothing is trained anything may stand, and 0 * NaN is NaN.
@@ -119,14 +129,14 @@ def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Ar
         if policy.dual_clip is not None:
             loss_BT = jnp.where(advantages_BT < 0, jnp.minimum(loss_BT, -advantages_BT * policy.dual_clip), loss_BT)
     small_BT = jnp.clip(jax.lax.stop_gradient(gap_BT), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-    sums = {
-        "tokens": trained_BT,
+    values = {
         "ratio": jnp.where(trained_BT, jax.lax.stop_gradient(ratio_BT), 0),
         "clipped": bound_BT,
         "kl_old": jnp.expm1(small_BT) - small_BT,
     }
-    extras = {name: jnp.sum(value_BT, dtype=logprobs_BT.dtype) for name, value_BT in sums.items()}
-    return Sum(jnp.sum(batch["weights"] * loss_BT), jnp.sum(jnp.where(trained_BT, batch["norms"], 0)), extras)
+    tokens = jnp.sum(trained_BT, dtype=logprobs_BT.dtype)
+    means = {name: (jnp.sum(value_BT, dtype=logprobs_BT.dtype), tokens) for name, value_BT in values.items()}
+    return Sum(jnp.sum(batch["weights"] * loss_BT), jnp.sum(jnp.where(trained_BT, batch["norms"], 0)), means)
 
 
 def _of_tokens(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,6 @@ from jaxchat.train import init_state
 
 USUAL = (("v5e", 1), ("v5e", 8), ("v6e", 8), ("h100", 1), ("h100", 8), ("h200", 1))
 ROWS = "by its rows"
-HALF = 2  # Bytes of a bfloat16.
 
 
 def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence[Topology] = ()) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def stage_tokens(e: Experiment) -> int:
 def state_bytes(e: Experiment) -> dict[str, int]:
     """Bytes of the whole training state: parameters, what the optimizer remembers, one gradient."""
     transformer = Transformer(e.model)
-    tx = optim.make(e.optimizer, transformer.axes(), steps=max(e.steps, 1), dtype=transformer.dtype)
+    tx = optim.make(e.optimizer, transformer.specs(), steps=max(e.steps, 1), dtype=transformer.dtype)
     state = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
     parameters = _bytes(state.params)
     return {"parameters": parameters, "optimizer": _bytes(state.optimizer), "gradient": parameters}
@@ -63,11 +63,11 @@ def state_bytes(e: Experiment) -> dict[str, int]:
 def cache_bytes(model: Model, length: int) -> dict[str, int]:
     """Bytes of one sequence's keys and values in bfloat16 by mixer and window, and in all."""
     found: dict[str, int] = {}
-    for layer in range(model.depth):
-        mixer = model.pattern[layer % len(model.pattern)]
-        positions = length if mixer.window is None else min(length, mixer.window)
-        name = type(mixer).__name__ + ("" if mixer.window is None else f" window {mixer.window}")
-        found[name] = found.get(name, 0) + 2 * positions * mixer.kv_heads * mixer.head_dim * HALF
+    caches = jax.eval_shape(lambda: Transformer(model, jnp.bfloat16).empty_cache(1, length, write=0)).layers
+    for layer, cache in zip(model.layers, caches, strict=True):
+        window = getattr(layer.mixer, "window", None)
+        name = type(layer.mixer).__name__ + ("" if window is None else f" window {window}")
+        found[name] = found.get(name, 0) + _bytes(cache)
     return found | {"total": sum(found.values())}
 
 

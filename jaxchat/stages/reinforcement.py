@@ -76,7 +76,8 @@ class Reinforcement:
         self._dispatched = time.perf_counter()
         fresh = index % self._rl.updates == 0
         times = {name: self._stream.facts[name] if fresh else 0.0 for name in ("sample_seconds", "score_seconds")}
-        self._records[index + 1] = {**self._stream.facts, **times, "micro_batches": used}
+        trained = int((columns["weights"] > 0).sum())
+        self._records[index + 1] = {**self._stream.facts, **times, "micro_batches": used, "trained_tokens": trained}
         return batch
 
     def numbers(self, number: int, values: dict[str, float]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Reinforcement:
         record.setdefault("train_seconds", time.perf_counter() - self._dispatched)
         # The loop's clock would count the next step's sampling for this one.
         record["seconds"] = sum(record[f"{part}_seconds"] for part in ("sample", "score", "train"))
-        return record | {name: values[name] for name in ("ratio", "clipped", "kl_old", "trained_tokens")}
+        return record
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:
         """Problems solved, and bits per byte of the pretraining text."""
@@ -114,7 +115,7 @@ def scorer(setup: Setup) -> Score:
     assert rl is not None
 
     def score(params: Any, columns: Any) -> Any:
-        hidden_BTM, _ = transformer.apply(params, columns["tokens"], segments_BT=columns["segments"])
+        hidden_BTM = transformer.apply(params, columns["tokens"], segments_BT=columns["segments"]).hidden
         return score_tokens(
             hidden_BTM,
             transformer.head(params),

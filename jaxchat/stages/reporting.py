@@ -20,7 +20,7 @@ from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.serialization import to_json
 from jaxchat.stages.stability import Stability
 from jaxchat.tokenizer import Tokenizer, chat
-from jaxchat.train import State
+from jaxchat.train import STEP_METRICS, State
 
 
 class StepLog:
@@ -66,6 +66,7 @@ class StepLog:
         record["seconds"] = seconds
         if self._more is not None:
             record |= self._more(number, values)
+        record |= {name: value for name, value in values.items() if name not in STEP_METRICS}
         record |= {"skipped": values["skipped"], "memory_bytes": devices.memory_bytes()}
         if report := self.stability(record):
             self._say(f"warning: {report}")

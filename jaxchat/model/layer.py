@@ -1,0 +1,79 @@
+"""A layer: a mixer and a feed-forward, each with its norm, placed in the residual stream by a row of `PLACEMENTS`."""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+from flax import linen as nn
+
+from jaxchat import sharding
+from jaxchat.model.attention import MIXERS
+from jaxchat.model.mlp import MLPS
+from jaxchat.model.norms import NORMS, Norm, RMSNorm
+from jaxchat.model.part import Aux, Context, Static, add_aux
+
+Sublayer = Callable[[jax.Array], jax.Array]
+Normalise = Callable[[str, jax.Array], jax.Array]  # Applies a norm with parameters of its own, by their name.
+
+
+def before(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
+    """x + f(norm(x)) (arXiv:2002.04745)."""
+    return x_BTM + f(norm("norm", x_BTM))
+
+
+PLACEMENTS: Mapping[str, Callable[[jax.Array, Sublayer, Normalise], jax.Array]] = {"before": before}
+
+
+if TYPE_CHECKING:
+    Mixer = Any
+    FeedForward = Any
+    Placement = str
+else:
+    Mixer, FeedForward = (functools.reduce(operator.or_, table) for table in (MIXERS, MLPS))
+    Placement = Literal[tuple(PLACEMENTS)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the pattern. `placement` says where the norms stand, a row of PLACEMENTS."""
+
+    mixer: Mixer
+    mlp: FeedForward
+    norm: Norm = RMSNorm()
+    placement: Placement = "before"
+
+
+class Block(nn.Module):
+    """Computes a layer on the residual stream."""
+
+    layer: Layer
+    static: Static
+
+    @nn.compact
+    def __call__(self, x_BTM: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Aux]:
+        """Returns the residual stream after the layer, the cache with x's tokens, and the sum of the parts' Aux."""
+        c, found = self.layer, list[Aux]()
+        mixer = MIXERS[type(c.mixer)](c.mixer, self.static, name="mixer")
+        mlp = MLPS[type(c.mlp)](c.mlp, self.static, name="mlp")
+
+        def mix(x_BTM: jax.Array) -> jax.Array:
+            nonlocal cache
+            y_BTM, cache, aux = mixer(x_BTM, context, cache)
+            found.append(aux)
+            return y_BTM
+
+        def feed_forward(x_BTM: jax.Array) -> jax.Array:
+            y_BTM, aux = mlp(x_BTM, context)
+            found.append(aux)
+            return y_BTM
+
+        for name, sublayer in (("mixer", mix), ("mlp", feed_forward)):
+            x_BTM = PLACEMENTS[c.placement](x_BTM, sublayer, functools.partial(self._norm, name))
+        return sharding.constrain(x_BTM, ("batch", "length", "width")), cache, add_aux(found)
+
+    def _norm(self, part: str, name: str, x_BTM: jax.Array) -> jax.Array:
+        y_BTM: jax.Array = NORMS[type(self.layer.norm)](self.layer.norm, self.static, name=f"{part}_{name}")(x_BTM)
+        return y_BTM
