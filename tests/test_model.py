@@ -13,7 +13,9 @@ from jax import Array
 
 from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
+from jaxchat.model.part import Spec
 from jaxchat.objectives.likelihood import Likelihood
+from jaxchat.optim import Optimizer
 
 pytestmark = pytest.mark.quick
 
@@ -175,3 +177,22 @@ def test_documents_see_each_other_in_the_october_family() -> None:
     segments_BT = np.repeat([[0, 1]], 5, axis=1).astype(np.int32)
     hidden = jax.jit(lambda segments_BT: model.apply(params, tokens_BT, segments_BT=segments_BT)[0])
     np.testing.assert_array_equal(hidden(segments_BT), hidden(None))
+
+
+@pytest.mark.parametrize("make", [make for models in MODELS.values() for make in models], ids=lambda m: m.__name__)
+def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
+    """Its cache has axes for every array and fits any size; its parameters name groups of the optimizer."""
+    config = make()
+    transformer, batch = Transformer(config), 3
+    groups = {field.name for field in dataclasses.fields(Optimizer)} | {"matrices"}
+    for spec in jax.tree.leaves(transformer.specs(), is_leaf=lambda x: isinstance(x, Spec)):
+        assert spec.group in groups and 1 <= spec.inputs < max(len(spec.axes), 2)
+    long, short = (transformer.empty_cache(batch, length, write=2).layers for length in (12, 8))
+    for layer, cache, like in zip(config.layers, long, short, strict=True):
+        assert [leaf.ndim for leaf in cache] == [len(axes) for axes in cache.axes] and len(cache.axes[0]) == 4
+        assert [axes[0] for axes in cache.axes] == ["batch"] * len(cache)
+        smaller = cache.resize(jnp.full(batch, 5), like)
+        assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, like)
+        module = MIXERS[type(layer.mixer)]
+        assert module.matmul_parameters(layer.mixer, config.width) > 0
+        assert module.keeps_all(layer.mixer) == (layer.mixer.window is None)
