@@ -17,7 +17,7 @@ import io
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,30 @@ def _flags(cls: type, argv: Sequence[str]) -> list[str]:
         f"{word}=True" if word[2:].replace("-", "_") in switches and after not in ("True", "False") else word
         for word, after in zip(argv, following)
     ]
+
+
+def joined(argv: Sequence[str], *options: str) -> list[str]:
+    """The arguments with `--config FILE` as one word, `--config=FILE`, and so too other `options`."""
+    words, out = iter(argv), []
+    for word in words:
+        value = next(words, None) if word.removeprefix("--") in ("config", *options) and word[:2] == "--" else None
+        out.append(word if value is None else f"{word}={value}")
+    return out
+
+
+def stage_arguments(argv: Sequence[str], stage: str, stages: Container[str]) -> list[str]:
+    """The arguments for one of several stages: `--field=value` is for all of them, `--STAGE:field=value` for one."""
+    own, mine = [], True
+    for word in joined(argv):
+        if word.startswith("--"):
+            owner, colon, rest = word[2:].partition(":")
+            mine = not (colon and owner in stages) or owner == stage
+            word = f"--{rest}" if colon and owner in stages else word
+        if mine:
+            own.append(word)
+    if any(":" in word for word in own if word.startswith("--config=")):
+        raise UserError("this command runs every stage: name the file alone, such as --config=configs/tiny.py")
+    return [f"{word}:{stage}" if word.startswith("--config=") else word for word in own]
 
 
 def _asks_help(argv: Sequence[str]) -> bool:

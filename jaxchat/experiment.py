@@ -1,8 +1,9 @@
 """An experiment: everything that a run needs to know, one field per part, and the checks across parts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
@@ -17,7 +18,22 @@ from jaxchat.rollouts import RL
 from jaxchat.sharding import Mesh
 
 PROMPTS = ("", "The", "One day")
-STAGES = ("pretrain", "sft", "rl")
+
+
+class Stage(NamedTuple):
+    """A kind of run: what it is, the class that runs it (module:name), and whether its model holds conversations."""
+
+    about: str
+    runner: str
+    chats: bool
+
+
+# In the order in which `launch.speedrun` runs them.
+STAGES: Mapping[str, Stage] = {
+    "pretrain": Stage("learns from documents", "jaxchat.stages.rows:FromText", chats=False),
+    "sft": Stage("learns from conversations", "jaxchat.stages.rows:FromConversations", chats=True),
+    "rl": Stage("learns from rewards", "jaxchat.stages.reinforcement:Reinforcement", chats=True),
+}
 
 # What may differ when a run is taken up again; any other difference is another experiment.
 RESUMABLE = (
@@ -51,7 +67,7 @@ class Experiment:
         depth: the dial that the other sizes were derived from.
         steps: optimizer steps; 0 takes the rows once (`data.epochs` says how often each part of them).
         batch_tokens: tokens of one optimizer step, over all devices and hosts; RL takes as many as its samples need.
-        stage: "pretrain" learns from documents, "sft" from conversations, "rl" from the rewards of its own answers.
+        stage: a row of STAGES.
         start_from: whose parameters training starts from: a stage of this run, or a checkpoint such as
             runs/other/pretrain@500; empty for fresh ones. Model and tokenizer are those of that checkpoint.
         warm_optimizer: start with that checkpoint's optimizer moments as well.
@@ -106,11 +122,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         length = self.data.row_length
-        least = 0 if self.stage == "sft" else 1
+        least = 0 if self.rl is None else 1
         if not least <= self.steps < 2**31:
             raise ValueError(f"steps={self.steps} must lie between {least} and {2**31 - 1}")
-        if self.stage not in STAGES or (self.stage == "rl") != (self.rl is not None):
-            raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}, and rl goes with stage 'rl'")
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}")
         if self.rl is not None and self.matmul is not None:
             problem = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
             raise ValueError(f"{problem}: leave it None in stage 'rl'")
@@ -158,6 +174,11 @@ class Experiment:
     @property
     def stage_directory(self) -> Path:
         return self.run_directory / self.stage
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model holds conversations; otherwise it continues texts."""
+        return STAGES[self.stage].chats
 
     @property
     def start(self) -> str:

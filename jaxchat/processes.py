@@ -214,13 +214,13 @@ class _Watch:
         if _broken(error):
             # If another process broke the connection, the watch learns which, and ends this one.
             time.sleep(2 * HEARTBEAT_SECONDS)
-        status = self._say(error)  # Before anything else: JAX may end this process while it waits.
+        status = self._report_error(error)  # Before anything else: JAX may end this process while it waits.
         self.end(f"failed {first_line(error)}")
         time.sleep(HEARTBEAT_SECONDS)
         self._let_others_read()
         _leave("", status)
 
-    def _say(self, error: BaseException) -> int:
+    def _report_error(self, error: BaseException) -> int:
         """Tells an error as its launcher would; gives the exit status."""
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1

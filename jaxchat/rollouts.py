@@ -150,7 +150,7 @@ class RolloutStream:
         downloads: Path | None = None,
         log: Log = print,
     ) -> None:
-        self._rl, self._engine, self._score, self._say = rl, engine, score, log
+        self._rl, self._engine, self._score, self._log = rl, engine, score, log
         self._seed, self._row_length, self._micro_rows = seed, row_length, micro_rows
         self._reference, self._own_copy = reference, own_copy
         self._set_bytes = -(-engine.transformer.config.vocab // 8) if rl.truncates else 0
@@ -227,7 +227,7 @@ class RolloutStream:
         """Says a warning the first time."""
         if key not in self._said:
             self._said.add(key)
-            self._say(text)
+            self._log(text)
 
     def _groups(self, number: int) -> tuple[list[Group], int, int]:
         """Groups of answers; how many came whose answers were all equally good, and how many came at all."""

@@ -89,8 +89,9 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     runs = directory.parent.parent
     jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
     mesh = decoding_mesh(options.mesh)
-    style = options.style if options.style != "auto" else ("text" if directory.name == "pretrain" else "chat")
-    if style == "chat" and directory.name == "pretrain":
+    chats = checkpoint.read_experiment(directory, Experiment).chats
+    style = options.style if options.style != "auto" else ("chat" if chats else "text")
+    if style == "chat" and not chats:
         launcher.log(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]

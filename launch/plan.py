@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchat import command_line, launcher
+from jaxchat.command_line import joined, stage_arguments
 from jaxchat.errors import UserError
-from launch.speedrun import ROAD, joined, stage_arguments
+from jaxchat.experiment import STAGES
 
 OWN = ("topology", "mfu", "dollars_per_chip_hour")
 
@@ -62,7 +63,7 @@ def stages(argv: Sequence[str]) -> list[list[str]]:
     words = joined(argv)
     if any(word.startswith("--config=") and ":" in word for word in words):
         return [words]
-    return [stage_arguments(argv, stage) for stage in ROAD]
+    return [stage_arguments(argv, stage, STAGES) for stage in STAGES]
 
 
 def positive(own: dict[str, str], name: str, default: float | None) -> float | None:

@@ -5,41 +5,17 @@ every stage, --sft:field=value to one. Started again it goes on where it stopped
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from jaxchat import command_line, launcher, signals
+from jaxchat.command_line import joined, stage_arguments
 from jaxchat.errors import UserError
-
-ROAD = ("pretrain", "sft", "rl")
-
-
-def joined(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--config FILE` as one word, as `--config=FILE` is; so too the price."""
-    words, out = iter(argv), []
-    for word in words:
-        value = next(words, None) if word in ("--config", "--dollars_per_hour") else None
-        out.append(word if value is None else f"{word}={value}")
-    return out
-
-
-def stage_arguments(argv: Sequence[str], stage: str) -> list[str]:
-    """The arguments that concern a stage, for launch.train."""
-    kept, mine = [], True
-    for word in joined(argv):
-        if word.startswith("--"):
-            owner, colon, rest = word[2:].partition(":")
-            mine = not (colon and owner in ROAD) or owner == stage
-            word = f"--{rest}" if colon and owner in ROAD else word
-        if mine:
-            kept.append(word)
-    if any(":" in word for word in kept if word.startswith("--config=")):
-        raise UserError("launch.speedrun runs every stage: name the file alone, such as --config=configs/tiny.py")
-    return [f"{word}:{stage}" if word.startswith("--config=") else word for word in kept]
+from jaxchat.experiment import STAGES
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
     price, rest = None, []
-    for word in joined(argv):
+    for word in joined(argv, "dollars_per_hour"):
         if word.startswith("--dollars_per_hour="):
             try:
                 price = float(word.partition("=")[2])
@@ -49,7 +25,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             rest.append(word)
     try:
         with signals.raised() as stopped:
-            road = [command_line.load(stage_arguments(rest, stage), description=__doc__) for stage in ROAD]
+            road = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
             from jaxchat import compilation, processes, speedrun
 
             with processes.joined():

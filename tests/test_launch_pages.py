@@ -19,6 +19,7 @@ import launch.plot
 import launch.speedrun
 from jaxchat import command_line, comparison, processes
 from jaxchat.errors import UserError
+from jaxchat.experiment import STAGES
 from jaxchat.planning.chips import topology
 
 ROOT = Path(__file__).parent.parent
@@ -75,8 +76,8 @@ def read(command):
         options, rest = command_line.parse_known(launch.compare.Compare, argv)
         comparison.read_variants(options.variants, lambda flags: command_line.load([*rest, *flags]))
     elif name == "speedrun":
-        for stage in launch.speedrun.ROAD:
-            command_line.load(launch.speedrun.stage_arguments(argv, stage))
+        for stage in STAGES:
+            command_line.load(command_line.stage_arguments(argv, stage, STAGES))
     elif name != "bench" and "--help" not in argv:
         assert name in ("train", "prepare", "tokenizer"), command
         command_line.load(argv)

@@ -11,25 +11,26 @@ import pytest
 
 import launch.speedrun
 from jaxchat import command_line, signals, speedrun, stages
+from jaxchat.command_line import stage_arguments
 from jaxchat.errors import UserError
 from jaxchat.evaluation import report
+from jaxchat.experiment import STAGES
 from jaxchat.signals import Interrupted
-from launch.speedrun import stage_arguments
 
 
 @pytest.mark.quick
 def test_arguments_go_to_every_stage_or_to_one():
     argv = ["--config=configs/tiny.py", "--seed=3", "--sft:data.train", "a", "b", "--rl:rl.samples=2", "--name=x"]
-    assert stage_arguments(argv, "pretrain") == ["--config=configs/tiny.py:pretrain", "--seed=3", "--name=x"]
-    assert stage_arguments(argv, "sft")[2:] == ["--data.train", "a", "b", "--name=x"]
-    assert stage_arguments(argv, "rl")[2:] == ["--rl.samples=2", "--name=x"]
-    assert stage_arguments(["--config", "configs/tiny.py", "--seed", "3"], "rl") == [
+    assert stage_arguments(argv, "pretrain", STAGES) == ["--config=configs/tiny.py:pretrain", "--seed=3", "--name=x"]
+    assert stage_arguments(argv, "sft", STAGES)[2:] == ["--data.train", "a", "b", "--name=x"]
+    assert stage_arguments(argv, "rl", STAGES)[2:] == ["--rl.samples=2", "--name=x"]
+    assert stage_arguments(["--config", "configs/tiny.py", "--seed", "3"], "rl", STAGES) == [
         "--config=configs/tiny.py:rl",
         "--seed",
         "3",
     ]
     with pytest.raises(UserError, match="runs every stage"):
-        stage_arguments(["--config=configs/tiny.py:sft"], "sft")
+        stage_arguments(["--config=configs/tiny.py:sft"], "sft", STAGES)
 
 
 def flags(place: Path) -> list[str]:
@@ -110,7 +111,7 @@ def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monke
         return {"step": 2}
 
     monkeypatch.setattr(stages, "run", run)
-    road = [command_line.load(stage_arguments(flags(tmp_path), stage)) for stage in launch.speedrun.ROAD]
+    road = [command_line.load(stage_arguments(flags(tmp_path), stage, STAGES)) for stage in STAGES]
     with pytest.raises(Interrupted), signals.raised() as stopped:
         speedrun.run(road, stopped, print)
     assert ran == ["pretrain"]

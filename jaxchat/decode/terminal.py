@@ -25,7 +25,8 @@ def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str,
     sampling = _sampling(options)
     _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
-    chats = options.style == "chat" or (options.style == "auto" and directory.name != "pretrain")
+    trained = checkpoint.read_experiment(directory, experiment_class)
+    chats = trained.chats if options.style == "auto" else options.style == "chat"
     if chats and options.prompt == "":
         raise UserError("--prompt is empty: give it words, or leave it out for a conversation")
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))

@@ -25,8 +25,9 @@ class Reinforcement:
     """A stage that learns from the rewards of its own answers."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
-        assert e.rl is not None
-        self._rl, self._tokenizer, self._say = e.rl, tokenizer, log
+        if e.rl is None:
+            raise UserError(f"stage {e.stage!r} needs the settings of --rl")
+        self._rl, self._tokenizer, self._log = e.rl, tokenizer, log
         self.steps = e.steps
         if e.steps % e.rl.updates:
             raise UserError(
@@ -59,11 +60,11 @@ class Reinforcement:
             reference=reference,
             own_copy=own_copy,
             downloads=e.cache_directory / "downloads",
-            log=self._say,
+            log=self._log,
         )
         self._stream.cursor = facts.get("cursor", 0)
-        self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
-        self._tasks = task_scores(setup, self._tokenizer, self._say)
+        self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
+        self._tasks = task_scores(setup, self._tokenizer, self._log)
 
     def batch_at(self, index: int, state: State) -> Any:
         jax.block_until_ready(state.params)  # So that training is not counted as sampling.

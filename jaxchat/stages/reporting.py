@@ -40,7 +40,7 @@ class StepLog:
         log: Callable[[str], None] = log,
     ) -> None:
         e = setup.experiment
-        self.stability, self._say = Stability(e.model.vocab if e.rl is None else None), log
+        self.stability, self._log = Stability(e.model.vocab if e.rl is None else None), log
         self._experiment, self._writers, self._more = e, writers, more
         self._rate = optim.learning_rate_factor(e.optimizer, e.steps)
         self._flops = flops_per_token(e.model, e.data.row_length)["total"]
@@ -69,7 +69,7 @@ class StepLog:
         record |= {name: value for name, value in values.items() if name not in STEP_METRICS}
         record |= {"skipped": values["skipped"], "memory_bytes": devices.memory_bytes()}
         if report := self.stability(record):
-            self._say(f"warning: {report}")
+            self._log(f"warning: {report}")
         record["unstable_steps"] = self.stability.unstable_steps
         self.loss = values["loss"]
         self._seconds.append(seconds)
@@ -87,7 +87,7 @@ class StepLog:
     def finish(self) -> None:
         """Reports an instability of the last steps."""
         if report := self.stability.finish():
-            self._say(f"warning: {report}")
+            self._log(f"warning: {report}")
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -116,7 +116,7 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     shape = EngineConfig(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
     engine = Engine(setup.transformer, params, tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
     greedy = SamplingParams(0.0, max_tokens=64)
-    chats = e.stage != "pretrain"
+    chats = e.chats
     prompts = [prompt for prompt in e.prompts if prompt or not chats]
     if chats:
         asked = [chat.render([{"role": "user", "content": p}], tokenizer, complete=True).ids for p in prompts]

@@ -23,7 +23,7 @@ class FromRows:
     """A stage that learns the tokens of rows on disk."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
-        self._tokenizer, self._say = tokenizer, log
+        self._tokenizer, self._log = tokenizer, log
         self._rows = {
             split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=log)
             for split in ("train", "val")
@@ -49,19 +49,12 @@ class FromRows:
                 "put those back, or give this run its own --name"
             )
         self._batches = device_batches(setup, self._stream, start, micro_rows)
-        if e.stage == "pretrain":
-            self._text: BitsPerByte | None = BitsPerByte(
-                setup.transformer,
-                setup.mesh,
-                rows=self._rows["val"],
-                bytes_per_token=self._tokenizer.bytes_per_token,
-                batch_rows=micro_rows,
-            )
-            self._loss = None
-        else:
-            self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._say)
-            self._loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
-        self._tasks = task_scores(setup, self._tokenizer, self._say)
+        self._text, self._loss = self._held_out(setup, micro_rows)
+        self._tasks = task_scores(setup, self._tokenizer, self._log)
+
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
+        """Bits per byte of text, and the loss on held-out rows of another kind."""
+        raise NotImplementedError
 
     def batch_at(self, index: int, state: State) -> Any:
         return next(self._batches)
@@ -91,7 +84,7 @@ class FromRows:
         """What the run trained on and was scored on, beside its checkpoints."""
         place = self._experiment.run_directory / "rows"
         place.mkdir(parents=True, exist_ok=True)
-        prefix = "" if self._experiment.stage == "pretrain" else f"{self._experiment.stage}-"
+        prefix = f"{self._experiment.stage}-" if self._experiment.chats else ""
         for split, parts in self._rows.items():
             manifests = [part.manifest for part in parts]
             (place / f"{prefix}{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
@@ -99,6 +92,28 @@ class FromRows:
     def close(self) -> None:
         if hasattr(self._batches, "close"):
             self._batches.close()
+
+
+class FromText(FromRows):
+    """Pretraining: rows of documents, scored by their held-out ones."""
+
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
+        text = BitsPerByte(
+            setup.transformer,
+            setup.mesh,
+            rows=self._rows["val"],
+            bytes_per_token=self._tokenizer.bytes_per_token,
+            batch_rows=micro_rows,
+        )
+        return text, None
+
+
+class FromConversations(FromRows):
+    """SFT: rows of conversations, scored by their held-out ones and by the pretraining text."""
+
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
+        loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
+        return pretrained_text(setup, self._tokenizer, micro_rows, self._log), loss
 
 
 def device_batches(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +18,13 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import read_metrics
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
-from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.experiment import RESUMABLE, STAGES, Experiment
 from jaxchat.serialization import difference
-from jaxchat.stages.reinforcement import Reinforcement
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
-from jaxchat.stages.rows import FromRows
 from jaxchat.stages.stage import Stage, inherited, locate_start, started
 from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Diverged, Hooks, State, all_finite, fit, init_state
-
-STAGES: dict[str, Callable[..., Stage]] = {"pretrain": FromRows, "sft": FromRows, "rl": Reinforcement}
 
 
 def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -51,13 +48,20 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
             tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=terminal.log)
         check_tokenizer(e.run_directory, tokenizer)
         raise_if_interrupted(stopped)
-        stage = STAGES[e.stage](e, tokenizer, terminal.log)
+        stage = runner(e.stage)(e, tokenizer, terminal.log)
         if stage.steps != e.steps:
             setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
             terminal.steps = stage.steps
         peak = devices.peak_flops(setup.mesh.devices.flat[0])
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
             return _train(setup, stage, tokenizer, peak, terminal, stopped)
+
+
+def runner(stage: str) -> Callable[..., Stage]:
+    """The class that runs a stage."""
+    module, _, name = STAGES[stage].runner.partition(":")
+    found: Callable[..., Stage] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _train(

@@ -31,7 +31,7 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
     directory = Path(e.start.partition("@")[0])
     try:
         base = checkpoint.read_experiment(directory, Experiment)
-        while base.stage != "pretrain":
+        while base.chats:
             name = base.start_from.partition("@")[0]
             directory = directory.parent / name if name in STAGES else Path(name)
             base = checkpoint.read_experiment(directory, Experiment)
@@ -47,7 +47,7 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
 def task_scores(setup: Setup, tokenizer: Tokenizer, log: Log) -> "TaskScores | None":
     """What scores the tasks of an experiment, if it names any."""
     e = setup.experiment
-    style: Style = "text" if e.stage == "pretrain" else "chat"
+    style: Style = "chat" if e.chats else "text"
     return TaskScores(e, setup.transformer, tokenizer, log, style=style, mesh=setup.mesh) if e.tasks else None
 
 
@@ -67,7 +67,7 @@ class TaskScores:
         style: Style,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        self._experiment, self._transformer, self._tokenizer, self._say = e, transformer, tokenizer, log
+        self._experiment, self._transformer, self._tokenizer, self._log = e, transformer, tokenizer, log
         self._style: Style = style
         self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
@@ -106,7 +106,7 @@ class TaskScores:
             n=e.eval_samples,
             sampling=sampling,
             style=self._style,
-            log=self._say,
+            log=self._log,
         )
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
