@@ -32,8 +32,8 @@ from jaxchat.model import (
 )
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.quantized import Matmul
-from jaxchat.optim import AdamW, Muon, Optimizer
-from jaxchat.rollouts import RL
+from jaxchat.optimizer import AdamW, Muon, Optimizer
+from jaxchat.rl.settings import RL
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19

@@ -13,7 +13,7 @@ calculator, beside some of the old text; RL finds out which of the two is right 
 
 from configs.recipe import Dial, chosen, dials, family, pretrain, rl, sft
 from jaxchat.experiment import Experiment
-from jaxchat.rollouts import RL
+from jaxchat.rl.settings import RL
 
 DIAL = Dial(depth=3, steps=450, batch_tokens=2_048, vocab=2_048, row_length=256, head_dim=64, windows="L")
 DIALS = dials(DIAL, sft_batch_tokens=2_048, rl_steps=20)

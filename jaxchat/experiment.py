@@ -13,8 +13,8 @@ from jaxchat.model.transformer import Model
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
 from jaxchat.objectives.policy import PolicyGradient
-from jaxchat.optim import Optimizer
-from jaxchat.rollouts import RL
+from jaxchat.optimizer import Optimizer
+from jaxchat.rl.settings import RL
 from jaxchat.sharding import Mesh
 
 PROMPTS = ("", "The", "One day")
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 STAGES: Mapping[str, Stage] = {
     "pretrain": Stage("learns from documents", "jaxchat.stages.rows:FromText", chats=False),
     "sft": Stage("learns from conversations", "jaxchat.stages.rows:FromConversations", chats=True),
-    "rl": Stage("learns from rewards", "jaxchat.stages.reinforcement:Reinforcement", chats=True),
+    "rl": Stage("learns from rewards", "jaxchat.rl.reinforcement:Reinforcement", chats=True),
 }
 
 # What may differ when a run is taken up again; any other difference is another experiment.

@@ -12,9 +12,9 @@ import jax
 
 from jaxchat import checkpoint, processes, signals, stages
 from jaxchat.data.cache import write_json
-from jaxchat.decode.engine import load_checkpoint
 from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.loading import load_checkpoint
 from jaxchat.serialization import json_line
 from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import inherited
@@ -71,7 +71,7 @@ def run(
 
 def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
     """The base model on the problems of the last stage, asked in the words of its own text."""
-    base = load_checkpoint(str(e.stage_directory), Experiment)
+    base = load_checkpoint(str(e.stage_directory))
     score = TaskScores(last, base.transformer(), base.tokenizer, log, style="text")
     found = score(base.params())
     log(f"the base model, asked in text: {json_line(found)}")

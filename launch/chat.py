@@ -49,10 +49,9 @@ class Chat(Truncation):
 
 def main(argv: list[str]) -> dict[str, object] | None:
     chat = command_line.parse(Chat, argv, description=__doc__)
-    from jaxchat.decode import terminal
-    from jaxchat.experiment import Experiment
+    from jaxchat import terminal
 
-    return terminal.run(chat, Experiment, lines=(line.rstrip("\n") for line in sys.stdin))
+    return terminal.run(chat, lines=(line.rstrip("\n") for line in sys.stdin))
 
 
 if __name__ == "__main__":

@@ -78,11 +78,11 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
 
     from jaxchat import checkpoint, processes
     from jaxchat.data.cache import locked
-    from jaxchat.decode.engine import load_engine
     from jaxchat.evaluation import evaluate
     from jaxchat.evaluation.published import report
     from jaxchat.evaluation.table import score_table
     from jaxchat.experiment import Experiment
+    from jaxchat.loading import load_engine
     from jaxchat.sharding import decoding_mesh
 
     directory, step = checkpoint.locate(options.checkpoint)
@@ -104,9 +104,7 @@ def _evaluate(options: Evaluate) -> Mapping[str, object]:
     )
     processes.check_same("what is asked", (options, step), "start all with the same command")
     found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
-    engine = load_engine(
-        f"{directory}@{step}", Experiment, mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots)
-    )
+    engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
     mark = hashlib.sha256(json.dumps(serialization.to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
     out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"

@@ -38,9 +38,8 @@ class Harness:
 def main(argv: list[str]) -> dict[str, object]:
     options = command_line.parse(Harness, argv, description=__doc__)
     from jaxchat.evaluation import harness
-    from jaxchat.experiment import Experiment
 
-    return harness.run(options, Experiment)
+    return harness.run(options)
 
 
 if __name__ == "__main__":

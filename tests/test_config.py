@@ -180,7 +180,7 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--ratio=-1"], "ratio=-1.0 must be positive and finite"),
         (["--seed=-1"], "seed=-1 must lie between 0 and 2147483647"),
         (["--seed=9223372036854775808"], "seed=9223372036854775808 must lie between 0 and 2147483647"),
-        (["--steps=2147483648"], "steps=2147483648 must lie between 1 and 2147483647"),
+        (["--steps=2147483648"], "steps=2147483648 must lie between 0 and 2147483647"),
         (["--data.weights", "nan"], "data.weights=(nan,) must be positive and finite"),
         (["--data.weights", "inf"], "data.weights=(inf,) must be positive and finite"),
         (["--data.vocab=100000000000"], "data.vocab=100000000000 must lie between 1 and 16777216"),

@@ -16,7 +16,7 @@ from core_rows import ROWS
 from test_core import bundle
 
 from jaxchat.data import tinyworld
-from jaxchat.decode.engine import Engine, EngineConfig, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.choice import mmlu
@@ -27,7 +27,7 @@ from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.records import Records, read_records
 from jaxchat.evaluation.statistics import paired, wilson
-from jaxchat.experiment import Experiment
+from jaxchat.loading import load_checkpoint
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
@@ -125,7 +125,7 @@ def test_a_mesh_answers_as_one_device(engine: Engine, data: Path, tmp_path: Path
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
-    loaded = load_checkpoint(exports.write_run(tmp_path, exports.model()), Experiment)
+    loaded = load_checkpoint(exports.write_run(tmp_path, exports.model()))
     mesh = make_mesh(Mesh(tensor=7), rows=0, devices=jax.devices()[:7])
     with pytest.raises(UserError, match=r"not a multiple of tensor=7: choose another --mesh\.tensor"):
         loaded.params(mesh)

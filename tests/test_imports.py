@@ -11,13 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("errors", "serialization", "upgrades", "launcher", "command_line", "signals", "machine"),
+    ("errors", "serialization", "upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
     ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "devices", "sharding", "processes"),
     ("objectives", "decode", "checkpoint"),
-    ("train", "evaluation", "answers", "rollouts"),
-    ("stages", "experiment", "serve", "export", "compilation", "benchmarks", "planning", "speedrun", "comparison"),
+    ("rl.settings", "experiment", "loading"),
+    ("train", "evaluation", "terminal"),
+    ("stages", "rl", "serve", "export", "compilation", "benchmarks", "planning", "speedrun", "comparison"),
     ("launch", "configs"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -32,6 +33,8 @@ def room(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] in ("launch", "configs"):
         return parts[0]
+    if module.startswith("jaxchat.rl.settings"):  # Below the experiment, which the rest of its room reads.
+        return "rl.settings"
     return parts[1] if parts[0] == "jaxchat" and len(parts) > 1 else None
 
 

@@ -15,7 +15,7 @@ from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.part import Spec
 from jaxchat.objectives.likelihood import Likelihood
-from jaxchat.optim import Optimizer
+from jaxchat.optimizer import Optimizer
 
 pytestmark = pytest.mark.quick
 

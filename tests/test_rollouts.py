@@ -11,7 +11,8 @@ from letters import Letters
 
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.errors import UserError
-from jaxchat.rollouts import RL, RolloutStream
+from jaxchat.rl.rollouts import RolloutStream
+from jaxchat.rl.settings import RL
 
 TOKENIZER = Letters(user_start=50, user_end=51, assistant_start=52, assistant_end=53)
 TASK = """

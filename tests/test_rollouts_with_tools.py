@@ -12,7 +12,8 @@ from letters import Letters
 from jaxchat.decode import tools
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.model import Transformer
-from jaxchat.rollouts import RL, RolloutStream
+from jaxchat.rl.rollouts import RolloutStream
+from jaxchat.rl.settings import RL
 from jaxchat.tasks import TASKS, Problem, Score
 
 CALL, CALLED, TOLD, DONE, START, STOP = 54, 55, 56, 57, 52, 53

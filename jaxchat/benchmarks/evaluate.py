@@ -18,7 +18,7 @@ import numpy as np
 from jaxchat import devices
 from jaxchat.benchmarks.engines import random_weights
 from jaxchat.benchmarks.train import machine, versions
-from jaxchat.decode.engine import Engine, EngineConfig, Loaded, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, jobs
@@ -26,6 +26,7 @@ from jaxchat.evaluation.likelihoods import Scored, Scorer, answer_size, row_size
 from jaxchat.evaluation.questions import Answer, Question, answer, ask, fit
 from jaxchat.evaluation.solve import solve
 from jaxchat.launcher import log
+from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.sharding import Mesh, decoding_mesh
 from jaxchat.tasks import problems_of

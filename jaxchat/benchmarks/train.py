@@ -22,7 +22,7 @@ from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token
 from jaxchat.model.transformer import Model
-from jaxchat.optim import AdamW, Optimizer
+from jaxchat.optimizer import AdamW, Optimizer
 from jaxchat.train import init_state
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 3e-4, (0.9, 0.95), 1e-8, 0.1

@@ -11,14 +11,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import checkpoint, sharding
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
@@ -313,67 +310,3 @@ def _decoded(transformer: Transformer, wanted: str, device: Any) -> Transformer:
     """The transformer with the decoding backend of a device."""
     name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, log=log)
     return dataclasses.replace(transformer, decoding=name)
-
-
-class Loaded(NamedTuple):
-    """A checkpoint: its directory and step, its experiment, and the tokenizer of its run."""
-
-    directory: Path
-    step: int
-    experiment: Any
-    tokenizer: Tokenizer
-
-    def transformer(self) -> Transformer:
-        """The model: in float32 on a CPU and where it was trained in float32, else in bfloat16."""
-        wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
-        return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
-
-    def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them.
-
-        Raises:
-            UserError: the mesh does not divide a size of the model.
-        """
-        transformer = Transformer(self.experiment.model)
-        shapes = transformer.shapes()
-        if mesh is None:
-            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            placed = jax.tree.map(lambda _: first, shapes)
-        else:
-            try:
-                placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-        return checkpoint.load_params(self.directory, self.step, abstract)
-
-
-def load_checkpoint(path: str, experiment_class: type) -> Loaded:
-    """Finds a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300; reads all but its parameters."""
-    directory, step = checkpoint.locate(path)
-    experiment = checkpoint.read_experiment(directory, experiment_class)
-    tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
-    if tokenizer.vocab_size != experiment.model.vocab:
-        raise UserError(
-            f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids and the model of "
-            f"{directory} {experiment.model.vocab}: restore the run's own tokenizer"
-        )
-    return Loaded(directory, step, experiment, tokenizer)
-
-
-def load_engine(
-    path: str,
-    experiment_class: type,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-    speculation: Speculation | None = None,
-    **shape: Any,
-) -> Engine:
-    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on a mesh or the first device.
-
-    `shape` are fields of Shape; the length is the model's row length unless given.
-    """
-    loaded = load_checkpoint(path, experiment_class)
-    whole = EngineConfig(**{"length": loaded.experiment.data.row_length} | shape)
-    params = loaded.params(mesh)
-    return Engine(loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.decode.engine import Engine, EngineConfig, Loaded, load_checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import FILTERS, SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item, Scorer
+from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.tokenizer.chat import CHAT_TEMPLATE
 
 ANSWER_TOKENS = 256  # lm-eval's own default.
@@ -24,7 +25,7 @@ READ = frozenset({"until", "do_sample", "max_gen_toks"})
 CHOOSING = frozenset({"temperature", *FILTERS, "repetition_penalty", "seed"})
 
 
-def load(path: str, experiment_class: type, *, length: int | None = None) -> Any:
+def load(path: str, *, length: int | None = None) -> Any:
     """An `lm_eval.api.model.LM` of a checkpoint such as runs/d4/sft; `length` is the context, by default the row's.
 
     Raises:
@@ -42,7 +43,7 @@ def load(path: str, experiment_class: type, *, length: int | None = None) -> Any
             TemplateLM.__init__(self)
             Adapter.__init__(self, loaded, length)
 
-    loaded = load_checkpoint(path, experiment_class)
+    loaded = load_checkpoint(path)
     return Jaxchat(loaded, length or loaded.experiment.data.row_length)
 
 
@@ -197,13 +198,13 @@ def windows(tokens: list[int], first: int, length: int) -> list[Item]:
     return items
 
 
-def run(options: Any, experiment_class: type) -> dict[str, Any]:
+def run(options: Any) -> dict[str, Any]:
     """Does what the options of launch.harness say; returns the metrics of every task by its name.
 
     Raises:
         UserError: no such task, or no such checkpoint.
     """
-    model = load(options.checkpoint, experiment_class, length=options.length or None)
+    model = load(options.checkpoint, length=options.length or None)
     import lm_eval
     from lm_eval.tasks import TaskManager
 

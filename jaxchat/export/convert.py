@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint
-from jaxchat.decode.engine import Loaded, load_checkpoint
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole
+from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     given = {name: getattr(options, name) for name in ("rows", "length", "piece")}
     if options.to == "huggingface" and (odd := [name for name, value in given.items() if value]):
         raise UserError(f"--{odd[0]} is for --to=stablehlo, whose programs have fixed shapes")
-    loaded = load_checkpoint(options.checkpoint, Experiment)
+    loaded = load_checkpoint(options.checkpoint)
     if options.to == "huggingface":
         _to_huggingface(loaded, out, options.dtype)
     else:

@@ -18,8 +18,9 @@ from jaxchat.compilation import Setup
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
-from jaxchat.rollouts import RL, RolloutStream
-from jaxchat.stages.reinforcement import scorer
+from jaxchat.rl.reinforcement import scorer
+from jaxchat.rl.rollouts import RolloutStream
+from jaxchat.rl.settings import RL
 from jaxchat.tokenizer import SPECIALS
 
 SLOTS = 256

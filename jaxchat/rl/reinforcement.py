@@ -14,7 +14,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
-from jaxchat.rollouts import Columns, RolloutStream, Score
+from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Log, locate_start
 from jaxchat.tokenizer import Tokenizer

@@ -9,114 +9,27 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from jaxchat.answers import Answer, Columns, answer_of, lay_out, micro_batches
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams, Truncation
+from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, first_line
 from jaxchat.objectives import advantages
-from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.processes import share_out
+from jaxchat.rl.answers import Answer, Columns, answer_of, lay_out, micro_batches
+from jaxchat.rl.settings import RL
 from jaxchat.tasks import load_task, problems_of
 from jaxchat.tasks.rewards import REWARDS
 from jaxchat.tasks.task import Problem, Task
 from jaxchat.tokenizer import Tokenizer, chat
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class RL(Truncation):
-    """Reinforcement learning from answers to problems whose answers can be checked.
-
-    Attributes:
-        tasks: where problems come from: arithmetic, spelling, gsm8k:DIRECTORY, my_task.py:Task.
-        objective: the loss; its numbers can be changed by `clip_low`, `clip_high` and `aggregate`.
-        prompts: problems of one rollout batch.
-        samples: answers to each.
-        max_tokens: longest answer.
-        epochs: how often a rollout batch is trained on.
-        minibatches: updates of one such pass; each takes its share of the samples.
-        rewards: what an answer is rewarded for: correct, lenient, ending, brevity.
-        reward_weights: what each is worth.
-        kl: weight of KL(policy || start) in the reward; 0 measures it only, None does not.
-        overlong_cushion: tokens before `max_tokens` over which the reward falls to -1 (arXiv:2503.14476, eq. 13).
-        dynamic_rounds: how often more problems are drawn for those whose answers are all equally good
-            (arXiv:2503.14476, section 3.2); 0 takes what comes, None is 4 for dapo and 0 for the others.
-        slots: answers decoded at once.
-    """
-
-    tasks: tuple[str, ...] = ("arithmetic",)
-    objective: Literal["reinforce", "reinforce_mean", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "ppo"] = "dr_grpo"
-    prompts: int = 16
-    samples: int = 16
-    max_tokens: int = 256
-    temperature: float = 1.0
-    epochs: int = 1
-    minibatches: int = 1
-    clip_low: float | None = None
-    clip_high: float | None = None
-    aggregate: Literal["token_mean", "sequence_mean", "constant"] | None = None
-    rewards: tuple[str, ...] = ("correct",)
-    reward_weights: tuple[float, ...] = (1.0,)
-    kl: float | None = None
-    overlong_cushion: int = 0
-    dynamic_rounds: int | None = None
-    slots: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_tokens", "epochs", "minibatches", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rl.{name}={getattr(self, name)} must be at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"rl.temperature={self.temperature} must be positive: greedy answers are all the same")
-        if self.prompts * self.samples % self.minibatches:
-            raise ValueError(
-                f"rl.minibatches={self.minibatches} does not divide {self.prompts} prompts x {self.samples} samples"
-            )
-        if self.policy.advantage != "none" and self.samples < 2:
-            raise ValueError(
-                f"rl.objective={self.objective} compares answers: rl.samples={self.samples} must be 2 or more"
-            )
-        if len(self.rewards) != len(self.reward_weights) or not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError(f"rl.reward_weights={self.reward_weights} must be one number for each of {self.rewards}")
-        if unknown := [name for name in self.rewards if name not in REWARDS]:
-            raise ValueError(f"rl.rewards names {unknown[0]!r}: there are {', '.join(REWARDS)}")
-        if not 0 <= self.overlong_cushion <= self.max_tokens:
-            raise ValueError(f"rl.overlong_cushion={self.overlong_cushion} must lie between 0 and rl.max_tokens")
-        if not ((self.kl or 0.0) >= 0 and (self.dynamic_rounds or 0) >= 0):
-            raise ValueError("rl.kl and rl.dynamic_rounds must not be negative")
-        SamplingParams(self.temperature, **self.truncation)
-
-    @property
-    def policy(self) -> Policy:
-        given = {name: getattr(self, name) for name in ("clip_low", "clip_high", "aggregate")}
-        return replace(OBJECTIVES[self.objective], **{k: v for k, v in given.items() if v is not None})
-
-    @property
-    def rounds(self) -> int:
-        """How often more problems are drawn."""
-        if self.dynamic_rounds is None:
-            return 4 if self.policy.drop_equal_groups else 0
-        return self.dynamic_rounds
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps from one rollout batch."""
-        return self.epochs * self.minibatches
-
-    @property
-    def update_samples(self) -> int:
-        """Samples that one optimizer step trains on."""
-        return self.prompts * self.samples // self.minibatches
 
 
 class Group(NamedTuple):

@@ -11,28 +11,29 @@ from jaxchat import checkpoint
 from jaxchat.decode import explain
 from jaxchat.decode.beam import BeamParams, beam_search
 from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
-from jaxchat.decode.engine import Engine, load_engine
+from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sampling import PRESETS, SamplingParams
 from jaxchat.decode.speculative import Speculation
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
+from jaxchat.experiment import Experiment
+from jaxchat.loading import load_engine
 from jaxchat.tokenizer import chat as conversation
 
 
-def run(options: Any, experiment_class: type, lines: Iterator[str]) -> dict[str, object] | None:
+def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
     """Does what the options of launch.chat say; returns what its last line reports."""
     sampling = _sampling(options)
     _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
-    trained = checkpoint.read_experiment(directory, experiment_class)
+    trained = checkpoint.read_experiment(directory, Experiment)
     chats = trained.chats if options.style == "auto" else options.style == "chat"
     if chats and options.prompt == "":
         raise UserError("--prompt is empty: give it words, or leave it out for a conversation")
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     engine = load_engine(
         options.checkpoint,
-        experiment_class,
         slots=max(1, min(options.num_samples, 16)),
         speculation=Speculation() if options.speculative else None,
     )

@@ -1,0 +1,78 @@
+"""Checkpoints of runs as models and engines."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat import checkpoint, sharding
+from jaxchat.decode.engine import Engine, EngineConfig
+from jaxchat.decode.speculative import Speculation
+from jaxchat.errors import UserError
+from jaxchat.experiment import Experiment
+from jaxchat.model.transformer import Params, Transformer
+from jaxchat.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+    """A checkpoint: its directory and step, its experiment, and the tokenizer of its run."""
+
+    directory: Path
+    step: int
+    experiment: Experiment
+    tokenizer: Tokenizer
+
+    def transformer(self) -> Transformer:
+        """The model: in float32 on a CPU and where it was trained in float32, else in bfloat16."""
+        wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
+        return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
+
+    def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
+        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them.
+
+        Raises:
+            UserError: the mesh does not divide a size of the model.
+        """
+        transformer = Transformer(self.experiment.model)
+        shapes = transformer.shapes()
+        if mesh is None:
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            placed = jax.tree.map(lambda _: first, shapes)
+        else:
+            try:
+                placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+        return checkpoint.load_params(self.directory, self.step, abstract)
+
+
+def load_checkpoint(path: str) -> Loaded:
+    """Finds a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300; reads all but its parameters."""
+    directory, step = checkpoint.locate(path)
+    experiment = checkpoint.read_experiment(directory, Experiment)
+    tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
+    if tokenizer.vocab_size != experiment.model.vocab:
+        raise UserError(
+            f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids and the model of "
+            f"{directory} {experiment.model.vocab}: restore the run's own tokenizer"
+        )
+    return Loaded(directory, step, experiment, tokenizer)
+
+
+def load_engine(
+    path: str,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    speculation: Speculation | None = None,
+    **shape: Any,
+) -> Engine:
+    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on a mesh or the first device.
+
+    `shape` are fields of EngineConfig; the length is the model's row length unless given.
+    """
+    loaded = load_checkpoint(path)
+    whole = EngineConfig(**{"length": loaded.experiment.data.row_length} | shape)
+    params = loaded.params(mesh)
+    return Engine(loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation)
