@@ -23,6 +23,7 @@ from jaxchat.model import Float8, Int8, Transformer, quantized
 from jaxchat.model.quantized import Matmul, product
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.serialization import from_json, to_json
+from jaxchat.upgrades import FORMAT
 
 E4M3, E5M2, INT8 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int8
 MATMULS = (Int8(), Int8(weight_gradient=True), Float8(), Float8("row"))
@@ -285,7 +286,7 @@ def test_a_run_does_not_go_on_with_other_products_in_silence(tmp_path: Path) -> 
     checkpoint.write_experiment(tmp_path, plain)
     with pytest.raises(UserError, match=r"matmul.* and is now .*give this one its own --name"):
         checkpoint.check_same(tmp_path, experiment("--matmul=int8"), RESUMABLE)
-    written = to_json(plain)
+    written = {"format": FORMAT, **to_json(plain)}
     del written["matmul"]  # As versions before wrote it.
     (tmp_path / checkpoint.EXPERIMENT).write_text(json.dumps(written))
     checkpoint.check_same(tmp_path, plain, RESUMABLE)
@@ -301,8 +302,9 @@ def test_parameters_are_the_same_and_the_objective_alone_has_the_products(matmul
     jax.tree.map(lambda a, b: a == b or pytest.fail(), setup.abstract, plain.abstract)
 
     def text(setup: compilation.Setup) -> str:
-        batch = {name: jax.ShapeDtypeStruct((8, *s), dtype) for name, (s, dtype) in setup.columns.items()}
-        return str(jax.make_jaxpr(setup.objective)(setup.abstract.params, batch))
+        columns = setup.experiment.objective.columns(setup.experiment.model, setup.experiment.data.row_length)
+        batch = {name: jax.ShapeDtypeStruct((8, *shape), dtype) for name, (shape, dtype) in columns.items()}
+        return str(jax.make_jaxpr(setup.loss)(setup.abstract.params, batch))
 
     eight = "i8[" if isinstance(matmul, Int8) else "f8_e4m3fn["
     assert eight in text(setup) and eight not in text(plain)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxchat import command_line, metrics, optim
 from jaxchat.errors import UserError
-from jaxchat.stages import reporting, running
+from jaxchat.stages import checks, reporting
 
 
 @pytest.fixture
@@ -72,16 +72,16 @@ def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
 )
 def test_a_run_that_ends_without_a_number_says_so(experiment, loss, val_bpb, said):
     with pytest.raises(UserError, match=f"ended at step 10 with {said}.* under another --name"):
-        running.check_end(experiment, {"loss": loss, "val_bpb": val_bpb})
-    running.check_end(experiment, {"loss": None, "val_bpb": 2.0})
-    running.check_end(experiment, {"loss": 3.0, "val_bpb": 2.0})
+        checks.check_end(experiment, {"loss": loss, "val_bpb": val_bpb})
+    checks.check_end(experiment, {"loss": None, "val_bpb": 2.0})
+    checks.check_end(experiment, {"loss": 3.0, "val_bpb": 2.0})
 
 
 def test_parameters_that_are_not_finite_are_never_trained():
     state = SimpleNamespace(params={"w": jnp.array([1.0, jnp.nan]), "v": jnp.ones(3)})
     with pytest.raises(UserError, match="the first parameters are not finite: correct"):
-        running.check_finite(state, "the first parameters", "correct")
-    running.check_finite(SimpleNamespace(params={"v": jnp.ones(3)}), "none", "")
+        checks.check_finite(state, "the first parameters", "correct")
+    checks.check_finite(SimpleNamespace(params={"v": jnp.ones(3)}), "none", "")
 
 
 def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experiment, monkeypatch):

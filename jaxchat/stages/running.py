@@ -1,60 +1,50 @@
-"""One stage from its configuration to its end: preparation, start or resumption, the loop, the last evaluation."""
+"""One stage as a sequence of phases: resolve, check, prepare, build, train, report."""
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxchat import checkpoint, devices, metrics, processes, signals
 from jaxchat.compilation import Setup, compile_step, make_setup
 from jaxchat.data import cache, prepare
-from jaxchat.decode.tools import named_tools
-from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import read_metrics
-from jaxchat.evaluation.evaluate import Settings, Solving, jobs
-from jaxchat.experiment import RESUMABLE, STAGES, Experiment
-from jaxchat.serialization import difference
+from jaxchat.experiment import STAGES, Experiment
+from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
 from jaxchat.stages.stage import Stage, inherited, locate_start, started
-from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.train import Cadence, Diverged, Hooks, State, all_finite, fit, init_state
+from jaxchat.train import Cadence, Hooks, State, fit, init_state
+
+Log = Callable[[str], None]
 
 
 def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Runs one stage to its end, from wherever it stands; returns the launcher's result.
+    """Runs one stage, resuming from its latest checkpoint if there is one; returns what the launcher prints.
 
-    Raises `Interrupted` where `stopped` tells of a signal before the first step, or one comes later.
+    Raises:
+        UserError: the stage cannot be run as configured.
+        Interrupted: `stopped()` became true; a checkpoint was saved if the first step was taken.
     """
     terminal = metrics.Terminal(experiment.steps)
     check_alike(experiment)
-    # What can be refused is refused before documents are prepared for hours, and before anything is written.
     e, tokenizer = inherited(experiment)
-    checkpoint.check_same(e.stage_directory, e, RESUMABLE)
-    check_ahead(e)
-    check_tasks(e)
+    check(e)
     setup = make_setup(e, terminal.log)
     cache.make_directory(e.stage_directory, "--directory")
     processes.check_shared(e.stage_directory, "--directory")
     with run_lock(e, terminal.log):
-        raise_if_interrupted(stopped)
-        if tokenizer is None:
-            tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=terminal.log)
-        check_tokenizer(e.run_directory, tokenizer)
-        raise_if_interrupted(stopped)
-        stage = runner(e.stage)(e, tokenizer, terminal.log)
-        if stage.steps != e.steps:
-            setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
-            terminal.steps = stage.steps
-        peak = devices.peak_flops(setup.mesh.devices.flat[0])
+        setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log, stopped)
+        terminal.steps = stage.steps
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
-            return _train(setup, stage, tokenizer, peak, terminal, stopped)
+            built = build(setup, stage, tokenizer, terminal.log, stopped)
+            results, step_log = train(built, terminal, stopped)
+    check_end(built.setup.experiment, {"loss": step_log.loss} | results)
+    return result(built, results, step_log)
 
 
 def runner(stage: str) -> Callable[..., Stage]:
@@ -64,15 +54,41 @@ def runner(stage: str) -> Callable[..., Stage]:
     return found
 
 
-def _train(
-    setup: Setup,
-    stage: Stage,
-    tokenizer: Tokenizer,
-    peak: float | None,
-    terminal: metrics.Terminal,
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
-    e, log = setup.experiment, terminal.log
+def prepared(
+    setup: Setup, tokenizer: Tokenizer | None, log: Log, stopped: Callable[[], bool]
+) -> tuple[Setup, Stage, Tokenizer]:
+    """The tokenizer and the rows, made or found in the cache; the setup with the number of steps that the rows give."""
+    e = setup.experiment
+    raise_if_interrupted(stopped)
+    if tokenizer is None:
+        tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
+    check_tokenizer(e.run_directory, tokenizer)
+    raise_if_interrupted(stopped)
+    stage = runner(e.stage)(e, tokenizer, log)
+    if stage.steps != e.steps:
+        setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
+    return setup, stage, tokenizer
+
+
+class Built(NamedTuple):
+    """Everything that the loop needs: the compiled step, and the state and facts of the checkpoint at `start`."""
+
+    setup: Setup
+    stage: Stage
+    tokenizer: Tokenizer
+    step: Any
+    micro_rows: int
+    compile_seconds: float
+    peak: float | None
+    checkpoints: checkpoint.Checkpoints
+    start: int
+    state: State
+    facts: dict[str, Any]
+
+
+def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, log: Log, stopped: Callable[[], bool]) -> Built:
+    """Compiles the step, restores or makes the state, and writes what describes the run."""
+    e, peak = setup.experiment, devices.peak_flops(setup.mesh.devices.flat[0])
     raise_if_interrupted(stopped)
     step, micro_rows, compile_seconds = compile_step(setup, log)
     describe(setup, micro_rows, compile_seconds, peak, log)
@@ -87,18 +103,24 @@ def _train(
         tokenizer.save(e.run_directory / "tokenizer")
         checkpoint.write_experiment(e.stage_directory, e)
         stage.write_sources()
-    writers = make_writers(e, start, terminal)
-    step_log = StepLog(setup, peak, writers, stage.numbers, log)
-    if start and jax.process_index() == 0:
+    return Built(setup, stage, tokenizer, step, micro_rows, compile_seconds, peak, checkpoints, start, state, facts)
+
+
+def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> tuple[dict[str, Any], StepLog]:
+    """The loop with its checkpoints and evaluations; returns what the evaluations found, and the log of the steps."""
+    e, log = b.setup.experiment, terminal.log
+    writers = make_writers(e, b.start, terminal)
+    step_log = StepLog(b.setup, b.peak, writers, b.stage.numbers, log)
+    if b.start and jax.process_index() == 0:
         step_log.replay(read_metrics(e.stage_directory))
-    results: dict[str, Any] = dict(facts.get("results", {}))
+    results: dict[str, Any] = dict(b.facts.get("results", {}))
 
     def save(number: int, state: State) -> None:
-        checkpoints.save(number, state, stage.facts(number) | {"results": results})
+        b.checkpoints.save(number, state, b.stage.facts(number) | {"results": results})
 
     def score(number: int, state: State, last: bool) -> None:
-        checkpoints.wait()
-        found = stage.score(state, last=last or number == 0)  # The first and the last are of the same rows.
+        b.checkpoints.wait()
+        found = b.stage.score(state, last=last or number == 0)  # The first and the last are of the same rows.
         results.update(found)
         if number == 0:
             results.update({f"{name}_before": value for name, value in found.items() if isinstance(value, int | float)})
@@ -106,37 +128,41 @@ def _train(
             writer.write({"step": number, **found})
 
     def sample(number: int, state: State) -> None:
-        write_samples(setup, tokenizer, state, number=number, log=log)
+        write_samples(b.setup, b.tokenizer, state, number=number, log=log)
 
     with signals.noted() as interrupted, contextlib.ExitStack() as stack:
-        for writer in writers:
-            stack.callback(writer.close)
-        stack.callback(checkpoints.close)
-        stack.callback(step_log.finish)
+        for close in (*(writer.close for writer in writers), b.checkpoints.close, step_log.finish):
+            stack.callback(close)
         # The run may have ended between a checkpoint and its evaluation; what a stage starts from is scored first.
-        if (start and e.eval_every and start % e.eval_every == 0 and start < e.steps) or (not start and e.start_from):
-            score(start, state, False)
+        due = e.eval_every and b.start % e.eval_every == 0 and b.start < e.steps if b.start else e.start_from
+        if due:
+            score(b.start, b.state, False)
         agreed = processes.Agreement()
         hooks = Hooks(step_log, save, score, sample, lambda: agreed(stopped() or interrupted()))
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
-        state = fit(state, step, stage.batch_at, start=start, steps=e.steps, cadence=cadence, hooks=hooks)
-        checkpoints.wait()
-        if start == e.steps:
-            score(e.steps, state, True)
-    check_end(e, {"loss": step_log.loss} | results)
+        fit(b.state, b.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
+        b.checkpoints.wait()
+        if b.start == e.steps:
+            score(e.steps, b.state, True)
+    return results, step_log
+
+
+def result(b: Built, results: dict[str, Any], step_log: StepLog) -> dict[str, Any]:
+    """What the launcher prints."""
+    e = b.setup.experiment
     return {
         "stage": e.stage,
         "step": e.steps,
-        **stage.total(),
+        **b.stage.total(),
         "loss": step_log.loss,
         **results,
         "tokens_per_second": step_log.tokens_per_second,
         "mfu": step_log.mfu,
         "unstable_steps": step_log.stability.unstable_steps,
         "instabilities": step_log.stability.reports,
-        "compile_seconds": round(compile_seconds, 2),
-        "micro_rows": micro_rows,
-        "attention": setup.transformer.attention,
+        "compile_seconds": round(b.compile_seconds, 2),
+        "micro_rows": b.micro_rows,
+        "attention": b.setup.transformer.attention,
         "peak_memory_bytes": devices.memory_bytes(),
         "checkpoint": str(e.stage_directory),
     }
@@ -165,38 +191,6 @@ def _start(
     return 0, state, {}
 
 
-def check_alike(e: Experiment) -> None:
-    """Raises `UserError` where processes were given different experiments: they would wait for each other for ever."""
-    others = processes.gather(e)
-    changed = [difference(others[0], other) for other in others]
-    for index, found in enumerate(changed):
-        if named := [name for name in found if name not in ("directory", "data.cache", "data.workers")]:
-            old, new = found[named[0]]
-            raise UserError(
-                f"{named[0]} is {old!r} in process 0 and {new!r} in process {index}: start all with the same command"
-            )
-
-
-def check_ahead(e: Experiment) -> None:
-    """Raises `UserError` where the run has taken more steps already than it is asked for."""
-    newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
-    if newest > e.steps > 0:
-        raise UserError(f"{e.stage_directory} is at step {newest} already: ask for at least --steps={newest}")
-
-
-def check_tasks(e: Experiment) -> None:
-    """Raises `UserError` for a task or a tool that there is not, and for answers as long as a row."""
-    downloads = e.cache_directory / "downloads"
-    scored = [job.task for job in jobs(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
-    for task in (*scored, *(load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ()))):
-        named_tools(task.tools)
-    if e.rl is not None and e.rl.max_tokens >= e.data.row_length:
-        raise UserError(
-            f"rl.max_tokens={e.rl.max_tokens} leaves no room for a question in a row of {e.data.row_length} tokens: "
-            "lower it, or raise --data.row_length"
-        )
-
-
 @contextlib.contextmanager
 def run_lock(e: Experiment, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the stage directory, so that no second process writes there; raises `UserError` where one does already."""
@@ -212,32 +206,3 @@ def raise_if_interrupted(stopped: Callable[[], bool]) -> None:
     """Raises `Interrupted` after a signal that a library swallowed."""
     if stopped():
         raise signals.Interrupted(signals.KEPT)
-
-
-def check_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` where the run has checkpoints that were trained with another tokenizer."""
-    place = run_directory / "tokenizer"
-    trained = any(checkpoint.finished_steps(path) for path in run_directory.glob("*/"))
-    if trained and place.exists() and Tokenizer.load(place).hash != tokenizer.hash:
-        raise UserError(
-            f"{place} is another tokenizer than this experiment's: its checkpoints would not fit; "
-            "give the experiment its own --name"
-        )
-
-
-def check_finite(state: State, what: str, remedy: str) -> None:
-    """Raises `UserError` where a parameter is not finite; no later step makes one so."""
-    if not jax.jit(all_finite)(state.params):
-        raise UserError(f"{what} are not finite: {remedy}")
-
-
-def check_end(e: Experiment, results: dict[str, Any]) -> None:
-    """Raises `Diverged` where a run ends with numbers that nobody can use; all its files are written by then."""
-    bad = [
-        f"{name}={value}" for name, value in results.items() if isinstance(value, float) and not math.isfinite(value)
-    ]
-    if bad:
-        raise Diverged(
-            f"the run ended at step {e.steps} with {' and '.join(bad)}: train with lower learning rates under another "
-            f"--name; {e.stage_directory} holds its last finite parameters"
-        )
