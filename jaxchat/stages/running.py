@@ -40,8 +40,9 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     with run_lock(e, terminal.log):
         setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log, stopped)
         terminal.steps = stage.steps
+        peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Measured on a CPU, so outside of the mesh.
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
-            built = build(setup, stage, tokenizer, terminal.log, stopped)
+            built = build(setup, stage, tokenizer, peak, terminal.log, stopped)
             results, step_log = train(built, terminal, stopped)
     check_end(built.setup.experiment, {"loss": step_log.loss} | results)
     return result(built, results, step_log)
@@ -86,9 +87,11 @@ class Built(NamedTuple):
     facts: dict[str, Any]
 
 
-def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, log: Log, stopped: Callable[[], bool]) -> Built:
+def build(
+    setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, log: Log, stopped: Callable[[], bool]
+) -> Built:
     """Compiles the step, restores or makes the state, and writes what describes the run."""
-    e, peak = setup.experiment, devices.peak_flops(setup.mesh.devices.flat[0])
+    e = setup.experiment
     raise_if_interrupted(stopped)
     step, micro_rows, compile_seconds = compile_step(setup, log)
     describe(setup, micro_rows, compile_seconds, peak, log)
