@@ -173,7 +173,7 @@ def test_a_seeded_request_has_its_tokens_alone_in_company_and_in_any_slot(engine
 
 def test_across_compiled_shapes_tokens_differ_only_at_ties(engine: Engine) -> None:
     """A token that differs had a rival within 1e-4, what it was drawn with included; what follows tells nothing."""
-    adaptive = make(july2026(), dataclasses.replace(SHAPE, adapt=True, slots=8, steps=5, prompts=3))
+    adaptive = make(july2026(), dataclasses.replace(SHAPE, adapt=True, slots=8, steps=5, prefill_batch=3))
     asked = [Request(request.prompt, params) for request in company(14) for params in (GREEDY, WARM)]
     ties = 0
     for request, (here,), (there,) in zip(asked, engine.generate(asked), adaptive.generate(asked)):
