@@ -3,45 +3,58 @@
 P prompts, G samples of each, N = P * G sequences, T tokens of one of them. Everything here is NumPy in float64.
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-Baseline = Literal["none", "mean", "standard", "leave_one_out"]
-Aggregate = Literal["token_mean", "sequence_mean", "constant"]
+STANDARD_EPSILON = 1e-4  # TRL's; verl has 1e-6.
 
-STANDARD_EPSILON = 1e-4
+
+class Group(NamedTuple):
+    """Rewards of P prompts with G samples each: with 0 for those that do not count, and less their mean over those that
+    do, both (P, G); how many count, (P, 1)."""
+
+    rewards_PG: np.ndarray
+    centred_PG: np.ndarray
+    count_P1: np.ndarray
+    epsilon: float = STANDARD_EPSILON
+
+
+def _standard(group: Group) -> np.ndarray:
+    """(R - mean) / (s + epsilon), s the standard deviation with count - 1 (GRPO, arXiv 2402.03300)."""
+    variance_P1 = np.sum(group.centred_PG**2, axis=1, keepdims=True) / np.maximum(group.count_P1 - 1, 1)
+    return group.centred_PG / (np.sqrt(variance_P1) + group.epsilon)
+
+
+def _leave_one_out(group: Group) -> np.ndarray:
+    """R minus the mean of the others, which is count / (count - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
+    if group.rewards_PG.shape[1] < 2:
+        raise ValueError("leave_one_out compares a sample with the others of its prompt: samples=1 must be at least 2")
+    return group.centred_PG * group.count_P1 / np.maximum(group.count_P1 - 1, 1)
+
+
+ADVANTAGES: Mapping[str, Callable[[Group], np.ndarray]] = {
+    "none": lambda group: group.rewards_PG,
+    "mean": lambda group: group.centred_PG,  # Dr. GRPO, arXiv 2503.20783.
+    "standard": _standard,
+    "leave_one_out": _leave_one_out,
+}
 
 
 def group_advantages(
-    rewards_PG: np.ndarray, rule: Baseline, valid_PG: np.ndarray | None = None, *, epsilon: float = STANDARD_EPSILON
+    rewards_PG: np.ndarray, rule: str, valid_PG: np.ndarray | None = None, *, epsilon: float = STANDARD_EPSILON
 ) -> np.ndarray:
-    """How much better each sample's reward R is than the others of its prompt, (P, G).
-
-    "none": R. "mean": R - mean (Dr. GRPO, arXiv 2503.20783). "standard": (R - mean) / (s + epsilon), s the standard
-    deviation with G - 1 below the line (GRPO, arXiv 2402.03300; TRL's epsilon is 1e-4, verl's 1e-6). "leave_one_out": R
-    minus the mean of the others' rewards, which is G / (G - 1) * (R - mean) (RLOO, arXiv 2402.14740).
+    """Advantages (P, G) of samples over the others of their prompt, by a row of ADVANTAGES.
 
     Samples that are not valid, or whose reward is not finite, are left out of their group's statistics and get 0; so
     does every sample of a group with a baseline where the rewards that count are all equal, or only one.
     """
-    G = rewards_PG.shape[1]
-    if rule == "leave_one_out" and G < 2:
-        raise ValueError(
-            f"leave_one_out compares a sample with the others of its prompt: samples={G} must be at least 2"
-        )
     rewards_PG, valid_PG = _counted(rewards_PG, valid_PG)
-    if rule == "none":
-        return rewards_PG
     count_P1 = valid_PG.sum(axis=1, keepdims=True)
     mean_P1 = rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
-    advantages_PG = np.where(valid_PG & ~equal_groups(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0)
-    if rule == "mean":
-        return advantages_PG
-    others_P1 = np.maximum(count_P1 - 1, 1)
-    if rule == "leave_one_out":
-        return advantages_PG * count_P1 / others_P1
-    return advantages_PG / (np.sqrt(np.sum(advantages_PG**2, axis=1, keepdims=True) / others_P1) + epsilon)
+    centred_PG = np.where(valid_PG & ~equal_groups(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0)
+    return ADVANTAGES[rule](Group(rewards_PG, centred_PG, count_P1, epsilon))
 
 
 def equal_groups(rewards_PG: np.ndarray, valid_PG: np.ndarray | None = None) -> np.ndarray:
@@ -59,24 +72,33 @@ def _counted(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.nd
     return np.where(valid_PG, rewards_PG, 0), valid_PG
 
 
-def token_weights(lengths_N: np.ndarray, rule: Aggregate, *, longest: int) -> tuple[np.ndarray, np.ndarray]:
+# From 1 / length of a sequence (0 without trained tokens) and `longest`: a token's weight and its share of the divisor.
+AGGREGATES: Mapping[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
+    # Every token alike (DAPO, arXiv 2503.14476).
+    "token_mean": lambda inverse_N, longest: (np.sign(inverse_N), np.sign(inverse_N)),
+    # The mean over sequences of the mean over their tokens (GRPO).
+    "sequence_mean": lambda inverse_N, longest: (inverse_N, inverse_N),
+    # The sum over tokens divided by sequences * longest (Dr. GRPO, arXiv 2503.20783).
+    "constant": lambda inverse_N, longest: (np.sign(inverse_N), longest * inverse_N),
+}
+if TYPE_CHECKING:
+    Baseline = str
+    Aggregate = str
+else:
+    Baseline, Aggregate = Literal[tuple(ADVANTAGES)], Literal[tuple(AGGREGATES)]
+
+
+def token_weights(lengths_N: np.ndarray, rule: str, *, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """What every trained token of a sequence weighs in the loss, and its share of the divisor, each (N,).
 
     The loss is sum(weight * loss of the token) / sum(share), both over all trained tokens of the batch, however cut.
-    `lengths_N` counts the trained tokens of each sequence; one without any weighs nothing and is not counted.
-    "token_mean": every token alike (DAPO, arXiv 2503.14476). "sequence_mean": the mean over sequences of the mean over
-    their tokens (GRPO). "constant": the sum over tokens divided by sequences * `longest` (Dr. GRPO, arXiv 2503.20783).
+    `lengths_N` counts the trained tokens of each sequence; one without any weighs nothing and is not counted. `rule` is
+    a row of AGGREGATES.
     """
     lengths_N = np.asarray(lengths_N, np.float64)
     if longest < 1 or lengths_N.min(initial=0) < 0:
         raise ValueError(f"longest={longest} must be at least 1, and lengths ({lengths_N.min(initial=0):g}) at least 0")
-    some_N = np.where(lengths_N > 0, 1.0, 0.0)
-    inverse_N = some_N / np.maximum(lengths_N, 1)
-    if rule == "token_mean":
-        return some_N, some_N
-    if rule == "sequence_mean":
-        return inverse_N, inverse_N
-    return some_N, longest * inverse_N
+    return AGGREGATES[rule](np.where(lengths_N > 0, 1.0, 0.0) / np.maximum(lengths_N, 1), longest)
 
 
 def kl_to_go(logprobs_T: np.ndarray, reference_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:

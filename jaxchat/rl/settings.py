@@ -2,11 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxchat.decode.sampling import SamplingParams, Truncation
+from jaxchat.objectives.advantages import Aggregate
 from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.tasks.rewards import REWARDS
+
+if TYPE_CHECKING:
+    Objective = str
+else:
+    Objective = Literal[tuple(OBJECTIVES)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class RL(Truncation):
     """
 
     tasks: tuple[str, ...] = ("arithmetic",)
-    objective: Literal["reinforce", "reinforce_mean", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "ppo"] = "dr_grpo"
+    objective: Objective = "dr_grpo"
     prompts: int = 16
     samples: int = 16
     max_tokens: int = 256
@@ -40,7 +46,7 @@ class RL(Truncation):
     minibatches: int = 1
     clip_low: float | None = None
     clip_high: float | None = None
-    aggregate: Literal["token_mean", "sequence_mean", "constant"] | None = None
+    aggregate: Aggregate | None = None
     rewards: tuple[str, ...] = ("correct",)
     reward_weights: tuple[float, ...] = (1.0,)
     kl: float | None = None
