@@ -13,6 +13,7 @@ import pytest
 import small
 from letters import Letters
 
+from jaxchat.decode import compiled
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
@@ -395,3 +396,13 @@ def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> 
     assert cache is not None
     shards = {layer.k_BKSD.sharding.shard_shape(layer.k_BKSD.shape)[:2] for layer in cache.layers}
     assert shards == {(2, 1)}, "4 rows and 2 kv heads, each split in two"
+
+
+def test_a_second_engine_of_the_same_model_compiles_nothing(engine: Engine) -> None:
+    programs = (compiled.unstack, compiled.empty, compiled.prefill, compiled.admit, compiled.decode, compiled.move)
+    request = Request(prompt(9), GREEDY)
+    first = engine.generate([request])
+    before = [program._cache_size() for program in programs]
+    again = make(july2026(), SHAPE)
+    assert [answers[0].tokens for answers in again.generate([request])] == [answers[0].tokens for answers in first]
+    assert [program._cache_size() for program in programs] == before

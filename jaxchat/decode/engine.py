@@ -5,7 +5,6 @@ dispatch; between dispatches the host removes finished samples, runs tools and a
 """
 
 import dataclasses
-import functools
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat.decode import programs
+from jaxchat.decode import compiled
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
@@ -114,7 +113,7 @@ class Engine:
         self.prompt_stats = PromptStats()
         with self.on_mesh():
             if draft is not None:
-                draft = draft[0], jax.jit(functools.partial(programs.unstack, draft[0]))(draft[1])
+                draft = draft[0], compiled.unstack(draft[0], draft[1])
                 self._draft_reader = Reader(draft[0], shape.prefill_batch)
             self._draft = draft
             self.slots = Slots(
@@ -128,8 +127,6 @@ class Engine:
             )
         self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
         self._reader = Reader(transformer, shape.prefill_batch)
-        self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
-        self._forward = jax.jit(functools.partial(programs.forward, transformer))
         self._waiting: deque[Sample] = deque()
         self._prefilled: deque[PrefilledPrompt] = deque()
         self.load(params)
@@ -137,7 +134,7 @@ class Engine:
     def load(self, params: Params) -> None:
         """Replaces the parameters and clears the prefix cache."""
         with self.on_mesh():
-            self.params = self._unstack(params)
+            self.params = compiled.unstack(self.transformer, params)
         self.prefixes.clear()
 
     def on_mesh(self) -> AbstractContextManager[Any]:
@@ -197,7 +194,7 @@ class Engine:
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
         with self.on_mesh():
-            return np.asarray(self._forward(self.params, padded_1T)[: len(ids)])
+            return np.asarray(compiled.forward(self.transformer, self.params, padded_1T)[: len(ids)])
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers to every request, in order; a bad request gets its error, and harms no other."""

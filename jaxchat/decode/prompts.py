@@ -1,6 +1,5 @@
 """Prefill: prompts are processed in chunks of fixed lengths, after the longest prefix found in the prefix cache."""
 
-import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import programs
+from jaxchat.decode import compiled
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 SHORTEST_CHUNK = 16
@@ -97,11 +96,6 @@ class Reader:
     transformer: Transformer
     rows: int
 
-    def __post_init__(self) -> None:
-        self._prefill = jax.jit(functools.partial(programs.prefill, self.transformer), donate_argnums=(3, 4))
-        self._recall = jax.jit(programs.recall, donate_argnums=0)
-        self._empty = jax.jit(functools.partial(programs.empty, self.transformer), static_argnums=(0, 1, 2))
-
     def read(
         self,
         params: Params,
@@ -110,13 +104,13 @@ class Reader:
         plan: Plan,
     ) -> tuple[Cache, jax.Array]:
         """Returns the cache of the prompts, one row each, and the logits after each, (R, V)."""
-        cache = self._empty(self.rows, plan.length, plan.longest)
+        cache = compiled.empty(self.transformer, self.rows, plan.length, plan.longest)
         done = [0] * len(prompts)
         for row, reused in enumerate(found):
             if reused is not None:
                 done[row], source = reused
                 length, last = np.int32(done[row]), np.int32(prompts[row][done[row] - 1])
-                cache = self._recall(cache, source, np.int32(row), length, last)
+                cache = compiled.recall(cache, source, np.int32(row), length, last)
         logits_RV = jnp.zeros((self.rows, self.transformer.config.vocab), jnp.float32)
         for size in plan.chunks:
             tokens_RT, positions_RT = np.zeros((self.rows, size), np.int32), np.full((self.rows, size), -1, np.int32)
@@ -125,5 +119,5 @@ class Reader:
                 tokens_RT[row, : len(part)] = part
                 positions_RT[row, : len(part)] = range(done[row], done[row] + len(part))
                 done[row] += len(part)
-            cache, logits_RV = self._prefill(params, tokens_RT, positions_RT, cache, logits_RV)
+            cache, logits_RV = compiled.prefill(self.transformer, params, tokens_RT, positions_RT, cache, logits_RV)
         return cache, logits_RV

@@ -1,6 +1,5 @@
 """The slots that are decoded together: their cache on the device, and which sample is in which slot."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import programs
+from jaxchat.decode import compiled
 from jaxchat.decode.programs import DecodeState, StepOutputs
 from jaxchat.decode.prompts import SHORTEST_ROW, bucket
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, beginning, pack
-from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats, speculate
+from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 _IDLE = (SamplingParams(temperature=0), 0)
@@ -59,6 +58,7 @@ class Slots:
     ) -> None:
         self.samples: list[Sample | None] = []
         self.stats = Stats()
+        self._transformer = transformer
         self._most, self._longest, self._steps, self._adapt = most, length, steps, adapt
         self._speculation, self._draft, self._write, self._most_new = speculation, draft, 1, steps
         self._draft_cache: Cache | None = None
@@ -66,38 +66,14 @@ class Slots:
             self._write = speculation.tokens + 1
             self._most_new = max(steps, speculation.rounds * self._write)
             self._acceptance = AcceptanceTracker(speculation.least)
-            self._speculate = jax.jit(
-                lambda params, cache, draft_cache, running, rows, text_BL, draft_params, level: speculate(
-                    transformer,
-                    params,
-                    cache,
-                    draft_cache,
-                    running,
-                    rows,
-                    text_BL,
-                    None if draft is None else (draft[0], draft_params),
-                    settings=speculation,
-                    level=level,
-                ),
-                donate_argnums=(1, 2),
-                static_argnames="level",
-            )
         if draft is not None:
-            self._draft_cache = jax.jit(functools.partial(programs.empty, draft[0], most, length, self._write))()
-            self._seat = jax.jit(programs.seat, donate_argnums=0)
+            self._draft_cache = compiled.empty(draft[0], most, length, self._write)
         self._length = 0
         self._cache: Cache | None = None
         self._history: History | None = None
         self._rows: Rows | None = None
         """Sampling parameters on the device, sent when a sample enters: at every dispatch they would take 8 percent of
         its time at batch 1."""
-        static = ("level", "top", "return_support")
-        self._admit = jax.jit(programs.admit, donate_argnums=(0, 1), static_argnames=static)
-        self._decode = jax.jit(
-            functools.partial(programs.decode, transformer), donate_argnums=(1, 2), static_argnames=static
-        )
-        self._move = jax.jit(functools.partial(programs.move, transformer), static_argnames=("length", "write"))
-        self._empty = jax.jit(functools.partial(programs.empty, transformer), static_argnums=(0, 1, 2))
 
     @property
     def active(self) -> list[Sample]:
@@ -124,7 +100,7 @@ class Slots:
         if entering and self.active:  # Others may follow: only grow.
             slots, length = max(slots, len(self.samples)), max(length, self._length)
         if self._cache is None:
-            self._cache = self._empty(slots, length, self._write)
+            self._cache = compiled.empty(self._transformer, slots, length, self._write)
             self.samples, self._length = [None] * slots, length
         if (slots, length) != (len(self.samples), self._length):
             order = list(range(len(self.samples)))
@@ -132,7 +108,10 @@ class Slots:
                 order.sort(key=lambda slot: self.samples[slot] is None)
             take = np.resize(np.array(order, np.int32), slots)  # New slots begin as copies of others, and idle.
             self.samples = ([self.samples[slot] for slot in order] + [None] * slots)[:slots]
-            self._cache, self._length = self._move(self._cache, take, length=length, write=self._write), length
+            self._cache, self._length = (
+                compiled.move(self._transformer, self._cache, take, length=length, write=self._write),
+                length,
+            )
             if self._history is not None:
                 self._history = History(*(column[take] for column in self._history))
         self._rows = None
@@ -163,7 +142,7 @@ class Slots:
                     empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
                     self._history = History(*empty)
             level, top, return_support, _ = _wanted([sample for _, sample in group])
-            self._cache, history, choice, likely = self._admit(
+            self._cache, history, choice, likely = compiled.admit(
                 self._cache,
                 self._history if prompts is not None else None,
                 source,
@@ -179,7 +158,7 @@ class Slots:
             if prompts is not None:
                 self._history = history
             if draft is not None:
-                self._draft_cache = self._seat(self._draft_cache, draft, take, slot)
+                self._draft_cache = compiled.seat(self._draft_cache, draft, take, slot)
             one = StepOutputs(choice.token_B, choice.logprob_B, choice.sampling_logprob_B, likely, choice.support_BC)
             steps = jax.tree.map(lambda x: x[None], jax.device_get(one))
             for i, (_, sample) in enumerate(group):
@@ -212,14 +191,24 @@ class Slots:
                 if sample is not None:
                     text_BL[slot] = sample.text
             draft_params = None if self._draft is None else self._draft[1]
-            self._cache, self._draft_cache, steps = self._speculate(
-                params, self._cache, self._draft_cache, running, self._rows, text_BL, draft_params, level=level
+            self._cache, self._draft_cache, steps = compiled.guess_and_verify(
+                self._transformer,
+                None if self._draft is None else self._draft[0],
+                params,
+                self._cache,
+                self._draft_cache,
+                running,
+                self._rows,
+                text_BL,
+                draft_params,
+                settings=self._speculation,
+                level=level,
             )
         else:
             history = self._history if penalised else None
             wanted = {"level": level, "top": top, "return_support": return_support}
-            arguments = (params, self._cache, history, running, self._rows, forced)
-            self._cache, history, steps = self._decode(*arguments, **wanted)
+            arguments = (self._transformer, params, self._cache, history, running, self._rows, forced)
+            self._cache, history, steps = compiled.decode(*arguments, **wanted)
             if penalised:
                 self._history = history
         steps = jax.device_get(steps)
@@ -255,7 +244,7 @@ class Slots:
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
         length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
         slot = np.array([self.samples.index(sample)], np.int32)
-        return tokens, self._move(self._cache, slot, length=length, write=self._write)
+        return tokens, compiled.move(self._transformer, self._cache, slot, length=length, write=self._write)
 
 
 def _wanted(samples: Sequence[Sample]) -> Wanted:

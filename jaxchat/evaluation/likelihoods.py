@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.decode import programs
+from jaxchat.decode import compiled, programs
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.logprobs import score_tokens
 
@@ -78,7 +78,6 @@ class Scorer:
         self.transformer, self.length, self._mesh = transformer, length, mesh
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 2048)
         whole = None if mesh is None else sharding.replicated(mesh)
-        self._unstack = jax.jit(functools.partial(programs.unstack, transformer))
         self._rows = jax.jit(functools.partial(score_rows, transformer), out_shardings=whole)
         self._trees = jax.jit(functools.partial(score_trees, transformer), out_shardings=whole)
         self.load(params)
@@ -86,7 +85,7 @@ class Scorer:
     def load(self, params: Params) -> None:
         """Scores with these parameters from now on."""
         with self._on_mesh():
-            self._params = self._unstack(params)
+            self._params = compiled.unstack(self.transformer, params)
 
     def __call__(self, items: Sequence[Item]) -> list[Scored]:
         """The items' scores, in their order."""

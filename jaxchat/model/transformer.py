@@ -160,6 +160,14 @@ class Transformer:
     decoding: str = "xla"
     matmul: Matmul = None
 
+    def __hash__(self) -> int:  # Computed once: a transformer is an argument of every compiled call of decoding.
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        own = (self.config, jnp.dtype(self.dtype), self.attention, self.decoding, self.matmul)
+        return hash(own)
+
     def init(self, key: jax.Array) -> Params:
         """Float32 parameters; the same for every sharding and every layer loop."""
         return jax.tree.map(lambda box: box.value, self._boxed(key), is_leaf=is_boxed)
