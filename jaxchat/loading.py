@@ -1,5 +1,6 @@
 """Checkpoints of runs as models and engines."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,13 +67,27 @@ def load_engine(
     *,
     mesh: jax.sharding.Mesh | None = None,
     speculation: Speculation | None = None,
+    draft: str = "",
     **shape: Any,
 ) -> Engine:
     """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on a mesh or the first device.
 
-    `shape` are fields of EngineConfig; the length is the model's row length unless given.
+    `shape` are fields of EngineConfig; the length is the model's row length unless given. `draft` is the checkpoint of
+    a smaller model with the same tokenizer, which guesses tokens for `speculation`.
+
+    Raises:
+        UserError: a checkpoint cannot be used, or the draft has another tokenizer.
     """
     loaded = load_checkpoint(path)
     whole = EngineConfig(**{"length": loaded.experiment.data.row_length} | shape)
+    drafting = None
+    if draft:
+        other = load_checkpoint(draft)
+        if other.tokenizer.hash != loaded.tokenizer.hash:
+            raise UserError(f"{draft} has another tokenizer than {path}: train the draft on the tokenizer of that run")
+        drafting, speculation = (other.transformer(), other.params(mesh)), speculation or Speculation()
+        whole = dataclasses.replace(whole, adapt=False)
     params = loaded.params(mesh)
-    return Engine(loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation)
+    return Engine(
+        loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation, draft=drafting
+    )

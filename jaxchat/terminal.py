@@ -36,6 +36,7 @@ def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
         options.checkpoint,
         slots=max(1, min(options.num_samples, 16)),
         speculation=Speculation() if options.speculative else None,
+        draft=options.draft,
     )
     if options.score is not None:
         return _score(engine, options.score)

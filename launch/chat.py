@@ -43,6 +43,8 @@ class Chat(Truncation):
     """Search for the best answer to --prompt with so many beams; sampling options change nothing then."""
     speculative: bool = False
     """Guess tokens from the text so far; faster where it repeats itself, and changes no token."""
+    draft: str = ""
+    """A checkpoint of a smaller model with the same tokenizer: it guesses tokens, which the model verifies."""
     tools: tuple[Literal["calculator"], ...] = field(default_factory=tuple)
     """What a chat model may call."""
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 from typing import Any
 
+import exports
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.speculative import AcceptanceTracker, Speculation, lookup, repeats
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
+from jaxchat.loading import load_engine
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
 
@@ -183,3 +187,17 @@ def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
     draft = Transformer(other), jax.tree.map(jnp.asarray, small.parameters(other))
     with pytest.raises(UserError, match="vocabulary"):
         make(config, draft=draft)
+
+
+def test_a_checkpoint_drafts_for_another_with_the_same_tokenizer(tmp_path: Path) -> None:
+    large = exports.write_run(tmp_path / "large", exports.model(depth=2))
+    small_one = exports.write_run(tmp_path / "small", exports.model(depth=1), scale=0.4)
+    request = Request([1, 5, 9], SamplingParams(0.8, max_tokens=12, seed=3))
+    plain = load_engine(large, adapt=False).generate([request])[0][0]
+    drafted = load_engine(large, draft=small_one).generate([request])[0][0]
+    assert drafted.tokens == plain.tokens and len(plain.tokens) > 1
+    other = Path(small_one).parent / "tokenizer"
+    shutil.rmtree(other)
+    exports.tokenizer("unigram").save(other)
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        load_engine(large, draft=small_one)
