@@ -1,0 +1,65 @@
+"""What launch.evaluate does: scores a checkpoint, with records that an interrupted evaluation resumes from."""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxchat import checkpoint, processes
+from jaxchat.data.cache import locked
+from jaxchat.evaluation import evaluate
+from jaxchat.evaluation.published import report
+from jaxchat.evaluation.table import score_table
+from jaxchat.experiment import Experiment
+from jaxchat.launcher import log
+from jaxchat.loading import load_engine
+from jaxchat.serialization import to_json
+from jaxchat.sharding import decoding_mesh
+
+
+def run(options: Any) -> Mapping[str, object]:
+    """Asks a checkpoint what the options of launch.evaluate say, and writes results, records and comparisons."""
+    directory, step = checkpoint.locate(options.checkpoint)
+    runs = directory.parent.parent
+    jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
+    mesh = decoding_mesh(options.mesh)
+    chats = checkpoint.read_experiment(directory, Experiment).chats
+    style = options.style if options.style != "auto" else ("chat" if chats else "text")
+    if style == "chat" and not chats:
+        log(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
+    settings = evaluate.Settings(
+        style=style,  # type: ignore[arg-type]
+        limit=options.limit or None,
+        samples=options.samples,
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        mode=options.mode,
+    )
+    processes.check_same("what is asked", (options, step), "start all with the same command")
+    found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
+    engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))
+    about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
+    mark = hashlib.sha256(json.dumps(to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
+    out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
+    if jax.process_index():
+        return evaluate.evaluate(engine, found, settings, out, about, log=lambda _: None)
+    refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
+    new = not out.exists()
+    try:
+        with locked(out, log, refusal=refusal):
+            results = evaluate.evaluate(engine, found, settings, out, about, log=log)
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # Where nothing was written.
+    everything = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
+    score_table(results, sys.stderr)
+    if options.mode == "nanochat":  # As those that are published were asked.
+        report(out, everything, log)
+    return {"out": str(out), **results}
