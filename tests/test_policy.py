@@ -70,8 +70,8 @@ def loss_and_gradient(policy: Policy, packed: Packed, old_NT: np.ndarray) -> Any
     logprobs_BT = packed.column(GOLDEN["logprobs"], np.nan)
     (loss, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(logprobs_BT)
     assert not np.any(np.asarray(gradient)[batch["weights"] == 0])
-    extras = {name: float(value) / float(found.extras["tokens"]) for name, value in found.extras.items()}
-    return float(loss), packed.sequences(np.asarray(gradient)), extras, float(found.extras["tokens"])
+    means = {name: float(value) / float(weight) for name, (value, weight) in found.statistics.items()}
+    return float(loss), packed.sequences(np.asarray(gradient)), means, float(found.statistics["ratio"][1])
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
@@ -79,14 +79,14 @@ def loss_and_gradient(policy: Policy, packed: Packed, old_NT: np.ndarray) -> Any
 def test_losses_and_gradients_equal_trls_and_verls(name: str, dtype: Any) -> None:
     policy, old = OBJECTIVES[name.split("/")[1]], GOLDEN[f"old/{name.split('/')[1]}"]
     with jax.enable_x64(dtype == np.float64):
-        loss, gradient, extras, tokens = loss_and_gradient(policy, Packed(dtype), old)
+        loss, gradient, means, tokens = loss_and_gradient(policy, Packed(dtype), old)
     tolerance = ADDED.get(name, 1e-12) if dtype == np.float64 else 1e-6
     np.testing.assert_allclose(loss, GOLDEN[f"{name}/loss"], rtol=tolerance, atol=tolerance)
     expected = GOLDEN[f"{name}/gradient"]
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=tolerance * np.abs(expected).max())
     assert tokens == GOLDEN["mask"].sum()
     if name != "trl/rloo" and name != "trl/gspo":  # they count sequences
-        np.testing.assert_allclose(extras["clipped"], GOLDEN[f"{name}/clipped"], rtol=1e-6)
+        np.testing.assert_allclose(means["clipped"], GOLDEN[f"{name}/clipped"], rtol=1e-6)
 
 
 def test_the_golden_ratios_bind_both_sides_of_every_clip() -> None:
@@ -108,8 +108,8 @@ def test_the_golden_ratios_bind_both_sides_of_every_clip() -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_first_step_has_ratio_one_and_clips_nothing(name: str) -> None:
     with jax.enable_x64(True):
-        _, _, extras, _ = loss_and_gradient(OBJECTIVES[name], Packed(np.float64), GOLDEN["logprobs"])
-    assert (extras["ratio"], extras["clipped"], extras["kl_old"]) == (1, 0, 0)
+        _, _, means, _ = loss_and_gradient(OBJECTIVES[name], Packed(np.float64), GOLDEN["logprobs"])
+    assert (means["ratio"], means["clipped"], means["kl_old"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("rule", ["token_mean", "sequence_mean", "constant"])
@@ -146,7 +146,7 @@ def test_tokens_that_nothing_trains_leave_no_trace(name: str) -> None:
     found = surrogate(OBJECTIVES[name], jnp.asarray(logprobs), batch)
     assert (float(value), float(found.weight)) == (0, 0)
     assert not np.any(gradient)
-    assert all(float(value) == 0 for value in found.extras.values())
+    assert all(float(value) == float(weight) == 0 for value, weight in found.statistics.values())
 
 
 @pytest.mark.parametrize("gap", [-300.0, 300.0])
