@@ -62,7 +62,7 @@ def test_commands_name_what_exists():
 
 def test_every_field_that_may_differ_is_listed_and_no_other():
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-    listed = re.search(r"These may differ when a run goes on: (.*?)\. So", page)
+    listed = re.search(r"These may differ when a run is resumed: (.*?)\. So", page)
     assert listed is not None
     named = set(re.findall(r"`--([\w.]+)\*?`", listed[1]))
     assert named == set(RESUMABLE)

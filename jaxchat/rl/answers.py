@@ -21,7 +21,7 @@ class Answer:
     Attributes:
         trained_T: where the target was sampled, the end of the answer too; not the prompt, nor what a tool said.
         sampled_logprobs_T: the sampler's, in nats.
-        kept_TC: bits of the tokens that the target was drawn from, where the sampler truncated.
+        support_TC: bits of the tokens that the target was drawn from, where the sampler truncated.
         logprobs_T: the trainer's, with the parameters that sampled; ratios are taken against these.
         weight, norm: see `advantages.token_weights`.
     """
