@@ -42,7 +42,9 @@ def parse_known(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None
 ) -> tuple[Any, list[str]]:
     """Reads the fields of dataclass `cls` out of `argv`; returns its value and the arguments that belong to others."""
-    found: tuple[Any, list[str]] = _parsed(cls, argv, default, description=description, return_unknown_args=True)
+    found: tuple[Any, list[str]] = _parsed(
+        cls, _flags(cls, argv), default, description=description, return_unknown_args=True
+    )
     return found
 
 

@@ -5,9 +5,9 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,26 @@ class Setup:
     abstract: State
     loss: Loss
     """The objective with the transformer that training uses: it alone has `matmul`."""
+
+
+class Compiled(NamedTuple):
+    """A compiled training step, the rows of its micro-batch, and the seconds that compiling took.
+
+    `tried` has the bytes of a device that each compiled micro-batch needs, by its rows.
+    """
+
+    step: Callable[[State, Any], Any]
+    rows: int
+    seconds: float
+    tried: Mapping[int, float]
+
+
+class OutOfMemory(UserError):
+    """A step does not fit in memory. `smaller` is the next smaller micro-batch, None if there is none."""
+
+    def __init__(self, message: str, smaller: int | None) -> None:
+        super().__init__(message)
+        self.smaller = smaller
 
 
 def prepare_backend(experiment: Experiment) -> None:
@@ -93,26 +113,34 @@ def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequ
     return Setup(experiment, mesh, transformer, tx, abstract, loss)
 
 
-def compile_step(setup: Setup, log: Callable[[str], None]) -> tuple[Any, int, float]:
-    """The compiled step, the rows of a micro-batch, and the seconds it took.
+def compile_step(setup: Setup, log: Callable[[str], None]) -> Compiled:
+    """Compiles the training step.
 
     With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
+
+    Raises:
+        OutOfMemory: no micro-batch fits.
     """
     e = setup.experiment
     limit = MEMORY_SHARE * min(processes.gather(devices.memory_limit(jax.local_devices()[0])))
     start = time.perf_counter()
     choices, state = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows], state_bytes(setup)
+    tried: dict[int, float] = {}
+    if e.micro_rows == "auto" and state > limit:
+        needs = f"the training state needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}"
+        raise OutOfMemory(f"{needs}: split it over several with --mesh.fsdp, or take a smaller --depth", None)
     while choices:
         rows = choices[0]
         compiled, needed = compile_lowered(lower_step(setup, rows), setup, log)
+        tried[rows] = needed
         if compiled is not None and (needed <= limit or e.micro_rows != "auto"):
-            return _guarded(compiled, setup, rows), rows, time.perf_counter() - start
+            return Compiled(_guarded(compiled, setup, rows), rows, time.perf_counter() - start, tried)
         # What a step needs beyond the state grows with its rows, so half-way steps need not be compiled.
         most = rows * (limit - state) / (needed - state) if state < needed < math.inf else rows / 2
         choices = [n for n in choices[1:] if n <= most] or choices[-1:] * (len(choices) > 1)
         if choices:
             log(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {choices[0]}")
-    raise UserError(_out_of_memory(setup, rows))
+    raise _out_of_memory(setup, rows)
 
 
 def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> tuple[Any, float]:
@@ -179,14 +207,16 @@ def micro_choices(setup: Setup) -> list[int]:
     return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
 
 
-def _out_of_memory(setup: Setup, rows: int) -> str:
+def _out_of_memory(setup: Setup, rows: int) -> OutOfMemory:
     message = f"the step does not fit in memory with micro_rows={rows}"
     smaller = max((n for n in micro_choices(setup) if n < rows), default=None)
     if smaller is not None:
-        return f"{message}: set --micro_rows={smaller}"
-    if setup.experiment.model.remat != "full":
-        return f"{message}: set --model.remat=full"
-    return f"{message} and remat=full: use more devices with --mesh.fsdp"
+        message = f"{message}: set --micro_rows={smaller}"
+    elif setup.experiment.model.remat != "full":
+        message = f"{message}: set --model.remat=full"
+    else:
+        message = f"{message} and remat=full: use more devices with --mesh.fsdp"
+    return OutOfMemory(message, smaller)
 
 
 def _guarded(compiled: Any, setup: Setup, rows: int) -> Callable[[State, Any], Any]:
@@ -197,7 +227,7 @@ def _guarded(compiled: Any, setup: Setup, rows: int) -> Callable[[State, Any], A
             return compiled(state, batch)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise UserError(_out_of_memory(setup, rows)) from error
+                raise _out_of_memory(setup, rows) from error
             raise
 
     return step

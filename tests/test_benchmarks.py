@@ -1,109 +1,425 @@
+"""The benchmarks, in tiny sizes on a CPU."""
+
+import dataclasses
 import json
+import math
 import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exports
 import jax
 import numpy as np
 import pytest
-from outside import read
 
+from benchmarks import accelerator, decoding, evaluation, options, peer, report, rl, timing, training
 from configs import recipe
-from jaxchat.benchmarks import decode, evaluate, rl, train
+from jaxchat import compilation, devices, launcher
+from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.questions import Answer
 from jaxchat.experiment import Experiment
-from jaxchat.export import huggingface
-from jaxchat.export.places import to_params
+from jaxchat.model import Transformer
+from jaxchat.planning.chips import CHIPS
 from jaxchat.sharding import Mesh
 from launch import bench
 
-DIAL = recipe.Dial(
-    depth=1, family="october2025", steps=10, batch_tokens=32, vocab=64, row_length=16, head_dim=32, windows="L"
-)
+ROOT = Path(__file__).parent.parent
+SIZES = {
+    "depths": 1,
+    "data.row_length": 128,
+    "data.vocab": 512,
+    "head_dim": 32,
+    "batch_tokens": 1024,
+    "block_steps": 3,
+    "rows": 2,
+    "repeats": 2,
+    "loss_chunks": "64,128",
+    "batch_sizes": "1,2",
+    "prompt_tokens": 6,
+    "decode_tokens": 5,
+    "prompts": 2,
+    "samples": 2,
+    "cache": ROOT / ".jax_cache",
+}
 
 
-def experiment(dial: recipe.Dial = DIAL) -> Experiment:
-    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",), micro_rows=2, mesh=Mesh(1), dtype="float32")
+def experiment(depth: int = 1, family: Any = "october2025", rows: int = 2) -> Experiment:
+    dial = recipe.Dial(depth, family, steps=10, batch_tokens=16 * rows, vocab=64, row_length=16, head_dim=32)
+    fields: dict[str, Any] = {"micro_rows": rows, "mesh": Mesh(1), "dtype": "float32"}
+    return recipe.pretrain(dial, name="bench", train=("tinyworld:train",), **fields)
 
 
-def test_peer_gets_the_weights_under_its_own_names() -> None:
-    golden = read("nanochat_v1_gqa")
-    config = huggingface.read_config(golden.config)
-    state = train.state_dict(config, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
-    assert state.keys() == golden.weights.keys()
-    for name, value in state.items():
-        np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)
+class FakePeer:
+    """Takes half a second for a step and answers with token 1."""
+
+    def __init__(self, model: Any, params: Any, *, dtype: Any, threads: int, ids: np.ndarray = peer.NO_IDS) -> None:
+        assert np.shape(params["ends"]["embed"])[1] == model.width
+        self._rows = ids.shape[1]
+
+    def train(self, steps: int) -> peer.StepOutputs:
+        return peer.StepOutputs([0.5] * steps, [1.0] * (1 + steps), self._rows)
+
+    def generate(self, prompts: Any, count: int) -> list[tuple[int, ...]]:
+        return [(1,) * count for _ in prompts]
 
 
-def test_benchmark_reports_speed_beside_the_matmul_peak() -> None:
-    result = train.run(experiment(), train.Bench(blocks=2, block_steps=2, pause=0.0))
-    assert result["steps"] == 4
-    assert result["tokens_per_second"] > 0
-    assert result["roofline_fraction"] == pytest.approx(
-        result["tokens_per_second"] * result["flops_per_token"] / result["peak_flops_per_second"], abs=1e-4
-    )
-    assert result["ratio"] is None
-    assert 0 < result["loss"] < 2 * np.log(64)
-    assert result["machine"]["devices"] == jax.device_count()
+@pytest.mark.parametrize("beside", ["none", "transformers"])
+def test_training_reports_speed_beside_the_peak_and_the_peer(beside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "Peer", FakePeer)
+    asked = options.Bench(peer=beside, blocks=2, block_steps=2, pause=0.0)
+    row = training.measure(training.adamw_only(experiment()), asked)
+    assert row["step_seconds"]["count"] == 4
+    speed = 32 / row["step_seconds"]["median"]
+    assert row["tokens_per_second"] == pytest.approx(speed)
+    fraction = speed * row["flops_per_token"] / row["peak_flops_per_second"]
+    assert row["roofline_fraction"] == pytest.approx(fraction)
+    assert 0 < row["loss"] < 2 * np.log(64)
+    assert row["first_step_seconds"] > row["compile_seconds"] > 0
+    assert row["micro_rows"] == 2 and row["attention"] == "xla", "what was used, not what was asked for"
+    if beside == "none":
+        assert row["ratio"] is None
+    else:
+        assert row["ratio"] == pytest.approx(speed / 64)
+        assert (row["peer_tokens_per_second"], row["peer_loss"], row["peer_micro_rows"]) == (64, 1.0, 2)
 
 
-def test_peer_of_another_architecture_is_refused() -> None:
-    newest = recipe.Dial(depth=1, steps=10, batch_tokens=32, vocab=64, row_length=16, head_dim=32)
+def test_a_late_block_has_fewer_steps() -> None:
+    asked = options.Bench(blocks=1, block_steps=50, pause=0.0)
+    row = training.measure(training.adamw_only(experiment()), asked, deadline=time.monotonic())
+    assert row["step_seconds"]["count"] == training.LEAST_STEPS
+
+
+def test_a_smaller_micro_batch_is_tried_after_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def measure(e: Experiment, bench: Any, deadline: float) -> dict[str, Any]:
+        tried.append(e.micro_rows)
+        if len(tried) < 3:
+            raise compilation.OutOfMemory("no memory", 4 // len(tried) if len(tried) < 4 else None)
+        return {"speed": 1.0}
+
+    monkeypatch.setattr(training, "measure", measure)
+    run = accelerator.Run("gpu", options.Bench(), (), math.inf)
+    assert run.train(experiment(rows=8)) == {"speed": 1.0} and tried == [8, 4, 2]
+
+
+def test_another_architecture_is_refused_and_a_missing_peer_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options.Bench(peer="transformers")
     with pytest.raises(UserError, match="October 2025"):
-        train.run(experiment(newest), train.Bench(peer="transformers"))
-
-
-def test_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+        training.measure(experiment(family="july2026"), asked)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"jaxchat\[interop\]"):
-        train.run(experiment(), train.Bench(peer="transformers"))
+        training.measure(experiment(), asked)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_takes_the_same_steps_and_gives_the_same_answers(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("torch"), "compile", lambda function: function)
+    pytest.importorskip("transformers")
+    e = training.adamw_only(dataclasses.replace(experiment(2), dtype=dtype))  # type: ignore[arg-type]
+    setup, ids = compilation.make_setup(e, launcher.log), np.random.default_rng(0).integers(0, 64, (4, 2, 17), np.int32)
+    torch = peer.Peer(e.model, training.start_state(setup).params, ids=ids, dtype=dtype, threads=1)
+    ours = training.Trainer(setup, ids)
+    close = 1e-4 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(torch.train(4).losses, ours.train(4).losses, atol=close)
+    transformer, weights = decoding.random_model(dataclasses.replace(e, dtype="float32"))
+    engine = decoding.make_engine(transformer, weights, options.Bench(), length=16, slots=2)
+    prompts = decoding.random_prompts(64, 2, 6)
+    answers = decoding.generate(engine, prompts, SamplingParams(0.0, max_tokens=8, ignore_end=True))
+    torch = peer.Peer(e.model, weights, dtype="float32", threads=1)
+    assert torch.generate(prompts, 8) == [answer.tokens for answer in answers]
 
 
 def test_rollouts_of_three_ways_are_timed_in_one_run() -> None:
-    small = rl.Bench(prompts=2, samples=2, prompt_tokens=4, decode_tokens=6, chunk=2, slots=4, repeats=1, single=2)
-    result = rl.run(experiment(), small)
+    asked = options.Bench(prompts=2, samples=2, prompt_tokens=4, decode_tokens=6, slots=4, repeats=1)
+    row = rl.measure(*decoding.random_model(experiment()), asked)
     for way in ("prompt", "sample"):
-        told = result["rollouts_per_second"] / result[f"a_{way}_at_a_time"]
-        assert result[f"ratio_to_a_{way}_at_a_time"] == pytest.approx(told, rel=0.02)
-    assert 1 <= result["answer_tokens"] <= 6
-
-
-def test_unknown_benchmark_is_refused() -> None:
-    with pytest.raises(UserError, match="train"):
-        bench.main(["trian"])
+        ratio = row["rollouts_per_second"] / row[f"a_{way}_at_a_time"]
+        assert row[f"ratio_to_a_{way}_at_a_time"] == pytest.approx(ratio)
+    assert 1 <= row["answer_tokens"] <= 6
 
 
 def test_decoding_with_and_without_the_cache_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxchat.benchmarks.cache.FEW", 4)
-    monkeypatch.setattr("jaxchat.benchmarks.cache.MANY", 16)
-    sizes: dict[str, Any] = {"batch_sizes": (2,), "prompt_tokens": 8, "decode_tokens": 6, "chunk": 3, "lengths": (7,)}
-    asked = decode.Bench(**sizes, repeats=1, temperature=0.7, top_p=0.9, speculative=False)
-    result = decode.run(experiment(), asked)
-    (batch,), (cache,) = result["batches"], result["cache"]
-    assert batch["rows"] == 2
-    assert batch["tokens_per_second"] > 0
-    assert cache["tokens"] == 7
-    assert cache["equal"]
-    assert result["prefixes"]["stored"] == [4, 16]
+    monkeypatch.setattr(decoding, "FEW", 4)
+    monkeypatch.setattr(decoding, "MANY", 16)
+    sizes: dict[str, Any] = {"prompt_tokens": 8, "decode_tokens": 6, "chunk": 3, "repeats": 1}
+    asked = options.Bench(**sizes, temperature=0.7, top_p=0.9)
+    model = decoding.random_model(experiment())
+    cache = decoding.cache_gain(*model, asked, 7)
+    assert cache["tokens"] == 7 and cache["equal"]
+    assert cache["ratio"] == pytest.approx(cache["naive_seconds"] / cache["cached_seconds"])
+    assert decoding.stored_prefixes(*model, asked)["stored"] == [4, 16]
 
 
-@pytest.mark.parametrize("weights", ["checkpoint", "random"])
-def test_evaluation_together_answers_as_one_at_a_time(weights: Any, tmp_path: Path) -> None:
+def test_speculation_changes_no_token() -> None:
+    asked = options.Bench(prompt_tokens=8, decode_tokens=3, chunk=3, repeats=1)
+    found = decoding.speculation(*decoding.random_model(experiment()), asked)
+    assert {name: row["equal"] for name, row in found.items()} == {"constant": True, "random": True}
+
+
+def test_decoding_is_set_beside_the_peer_and_the_memory() -> None:
+    asked = options.Bench(prompt_tokens=8, decode_tokens=6, chunk=3, repeats=1)
+    model = decoding.random_model(experiment())
+    torch = FakePeer(experiment().model, model[1], dtype="float32", threads=1)
+    row = decoding.measure(*model, asked, 2, 1e9, torch)
+    assert row["rows"] == 2 and row["answers_equal_to_peer"] == 0.0
+    assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["peer_tokens_per_second"])
+    assert row["roofline_fraction"] == pytest.approx(row["step_bytes"] / row["token_seconds"] / 1e9)
+
+
+def test_bytes_of_a_decoding_step_are_matrices_and_cache() -> None:
+    e = experiment(2)
+    M, V, T = e.model.width, 64, 10
+    transformer = Transformer(e.model, jax.numpy.dtype("bfloat16"))
+    counted = 2 * 12 * M * M + e.model.padded_vocab * M
+    assert e.model.padded_vocab >= V
+    assert decoding.step_bytes(transformer, 0, T) == 2 * counted
+    assert decoding.step_bytes(transformer, 3, T) == 2 * (counted + 3 * T * 2 * M * 2)
+
+
+def test_evaluation_together_answers_as_one_at_a_time(tmp_path: Path) -> None:
     checkpoint = exports.write_run(tmp_path, exports.model(head_std=0.1), length=96, scale=0.4)
     rows = [{"question": f"Is {i} old?", "subject": "age", "choices": list("abcd"), "answer": i % 4} for i in range(9)]
     for split in ("test", "dev"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = (f"mmlu:{tmp_path}", "facts")
-    asked: dict[str, Any] = {"limit": 7, "problems": 5, "max_tokens": 4, "slots": 2, "shuffle": 1}
-    mesh = Mesh(data=2)
-    told = evaluate.run(evaluate.Bench(checkpoint, tasks, weights=weights, mesh=mesh, **asked), Experiment)
-    assert told["questions"]["questions"] == 7 and told["facts"]["problems"] == 5
-    assert told["questions"]["different_answers"] == told["facts"]["different_texts"] == 0
-    assert told["questions"]["largest_score_gap"] < 1e-4
-    assert told["questions"]["ratio"] > 0 and told["facts"]["ratio"] > 0
-    alone, near, far = (Answer(False, 0, scores, 0) for scores in ((-3.0,), (-3.0, -3.00001), (-3.0, -4.0)))
-    assert [evaluate._close(one) for one in (alone, near, far)] == [False, True, False]
-    with pytest.raises(UserError, match="name a checkpoint and tasks"):
-        evaluate.run(evaluate.Bench(checkpoint), Experiment)
+    asked = options.Bench(checkpoint=checkpoint, tasks=(f"mmlu:{tmp_path}", "facts"), limit=5, max_tokens=4, slots=2)
+    found = evaluation.run(asked, [])
+    for name in ("questions", "facts"):
+        assert found[name]["count"] == 5 and found[name]["different_answers"] == 0 and found[name]["ratio"] > 0
+    assert found["machine"]["devices"] == jax.device_count() and found["versions"]["jax"] == jax.__version__
+    with pytest.raises(UserError, match=r"--checkpoint=.* --tasks"):
+        evaluation.run(options.Bench(checkpoint=checkpoint), [])
+    with pytest.raises(UserError, match=r"limits.*did you mean --limit"):
+        bench.main(["evaluate", f"--checkpoint={checkpoint}", "--tasks=facts", "--limits=3", "--threads=1024"])
+
+
+def test_sides_take_turns_in_alternating_order() -> None:
+    calls: list[str] = []
+    sides: dict[str, Callable[[], Any]] = {name: lambda name=name: calls.append(name) or name for name in "ab"}
+    seconds, results = timing.alternate(sides, 3)
+    assert calls == list("abbaab") and results == {"a": ["a"] * 3, "b": ["b"] * 3} and seconds.keys() == {"a", "b"}
+    assert timing.spread([3.0, 1.0, 2.0]) == pytest.approx({"median": 2, "p10": 1.2, "p90": 2.8, "count": 3})
+
+
+def test_unknown_benchmarks_and_options_are_refused() -> None:
+    with pytest.raises(UserError, match="train"):
+        bench.main(["trian"])
+    with pytest.raises(UserError, match=r"atention.*attention"):
+        bench.main(["gpu", "--only=train,atention"])
+    with pytest.raises(UserError, match=r"jax.*transformers"):
+        bench.main(["gpu", "--peer=jax"])
+    with pytest.raises(UserError, match="block_steps=0 must be at least 1"):
+        bench.main(["gpu", "--block_steps=0"])
+    with pytest.raises(UserError, match="greedy"):
+        bench.main(["decode", "--config=configs/d4.py", "--peer=transformers", "--temperature=0.5"])
+
+
+def test_other_arguments_describe_the_experiment() -> None:
+    argv = [
+        "--config=configs/d4.py",
+        "--batch_sizes=1,2",
+        "--data.vocab=512",
+        "--batch_tokens",
+        "1024",
+        "--threads=1024",
+    ]
+    asked, others = options.read("decode", argv, "")
+    assert asked.batch_sizes == (1, 2)
+    e = options.load(asked, others)
+    assert (e.depth, e.data.vocab, e.batch_tokens, e.data.row_length) == (4, 512, 1024, 512)
+    assert e.model.smear is None, "the October 2025 family"
+    assert options.load(options.Bench(peer="transformers"), others).dtype == "float32"
+    arguments = ["--mesh.fsdp=4", "--data.row_length=1024"]
+    run = accelerator.Run("gpu", options.Bench(depths=(1,)), arguments, math.inf)
+    assert run.experiment().mesh == Mesh(fsdp=4) and run.experiment().depth == 1
+
+
+# The benchmark of an accelerator.
+
+
+def section(cases: Callable[..., Any], share: float = 1.0) -> accelerator.Section:
+    return cases, share
+
+
+def adds(speed: float) -> Callable[..., Any]:
+    return lambda run: iter([({"name": "one"}, lambda: {"speed": speed})])
+
+
+def measure(
+    path: Path, sections: Mapping[str, accelerator.Section], *, budget_s: float = 600.0, **more: Any
+) -> dict[str, Any]:
+    run = accelerator.Run("gpu", options.Bench(budget_s=budget_s, out=str(path)), (), time.monotonic() + budget_s)
+    kept = report.Report(path, report.surroundings(run.bench, "python -m launch.bench gpu"))
+    return accelerator.measure_sections(run, kept, sections, **more)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_every_section_gives_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "Peer", FakePeer)
+    monkeypatch.setattr(accelerator, "OTHERS", ())  # Each compiles anew.
+    out = tmp_path / "bench.json"
+    argv = ["gpu", "--anyway", "--budget_s=100000", f"--out={out}", *(f"--{k}={v}" for k, v in SIZES.items())]
+    content = bench.main(argv)
+    assert content == read(out)
+    assert all(content[name] for name in ("machine", "versions", "command", "settings", "seconds"))
+    rows = content["rows"]
+    assert [row for row in rows if "error" in row] == []
+    names = [row["section"] for row in rows]
+    assert list(dict.fromkeys(names)) == list(accelerator.SECTIONS)
+    by = {name: [row for row in rows if row["section"] == name] for name in names}
+
+    (train,) = by["train"]
+    assert train["depth"] == 1 and train["step_seconds"]["count"] == 3 and train["devices"] == jax.device_count()
+    assert train["micro_rows"] == 8
+    tried = [(row["backend"], row["documents"]) for row in by["attention"]]
+    assert tried == [(name, documents) for documents in (True, False) for name in ("xla", "xla_remat")]
+    assert [row["value"] for row in by["attention"]][::2] == pytest.approx(
+        [row["value"] for row in by["attention"]][1::2]
+    )
+    values = [row["value"] for row in by["loss"]]
+    assert [row["chunk_tokens"] for row in by["loss"]] == [64, 128, 256]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert [(row["rows"], row["decoding"]) for row in by["decode"]] == [(1, "xla"), (2, "xla")]
+    assert by["rl"][0]["rollouts_per_second"] > 0
+    (beside,) = by["peer"]
+    assert beside["ratio"] == pytest.approx(beside["tokens_per_second"] / (2 * 128 / 0.5), rel=1e-5)
+    assert {row["layer_loop"] for row in (train, *by["sweep"])} == {"scan", "unroll"}
+
+
+def test_settings_of_the_sweep_differ_from_the_recipe_and_from_each_other() -> None:
+    arguments = ["--data.row_length=64", "--batch_tokens=512", "--head_dim=32", "--data.vocab=128"]
+    run = accelerator.Run("gpu", options.Bench(depths=(4, 12)), arguments, math.inf)
+    cases = [(case["setting"], measured.args[0]) for case, measured in accelerator.sweep(run)]
+    experiments = [e for _, e in cases]
+    assert run.experiment(4) not in experiments and run.experiment(12) not in experiments
+    assert all(one not in experiments[:i] for i, one in enumerate(experiments))
+    assert [e.depth for e in experiments].count(4) == 1 and experiments[-1].depth == 4
+    assert "--model.isolate_documents=False" in [setting for setting, _ in cases]
+
+
+def test_a_section_that_fails_leaves_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
+    def fails(run: Any) -> Any:
+        yield {"name": "row"}, lambda: {}["lost"]
+        raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand a long tale")
+
+    out = tmp_path / "bench.json"
+    content = measure(out, {"bad": section(fails), "good": section(adds(2.0))})
+    assert read(out) == content
+    first, second, third = content["rows"]
+    assert first == {"section": "bad", "name": "row", "error": "KeyError: 'lost'"}
+    assert second == {"section": "bad", "error": "RuntimeError: RESOURCE_EXHAUSTED: no memory"}
+    assert (third["section"], third["name"], third["speed"]) == ("good", "one", 2.0)
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+
+    def interrupted(run: Any) -> Any:
+        yield {"name": "half"}, lambda: {"speed": 3.0}
+        assert [row["speed"] for row in read(out)["rows"]] == [1.0, 3.0], "the file is whole while the run goes on"
+        raise KeyboardInterrupt
+
+    measure(out, {"first": section(adds(1.0)), "second": section(interrupted), "third": section(adds(4.0))})
+    rows = read(out)["rows"]
+    assert [row["section"] for row in rows] == ["first", "second", "second"]
+    assert rows[-1]["error"].startswith("cut off")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_still_runs_after_the_budget_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ended, timers = tmp_path / "bench.json", list[int](), list[Any]()
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            timers.append(self)
+
+    def hangs(run: Any) -> Any:
+        (timer,) = timers
+        assert timer.interval == pytest.approx(600.0 + accelerator.GRACE, abs=60)
+        late = threading.Thread(target=timer.function)  # As where compiling has not come back by then.
+        late.start()
+        late.join()
+        assert ended == [0]
+        last = read(out)["rows"][-1]
+        assert last["section"] == "second" and last["error"] == "cut off: the budget was over"
+        assert json.loads(capsys.readouterr().out)["rows"][0]["speed"] == 1.0
+        ended.append(1)
+        yield {}, dict
+
+    monkeypatch.setattr(accelerator, "threading", SimpleNamespace(Timer=Timer))
+    measure(out, {"first": section(adds(1.0)), "second": section(hangs)}, end=ended.append)
+    assert ended == [0, 1]
+
+
+def test_no_budget_skips_everything_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    with pytest.raises(UserError, match="nothing was measured"):
+        measure(out, {"one": section(adds(1.0)), "two": section(adds(1.0))}, budget_s=0.0)
+    assert [(row["section"], row["error"][:8]) for row in read(out)["rows"]] == [
+        ("one", "skipped:"),
+        ("two", "skipped:"),
+    ]
+    shown = capsys.readouterr().err
+    assert '"section":"one","error":"skipped: ' in shown and "0 s are left" in shown
+
+
+def test_a_share_that_is_used_up_skips_rows_but_never_the_first(tmp_path: Path) -> None:
+    two = lambda run: iter([({"name": name}, lambda: {"speed": 1.0}) for name in "ab"])  # noqa: E731
+    first, second = measure(tmp_path / "bench.json", {"one": section(two, 0.0)})["rows"]
+    assert first["speed"] == 1.0 and second["error"].startswith("skipped: its share")
+
+
+def test_a_file_that_is_there_is_kept_and_one_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bench.json"
+    for speed in (1.0, 2.0, 3.0):
+        measure(out, {"one": section(adds(speed))})
+    names = ("bench-1.json", "bench-2.json", "bench.json")
+    assert [read(out.with_name(name))["rows"][0]["speed"] for name in names] == [1.0, 2.0, 3.0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"bench.json cannot be written .*: name another --out"):
+        measure(tmp_path / "file" / "bench.json", {"one": section(adds(1.0))})
+
+
+@pytest.mark.parametrize("kind, extra", [("gpu", "cuda"), ("tpu", "tpu")])
+def test_a_machine_without_the_accelerator_is_refused(kind: str, extra: str, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    with pytest.raises(UserError, match=rf"no {kind.upper()} here, JAX computes on cpu: .*\.\[{extra}\].*--anyway"):
+        bench.main([kind, f"--out={out}", f"--cache={SIZES['cache']}"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 11, 12, 40])
+def test_attention_flops_are_those_of_the_pairs_that_see_each_other(window: int | None) -> None:
+    q, k = np.arange(12)[:, None], np.arange(12)
+    seen = (k <= q) & (k > q - 1 - (99 if window is None else window))
+    # Two products of D multiplications and additions per pair.
+    assert accelerator.attention_flops(3, 12, 2, 8, window=window) == 3 * 2 * int(seen.sum()) * 2 * (8 + 8)
+
+
+def test_bandwidths_are_those_of_the_planner() -> None:
+    device = SimpleNamespace(platform="gpu", device_kind="")
+    kinds = {
+        "a100": "NVIDIA A100-SXM4-80GB",
+        "h100": "NVIDIA H100 80GB HBM3",
+        "h200": "NVIDIA H200",
+        "b200": "NVIDIA B200",
+    }
+    for name, kind in kinds.items():
+        device.device_kind, gpu = kind, CHIPS[name].gpu
+        assert gpu is not None and devices.peak_bandwidth(device) == gpu.bandwidth
+    assert kinds.keys() == {name for name, chip in CHIPS.items() if chip.gpu}
+    for chip in CHIPS.values():
+        if chip.gpu is None:
+            device.device_kind = chip.kind
+            assert devices.peak_bandwidth(device) is not None
+    device.device_kind = "NVIDIA A100-SXM4-40GB"  # Its memory is slower than the 80 GB model's.
+    assert devices.peak_bandwidth(device) is None

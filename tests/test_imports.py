@@ -18,20 +18,21 @@ LEVELS = (
     ("objectives", "decode", "checkpoint"),
     ("rl.settings", "experiment", "loading"),
     ("train", "evaluation", "terminal"),
-    ("stages", "rl", "serve", "export", "compilation", "benchmarks", "planning", "speedrun", "comparison"),
-    ("launch", "configs"),
+    ("stages", "rl", "serve", "export", "compilation", "planning", "speedrun", "comparison"),
+    ("configs",),
+    ("benchmarks",),
+    ("launch",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 WITHOUT_JAX = (*LEVELS[0], *LEVELS[1], *LEVELS[2])
-FILES = sorted(
-    path.relative_to(ROOT) for top in ("jaxchat", "launch", "configs") for path in (ROOT / top).rglob("*.py")
-)
+TOPS = ("launch", "benchmarks", "configs")
+FILES = sorted(path.relative_to(ROOT) for top in ("jaxchat", *TOPS) for path in (ROOT / top).rglob("*.py"))
 
 
 def room(module: str) -> str | None:
     """The room of one of our modules; None for the package itself and for others."""
     parts = module.split(".")
-    if parts[0] in ("launch", "configs"):
+    if parts[0] in TOPS:
         return parts[0]
     if module.startswith("jaxchat.rl.settings"):  # Below the experiment, which the rest of its room reads.
         return "rl.settings"

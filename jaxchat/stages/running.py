@@ -93,7 +93,7 @@ def build(
     """Compiles the step, restores or makes the state, and writes what describes the run."""
     e = setup.experiment
     raise_if_interrupted(stopped)
-    step, micro_rows, compile_seconds = compile_step(setup, log)
+    step, micro_rows, compile_seconds, _ = compile_step(setup, log)
     describe(setup, micro_rows, compile_seconds, peak, log)
     processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
