@@ -183,8 +183,8 @@ def test_what_is_none_is_skipped_and_said_with_its_place_once(tmp_path, tokenize
     assert sum(part.manifest["documents"] for part in made) == 26
     warnings = [line for line in said if line.startswith("warning")]
     assert (
-        f"warning: {path}: 1 conversation skipped: no assistant turn; the first is {path} line 5: nobody answers"
-        in warnings
+        f"warning: {path}: 1 conversation skipped: no assistant turn; the first is {path} line 5: "
+        "there is no message of the assistant" in warnings
     )
     assert len([line for line in warnings if "roles out of order" in line]) == 1
 

@@ -225,5 +225,5 @@ def test_missing_and_damaged_rows_are_refused(rows, tmp_path):
     with pytest.raises(UserError, match=r"2.array_record"):
         rows[0].read([6])
     rows[0].row_length = 4
-    with pytest.raises(UserError, match="a row has 12 bytes where row_length=4 makes 15"):
+    with pytest.raises(UserError, match="a row has 12 bytes, but row_length=4 needs 15"):
         rows[0].read([0])
