@@ -109,11 +109,11 @@ BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl is empty"),
     "empty.txt": (b"", "empty.txt is empty"),
     "binary.txt": (bytes(range(256)) * 20, "binary.txt looks like a binary file"),
-    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not JSON"),
+    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not valid JSON"),
     "latin.txt": ("caf\u00e9 ".encode("latin-1") * 50, "--data.encoding"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a whole gzip file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a complete gzip file"),
     "no.jsonl.gz": (b"not gzip at all", "no.jsonl.gz is not a"),
-    "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a whole parquet file"),
+    "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a complete parquet file"),
     "other.jsonl": (b'{"text":"hi"}\n{"body":"x"}\n', "other.jsonl line 2 has no column 'text' (it has body)"),
     "none.jsonl": (b'{"text":null}\n', "none.jsonl line 1 has no text in column 'text'"),
     "number.jsonl": (b'{"text":7}\n', "number.jsonl line 1"),
@@ -135,7 +135,7 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
     parquet(path, {"body": ["a"]})
     trains_not(place, "no column 'text'", **{"data.train": path, "name": "other"})
     path.write_bytes(parquet(path)[:-20])
-    trains_not(place, "a.parquet is not a whole parquet file", **{"data.train": path, "name": "other"})
+    trains_not(place, "a.parquet is not a complete parquet file", **{"data.train": path, "name": "other"})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, many_s
     path = write(tmp_path / "a.jsonl", texts(50))
     with path.open("a") as file:
         file.write("oops\n")
-    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not valid JSON"):
         ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
 
 
