@@ -118,7 +118,7 @@ BAD_FILES = {
     "none.jsonl": (b'{"text":null}\n', "none.jsonl line 1 has no text in column 'text'"),
     "number.jsonl": (b'{"text":7}\n', "number.jsonl line 1"),
     "blank.jsonl": (b'{"text":""}\n' * 5, "--data.train"),
-    "essay.docx": (b"PK", "essay.docx is none of .txt, .jsonl"),
+    "essay.docx": (b"PK", "essay.docx has an unsupported suffix; expected one of: .txt, .jsonl"),
 }
 
 

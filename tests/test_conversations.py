@@ -338,13 +338,15 @@ def test_a_json_file_may_hold_lines(tmp_path):
 
 def test_a_text_file_holds_no_conversations(tmp_path):
     (tmp_path / "a.txt").write_text("once")
-    with pytest.raises(UserError, match=r"a.txt is none of .jsonl, .jsonl.gz, .parquet, .json"):
+    with pytest.raises(
+        UserError, match=r"a.txt has an unsupported suffix; expected one of: .jsonl, .jsonl.gz, .parquet, .json"
+    ):
         found(tmp_path / "a.txt")
 
 
 def test_json_arrays_are_no_documents(tmp_path):
     write(tmp_path / "a.json", rows_of(2))
-    with pytest.raises(UserError, match=r"a.json is none of .txt"):
+    with pytest.raises(UserError, match=r"a.json has an unsupported suffix; expected one of: .txt"):
         find(str(tmp_path / "a.json"), "train")
 
 

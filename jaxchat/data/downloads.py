@@ -51,8 +51,8 @@ def fetch(
 ) -> None:
     """Tries once to download a shard to `place`, resuming a partial file; calls `show` with the bytes received.
 
-    Raises `Corrupt` for a wrong size or checksum, OSError or HTTPException for a network error, and `UserError` if `stop`
-    is set.
+    Raises `Corrupt` for a wrong size or checksum, OSError or HTTPException for a network error, and `UserError` if
+    `stop` is set.
     """
     partial = place / f"{shard.name}.{(shard.sha256 or 'unknown')[:12]}.partial"
     have = partial.stat().st_size if partial.exists() else 0
