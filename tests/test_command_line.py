@@ -254,7 +254,7 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     with pytest.raises(SystemExit) as stop:
         launch.train.main(flags(place, steps=4))
     assert stop.value.code == 75 and contents(place / "runs") == before
-    said = "stopped by a signal; what was prepared so far is kept: start again to continue"
+    said = "stopped by a signal; prepared data is kept: start again to continue"
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
     # What came out of reading a checkpoint as another error would be taken for damage.
