@@ -15,6 +15,5 @@ def check_local(name: str, place: str | None) -> None:
     """Raises ValueError if `place` is a URL: a run locks, renames and appends to files."""
     if place and "://" in place:
         raise ValueError(
-            f"{name}={place} is not a directory: mount the bucket, for example with gcsfuse, and give the directory "
-            "where it is mounted; see docs/launch"
+            f"{name}={place} is not a directory: mount the bucket (see docs/launch) and give its directory instead"
         )

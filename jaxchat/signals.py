@@ -40,10 +40,7 @@ def raised() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Context manager: SIGTERM and SIGINT only set a flag, which the yielded function returns.
-
-    A SIGINT after another signal raises KeyboardInterrupt.
-    """
+    """Context manager: signals only set a flag, which the yielded function returns; a second SIGINT raises at once."""
     signals: list[int] = []
 
     def note(number: int, frame: Any) -> None:

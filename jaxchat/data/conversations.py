@@ -286,10 +286,7 @@ def _text(content: Any) -> str:
 
 
 def _as_alpaca(messages: list[Message], fields: tuple[str, str] | None) -> list[Message]:
-    """Puts one exchange into the Alpaca template: `fields` (instruction, input), or the user message as instruction.
-
-    A system message is prepended to the instruction.
-    """
+    """Fills the Alpaca template with `fields` (instruction, input) or the user message, after any system message."""
     *before, question, answer = messages
     if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
         raise Malformed(

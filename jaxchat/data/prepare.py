@@ -90,10 +90,7 @@ class Data:
 
 
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
-    """Loads the tokenizer that `data` names, or the one trained on its training data, which is trained if missing.
-
-    Raises `UserError` if the tokenizer's size is not `data.vocab`.
-    """
+    """Loads the tokenizer of `data`, training it if missing; raises `UserError` if its size is not `data.vocab`."""
     directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size != data.vocab:
@@ -210,8 +207,8 @@ def _ensure(
     recipe = _recipe(data, split, _form(data, spec))
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
-    dealt = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
-    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **recipe.decides())
+    assignment = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **recipe.decides())
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
         with cache.locked(directory, log):

@@ -144,7 +144,10 @@ class RowStream:
     def prefetch(
         self, start_step: int, stop_step: int, *, places: Sequence[int] | None = None, depth: int = 4
     ) -> Iterator[tuple[int, Batch]]:
-        """Yields (step, batch) for start_step <= step < stop_step; a thread reads up to `depth` batches ahead."""
+        """Yields (step, batch) for start_step <= step < stop_step; a thread reads up to `depth` batches ahead.
+
+        The thread ends with the iterator; its errors are raised in the consumer.
+        """
         ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
         closed = threading.Event()
 
@@ -162,7 +165,7 @@ class RowStream:
                         return
                     put((step, self.batch(step, places)))
                 put(None)
-            except BaseException as error:  # raised again in the consumer
+            except BaseException as error:
                 put(error)
 
         thread = threading.Thread(target=read_ahead, name="rows", daemon=True)

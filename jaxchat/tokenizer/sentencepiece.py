@@ -160,7 +160,7 @@ class Tokenizer:
         return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer to a directory, replacing another; raises `UserError` if it holds other files."""
+        """Writes the tokenizer to a directory, replacing a different one; raises `UserError` if it has other files."""
         directory = Path(directory)
         if _saved_hash(directory) == self.hash and _read(directory / MODEL_FILE) == self.model:
             return
