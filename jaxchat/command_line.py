@@ -1,10 +1,10 @@
-"""The command line over frozen dataclasses.
+"""Parses command lines into frozen dataclasses.
 
 A config file is Python: `get_config(stage)` returns a frozen dataclass. Any field of it can be overridden by
 `--field=value` or `--part.field=value`; types are checked and a misspelt name gets a suggestion. A config file may
-also define `DIAL`, a frozen dataclass of the few numbers that everything else is derived from: overrides of those are
-read first and handed to `get_config(stage, dial)`, so that what is derived follows; the other overrides come after.
-`DIALS` may give single stages a dial of their own.
+also define `DIAL`, a frozen dataclass of the few numbers from which the others are derived. Overrides of these numbers
+are passed to `get_config(stage, dial)`; the other overrides are applied afterwards and take precedence. `DIALS` maps
+stages to dials that replace `DIAL`.
 
 This module knows no field names.
 """
@@ -31,9 +31,9 @@ from jaxchat.serialization import flags
 def parse(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None, more: Sequence[str] = ()
 ) -> Any:
-    """Reads `--field=value` arguments into dataclass `cls`; a mistake becomes a `UserError`, `--help` exits with 0.
+    """Parses `--field=value` arguments into dataclass `cls`. Raises `UserError` for a mistake; `--help` exits with 0.
 
-    `more` are names beside the fields that a misspelt name may have meant.
+    `more` are further names, besides the fields, to suggest for a misspelt one.
     """
     return _parsed(cls, _flags(cls, argv), default, more, description=description)
 
@@ -41,11 +41,10 @@ def parse(
 def parse_known(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None
 ) -> tuple[Any, list[str]]:
-    """Reads the fields of dataclass `cls` out of `argv`; returns its value and the arguments that belong to others."""
-    found: tuple[Any, list[str]] = _parsed(
-        cls, _flags(cls, argv), default, description=description, return_unknown_args=True
-    )
-    return found
+    """Parses the fields of dataclass `cls` in `argv`; returns its value and the remaining arguments."""
+    settings: dict[str, Any] = {"description": description, "return_unknown_args": True}
+    result: tuple[Any, list[str]] = _parsed(cls, _flags(cls, argv), default, **settings)
+    return result
 
 
 def _parsed(cls: type, argv: Sequence[str], default: Any, more: Sequence[str] = (), **settings: Any) -> Any:
@@ -65,9 +64,9 @@ def _parsed(cls: type, argv: Sequence[str], default: Any, more: Sequence[str] = 
 
 
 def load(argv: Sequence[str], *, description: str | None = None) -> Any:
-    """Reads `--config=FILE[:STAGE]`, then every override, into what the file's `get_config` returns.
+    """Reads the file of `--config=FILE[:STAGE]`; returns the value of its `get_config` with all overrides applied.
 
-    `description` is the launcher's own, for `--help` where no configuration says which fields there are.
+    `description` is the launcher's text for `--help`, which without `--config` lists the configurations.
     """
     if _asks_help(argv) and not any(word.partition("=")[0] == "--config" for word in argv):
         _print_help(description)
@@ -81,7 +80,7 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
         known["dial"], rest = _read_dial(start, rest)
         dial = _dial_flags(start)
         dial_flags = " ".join(f"--{name}={value}" for name, value in dial.items())
-        about += f"\n\nRead first, and what is derived follows: {dial_flags}"
+        about += f"\n\nApplied first; other fields are derived from these: {dial_flags}"
     try:
         default = module.get_config(**known)
     except ValueError as error:
@@ -90,7 +89,7 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
 
 
 def _flags(cls: type, argv: Sequence[str]) -> list[str]:
-    """The arguments, `--name` of a yes or no alone meaning yes."""
+    """The arguments, with a boolean `--name` that has no value expanded to `--name=True`."""
     switches = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
     following = [*argv[1:], ""]
     return [
@@ -100,27 +99,27 @@ def _flags(cls: type, argv: Sequence[str]) -> list[str]:
 
 
 def joined(argv: Sequence[str], *options: str) -> list[str]:
-    """The arguments with `--config FILE` as one word, `--config=FILE`, and so too other `options`."""
-    words, out = iter(argv), []
+    """The arguments with `--config FILE` and the same form of other `options` joined to one word, `--config=FILE`."""
+    words, result = iter(argv), []
     for word in words:
         value = next(words, None) if word.removeprefix("--") in ("config", *options) and word[:2] == "--" else None
-        out.append(word if value is None else f"{word}={value}")
-    return out
+        result.append(word if value is None else f"{word}={value}")
+    return result
 
 
 def stage_arguments(argv: Sequence[str], stage: str, stages: Container[str]) -> list[str]:
     """The arguments for one of several stages: `--field=value` is for all of them, `--STAGE:field=value` for one."""
-    own, mine = [], True
+    selected, applies = [], True
     for word in joined(argv):
         if word.startswith("--"):
             owner, colon, rest = word[2:].partition(":")
-            mine = not (colon and owner in stages) or owner == stage
+            applies = not (colon and owner in stages) or owner == stage
             word = f"--{rest}" if colon and owner in stages else word
-        if mine:
-            own.append(word)
-    if any(":" in word for word in own if word.startswith("--config=")):
-        raise UserError("this command runs every stage: name the file alone, such as --config=configs/tiny.py")
-    return [f"{word}:{stage}" if word.startswith("--config=") else word for word in own]
+        if applies:
+            selected.append(word)
+    if any(":" in word for word in selected if word.startswith("--config=")):
+        raise UserError("this command runs every stage: give the file without one, such as --config=configs/tiny.py")
+    return [f"{word}:{stage}" if word.startswith("--config=") else word for word in selected]
 
 
 def _asks_help(argv: Sequence[str]) -> bool:
@@ -128,9 +127,9 @@ def _asks_help(argv: Sequence[str]) -> bool:
 
 
 def _print_help(description: str | None) -> None:
-    """Which configurations there are, and how to see the fields of one; ends the program."""
+    """Prints the usage and the configurations, and exits."""
     print((description or "").strip())
-    print("\nusage: --config=FILE[:STAGE] [--field=value ...]; the fields of one: --config=FILE --help\n")
+    print("\nusage: --config=FILE[:STAGE] [--field=value ...]; to list the fields: --config=FILE --help\n")
     for path in _configs(Path("configs")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         print(f"  --config={path}  {about.splitlines()[0] if about else ''}")
@@ -154,13 +153,13 @@ def _config_argument(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
         else:
             rest.append(word)
     if not spec:
-        raise UserError("which configuration? name one with --config=configs/tiny.py")
+        raise UserError("no configuration given: choose one, such as --config=configs/tiny.py")
     name, _, stage = spec.partition(":")
     path = Path(name)
     if not path.is_file():
         near = [str(file) for file in _configs(path.parent)]
         guess = difflib.get_close_matches(str(path), near, n=1)
-        hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(near) or 'none'} in {path.parent}/"
+        hint = f"did you mean {guess[0]}?" if guess else f"{path.parent}/ contains {', '.join(near) or 'none'}"
         raise UserError(f"no configuration file {path}: {hint}")
     return path, stage or None, rest
 
@@ -175,24 +174,24 @@ def _import(path: Path) -> types.ModuleType:
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     except ImportError as error:
-        raise UserError(f"{path} imports what is not there: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be imported: {first_line(error)}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config(stage)")
     return module
 
 
 def _read_dial(default: Any, argv: list[str]) -> tuple[Any, list[str]]:
-    """The dial with its overrides, and the arguments that are not the dial's."""
+    """The dial with its overrides applied, and the remaining arguments."""
     return (default, argv) if _asks_help(argv) else parse_known(type(default), argv, default=default)
 
 
 def _dial_flags(dial: Any) -> dict[str, Any]:
-    """The dial's flags and values; an annotation may give a field another name on the command line."""
-    named = {}
+    """The dial's flag names and values; an annotation may give a field another name on the command line."""
+    values = {}
     for field, hint in typing.get_type_hints(type(dial), include_extras=True).items():
-        given = [note.name for note in typing.get_args(hint)[1:] if getattr(note, "name", None)]
-        named[given[0] if given else field] = getattr(dial, field)
-    return named
+        names = [note.name for note in typing.get_args(hint)[1:] if getattr(note, "name", None)]
+        values[names[0] if names else field] = getattr(dial, field)
+    return values
 
 
 def _names(cls: type, default: Any) -> list[str]:
@@ -201,8 +200,8 @@ def _names(cls: type, default: Any) -> list[str]:
 
 
 def _mistake(report: str, names: list[str]) -> str:
-    """One sentence out of tyro's framed report."""
-    # Where standard output is not UTF-8, lines of hyphens are the whole frame.
+    """Extracts one sentence from tyro's framed report."""
+    # If standard output is not UTF-8, the frame consists of lines of hyphens only.
     lines = [re.sub(r"[│╭╮╰╯─]+|^\s*-{3,}\s*$", " ", line).strip() for line in report.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
     text = re.sub(
@@ -215,19 +214,19 @@ def _mistake(report: str, names: list[str]) -> str:
     if unknown and unknown.group(1).startswith("--"):
         name = unknown.group(1).removeprefix("--").split("=")[0].replace("-", "_")
         guess = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        return f"there is no field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
+        return f"unknown field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
     if unknown:
-        return f"{unknown.group(1)!r} belongs to no field: write --field=value; see --help"
+        return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"
     missing = re.search(r"^Missing from \S+ (--\S+) (\S+)", text)
     if missing:
         return f"{missing.group(1)} is missing: give it as {missing.group(1)}={missing.group(2)}; see --help"
-    typed = re.search(r"^Error parsing (--[\w.]+): (.*?)(?: Got errors:.*)? Argument helptext:", text)
-    if typed:
-        name, reason = typed.groups()
+    invalid = re.search(r"^Error parsing (--[\w.]+): (.*?)(?: Got errors:.*)? Argument helptext:", text)
+    if invalid:
+        name, reason = invalid.groups()
         value = re.search(r"'.*'", reason)
         kind = next(line for line in lines if line.startswith(name + " ")).removeprefix(name + " ")
         return f"{name} takes {kind}, not {value.group(0)}" if value else f"{name}: {reason}"
-    # A check of a dataclass: the name of the whole says nothing, that of a part says where.
+    # The error comes from a dataclass's own check: the name of the root class is dropped, that of a part is kept.
     return (
         re.sub(r"^Error parsing (?:[A-Z]\w*: |(\w+): (?=\1\b))?", "", text)
         or "the arguments could not be read; see --help"

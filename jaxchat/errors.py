@@ -2,18 +2,18 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's; the message is one sentence that names the remedy."""
+    """An error that the user can correct; the message is one sentence and names the remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a sentence; its type's name where it has none."""
+    """The first line of an error's message, at most 200 characters; the name of its type if it has no message."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def check_local(name: str, place: str | None) -> None:
-    """Raises ValueError where a place is a URL: runs are files that are locked, renamed and added to."""
+    """Raises ValueError if `place` is a URL: a run locks, renames and appends to files."""
     if place and "://" in place:
         raise ValueError(
-            f"{name}={place} is not a directory: mount the bucket (gcsfuse, say) and name where, see docs/launch"
+            f"{name}={place} is not a directory: mount the bucket (see docs/launch) and give its directory instead"
         )

@@ -1,4 +1,4 @@
-"""What every launcher does: prints its result as one line of JSON, and a user's mistake as one sentence."""
+"""Runs launchers: prints the result as one line of JSON and a `UserError` as one sentence."""
 
 import errno
 import io
@@ -12,20 +12,20 @@ from jaxchat.serialization import json_line
 
 
 def log(text: str) -> None:
-    """A line for whoever runs a launcher; stdout is for its result."""
+    """Prints a line to stderr; stdout is reserved for the launcher's result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
-    """Runs a launcher: prints its result as one line of JSON, or a user's mistake as one sentence (exit status 2)."""
-    for stream in (sys.stdin, sys.stdout):  # What is no text, or what a terminal cannot show, is no reason to stop.
+    """Runs a launcher and prints its result as JSON; exits with 2 on a `UserError` or full disk, 130 on Ctrl-C."""
+    for stream in (sys.stdin, sys.stdout):  # Invalid input or an unprintable character must not stop the program.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         result = main(sys.argv[1:])
         if result is not None:
             print(json_line(result, ascii_only=False), flush=True)
-    except BrokenPipeError:  # Whoever read the output has seen enough; Python would complain again at its end.
+    except BrokenPipeError:  # The reader closed the pipe; without devnull, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except UserError as error:

@@ -1,4 +1,4 @@
-"""JSON of frozen dataclasses, and their differences. This module knows no field names."""
+"""Converts frozen dataclasses to and from JSON, and compares them. This module knows no field names."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from jaxchat.errors import UserError
 
 
 def json_line(value: Any, *, ascii_only: bool = True) -> str:
-    """One compact line of JSON, which has no word for a number that is not finite: it reads null."""
+    """One compact line of JSON; numbers that are not finite, which JSON cannot express, become null."""
     return json.dumps(_without_infinities(value), separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
 
 
@@ -25,7 +25,7 @@ def _without_infinities(value: Any) -> Any:
 
 
 def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a nested dataclass by its dotted name."""
+    """The leaves of a nested dataclass by dotted name."""
     leaves: dict[str, Any] = {}
     for field in dataclasses.fields(dataclass_value):
         value, name = getattr(dataclass_value, field.name), prefix + field.name
@@ -41,30 +41,31 @@ def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf reads None.
+    """The leaves in which two dataclass values differ: name -> (before, after); a missing leaf is None.
 
-    A part that is of another type, or there in one alone, differs by its type's name.
+    A nested dataclass that has another type, or exists in only one value, is listed with the names of its types.
     """
-    old, new, was, kinds = flags(before), flags(after), _types(before), _types(after)
-    types = {name: (was.get(name), kinds.get(name)) for name in [*was, *kinds] if was.get(name) != kinds.get(name)}
+    old, new, old_types, new_types = flags(before), flags(after), _types(before), _types(after)
+    every_type = [*old_types, *new_types]
+    types = {n: (old_types.get(n), new_types.get(n)) for n in every_type if old_types.get(n) != new_types.get(n)}
     names = [*old, *(name for name in new if name not in old)]
     return types | {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
 def _types(value: Any) -> dict[str, str]:
-    """The type's name of every dataclass within a dataclass value, by its dotted name."""
-    found: dict[str, str] = {}
+    """The type names of the dataclasses nested in a dataclass value, by dotted name."""
+    names: dict[str, str] = {}
     for field in dataclasses.fields(value):
         part = getattr(value, field.name)
         parts = {f"{field.name}.{i}": one for i, one in enumerate(part)} if isinstance(part, tuple) else {}
         for name, one in (parts or {field.name: part}).items():
             if dataclasses.is_dataclass(one):
-                found |= {name: type(one).__name__, **{f"{name}.{n}": kind for n, kind in _types(one).items()}}
-    return found
+                names |= {name: type(one).__name__, **{f"{name}.{n}": kind for n, kind in _types(one).items()}}
+    return names
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON values of a dataclass; every dataclass carries its type's name, so that a union can be read back."""
+    """Converts a dataclass to plain JSON values; stores the type's name of each, so that unions can be read back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **named}
@@ -74,7 +75,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(hint: Any, value: Any, name: str = "config") -> Any:
-    """Reads what `to_json` wrote back into type `hint`; raises `UserError` naming the first field that does not fit."""
+    """Converts the output of `to_json` to type `hint`; raises `UserError` that names the first invalid field."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return from_json(typing.get_args(hint)[0], value, name)
@@ -82,7 +83,7 @@ def from_json(hint: Any, value: Any, name: str = "config") -> Any:
         return _from_union(typing.get_args(hint), value, name)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
-            raise UserError(f"{name}={value!r} is none of {', '.join(map(repr, typing.get_args(hint)))}")
+            raise UserError(f"{name}={value!r} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
@@ -105,7 +106,7 @@ def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
     if isinstance(value, dict) and named:
         kind = value.get("type")
         if kind not in named:
-            raise UserError(f"{name} has type {kind!r}, which is none of {', '.join(named)}")
+            raise UserError(f"{name} has type {kind!r}, which must be one of {', '.join(named)}")
         return from_json(named[kind], value, name)
     for choice in choices:
         if choice is not type(None) and not dataclasses.is_dataclass(choice):
@@ -113,7 +114,7 @@ def _from_union(choices: tuple[Any, ...], value: Any, name: str) -> Any:
                 return from_json(choice, value, name)
             except UserError:
                 continue
-    raise UserError(f"{name}={value!r} fits none of its types")
+    raise UserError(f"{name}={value!r} is of none of the allowed types")
 
 
 def _from_object(cls: Any, value: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: they stop a run at once before its first step, and from then on once a checkpoint is saved."""
+"""Handles SIGTERM and Ctrl-C: before its first step a run stops at once, later after saving a checkpoint."""
 
 import contextlib
 import signal
@@ -6,50 +6,50 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-KEPT = "what was prepared so far is kept"
-_received: list[int] = []  # All that came while a handler of ours stood.
+KEPT = "prepared data is kept"
+_received: list[int] = []  # all signals that arrived while one of these handlers was installed
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop; the message says what is kept. No `except Exception` takes it for a failure."""
+    """A signal stops the run; the message says what is kept. `except Exception` does not catch it as a failure."""
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM and SIGINT raise `Interrupted`, as soon as Python runs again; SIGTERM only once.
+    """Context manager: SIGTERM and SIGINT raise `Interrupted`; a SIGTERM after another signal is only recorded.
 
-    What is raised in the middle of a library may be swallowed there or come out as another error: any error after a
-    signal leaves as `Interrupted`. The function that it gives tells whether there was a signal, one noted within too.
+    A library may swallow the exception or turn it into another one, so any error after a signal is converted to
+    `Interrupted`. Yields a function that returns whether a signal has arrived, also within a nested `noted`.
     """
-    asked: list[int] = []
+    signals: list[int] = []
     before = len(_received)
 
     def stop(number: int, frame: Any) -> None:
-        asked.append(number)
-        if number == signal.SIGINT or len(asked) == 1:
+        signals.append(number)
+        if number == signal.SIGINT or len(signals) == 1:
             raise Interrupted(KEPT)
 
     with _handled(stop):
         try:
             yield lambda: len(_received) > before
         except Exception as error:
-            if asked:
+            if signals:
                 raise Interrupted(KEPT) from error
             raise
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM and SIGINT only set a flag that the returned function tells; a second SIGINT stops at once."""
-    asked: list[int] = []
+    """Context manager: signals only set a flag, which the yielded function returns; a second SIGINT raises at once."""
+    signals: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        signals.append(number)
 
     with _handled(note):
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 def test_a_cache_that_cannot_be_written_names_the_option(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file/below"):
-        said = rf"{place} cannot be written \(.*\): name another --data\.cache"
+        said = rf"{place} cannot be written \(.*\): choose another with --data\.cache"
         with pytest.raises(UserError, match=said), cache.locked(place, silent):
             pytest.fail("it was locked")
         with pytest.raises(UserError, match=said):

@@ -58,12 +58,12 @@ def test_a_conversation_is_the_tokens_and_mask_written_by_hand() -> None:
 
 BAD = {
     "nothing": ([], "at least one message"),
-    "order": (said(("user", "1"), ("user", "2")), "message 1 is the user's, and it is the assistant's turn"),
+    "order": (said(("user", "1"), ("user", "2")), "message 1 has the role 'user'; expected 'assistant'"),
     "begins": (
         said(
             ("assistant", "1"),
         ),
-        "message 0 is the assistant's",
+        "message 0 has the role 'assistant'; expected 'user'",
     ),
     "unknown": (
         said(
@@ -75,7 +75,7 @@ BAD = {
         said(
             ("user", ""),
         ),
-        "holds no text",
+        "has no text",
     ),
     "system": (said(("system", "1"), ("assistant", "2")), "followed by a user message"),
     "part": (said(("user", "1"), ("assistant", [{"type": "image", "text": "2"}])), "part of type 'image'"),
@@ -90,7 +90,7 @@ def test_a_conversation_that_is_none_is_refused(bad: str) -> None:
 
 
 def test_the_assistant_answers_the_user_only() -> None:
-    with pytest.raises(UserError, match="ends with the user's words"):
+    with pytest.raises(UserError, match="ends with a user message"):
         chat.render(said(("user", "1"), ("assistant", "2")), WORDS, complete=True)  # type: ignore[arg-type]
 
 

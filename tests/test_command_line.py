@@ -109,16 +109,16 @@ BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl is empty"),
     "empty.txt": (b"", "empty.txt is empty"),
     "binary.txt": (bytes(range(256)) * 20, "binary.txt looks like a binary file"),
-    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not JSON"),
+    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not valid JSON"),
     "latin.txt": ("caf\u00e9 ".encode("latin-1") * 50, "--data.encoding"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a whole gzip file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a complete gzip file"),
     "no.jsonl.gz": (b"not gzip at all", "no.jsonl.gz is not a"),
-    "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a whole parquet file"),
+    "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a complete parquet file"),
     "other.jsonl": (b'{"text":"hi"}\n{"body":"x"}\n', "other.jsonl line 2 has no column 'text' (it has body)"),
     "none.jsonl": (b'{"text":null}\n', "none.jsonl line 1 has no text in column 'text'"),
     "number.jsonl": (b'{"text":7}\n', "number.jsonl line 1"),
     "blank.jsonl": (b'{"text":""}\n' * 5, "--data.train"),
-    "essay.docx": (b"PK", "essay.docx is none of .txt, .jsonl"),
+    "essay.docx": (b"PK", "essay.docx has an unsupported suffix; expected one of: .txt, .jsonl"),
 }
 
 
@@ -135,7 +135,7 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
     parquet(path, {"body": ["a"]})
     trains_not(place, "no column 'text'", **{"data.train": path, "name": "other"})
     path.write_bytes(parquet(path)[:-20])
-    trains_not(place, "a.parquet is not a whole parquet file", **{"data.train": path, "name": "other"})
+    trains_not(place, "a.parquet is not a complete parquet file", **{"data.train": path, "name": "other"})
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     with pytest.raises(SystemExit) as stop:
         launch.train.main(flags(place, steps=4))
     assert stop.value.code == 75 and contents(place / "runs") == before
-    said = "stopped by a signal; what was prepared so far is kept: start again to continue"
+    said = "stopped by a signal; prepared data is kept: start again to continue"
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
     # What came out of reading a checkpoint as another error would be taken for damage.

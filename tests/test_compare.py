@@ -200,7 +200,7 @@ def test_a_later_stage_is_resumed_with_what_it_took_from_the_checkpoint(tmp_path
         (("base:",), "at least two variants"),
         (("base:", "fast"), "'fast' has no name"),
         (("base:", "base: --steps=3"), "two variants are named 'base'"),
-        (("base:", "typo: --optimizer.scael=2"), "variant 'typo': there is no field --optimizer.scael: did you mean"),
+        (("base:", "typo: --optimizer.scael=2"), "variant 'typo': unknown field --optimizer.scael: did you mean"),
         (("base:", "bad: --batch_tokens=100"), "variant 'bad': batch_tokens=100 is not a multiple"),
         (("base:", "open: --steps='5"), "variant 'open': No closing quotation"),
         (("base:", "mine: --seed=7"), "variant 'mine': --seed=7 cannot differ between variants"),
@@ -219,7 +219,7 @@ def test_a_mistake_is_refused_before_the_first_run(tmp_path, monkeypatch, varian
         (["--seeds", "0", "99999999999"], "seed=99999999999 must lie between"),
         (["--seeds", "0", "0"], "none twice"),
         (["--seed=3"], "with each of --seeds; leave --seed out"),
-        (["--optimizer.scael=2"], "^there is no field --optimizer.scael"),
+        (["--optimizer.scael=2"], "^unknown field --optimizer.scael"),
         (["--measure=lost"], "--measure=lost: it is not known"),
     ],
 )

@@ -199,12 +199,12 @@ def test_what_is_no_conversation_is_named_by_its_reason(reason):
     [
         (
             {"text": "once"},
-            r"holds no conversation \(its keys are text\): known are messages; conversations; prompt \+",
+            r"holds no conversation \(its keys are text\); expected one of: messages, conversations, prompt \+",
         ),
         ({"prompt": "1", "chosen": "2", "rejected": "3"}, "its keys are prompt, chosen, rejected"),
         ({}, "its keys are none"),
-        ([1], "is no object"),
-        (None, "is no object"),
+        ([1], "is not an object"),
+        (None, "is not an object"),
     ],
 )
 def test_a_row_of_no_format_is_refused(row, sentence):
@@ -233,7 +233,7 @@ def test_alpacas_template_is_the_literal_one():
         prompt, answer = read(row, "alpaca")
         assert prompt == {"role": "user", "content": expected}
         assert answer["role"] == "assistant"
-    with pytest.raises(Malformed, match="4 messages, where Alpaca's template has one answer"):
+    with pytest.raises(Malformed, match="4 messages, but the Alpaca template has one question and answer"):
         read({"messages": HELLO + HELLO}, "alpaca")
 
 
@@ -317,7 +317,7 @@ def test_a_file_of_another_format_is_refused_at_its_place(tmp_path):
     path = write(tmp_path / "a.jsonl", [*rows_of(2), {"text": "once"}])
     with pytest.raises(UserError, match=r"a.jsonl line 3 holds no conversation \(its keys are text\)"):
         found(path)
-    with pytest.raises(UserError, match=r"a.json row 1 is no object"):
+    with pytest.raises(UserError, match=r"a.json row 1 is not an object"):
         found(write(tmp_path / "a.json", [[1]]))
 
 
@@ -338,13 +338,15 @@ def test_a_json_file_may_hold_lines(tmp_path):
 
 def test_a_text_file_holds_no_conversations(tmp_path):
     (tmp_path / "a.txt").write_text("once")
-    with pytest.raises(UserError, match=r"a.txt is none of .jsonl, .jsonl.gz, .parquet, .json"):
+    with pytest.raises(
+        UserError, match=r"a.txt has an unsupported suffix; expected one of: .jsonl, .jsonl.gz, .parquet, .json"
+    ):
         found(tmp_path / "a.txt")
 
 
 def test_json_arrays_are_no_documents(tmp_path):
     write(tmp_path / "a.json", rows_of(2))
-    with pytest.raises(UserError, match=r"a.json is none of .txt"):
+    with pytest.raises(UserError, match=r"a.json has an unsupported suffix; expected one of: .txt"):
         find(str(tmp_path / "a.json"), "train")
 
 

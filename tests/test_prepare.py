@@ -83,7 +83,7 @@ def test_crop_reports_what_it_throws_away(tmp_path, corpus, tokenizer):
     rows = ensure_rows(settings(corpus, packing="crop"), tokenizer, "train", tmp_path / "cache", said.append)
     result = summary(rows)
     assert 0.1 < result["discarded_fraction"] < 0.9
-    assert f"{result['discarded_fraction']:.2%} of tokens thrown away" in said[-1]
+    assert f"{result['discarded_fraction']:.2%} of tokens discarded" in said[-1]
 
 
 def test_held_out_documents_do_not_depend_on_files_or_order(tmp_path, tokenizer):
@@ -165,7 +165,7 @@ def test_lost_and_broken_shards_are_made_again(tmp_path, corpus, tokenizer):
 
 
 def test_rows_are_kept_on_this_machine(tokenizer, corpus):
-    with pytest.raises(UserError, match=r"rows cannot be kept at gs://bucket/cache.*--data.cache"):
+    with pytest.raises(UserError, match=r"rows cannot be stored at gs://bucket/cache.*--data.cache"):
         ensure_rows(settings(corpus), tokenizer, "train", "gs://bucket/cache", silent)
 
 
@@ -247,15 +247,15 @@ def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 of data.train"),
+        ({"weights": (1.0, 2.0)}, "data.weights has 2 entries, but data.train has 1"),
         ({"weights": (0.0,)}, "must be positive"),
         ({"val_fraction": 0.0}, "data.val_fraction=0.0 must lie between 0 and 1"),
         ({"row_length": 1}, "data.row_length=1 must be at least 2"),
         ({"workers": -1}, "data.workers=-1"),
-        ({"epochs": (1.0, 2.0)}, "data.epochs has 2 entries for 1 of data.train"),
+        ({"epochs": (1.0, 2.0)}, "data.epochs has 2 entries, but data.train has 1"),
         ({"epochs": (0.0,)}, "data.epochs=.* must be positive and finite"),
-        ({"epochs": (1.0,), "weights": (1.0,)}, "data.weights and data.epochs both say"),
-        ({"format": "chat", "packing": "crop"}, "data.packing=crop is for text: conversations are never cut"),
+        ({"epochs": (1.0,), "weights": (1.0,)}, "data.weights and data.epochs cannot be combined"),
+        ({"format": "chat", "packing": "crop"}, "data.packing=crop is for text only: use best_fit for conversations"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, sentence):

@@ -183,8 +183,8 @@ def test_what_is_none_is_skipped_and_said_with_its_place_once(tmp_path, tokenize
     assert sum(part.manifest["documents"] for part in made) == 26
     warnings = [line for line in said if line.startswith("warning")]
     assert (
-        f"warning: {path}: 1 conversation skipped: no assistant turn; the first is {path} line 5: nobody answers"
-        in warnings
+        f"warning: {path}: 1 conversation skipped: no assistant turn; the first is {path} line 5: "
+        "there is no message of the assistant" in warnings
     )
     assert len([line for line in warnings if "roles out of order" in line]) == 1
 
@@ -201,7 +201,7 @@ def test_conversations_longer_than_a_row_are_left_out_and_said(tmp_path, tokeniz
     assert len(segments_of([made])) == sum(n <= border for n in lengths)
     assert said[-1] == (
         f"warning: {path}: {made.manifest['too_long']} conversations of more than {border} tokens left out; "
-        f"--data.row_length={max(lengths) - 1} takes the longest"
+        f"--data.row_length={max(lengths) - 1} fits the longest"
     )
     fitting = talk_settings(path, row_length=max(lengths) - 1, val=none_held_out)
     assert prepared(fitting, tokenizer, tmp_path)[0].manifest["too_long"] == 0
@@ -211,7 +211,7 @@ def test_a_file_in_which_everything_is_skipped_is_refused_with_the_reasons(tmp_p
     rows = [{"messages": [{"role": "user", "content": "Hello"}]}] * 3 + talks(2)
     path = write_rows(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # made, and met again in the cache
-        with pytest.raises(UserError, match=r"no conversation to learn from in --data.train .*a.jsonl") as caught:
+        with pytest.raises(UserError, match=r"no conversation to train on in --data.train .*a.jsonl") as caught:
             prepared(talk_settings(path, row_length=8, val=none_held_out), tokenizer, tmp_path)
         assert "3 conversations skipped: no assistant turn; the first is " in str(caught.value)
         assert "2 conversations of more than 9 tokens left out; --data.row_length=" in str(caught.value)

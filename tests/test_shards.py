@@ -51,7 +51,7 @@ def test_a_mistake_in_a_worker_is_the_users_sentence(tmp_path, tokenizer, many_s
     path = write(tmp_path / "a.jsonl", texts(50))
     with path.open("a") as file:
         file.write("oops\n")
-    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not valid JSON"):
         ensure_rows(settings(path, workers=2), tokenizer, "train", tmp_path / "cache", silent)
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_is_the_users_sentence_and_leaves_no_half_shard(tmp_path, co
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"shard-00000.array_record cannot be made .*File too large.*disk full"):
+        with pytest.raises(UserError, match=r"shard-00000.array_record cannot be written .*File too large.*disk full"):
             ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

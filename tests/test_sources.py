@@ -147,22 +147,22 @@ BROKEN = {
     "missing.txt": (None, r"--data.train .*missing.txt does not exist"),
     "none/*.txt": (None, r"no file matches --data.train .*none/\*.txt"),
     "empty.jsonl": (b"", r"empty.jsonl is empty"),
-    "picture.png": (b"x", r"picture.png is none of .txt, .jsonl, .jsonl.gz, .parquet"),
+    "picture.png": (b"x", r"picture.png has an unsupported suffix; expected one of: .txt, .jsonl, .jsonl.gz, .parquet"),
     "latin.txt": ("caf\u00e9".encode("latin-1"), r"latin.txt is not UTF-8 at byte 3 \(0xe9\).*--data.encoding=latin-1"),
     "latin.jsonl": (jsonl("one").encode() + b'{"text": "\xe9"}', r"latin.jsonl is not UTF-8 at byte 35 \(0xe9\)"),
-    "binary.txt": (b"\x7fELF\0\0", r"binary.txt looks like a binary file \(a zero at byte 4\)"),
+    "binary.txt": (b"\x7fELF\0\0", r"binary.txt looks like a binary file \(zero byte at offset 4\)"),
     "binary.jsonl": (b"\x7fELF\0\xff\n", r"binary.jsonl looks like a binary file"),
-    "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not JSON \(Expecting"),
-    "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is no object with a text column 'text'"),
-    "number.jsonl": ("7\n", r"number.jsonl line 1 is no object"),
+    "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not valid JSON \(Expecting"),
+    "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is not an object with a text column 'text'"),
+    "number.jsonl": ("7\n", r"number.jsonl line 1 is not an object"),
     "column.jsonl": (jsonl("one") + '{"id": 2, "body": "x"}\n', r"line 2 has no column 'text' \(it has id, body\)"),
     "chat.jsonl": ('{"messages": []}\n', r"line 1 has no column 'text' \(it has messages\).*--data.format=chat"),
     "null.jsonl": ('{"text": null}\n', r"null.jsonl line 1 has no text in column 'text'"),
     "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text'"),
-    "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a whole gzip file \(Not a gzipped file"),
-    "cut.jsonl.gz": (gzip.compress(jsonl("one").encode())[:-9], r"cut.jsonl.gz is not a whole gzip file"),
-    "flipped.jsonl.gz": (gzip.compress(b"x" * 99)[:-8] + b"\0" * 8, r"flipped.jsonl.gz is not a whole gzip file"),
-    "text.parquet": (b"this is text", r"text.parquet is not a whole parquet file"),
+    "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a complete gzip file \(Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(jsonl("one").encode())[:-9], r"cut.jsonl.gz is not a complete gzip file"),
+    "flipped.jsonl.gz": (gzip.compress(b"x" * 99)[:-8] + b"\0" * 8, r"flipped.jsonl.gz is not a complete gzip file"),
+    "text.parquet": (b"this is text", r"text.parquet is not a complete parquet file"),
 }
 
 
@@ -187,18 +187,18 @@ def test_a_directory_without_documents_is_refused(tmp_path):
 
 def test_a_broken_line_is_named_in_every_part(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl(*map(str, range(50))) + "oops\n")
-    with pytest.raises(UserError, match=r"a.jsonl line 51 is not JSON"):
+    with pytest.raises(UserError, match=r"a.jsonl line 51 is not valid JSON"):
         read(path, parts=3)
 
 
 def test_a_parquet_file_without_the_column_or_a_text_is_refused(tmp_path):
     path = parquet(tmp_path / "a.parquet", ["x", "y"], name="body")
-    with pytest.raises(UserError, match=r"has no column 'text' \(it has body\); name the text with --data.text_column"):
+    with pytest.raises(UserError, match=r"has no column 'text' \(it has body\); set --data.text_column"):
         read(path)
     with pytest.raises(UserError, match=r"row 4 has no text in column 'text'"):
         read(parquet(tmp_path / "b.parquet", ["a", "b", "c", None]))
     whole = parquet(tmp_path / "c.parquet", [f"some text {i}" for i in range(99)]).read_bytes()
-    with pytest.raises(UserError, match=r"cut.parquet is not a whole parquet file"):
+    with pytest.raises(UserError, match=r"cut.parquet is not a complete parquet file"):
         read(write(tmp_path / "cut.parquet", whole[:-50]))
 
 
@@ -226,7 +226,7 @@ def test_a_wrong_tiny_world_is_refused(spec):
 def test_an_unknown_encoding_is_refused(tmp_path):
     for name in ("latin-99", "rot13", "base64"):
         for path in (write(tmp_path / "a.txt", "x"), write(tmp_path / "a.jsonl", jsonl("x"))):
-            with pytest.raises(UserError, match=rf"--data.encoding={name} is not an encoding of text"):
+            with pytest.raises(UserError, match=rf"--data.encoding={name} is not a text encoding"):
                 read(path, encoding=name)
     path = write(tmp_path / "b.jsonl", jsonl("one", "two").encode("utf-16-le"))
     with pytest.raises(UserError, match=r"b\.jsonl is not utf-16: .* start with BOM; correct --data\.encoding"):

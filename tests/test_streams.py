@@ -193,18 +193,18 @@ def test_hosts_make_equally_many_batches_to_score(rows):
 
 
 def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
-    with pytest.raises(UserError, match=r"--data.weights has 1 entries for 2 entries of --data.train"):
+    with pytest.raises(UserError, match=r"--data.weights has 1 entries, but --data.train has 2"):
         stream(rows, (1.0,))
-    with pytest.raises(UserError, match=r"--data.epochs has 1 entries for 2 entries of --data.train"):
+    with pytest.raises(UserError, match=r"--data.epochs has 1 entries, but --data.train has 2"):
         stream(rows, epochs=(1.0,))
-    with pytest.raises(UserError, match=r"--data.weights and --data.epochs both say"):
+    with pytest.raises(UserError, match=r"--data.weights and --data.epochs cannot be combined"):
         stream(rows, (0.5, 0.5), epochs=(1.0, 1.0))
     with pytest.raises(UserError, match=r"no rows in .*empty"):
         stream([make_rows(tmp_path / "empty", [0])])
     with pytest.raises(UserError, match="no rows to read"):
         stream([])
     rows[1].row_length = 7
-    with pytest.raises(UserError, match=r"rows of length 7 .* do not go with rows of length 3"):
+    with pytest.raises(UserError, match=r"rows of length 7 .* cannot be mixed with rows of length 3"):
         stream(rows)
 
 
@@ -225,5 +225,5 @@ def test_missing_and_damaged_rows_are_refused(rows, tmp_path):
     with pytest.raises(UserError, match=r"2.array_record"):
         rows[0].read([6])
     rows[0].row_length = 4
-    with pytest.raises(UserError, match="a row has 12 bytes where row_length=4 makes 15"):
+    with pytest.raises(UserError, match="a row has 12 bytes, but row_length=4 needs 15"):
         rows[0].read([0])

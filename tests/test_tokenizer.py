@@ -214,7 +214,7 @@ def test_a_missing_or_damaged_tokenizer_is_named(bpe, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_too_little_text_is_refused_with_the_remedy(algorithm):
-    with pytest.raises(UserError, match=r"vocabulary of 8,192: take --data\.vocab=\d+ at most, or more text"):
+    with pytest.raises(UserError, match=r"vocabulary of 8,192: use --data\.vocab=\d+ at most, or more text"):
         train_tokenizer(TEXTS, vocab=8192, config=TokenizerConfig(algorithm=algorithm))
 
 

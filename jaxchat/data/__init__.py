@@ -1,1 +1,1 @@
-"""Documents to rows on disk, and rows to batches. Nothing in here imports jax, so that worker processes start fast."""
+"""Prepares rows on disk from documents, and reads batches of rows. Does not import jax, so that workers start fast."""

@@ -1,6 +1,6 @@
-"""The row on disk and the batch in memory.
+"""The format of a row on disk and of a batch in memory.
 
-A row of row_length T holds T + 1 token ids and as many flag bytes, so that every one of its T positions has a target.
+A row of row_length T holds T + 1 token ids, then T + 1 flag bytes, so that each of its T positions has a target.
 Shapes: R rows, B rows of a batch, T positions, S = T + 1 ids of a row on disk.
 """
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxchat.errors import UserError
 
-START = 1  # flag: a segment starts here
-TARGET = 2  # flag: this token is trained on, as the target of the one before it
+START = 1  # flag: first token of a segment
+TARGET = 2  # flag: training target of the position before it
 
 Batch = dict[str, np.ndarray]
 """tokens, targets, segments: int32 (B, T); weights: float32 (B, T). Later stages add columns."""
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def token_dtype(vocab: int) -> np.dtype:
-    """The type of token ids on disk."""
+    """Dtype of token ids on disk."""
     return np.dtype(np.uint16 if vocab <= 65536 else np.uint32)
 
 
@@ -37,30 +37,30 @@ def encode_row(ids_S: np.ndarray, flags_S: np.ndarray, dtype: np.dtype) -> bytes
 
 
 def decode_row(record: bytes, row_length: int, dtype: np.dtype) -> Row:
-    return Row(*(part_S[0] for part_S in decode_rows([record], row_length, dtype)))
+    return Row(*(array_RS[0] for array_RS in decode_rows([record], row_length, dtype)))
 
 
 def decode_rows(records: Sequence[bytes], row_length: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (R, S) in the type of the disk, and flags uint8 (R, S); `UserError` if a record has another size."""
+    """Token ids (R, S) of type `dtype` and flags uint8 (R, S). Raises `UserError` if a record has the wrong size."""
     size = row_bytes(row_length, dtype)
     for record in records:
         if len(record) != size:
             raise UserError(
-                f"a row has {len(record)} bytes where row_length={row_length} makes {size}; "
-                "delete its folder in the cache and prepare it again"
+                f"a row has {len(record)} bytes, but row_length={row_length} needs {size}; "
+                "delete its directory in the cache and prepare it again"
             )
     bytes_RN = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
-    border = (row_length + 1) * dtype.itemsize
-    return np.ascontiguousarray(bytes_RN[:, :border]).view(dtype), bytes_RN[:, border:]
+    id_bytes = (row_length + 1) * dtype.itemsize
+    return np.ascontiguousarray(bytes_RN[:, :id_bytes]).view(dtype), bytes_RN[:, id_bytes:]
 
 
 def stack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """The batch of some rows, each (ids_S, flags_S)."""
+    """Builds a batch from rows, each (ids_S, flags_S)."""
     return batch_of(np.stack([ids_S for ids_S, _ in rows]), np.stack([flags_S for _, flags_S in rows]))
 
 
 def batch_of(ids_BS: np.ndarray, flags_BS: np.ndarray) -> Batch:
-    """Shifts rows into inputs and targets; a segment's number counts the starts up to it."""
+    """Shifts rows into inputs and targets; the segment of a position is the number of START flags up to it."""
     return {
         "tokens": ids_BS[:, :-1].astype(np.int32),
         "targets": ids_BS[:, 1:].astype(np.int32),

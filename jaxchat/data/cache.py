@@ -1,4 +1,4 @@
-"""The cache of prepared data: keys made of content, atomic files, a lock against a second process."""
+"""The cache of prepared data: keys that are content hashes, atomic writes, and locks between processes."""
 
 import contextlib
 import errno
@@ -21,14 +21,14 @@ SETTLED_SECONDS = 2.0
 
 
 def key(**parts: Any) -> str:
-    """A name for what the parts decide; another value of any part makes another name."""
+    """Cache key: a hash of all parts and their values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a JSON file atomically."""
     make_directory(path.parent)
-    # In containers every process may have the same number.
+    # Random, because processes in different containers can have the same process id.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -42,7 +42,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file, None where it is missing, damaged or not to be read."""
+    """The value of a JSON file; None if the file is missing, invalid or unreadable."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -50,21 +50,21 @@ def read_json(path: Path) -> Any:
 
 
 def make_directory(directory: Path, option: str = "--data.cache") -> None:
-    """Makes a directory where files can be made; raises `UserError` naming the option that says where, if it cannot."""
+    """Creates a directory and tests that it is writable; raises `UserError` naming the `option` that sets it if not."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # The place is right, and the launcher has a sentence for it.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # Another directory need not help; the launcher reports these.
             raise
-        raise UserError(f"{directory} cannot be written ({error.strerror}): name another {option}") from error
+        raise UserError(f"{directory} cannot be written ({error.strerror}): choose another with {option}") from error
 
 
 @contextlib.contextmanager
 def locked(directory: Path, log: Callable[[str], None], *, refusal: str | None = None) -> Iterator[None]:
-    """Holds the directory for this process; the lock ends with the process, however it ends.
+    """Context manager: holds an exclusive lock on a directory, which the system releases when the process ends.
 
-    Where another process has it, waits, or raises `UserError` with the `refusal`.
+    If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given.
     """
     make_directory(directory)
     with (directory / "lock").open("w") as file:
@@ -78,12 +78,12 @@ def locked(directory: Path, log: Callable[[str], None], *, refusal: str | None =
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            log(f"warning: {directory} cannot be locked ({error.strerror}): start nothing else in it meanwhile")
+            log(f"warning: {directory} cannot be locked ({error.strerror}): let no other process use it meanwhile")
         yield
 
 
 def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str]:
-    """The content hash of every source; a file is read again only after its size, times or inode changed."""
+    """Content hash of each source, in order. A file is hashed again only if its size, timestamps or inode changed."""
     path = cache_directory / "hashes.json"
     known = read_json(path) or {}
     now = time.time()
@@ -94,23 +94,23 @@ def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str
         if not stamp or known.get(source.path, [])[:-1] != stamp
     ]
     with ThreadPoolExecutor(8) as pool:
-        fresh = dict(zip(unknown, pool.map(lambda i: sources[i].hash(), unknown)))
+        new_hashes = dict(zip(unknown, pool.map(lambda i: sources[i].hash(), unknown)))
     settled = {
         sources[i].path: [*stamps[i], hash_]
-        for i, hash_ in fresh.items()
-        # A file changed in the same tick of the file system's clock as it was read would keep its times.
+        for i, hash_ in new_hashes.items()
+        # A file can change again within the resolution of the file system's clock without changing its timestamps.
         if stamps[i]
         and now - max(stamps[i][1], stamps[i][2]) / 1e9 > SETTLED_SECONDS
         and _stamp(sources[i]) == stamps[i]
     }
     if settled:
         write_json(path, (read_json(path) or {}) | settled)
-    return [fresh[i] if i in fresh else known[source.path][-1] for i, source in enumerate(sources)]
+    return [new_hashes[i] if i in new_hashes else known[source.path][-1] for i, source in enumerate(sources)]
 
 
 def _stamp(source: Source) -> list[int]:
     if source.kind == "tinyworld":
         return []
     stat = os.stat(source.path)
-    # The change time cannot be set by a program, so a file that was touched back to an old date is still seen.
+    # Programs can set the modification time of a file, but not its change time (ctime).
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -1,14 +1,14 @@
-"""Conversations out of files of every usual format, as the messages that tokenizer/chat.py renders.
+"""Reads conversations in all common formats, as the messages that tokenizer/chat.py renders.
 
     {"messages": [{"role": "user", "content": "..."}, ...]}         also ShareGPT's {"conversations": [{"from": ...}]}
     {"prompt": "...", "completion": "..."}                          or "response"; either may be a list of messages
-    {"instruction": "...", "input": "...", "output": "..."}         Alpaca; the input may be missing
-    {"question": "...", "answer": "..."}                            GSM8K; <<48/2=24>> is a call of the calculator
-    {"question": "...", "choices": ["...", ...], "answer": 2}       MMLU, answered with a letter
+    {"instruction": "...", "input": "...", "output": "..."}         Alpaca; "input" is optional
+    {"question": "...", "answer": "..."}                            GSM8K; <<48/2=24>> is a calculator call
+    {"question": "...", "choices": ["...", ...], "answer": 2}       MMLU; the answer becomes a letter
 
-One a line of .jsonl and .jsonl.gz, a row of .parquet, or an entry of a .json array; also tinyworld:chat[:N] and
-hub:smoltalk, hub:gsm8k, hub:mmlu. Words that nobody answers at the end of a conversation are left off. A file of
-another format is refused; a single conversation that is none is skipped, with a reason that is counted.
+One per line of .jsonl and .jsonl.gz, per row of .parquet, or per entry of a .json array; also tinyworld:chat[:N],
+hub:smoltalk, hub:gsm8k and hub:mmlu. Messages after the last answer are dropped. A row of an unknown format raises
+`UserError`; a malformed conversation is skipped and counted under its reason.
 """
 
 import json
@@ -26,10 +26,10 @@ from jaxchat.tokenizer.sentencepiece import scalar_values
 Message = dict[str, Any]
 Form = Literal["chat", "alpaca"]
 Skip = Callable[[Any, Malformed, Callable[[], str]], None]
-"""Called with what was skipped, why, and a function that says where it stands."""
+"""Called with a skipped row, the reason, and a function that returns its file and line or row."""
 
 SUFFIXES: Mapping[str, str] = {".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parquet": "parquet", ".json": "json"}
-TINYWORLD_BYTES = 400  # of a conversation, about
+TINYWORLD_BYTES = 400  # per conversation, approximately
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -50,7 +50,7 @@ ALPACA = (
 def conversations(
     source: Source, reading: Reading, form: Form = "chat", *, skip: Skip = lambda *_: None
 ) -> Iterator[list[Message]]:
-    """Every conversation of one part of a source, in a fixed order; `skip` is told of those that are none."""
+    """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
     for number, row in _tinyworld(source, reading) if source.kind == "tinyworld" else objects(source, reading):
         try:
             yield read(row, form)
@@ -61,25 +61,25 @@ def conversations(
 
 
 def read(row: Any, form: Form = "chat") -> list[Message]:
-    """The messages of a row of any of the formats, with the assistant's last.
+    """Converts a row of any of the formats to messages, of which the last is the assistant's.
 
-    As "alpaca", one user's message, which holds the literal template, and one answer to it.
+    With form="alpaca", returns a user message that holds the filled-in template, and the assistant's answer.
 
     Raises:
-        Malformed: a conversation that cannot be learned from.
-        UserError: a row of none of the formats.
+        Malformed: the conversation cannot be trained on.
+        UserError: the format of the row is unknown.
     """
     if not isinstance(row, Mapping):
-        raise UserError("is no object; a conversation is one, such as one with a list of messages")
+        raise UserError('is not an object; write each conversation as an object, such as {"messages": [...]}')
     reader = next((reader for keys, reader in FORMATS if all(key in row for key in keys)), None)
     if reader is None:
-        known = "; ".join(" + ".join(keys) for keys, _ in FORMATS)
-        raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}): known are {known}")
+        known = ", ".join(" + ".join(keys) for keys, _ in FORMATS)
+        raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}); expected one of: {known}")
     messages = reader(row)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise Malformed("no assistant turn", "nobody answers")
+        raise Malformed("no assistant turn", "there is no message of the assistant")
     chat.check(messages)
     if form == "chat":
         return messages
@@ -87,7 +87,7 @@ def read(row: Any, form: Form = "chat") -> list[Message]:
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, form: Form = "chat") -> Rendered:
-    """The tokens of what `read` gives, and which of them are learned."""
+    """Token ids and loss mask of messages that `read` returned for the same `form`."""
     if form == "chat":
         return chat.render(messages, tokenizer)
     prompt, answer = messages
@@ -95,33 +95,33 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, form: Form = "chat
 
 
 def opening(messages: Sequence[Message]) -> str:
-    """What decides whether a conversation is held out: its first words, which all the paths of a tree share."""
+    """The first user message, which decides the split: all branches of a conversation tree share it."""
     return scalar_values(next(message["content"] for message in messages if message["role"] == "user"))
 
 
 def words(messages: Sequence[Message]) -> str:
-    """Everything that is said, as one text."""
-    said = (message["content"] for message in messages)
-    texts = (content if isinstance(content, str) else "".join(part["text"] for part in content) for content in said)
+    """The text of all messages, joined by newlines."""
+    contents = (message["content"] for message in messages)
+    texts = (text if isinstance(text, str) else "".join(part["text"] for part in text) for text in contents)
     return scalar_values("\n".join(texts))
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """Alpaca's literal template up to where the response begins."""
+    """The Alpaca template, filled in up to the beginning of the response."""
     return ALPACA[bool(input)].format(instruction=instruction, input=input)
 
 
 def choice_prompt(question: str, choices: Sequence[str]) -> str:
-    """nanochat's wording of a question with choices; the answer is a letter."""
-    listed = "".join(f"- {choice}={letter}\n" for letter, choice in zip(LETTERS, choices))
-    return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    """A multiple-choice question in nanochat's wording; the answer is a letter."""
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(LETTERS, choices))
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
 def tinyworld(spec: str, split: str) -> Source:
-    """The talk of the tiny world that a spec names, of a split."""
+    """The source of tiny-world conversations that `spec` names."""
     match = re.fullmatch(r"tinyworld:chat(?::([1-9]\d*))?", spec)
     if not match:
-        raise UserError(f"{spec} is not tinyworld:chat, with or without a number of conversations")
+        raise UserError(f"{spec} is not tinyworld:chat or tinyworld:chat:N (N conversations)")
     from jaxchat.data.tinyworld import talk
 
     count = int(match[1] or talk.CONVERSATIONS[split])
@@ -138,26 +138,23 @@ def _tinyworld(source: Source, reading: Reading) -> Iterator[Object]:
 
 
 def _read_turns(row: Mapping[str, Any]) -> list[Message]:
-    """A list of messages, with the system's words and the tools that stand beside it."""
-    listed = row["messages"] if "messages" in row else row["conversations"]
-    return _system(row) + _fold(listed)
+    return _system(row) + _normalize(row["messages"] if "messages" in row else row["conversations"])
 
 
 def _read_completion(row: Mapping[str, Any]) -> list[Message]:
     prompt, answer = row["prompt"], row["completion"] if "completion" in row else row["response"]
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return _system(row) + _fold([*before, *after])
+    return _system(row) + _normalize([*before, *after])
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
     instruction, context, output = _alpaca_fields(row)
-    asked = "\n\n".join(filter(None, (instruction, context)))
-    return _system(row) + _pair(asked, output)
+    return _system(row) + _pair("\n\n".join(filter(None, (instruction, context))), output)
 
 
 def _alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, Any]:
-    """Instruction, input and output; Dolly calls the last two context and response."""
+    """Instruction, input and output; the Dolly data set names the last two context and response."""
     output = row["output"] if "output" in row else row["response"]
     return _text(row["instruction"]), _text(row.get("input") or row.get("context")), output
 
@@ -165,32 +162,32 @@ def _alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, Any]:
 def _read_choice(row: Mapping[str, Any]) -> list[Message]:
     question, choices, answer = _text(row["question"]), row["choices"], row["answer"]
     if not question:
-        raise Malformed("empty content", "the question holds no text")
+        raise Malformed("empty content", "the question has no text")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise Malformed("no such choice", f"there are not 2 to {len(LETTERS)} choices")
+        raise Malformed("no such choice", f"choices is not a list of 2 to {len(LETTERS)} entries")
     letters = LETTERS[: len(choices)]
     if isinstance(answer, int) and 0 <= answer < len(choices):
         letter = letters[answer]
     elif isinstance(answer, str) and len(answer) == 1 and answer in letters:
         letter = answer
     else:
-        raise Malformed("no such choice", f"the answer {answer!r} is none of {len(choices)} choices")
+        raise Malformed("no such choice", f"the answer {answer!r} is not one of the {len(choices)} choices")
     return _pair(choice_prompt(question, choices), letter)
 
 
 def _read_answer(row: Mapping[str, Any]) -> list[Message]:
     answer = _text(row["answer"])
     parts = []
-    for i, piece in enumerate(_CALL.split(answer)):
+    for i, text in enumerate(_CALL.split(answer)):
         if i % 2:
-            call, _, result = piece.rpartition("=") if "=" in piece else (piece, "", "")
+            call, _, result = text.rpartition("=") if "=" in text else (text, "", "")
             parts += [{"type": "python", "text": call}, {"type": "python_output", "text": result}]
-        elif piece:
-            parts.append({"type": "text", "text": piece})
+        elif text:
+            parts.append({"type": "text", "text": text})
     return _pair(row["question"], parts if len(parts) > 1 else answer)
 
 
-_CALL = re.compile("<<([^<>]+)>>")  # GSM8K's marks of what a calculator worked out
+_CALL = re.compile("<<([^<>]+)>>")  # a calculator annotation of GSM8K
 
 FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]], ...] = (
     (("messages",), _read_turns),
@@ -204,38 +201,38 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message
 )
 
 
-def _pair(asked: Any, answer: Any) -> list[Message]:
-    return _fold([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+def _pair(question: Any, answer: Any) -> list[Message]:
+    return _normalize([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
-    """What a row says besides its messages: the system's words, and descriptions of tools."""
+    """A system message of the row's system prompt and tool descriptions, if it has any."""
     tools = [row["tools"]] if isinstance(row.get("tools"), str) and row["tools"] else _list(row.get("tools"))
     described = [tool if isinstance(tool, str) else json.dumps(tool, ensure_ascii=False) for tool in tools]
     texts = [_text(row.get("system")), "\n".join(["You can call these tools:", *described]) if described else ""]
-    said = "\n\n".join(filter(None, texts))
-    return [{"role": "system", "content": said}] if said else []
+    content = "\n\n".join(filter(None, texts))
+    return [{"role": "system", "content": content}] if content else []
 
 
-def _fold(listed: Any) -> list[Message]:
-    """Messages in our roles; a tool's call and its result become parts of the assistant's message around them."""
-    if not isinstance(listed, list) or not all(isinstance(message, Mapping) for message in listed):
-        raise Malformed("no message", "the messages are no list of objects")
+def _normalize(raw_messages: Any) -> list[Message]:
+    """Maps role names; tool calls and results become parts of the assistant message around them."""
+    if not isinstance(raw_messages, list) or not all(isinstance(message, Mapping) for message in raw_messages):
+        raise Malformed("no message", "the messages are not a list of objects")
     messages: list[Message] = []
-    for message in listed:
-        given = message.get("role", message.get("from"))
-        role = ROLES.get(given.lower(), given) if isinstance(given, str) else str(given)
+    for message in raw_messages:
+        name = message.get("role", message.get("from"))
+        role = ROLES.get(name.lower(), name) if isinstance(name, str) else str(name)
         content = message.get("content", message.get("value"))
         last: Message = messages[-1] if messages else {"role": ""}
         if role == "system":
-            if words := _text(content):
-                messages.append({"role": role, "content": words})
+            if text := _text(content):
+                messages.append({"role": role, "content": text})
         elif role in ("call", "result", "assistant"):
             parts = _assistant_parts(role, content, message)
-            follows = last["role"] == "assistant" and (role != "assistant" or _ends(last) == "python_output")
-            if role == "result" and not (follows and _ends(last) in ("python", "python_output")):
-                raise Malformed("roles out of order", f"message {len(messages)} is a tool's, which nobody called")
-            if follows:
+            continues = last["role"] == "assistant" and (role != "assistant" or _last_kind(last) == "python_output")
+            if role == "result" and not (continues and _last_kind(last) in ("python", "python_output")):
+                raise Malformed("roles out of order", f"message {len(messages)} is a tool result without a tool call")
+            if continues:
                 last["content"] = [*last["content"], *parts]
             else:
                 messages.append({"role": "assistant", "content": parts})
@@ -259,21 +256,22 @@ def _assistant_parts(role: str, content: Any, message: Mapping[str, Any]) -> lis
     return parts
 
 
-def _ends(message: Message) -> str | None:
+def _last_kind(message: Message) -> str | None:
     part = message["content"][-1] if message["content"] else None
     return part.get("type") if isinstance(part, Mapping) else None
 
 
 def _simplest(parts: list[Any], index: int) -> Any:
-    """Parts without those that say nothing, or the text where there is but one."""
-    said = [
+    """The parts without empty texts; a single text part becomes a string."""
+    nonempty = [
         part
         for part in parts
         if not (isinstance(part, Mapping) and part.get("type") == "text") or part.get("text", True)
     ]
-    if said and _ends({"content": said}) == "python":
-        raise Malformed("a call without a result", f"message {index} calls a tool that gives no result")
-    return said[0]["text"] if len(said) == 1 and _ends({"content": said}) == "text" else said
+    kind = _last_kind({"content": nonempty})
+    if kind == "python":
+        raise Malformed("a call without a result", f"message {index} ends with a tool call without a result")
+    return nonempty[0]["text"] if len(nonempty) == 1 and kind == "text" else nonempty
 
 
 def _list(value: Any) -> list[Any]:
@@ -281,17 +279,19 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(content: Any) -> str:
-    """A text; nothing but spaces is none, and parts of text are one."""
+    """Content that is a string or a list of text parts, as a string; "" if it is blank or something else."""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) and content.strip() else ""
 
 
 def _as_alpaca(messages: list[Message], fields: tuple[str, str] | None) -> list[Message]:
-    """One exchange in Alpaca's literal template; a system message opens the instruction, or the user's words are it."""
-    *before, asked, answer = messages
+    """Fills the Alpaca template with `fields` (instruction, input) or the user message, after any system message."""
+    *before, question, answer = messages
     if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
-        raise Malformed("several turns", f"{len(messages)} messages, where Alpaca's template has one answer")
-    instruction, given = fields or (asked["content"], "")
+        raise Malformed(
+            "several turns", f"{len(messages)} messages, but the Alpaca template has one question and answer"
+        )
+    instruction, context = fields or (question["content"], "")
     instruction = "\n\n".join([*(message["content"] for message in before), instruction])
-    return [{"role": "user", "content": alpaca_prompt(instruction, given)}, answer]
+    return [{"role": "user", "content": alpaca_prompt(instruction, context)}, answer]

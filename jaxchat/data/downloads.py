@@ -1,4 +1,4 @@
-"""Files of the network: downloads that continue where they stopped, tried again with growing pauses, and checked."""
+"""Downloads that resume, retry with growing pauses, and verify size and checksum."""
 
 import hashlib
 import http.client
@@ -25,7 +25,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a data set; sha256 where its source gives one."""
+    """A file of a data set: its path there, its size in bytes, and its hexadecimal SHA-256 if the source gives one."""
 
     path: str
     size: int
@@ -37,7 +37,7 @@ class Shard:
 
 
 class Corrupt(Exception):
-    """What arrived is not what was asked for; worth another attempt."""
+    """The size or checksum of a download is wrong; it is tried again."""
 
 
 def fetch(
@@ -49,13 +49,17 @@ def fetch(
     headers: Mapping[str, str] | None = None,
     show: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """One attempt: continues a partial file, checks the whole, and gives it its name; `show` is told every arrival."""
+    """Tries once to download a shard to `place`, resuming a partial file; calls `show` with the bytes received.
+
+    Raises `Corrupt` for a wrong size or checksum, OSError or HTTPException for a network error, and `UserError` if
+    `stop` is set.
+    """
     partial = place / f"{shard.name}.{(shard.sha256 or 'unknown')[:12]}.partial"
     have = partial.stat().st_size if partial.exists() else 0
     if have < shard.size:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         for name, value in (headers or {}).items():
-            # The hub redirects to a store that signs its addresses and must not see the token.
+            # The hub redirects to storage with signed URLs, which must not receive the token.
             request.add_unredirected_header(name, value)
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             resumed = have > 0 and answer.status == http.HTTPStatus.PARTIAL_CONTENT
@@ -71,16 +75,16 @@ def fetch(
         raise http.client.IncompleteRead(b"", shard.size - have)
     if have > shard.size or (shard.sha256 and _sha256(partial) != shard.sha256):
         partial.unlink()
-        raise Corrupt(f"{shard.path} arrived with another checksum than its source states")
+        raise Corrupt(f"{shard.path} has another size or checksum than its source states")
     partial.replace(place / shard.name)
 
 
 def patiently(
     attempt: Callable[[], Any], what: str, stop: threading.Event, log: Log, also: tuple[type[Exception], ...] = ()
 ) -> Any:
-    """Runs an attempt until it succeeds, with growing pauses; a refusal, and the last failure, is a `UserError`.
+    """Calls `attempt` until it succeeds, with growing pauses; retries network errors, `Corrupt` and errors of `also`.
 
-    Errors of the network, and those of `also`, are worth another attempt.
+    Raises `UserError` if the server rejects the request, the last attempt fails, or `stop` is set.
     """
     transient: tuple[type[Exception], ...] = (OSError, http.client.HTTPException, Corrupt, *also)
     for i in range(ATTEMPTS):
@@ -93,20 +97,20 @@ def patiently(
             if i == ATTEMPTS - 1:
                 raise UserError(
                     f"{what} could not be fetched in {ATTEMPTS} attempts ({error or type(error).__name__}); "
-                    "start again to continue, or name files that are there"
+                    "start again to continue, or use local files"
                 ) from None
             pause = BACKOFF_SECONDS * 2**i
-            log(f"{what}: {error or type(error).__name__}; trying again in {pause:g} s")
+            log(f"{what}: {error or type(error).__name__}; retrying in {pause:g} s")
         if stop.wait(pause):
             raise UserError("download stopped; start again to continue it")
     raise AssertionError("unreachable")
 
 
 def unpacked(url: str, place: Path, *, log: Log) -> Path:
-    """The directory `place` with the files of a zip archive, downloaded and unpacked where it is not there.
+    """Downloads a zip archive and unpacks it to the directory `place`, unless that exists; returns `place`.
 
     Raises:
-        UserError: the archive cannot be fetched, or is none.
+        UserError: the file cannot be downloaded, or is not a complete zip archive.
     """
     with locked(place.parent, log):
         if place.is_dir():
@@ -118,14 +122,14 @@ def unpacked(url: str, place: Path, *, log: Log) -> Path:
         if not archive.exists():
             log(f"downloading {url} ({size / 1e6:.0f} MB) to {archive}")
             patiently(lambda: fetch(url, shard, place.parent, stop), url, stop, log)
-        half = place.with_name(place.name + ".partial")
+        partial = place.with_name(place.name + ".partial")
         try:
             with zipfile.ZipFile(archive) as file:
-                file.extractall(half)  # Checks every file's checksum, and keeps all of them inside.
+                file.extractall(partial)  # Verifies checksums and writes nothing outside the directory.
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             archive.unlink()
-            raise UserError(f"what {url} sent is no whole zip archive ({error}): start again") from None
-        half.replace(place)
+            raise UserError(f"{url} sent an incomplete or invalid zip archive ({error}): start again") from None
+        partial.replace(place)
         archive.unlink()
         return place
 
@@ -134,7 +138,7 @@ def _size(url: str) -> int:
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS) as answer:
         size = answer.headers["Content-Length"]
     if size is None:
-        raise UserError(f"{url} does not say how large it is: fetch and unpack it by hand, and name its directory")
+        raise UserError(f"{url} does not state its size: download and unpack it yourself and pass the directory")
     return int(size)
 
 
@@ -147,7 +151,7 @@ def _status(error: BaseException) -> int | None:
 
 def _hint(status: int) -> str:
     if status in (401, 403):
-        return "set HF_TOKEN to a token that may read it, and accept its terms on its page"
+        return "set HF_TOKEN to a token with read access, and accept the terms on its page"
     return "check its name"
 
 

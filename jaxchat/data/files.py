@@ -1,7 +1,7 @@
-"""Files read from their bytes: text, and objects out of JSON lines, JSON arrays and parquet.
+"""Reads text files, and objects from JSON lines, JSON arrays and parquet.
 
-An object comes with its number in the file, so that a mistake in it can be named. Every mistake in a file is a
-`UserError` that names file and place.
+An object comes with its number in the file, for error messages. A file that cannot be read raises `UserError` with its
+path and, if known, the line or row.
 """
 
 import codecs
@@ -17,9 +17,9 @@ from typing import Any
 
 from jaxchat.errors import UserError, first_line
 
-DEAL = 256  # lines of a compressed file dealt to one part at a time
+DEAL = 256  # consecutive lines of a compressed file that go to the same part
 Object = tuple[int, Any]
-"""The number of an object in its file, or in its part of it, and its value; `place` makes words of the number."""
+"""An object's number, counted from 1 in its file or part, and its value; `place` turns the number into a location."""
 
 
 @dataclass(frozen=True)
@@ -28,40 +28,40 @@ class Source:
 
     kind: str
     path: str
-    size: int  # bytes on disk, or about as many as are generated
+    size: int  # bytes on disk, or approximate bytes generated
 
     def hash(self) -> str:
-        """Hexadecimal SHA-256 of what the documents are made from."""
+        """Hexadecimal SHA-256 of the file, or of the spec and code of the generator."""
         if self.kind != "tinyworld":
             with open(self.path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         from jaxchat.data import tinyworld
 
-        talks = self.path.startswith("tinyworld:chat")
+        is_chat = self.path.startswith("tinyworld:chat")
         files = Path(tinyworld.__file__).parent.glob("*.py")
-        code = sorted(path for path in files if talks or path.name != "talk.py")  # which writes no document
+        code = sorted(path for path in files if is_chat or path.name != "talk.py")  # talk.py generates no documents
         return hashlib.sha256(b"\0".join([self.path.encode(), *(path.read_bytes() for path in code)])).hexdigest()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read, and how far it got."""
+    """How one reader reads documents, which part of them, and its progress."""
 
     text_column: str = "text"
     encoding: str = "utf-8"
     part: int = 0
     parts: int = 1
-    """Documents are dealt to `parts` readers; together they read every document once."""
+    """Number of readers that share the documents; together they read each document once."""
     fraction: list[float] = field(default_factory=lambda: [0.0], compare=False)
-    """One number: the share of this part that is read."""
+    """Progress, as a list of one element: the share of this part that has been read."""
 
     def __post_init__(self) -> None:
         try:
             b"a".decode(self.encoding)
-        except UnicodeError:  # Such as one byte of an encoding of two.
+        except UnicodeError:  # The encoding exists, but needs more than one byte per character.
             pass
         except LookupError:
-            problem = f"--data.encoding={self.encoding} is not an encoding of text that Python knows"
+            problem = f"--data.encoding={self.encoding} is not a text encoding of Python; use one, such as latin-1"
             raise UserError(problem) from None
 
     @property
@@ -73,7 +73,7 @@ class Reading:
 
 
 def read_text(source: Source, reading: Reading) -> Iterator[str]:
-    """The whole file, as one text, to the first of its readers."""
+    """Yields the whole file as one text, to the first reader only."""
     if reading.part:
         return
     yield _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
@@ -81,7 +81,7 @@ def read_text(source: Source, reading: Reading) -> Iterator[str]:
 
 
 def objects(source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
-    """Every value of one part of a file, in a fixed order; of parquet only the columns named, if any are."""
+    """Yields the objects of one part of a file in a fixed order; `columns` limits the columns read from parquet."""
     if source.kind == "parquet":
         return _read_parquet(source, reading, columns)
     if source.kind == "json":
@@ -92,14 +92,14 @@ def objects(source: Source, reading: Reading, columns: list[str] | None = None) 
 
 
 def place(source: Source, reading: Reading, number: int) -> str:
-    """Where an object stands, such as `pages.jsonl line 3`."""
+    """The location of an object, such as `pages.jsonl line 3`."""
     if source.kind == "jsonl" and reading.is_utf8:
         number = _line(source.path, number, _bounds(source, reading)[0])
     return f"{source.path} {'line' if source.kind in ('jsonl', 'jsonl.gz') else 'row'} {number}"
 
 
 def _read_json(source: Source, reading: Reading) -> Iterator[Object]:
-    """The values of an array; a file of JSON lines is read too, as many are called .json."""
+    """Yields the values of a JSON array, or of JSON lines, because many .json files contain those."""
     if reading.part:
         return
     text = _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
@@ -115,7 +115,7 @@ def _read_json(source: Source, reading: Reading) -> Iterator[Object]:
 
 
 def _bounds(source: Source, reading: Reading) -> tuple[int, int]:
-    """The bytes of a part; a line belongs to the part that it begins in."""
+    """Byte range of a part; a line belongs to the part in which it starts."""
     start, stop = (source.size * part // reading.parts for part in (reading.part, reading.part + 1))
     return start, stop
 
@@ -140,7 +140,7 @@ def _lines_until(file: Any, start: int, stop: int, reading: Reading) -> Iterator
 
 
 def _dealt_lines(source: Source, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and UTF-8 of every line of this part of a file that can only be read from its beginning."""
+    """Yields (number, offset, UTF-8 bytes) of the lines of a part, for files that must be read from the beginning."""
     with open(source.path, "rb") as stored:
         file: Any = gzip.GzipFile(fileobj=stored) if source.kind == "jsonl.gz" else stored
         if not reading.is_utf8:
@@ -154,7 +154,7 @@ def _dealt_lines(source: Source, reading: Reading) -> Iterator[tuple[int, int, b
                     reading.advance(stored.tell(), source.size)
                 position += len(line)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{source.path} is not a whole gzip file ({error}); fetch or pack it again") from None
+            raise UserError(f"{source.path} is not a complete gzip file ({error}); download or make it again") from None
         except UnicodeError as error:
             raise UserError(_not_decoded(source.path, reading.encoding, error)) from None
 
@@ -170,7 +170,7 @@ def _parsed(lines: Iterable[tuple[int, int, bytes]], source: Source, reading: Re
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(source.path, line, position, error)) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place(source, reading, number)} is not JSON ({error})") from None
+            raise UserError(f"{place(source, reading, number)} is not valid JSON ({error})") from None
 
 
 def _read_parquet(source: Source, reading: Reading, columns: list[str] | None) -> Iterator[Object]:
@@ -197,17 +197,19 @@ def _read_parquet(source: Source, reading: Reading, columns: list[str] | None) -
         where = f"in column {columns[0]!r} " if columns else ""
         raise UserError(
             f"{source.path} rows {before + 1:,} to {before + rows:,} hold text {where}that is not UTF-8 "
-            f"({error.reason}); write the file again with texts of UTF-8"
+            f"({error.reason}); write the file again in UTF-8"
         ) from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source.path} is not a whole parquet file ({first_line(error)}); fetch it again") from None
+        raise UserError(
+            f"{source.path} is not a complete parquet file ({first_line(error)}); download or make it again"
+        ) from None
 
 
 def no_column(column: str, names: Iterable[str]) -> str:
-    """What is wrong with a row of these columns, and the remedy."""
+    """Error message for a row with the columns `names` but without `column`."""
     names = list(names)
-    talk = "messages" in names or "conversations" in names
-    remedy = "read conversations with --data.format=chat" if talk else "name the text with --data.text_column"
+    is_chat = "messages" in names or "conversations" in names
+    remedy = "read conversations with --data.format=chat" if is_chat else "set --data.text_column to the text column"
     return f"has no column {column!r} (it has {', '.join(names) or 'none'}); {remedy}"
 
 
@@ -228,7 +230,7 @@ def _not_utf8(path: str, data: bytes, position: int, error: UnicodeDecodeError) 
         return _binary(path, position + data.index(0))
     return (
         f"{path} is not UTF-8 at byte {position + error.start:,} (0x{data[error.start]:02x}); "
-        "if it is text in another encoding, name it, such as --data.encoding=latin-1"
+        "if it is text in another encoding, set that, such as --data.encoding=latin-1"
     )
 
 
@@ -241,13 +243,13 @@ def _not_decoded(path: str, encoding: str, error: UnicodeError) -> str:
 
 def _binary(path: str, offset: int) -> str:
     return (
-        f"{path} looks like a binary file (a zero at byte {offset:,}); "
-        "if it is text, name its encoding, such as --data.encoding=utf-16"
+        f"{path} looks like a binary file (zero byte at offset {offset:,}); "
+        "if it is text, set its encoding, such as --data.encoding=utf-16"
     )
 
 
 def _line(path: str, number: int, skipped: int) -> int:
-    """The number of a line in its file, given its number after the first `skipped` bytes."""
+    """Converts a line number counted after the first `skipped` bytes to the line number in the whole file."""
     if not skipped:
         return number
     with open(path, "rb") as file:

@@ -1,21 +1,21 @@
-"""Data sets of the Hugging Face hub by name: downloads that resume, with checksums.
+"""Downloads data sets of the Hugging Face hub by name.
 
     hub:fineweb-edu[:N]         FineWeb-Edu, sample of 10 billion tokens
-    hub:fineweb-edu-100bt[:N]   its sample of 100 billion tokens
-    hub:climbmix[:N]            karpathy/climbmix-400b-shuffle, what nanochat trains on
+    hub:fineweb-edu-100bt[:N]   FineWeb-Edu, sample of 100 billion tokens
+    hub:climbmix[:N]            karpathy/climbmix-400b-shuffle, nanochat's pretraining data
     hub:smoltalk[:N]            smol-smoltalk, 460,000 conversations
-    hub:gsm8k                   word problems, worked out with a calculator
-    hub:mmlu                    questions with four choices: the auxiliary training set
-    hub:mmlu-test               its test questions; its few examples are the part to train on
-    hub:arc-easy                questions of ARC with choices, the easy ones
-    hub:arc-challenge           and the others
-    hub:humaneval               functions to be written; the one file is for testing
+    hub:gsm8k                   math word problems with calculator calls
+    hub:mmlu                    four-choice questions: the auxiliary training set
+    hub:mmlu-test               MMLU's test questions; the training split is its few-shot examples (dev)
+    hub:arc-easy                multiple-choice questions of ARC, easy set
+    hub:arc-challenge           multiple-choice questions of ARC, challenge set
+    hub:humaneval               Python functions to write; its only file is the test split
     hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
 
-N is the number of shards, 8 by default, from the first. The same name means for validation the files that are made
-for it, and where there are none the last shard to train on, which is then never trained on; files whose names say test
-are not read. The list of files is kept at the commit of the first download, so a data set does
-not change under a run, and files that are there need no network.
+N is the number of training shards, counted from the first; the default is 8. In data sets without patterns in
+`DATA_SETS`, words in file names decide the split: without validation files, the last training shard is held out, and
+test files are not read. The list of files is fixed at the commit of the first download, so that a data set cannot
+change during a run; downloaded files need no network.
 """
 
 import re
@@ -41,7 +41,7 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, and what the paths of its files for training and validation look like; by default see `_parts`."""
+    """A data set, and regular expressions for its training and validation files; `_split` is used if they are empty."""
 
     repository: str
     folder: str = ""
@@ -53,7 +53,7 @@ DATA_SETS = {
     "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample/10BT"),
     "fineweb-edu-100bt": DataSet("HuggingFaceFW/fineweb-edu", "sample/100BT"),
     "climbmix": DataSet("karpathy/climbmix-400b-shuffle"),
-    # As in nanochat, but that MMLU is validated on its own validation part: its test part is for evaluation.
+    # As in nanochat, except that MMLU uses its validation split for validation: the test split is for evaluation.
     "smoltalk": DataSet("HuggingFaceTB/smol-smoltalk", "data", "^data/train-", "^data/test-"),
     "gsm8k": DataSet("openai/gsm8k", "main", "^main/train-", "^main/test-"),
     "mmlu": DataSet("cais/mmlu", "all", "^all/auxiliary_train-", "^all/validation-"),
@@ -65,20 +65,20 @@ DATA_SETS = {
 
 
 def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint: str | None = None) -> list[Path]:
-    """The files that a spec names for a split, downloaded where they are missing."""
+    """Downloads the missing files of a spec and split; returns the paths of all its files."""
     name, data_set, count = _parse(spec)
     place = directory / re.sub(r"[^\w.-]+", "--", name)
     with locked(place, log):
         index = _index(name, data_set, place, endpoint, log)
-        trained, held_out = _parts([Shard(**shard) for shard in index["shards"]], data_set)
-        if not trained or not held_out:
-            raise UserError(f"{spec} has no parquet file to {'validate on' if trained else 'train on'}")
+        train, val = _split([Shard(**shard) for shard in index["shards"]], data_set)
+        if not train or not val:
+            raise UserError(f"{spec} has no parquet file to {'validate on' if train else 'train on'}")
         if split == "val":
-            chosen = held_out
-        elif count is not None and count > len(trained):
-            raise UserError(f"{spec} asks for {count} shards; {data_set.repository} has {len(trained)} to train on")
+            chosen = val
+        elif count is not None and count > len(train):
+            raise UserError(f"{spec}: {data_set.repository} has only {len(train)} training shards; ask for fewer")
         else:
-            chosen = trained[: count or DEFAULT_SHARDS]
+            chosen = train[: count or DEFAULT_SHARDS]
         missing = [shard for shard in chosen if not _is_there(place / shard.name, shard)]
         if missing:
             size = sum(shard.size for shard in missing) / 1e9
@@ -93,36 +93,36 @@ def _parse(spec: str) -> tuple[str, DataSet, int | None]:
         raise UserError(f"{spec} is not hub:NAME or hub:NAME:SHARDS, such as hub:climbmix:8")
     name = match[1]
     if name not in DATA_SETS and not re.fullmatch(r"[\w.-]+/[\w.-]+(/.+)?", name):
-        raise UserError(f"no data set {name!r}: name one of {', '.join(DATA_SETS)}, or hub:OWNER/NAME")
+        raise UserError(f"unknown data set {name!r}; expected one of: {', '.join(DATA_SETS)}, or hub:OWNER/NAME")
     owner, _, rest = name.partition("/")
     repository, _, folder = rest.partition("/")
     data_set = DATA_SETS.get(name) or DataSet(f"{owner}/{repository}", folder)
     return name, data_set, int(match[2]) if match[2] else None
 
 
-def _parts(shards: Sequence[Shard], data_set: DataSet) -> tuple[list[Shard], list[Shard]]:
-    """The files to train on, and those to validate on: by the words in their names, else all but the last, and it."""
+def _split(shards: Sequence[Shard], data_set: DataSet) -> tuple[list[Shard], list[Shard]]:
+    """Training and validation files, by the data set's patterns or by words in names (else the last file validates)."""
     if data_set.train:
-        trained, held_out = (
+        train, val = (
             [shard for shard in shards if re.search(pattern, shard.path)] for pattern in (data_set.train, data_set.val)
         )
-        return trained, held_out
+        return train, val
     words = {shard: words_of(Path(shard.path)) for shard in shards}
-    held_out = [shard for shard in shards if words[shard] & VAL]
-    free = [shard for shard in shards if not words[shard] & (VAL | TEST)]
-    trained = [shard for shard in free if words[shard] & TRAIN] or free
-    return (trained, held_out) if held_out else (trained[:-1], trained[-1:])
+    val = [shard for shard in shards if words[shard] & VAL]
+    others = [shard for shard in shards if not words[shard] & (VAL | TEST)]
+    train = [shard for shard in others if words[shard] & TRAIN] or others
+    return (train, val) if val else (train[:-1], train[-1:])
 
 
 def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Log) -> dict[str, Any]:
-    """Commit and shards of a data set, in order: as kept from the first download, or asked of the hub."""
+    """Commit and sorted shards of a data set, from index.json or, for the first download, from the hub."""
     known = read_json(place / "index.json")
     if known is not None:
         return known
     huggingface_hub = _library()
     api = huggingface_hub.HfApi(endpoint=endpoint)
 
-    def ask() -> dict[str, Any]:
+    def query() -> dict[str, Any]:
         commit = api.dataset_info(data_set.repository).sha
         tree = api.list_repo_tree(
             data_set.repository,
@@ -135,9 +135,9 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
         shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
         return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
 
-    index = patiently(ask, data_set.repository, threading.Event(), log, _transient())
+    index = patiently(query, data_set.repository, threading.Event(), log, _transient())
     if len(index["shards"]) < 2 and not data_set.train:
-        raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; one to train on and one for validation")
+        raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; training and validation need one each")
     log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
     write_json(place / "index.json", index)
     return index
@@ -150,11 +150,11 @@ def _fetch_all(
     headers = library.utils.build_hf_headers()
     console = Console(stderr=True)
     columns = TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    stop = threading.Event()  # set when one download fails for good, so that the others end too
+    stop = threading.Event()  # set when a download fails permanently, to end the others
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=sum(shard.size for shard in shards))
 
-        def one(shard: Shard) -> None:
+        def download_one(shard: Shard) -> None:
             url = library.hf_hub_url(
                 data_set.repository, shard.path, repo_type="dataset", revision=commit, endpoint=endpoint
             )
@@ -168,7 +168,7 @@ def _fetch_all(
 
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            for _ in pool.map(one, shards):
+            for _ in pool.map(download_one, shards):
                 pass
         finally:
             stop.set()
@@ -180,9 +180,9 @@ def _is_there(path: Path, shard: Shard) -> bool:
 
 
 def _transient() -> tuple[type[Exception], ...]:
-    """The library's own errors that are worth another attempt: by version, those of requests or of one of two httpx."""
-    found: tuple[type[Exception], ...] = _library().errors.HfHubHTTPError.__bases__
-    return found
+    """Errors of the library to retry: the HTTP errors of requests or httpx, depending on the library's version."""
+    bases: tuple[type[Exception], ...] = _library().errors.HfHubHTTPError.__bases__
+    return bases
 
 
 def _library() -> Any:

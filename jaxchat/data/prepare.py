@@ -1,10 +1,10 @@
-"""Documents, or conversations, to a tokenizer and to rows on disk, made once and kept in a cache that runs share.
+"""Turns documents or conversations into a tokenizer and rows on disk, in a cache that runs share.
 
     <cache>/tokenizers/<key>/        tokenizer.model, tokenizer.json
     <cache>/rows/<key>/              manifest.json, shard-00000.array_record, ...
 
-A key is a hash of everything that decides the content: the content of the sources, the tokenizer, the row length and
-the rules. So a change makes a new folder, and old rows are never met by accident.
+A key is a hash of everything that determines the content: the content of the sources, the tokenizer, the row length
+and the packing rules. Any change of these makes a new directory, so outdated rows are never used.
 """
 
 import math
@@ -24,61 +24,61 @@ from jaxchat.data.streams import Rows, open_rows
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
 
-FORMAT = 1  # raise it when the same key would make other rows
-MOST_IDS = 2**24  # of a vocabulary; far above what any text needs, far below what fits no memory
-TOKENIZER_MARGIN = 8  # times its sample, on disk, is what a tokenizer's training reads at most
-TEXT = "text:"  # before an entry of documents where the others are conversations
+FORMAT = 1  # increase it when the same key would make different rows
+MOST_IDS = 2**24  # maximum vocabulary: far more than any text needs, and small enough for memory
+TOKENIZER_MARGIN = 8  # tokenizer training reads about this many times its sample_bytes from disk
+TEXT = "text:"  # prefix of an entry of text documents among conversations
 Log = Callable[[str], None]
 Form = Literal["text", "chat", "alpaca"]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Documents, and what is made of them."""
+    """The training and validation data, and how they are tokenized and packed."""
 
     train: tuple[str, ...] = ("tinyworld:train",)
-    """Files, directories, globs, tinyworld:train or hub:NAME to train on."""
+    """Training data: files, directories, globs, tinyworld:train or hub:NAME."""
     val: tuple[str, ...] = ()
-    """The same for validation; none holds out a share of the training documents."""
+    """Validation data, given in the same way; if empty, a share of the training documents is held out."""
     val_fraction: float = 0.01
-    """Share of documents held out where val is empty, chosen by a hash of each document's text."""
+    """Share of documents held out if val is empty, selected by a hash of each document's text."""
     weights: tuple[float, ...] = ()
-    """Share of each entry of train in a batch; none takes every row once an epoch."""
+    """Share of each entry of train in a batch; if empty, every row is used once per epoch."""
     vocab: int = 32768
     row_length: int = 2048
     text_column: str = "text"
     encoding: str = "utf-8"
     packing: Literal["best_fit", "concatenate", "crop"] = "best_fit"
-    """best_fit and concatenate lose no token; crop is nanochat's loader, which throws the ends of documents away (of
-    training documents: validation is always scored whole)."""
+    """best_fit and concatenate lose no token; crop is nanochat's loader, which discards the ends of documents (only in
+    training: validation uses best_fit instead)."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     workers: int = 0
-    """Processes that prepare data; 0 takes every core."""
+    """Number of processes that prepare data; 0 uses every core."""
     cache: str | None = None
     """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
     format: Form = "text"
-    """Documents of text; conversations in turns; or single questions and answers in Alpaca's literal template. An entry
-    text:... is of documents also where the others are conversations, so that they are not forgotten."""
+    """text: documents; chat: conversations; alpaca: single questions and answers in the Alpaca template. An entry
+    text:... is read as documents even if the format is chat or alpaca, to mix pretraining text into fine-tuning."""
     train_on: Literal["assistant", "everything"] = "assistant"
-    """What of a conversation is learned: what the assistant says, or every token."""
+    """Training targets of a conversation: the assistant's tokens, or every token."""
     epochs: tuple[float, ...] = ()
-    """How often each entry of train is seen in one pass of all; none sees each once. Not with weights."""
+    """How often each entry of train is repeated per pass; if empty, once. Cannot be combined with weights."""
 
     def __post_init__(self) -> None:
         for name in ("weights", "epochs"):
             given = getattr(self, name)
             if given and len(given) != len(self.train):
-                raise ValueError(f"data.{name} has {len(given)} entries for {len(self.train)} of data.train")
+                raise ValueError(f"data.{name} has {len(given)} entries, but data.train has {len(self.train)}")
             if not all(0 < share < math.inf for share in given):
                 raise ValueError(f"data.{name}={given} must be positive and finite")
         if self.weights and self.epochs:
-            raise ValueError("data.weights and data.epochs both say how often an entry of data.train is seen: give one")
+            raise ValueError("data.weights and data.epochs cannot be combined: set only one of them")
         if self.format != "text" and self.packing != "best_fit":
-            raise ValueError(f"data.packing={self.packing} is for text: conversations are never cut")
+            raise ValueError(f"data.packing={self.packing} is for text only: use best_fit for conversations")
         if not 1 <= self.vocab <= MOST_IDS:
             raise ValueError(f"data.vocab={self.vocab} must lie between 1 and {MOST_IDS}")
         if not self.val and not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1 where data.val is empty")
+            raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1 if data.val is empty")
         if self.row_length < 2:
             raise ValueError(f"data.row_length={self.row_length} must be at least 2")
         if self.workers < 0:
@@ -90,7 +90,7 @@ class Data:
 
 
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
-    """The saved tokenizer that `data` names, or the one trained on its training documents, made now if missing."""
+    """Loads the tokenizer of `data`, training it if missing; raises `UserError` if its size is not `data.vocab`."""
     directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size != data.vocab:
@@ -100,12 +100,12 @@ def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Lo
 
 
 def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Path:
-    """Where that tokenizer is saved, made now if missing."""
+    """Directory of the tokenizer that `ensure_tokenizer` loads; trains it if missing."""
     config, cache_directory = data.tokenizer, _local(cache_directory)
     if config.path is not None:
         return Path(config.path)
-    found = zip(data.train, _find_all(data, cache_directory, log)["train"])
-    sources = list(chain.from_iterable(part for spec, part in found if _form(data, spec) == data.format))
+    entries = zip(data.train, _find_all(data, cache_directory, log)["train"])
+    sources = list(chain.from_iterable(entry for spec, entry in entries if _form(data, spec) == data.format))
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -132,33 +132,32 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
 
 
 def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> Iterator[str]:
-    """The documents that a tokenizer is trained on, or the held-out ones."""
-    found = _find_all(data, _local(cache_directory), log)
-    sources = list(chain.from_iterable(found[_origin(data, split)]))
+    """The texts that tokenizer training reads ("train"), or the held-out texts ("val")."""
+    sources_by_option = _find_all(data, _local(cache_directory), log)
+    sources = list(chain.from_iterable(sources_by_option[_origin(data, split)]))
     if split == "train":
         return _training_texts(sources, data)
-    read = Reading(data.text_column, data.encoding)
-    return chain.from_iterable(_texts_of(source, read, _recipe(data, "val")) for source in sources)
+    reading = Reading(data.text_column, data.encoding)
+    return chain.from_iterable(_texts_of(source, reading, _recipe(data, "val")) for source in sources)
 
 
 def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
-    """The rows of each entry of train, or of validation, made now if missing.
+    """The rows of each entry of train or val, prepared if missing. Raises `UserError` if there is no row.
 
-    Where val is empty, validation takes the held-out share of every entry of train, if there is a document in it.
+    If val is empty, the validation rows are those of the held-out documents of each entry of train that has any.
     """
     cache_directory = _local(cache_directory)
     origin = _origin(data, split)
     specs = data.train if origin == "train" else data.val
-    found = _find_all(data, cache_directory, log)[origin]
     rows = [
         _ensure(data, tokenizer, split, spec=spec, sources=sources, cache_directory=cache_directory, log=log)
-        for spec, sources in zip(specs, found)
+        for spec, sources in zip(specs, _find_all(data, cache_directory, log)[origin])
     ]
     if split != origin:
         if not any(map(len, rows)):
             raise UserError(
                 f"--data.val_fraction={data.val_fraction} holds out no document of --data.train "
-                f"{' '.join(data.train)}: raise it, or name other documents with --data.val"
+                f"{' '.join(data.train)}: increase it, or set --data.val"
             )
         return [part for part in rows if len(part)]
     for spec, part in zip(specs, rows):
@@ -168,17 +167,17 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
 
 
 def summary(rows: Sequence[Rows]) -> dict[str, Any]:
-    """What preparation did, over all entries of a split; speed is of text, when the rows were made."""
+    """Statistics of preparation, summed over the entries of a split; the speed is that at which the rows were made."""
     manifests = [part.manifest for part in rows]
     total = {
         name: sum(manifest.get(name, 0) for manifest in manifests) for name in (*NUMBERS, "seconds", "seconds_bytes")
     }
     ids = sum(manifest["rows"] * (manifest["row_length"] + 1) for manifest in manifests)
-    talks = [manifest for manifest in manifests if _is_talk(manifest)]
+    chats = [manifest for manifest in manifests if _is_chat(manifest)]
     counts = {
         "trained_fraction": round(total["trained"] / max(total["tokens"], 1), 6),
         "too_long": total["too_long"],
-        "skipped": sum(sum(manifest["skipped"].values()) for manifest in talks),
+        "skipped": sum(sum(manifest["skipped"].values()) for manifest in chats),
     }
     return {
         "rows": total["rows"],
@@ -189,7 +188,7 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
         "padding_fraction": round(total["padding"] / max(ids, 1), 6),
         "cut_documents": total["cut"],
         "empty_documents": total["empty"],
-        **(counts if talks else {}),
+        **(counts if chats else {}),
         "megabytes_per_second": round(total["seconds_bytes"] / 1e6 / max(total["seconds"], 1e-3), 3),
         "paths": [str(part.directory) for part in rows],
     }
@@ -208,8 +207,8 @@ def _ensure(
     recipe = _recipe(data, split, _form(data, spec))
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
-    dealt = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
-    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=dealt, **recipe.decides())
+    assignment = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **recipe.decides())
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
         with cache.locked(directory, log):
@@ -249,13 +248,13 @@ def _is_whole(directory: Path) -> bool:
 def _make(
     directory: Path, sources: Sequence[Source], recipe: Recipe, tokenizer: Tokenizer, processes: int
 ) -> dict[str, Any]:
-    """Makes the shards that are not there yet; their files and the counts of all."""
+    """Makes the missing shards; returns the shard files and total counts for the manifest."""
     for leftover in directory.glob("*.tmp"):
         leftover.unlink(missing_ok=True)
     start = time.monotonic()
     jobs = plan(sources)
-    counts = {job.shard: found for job in jobs if (found := finished(directory, job))}
-    kept = sum(found.bytes for found in counts.values())
+    counts = {job.shard: shard for job in jobs if (shard := finished(directory, job))}
+    reused_bytes = sum(shard.bytes for shard in counts.values())
     pending = [job for job in jobs if job.shard not in counts]
     counts |= workers.run(pending, directory, recipe, tokenizer, processes=processes)
     total = Counts()
@@ -264,7 +263,7 @@ def _make(
     return {
         **asdict(total),
         "seconds": round(time.monotonic() - start, 3),
-        "seconds_bytes": total.bytes - kept,
+        "seconds_bytes": total.bytes - reused_bytes,
         "shards": [
             {"file": job.file, "rows": counts[job.shard].rows, "bytes": (directory / job.file).stat().st_size}
             for job in jobs
@@ -273,7 +272,7 @@ def _make(
 
 
 def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
-    """Training documents for a tokenizer: all of them in order, or shards spread evenly over a large corpus."""
+    """Texts for tokenizer training: all in order, or those of evenly spaced shards of a large corpus."""
     recipe = _recipe(data, "train")
     parts = [(source, 0, 1) for source in sources]
     step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
@@ -284,56 +283,55 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
 
 
 def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:
-    """The documents of a recipe's split, or the words of its conversations."""
+    """The documents of a recipe's split, or the texts of its conversations."""
     if recipe.form == "text":
         return filter(recipe.takes, documents(source, reading))
-    found = conversations.conversations(source, reading, recipe.form)
-    return (conversations.words(messages) for messages in found if recipe.takes(conversations.opening(messages)))
+    chats = conversations.conversations(source, reading, recipe.form)
+    return (conversations.words(messages) for messages in chats if recipe.takes(conversations.opening(messages)))
 
 
 def _recipe(data: Data, split: Split, form: Form | None = None) -> Recipe:
-    share: Split = split if data.held_out else "train"
+    side: Split = split if data.held_out else "train"
     packing = "best_fit" if split == "val" and data.packing == "crop" else data.packing
-    said = (form or data.format, data.train_on)
-    return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, share, *said)
+    chat = (form or data.format, data.train_on)
+    return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, side, *chat)
 
 
 def _form(data: Data, spec: str) -> Form:
-    """How an entry is read: text:... holds documents among conversations."""
+    """The format of an entry; an entry text:... is read as documents."""
     return "text" if spec.startswith(TEXT) else data.format
 
 
 def _origin(data: Data, split: Split) -> Split:
-    """Which of the two options names the documents of a split."""
+    """The option, train or val, that lists the data of a split."""
     return "val" if split == "val" and data.val else "train"
 
 
 def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[list[Source]]]:
-    """The sources of each entry of train and of val; refuses a file that is in both."""
+    """The sources of each entry of train and of val. Raises `UserError` if a file is in both."""
     if not data.train:  # a configuration may leave it empty, a run may not
-        raise UserError("no documents to train on: name files, directories or tinyworld:train with --data.train")
+        raise UserError("no documents to train on: set --data.train to files, directories or tinyworld:train")
     downloads = cache_directory / "downloads"
 
-    def look(spec: str, split: Split) -> list[Source]:
+    def find_entry(spec: str, split: Split) -> list[Source]:
         suffixes = SUFFIXES if _form(data, spec) == "text" else conversations.SUFFIXES
         return find(spec.removeprefix(TEXT), split, suffixes=suffixes, hub_directory=downloads, log=log)
 
-    train = [look(spec, "train") for spec in data.train]
-    val = [look(spec, "val") for spec in data.val]
+    train = [find_entry(spec, "train") for spec in data.train]
+    val = [find_entry(spec, "val") for spec in data.val]
     every_train, every_val = list(chain.from_iterable(train)), list(chain.from_iterable(val))
     hashes = cache.content_hashes([*every_train, *every_val], cache_directory)
-    trained = dict(zip(hashes, every_train))
+    train_by_hash = dict(zip(hashes, every_train))
     for source, sha256 in zip(every_val, hashes[len(every_train) :]):
-        if sha256 in trained:
-            raise UserError(
-                f"{source.path} is in --data.val and, as {trained[sha256].path}, in --data.train; name other files"
-            )
+        if sha256 in train_by_hash:
+            path = train_by_hash[sha256].path
+            raise UserError(f"{source.path} is in --data.val and, as {path}, in --data.train; remove it from one")
     return {"train": train, "val": val}
 
 
 def _local(directory: str | Path) -> Path:
     if "://" in str(directory):
-        raise UserError(f"rows cannot be kept at {directory}: name a directory of this machine with --data.cache")
+        raise UserError(f"rows cannot be stored at {directory}: set --data.cache to a local directory")
     return Path(directory)
 
 
@@ -346,27 +344,27 @@ def _reading(data: Data) -> dict[str, Any]:
     return reading if data.format == "text" else reading | {"form": data.format}
 
 
-def _is_talk(manifest: dict[str, Any]) -> bool:
+def _is_chat(manifest: dict[str, Any]) -> bool:
     return manifest["recipe"].get("form", "text") != "text"
 
 
 def _summary(manifest: dict[str, Any], directory: Path) -> str:
-    counted = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of "
+    size = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of "
     discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
     padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
-    took = f"{manifest['seconds']:.1f} s: {directory}"
-    if _is_talk(manifest):
+    time_and_place = f"{manifest['seconds']:.1f} s: {directory}"
+    if _is_chat(manifest):
         trained = manifest["trained"] / max(manifest["tokens"], 1)
-        counts = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {took}"
-        return f"{counted}{_conversations(manifest['documents'])}; {counts}"
+        counts = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {time_and_place}"
+        return f"{size}{_conversations(manifest['documents'])}; {counts}"
     return (
-        f"{counted}{manifest['documents']:,} documents; {discarded:.2%} of tokens thrown away, {padding:.2%} padding, "
-        f"{manifest['cut']:,} documents cut; {took}"
+        f"{size}{manifest['documents']:,} documents; {discarded:.2%} of tokens discarded, {padding:.2%} padding, "
+        f"{manifest['cut']:,} documents cut; {time_and_place}"
     )
 
 
 def _warnings(manifest: dict[str, Any]) -> list[str]:
-    """What of the conversations is not in the rows, and why."""
+    """A line for each reason why conversations are not in the rows."""
     counts = [
         f"{_conversations(count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
         for reason, count in sorted(manifest["skipped"].items())
@@ -374,7 +372,7 @@ def _warnings(manifest: dict[str, Any]) -> list[str]:
     if manifest["too_long"]:
         counts.append(
             f"{_conversations(manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
-            f"--data.row_length={manifest['longest'] - 1} takes the longest"
+            f"--data.row_length={manifest['longest'] - 1} fits the longest"
         )
     return counts
 
@@ -384,6 +382,6 @@ def _conversations(count: int) -> str:
 
 
 def _nothing(manifest: dict[str, Any], spec: str) -> str:
-    if not _is_talk(manifest):
+    if not _is_chat(manifest):
         return f"no document with text in {spec}"
-    return ". ".join([f"no conversation to learn from in {spec}", *_warnings(manifest)])
+    return ". ".join([f"no conversation to train on in {spec}", *_warnings(manifest)])

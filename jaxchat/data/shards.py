@@ -1,7 +1,7 @@
-"""Shards: the plan that deals sources to them, and the making of one; also the worker process, which makes many.
+"""Assigns sources to shards, and makes shards of rows; run as a module, it is the worker process.
 
-A shard is one ArrayRecord file of rows with a JSON file of counts beside it, written last. So a shard with counts is
-finished, and one without is made again. The plan depends on the sources alone, never on the number of workers.
+A shard is an ArrayRecord file of rows and a JSON file of counts, which is written last: a shard without counts is
+incomplete and is made again. The assignment depends on the sources only, never on the number of workers.
 """
 
 import functools
@@ -29,7 +29,7 @@ from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.chat import Malformed
 
-# Bytes on disk that make a shard, at most; a small corpus is dealt to more shards, so that every process has work.
+# Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.
 PART_BYTES = {
     "text": 32 << 20,
     "json": 32 << 20,
@@ -38,20 +38,20 @@ PART_BYTES = {
     "parquet": 12 << 20,
     "tinyworld": 4 << 20,
 }
-WHOLE = ("text", "json")  # kinds of files that are read at once
-MOST_DEALT = 8  # readers of one compressed file: each unpacks all of it
+WHOLE = ("text", "json")  # kinds of files that cannot be split
+MOST_DEALT = 8  # maximum parts of a compressed file, because each reader decompresses all of it
 LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
-CONVERSATIONS = 1  # raise it when the same conversations would make other rows
-PACKED_TOKENS = 8_000_000  # packed at once; bounds the memory of a worker
+CONVERSATIONS = 1  # version; increase it when the same conversations would make different rows
+PACKED_TOKENS = 8_000_000  # tokens packed together; bounds the memory of a worker
 REPORT_SECONDS = 0.5
 
 Report = Callable[[float, int], None]
-"""Called with the share of a shard that is done and the bytes of text read since the last call."""
+"""Called with the finished fraction of a shard and the bytes of text read since the last call."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What turns documents into rows, the tokenizer aside."""
+    """How documents become rows, apart from the tokenizer."""
 
     row_length: int
     packing: Rule
@@ -60,19 +60,19 @@ class Recipe:
     held_out: float = 0.0
     """Share of documents held out by hash; 0 takes every document."""
     split: Split = "train"
-    """With `held_out`, which of the two shares to take."""
+    """Which documents to take if `held_out` is not 0."""
     form: Literal["text", "chat", "alpaca"] = "text"
-    """Documents of text, or conversations, which are packed whole whatever `packing` says."""
+    """Text documents, or conversations, which are never split (`packing` is ignored)."""
     train_on: Literal["assistant", "everything"] = "assistant"
-    """What of a conversation is learned."""
+    """Training targets of a conversation."""
 
     def decides(self) -> dict[str, Any]:
-        """What decides the rows, for a key; text has no more than it had before there were conversations."""
+        """Everything that determines the rows, for a cache key; old keys of text stay valid without the chat fields."""
         parts = asdict(self)
-        talk = {name: parts.pop(name) for name in ("form", "train_on")}
+        chat = {name: parts.pop(name) for name in ("form", "train_on")}
         if self.form == "text":
             return parts
-        return {**parts, **talk, "packing": "whole", "conversations": CONVERSATIONS}
+        return {**parts, **chat, "packing": "whole", "conversations": CONVERSATIONS}
 
     def takes(self, text: str) -> bool:
         return not self.held_out or held_out(text, self.held_out) == (self.split == "val")
@@ -91,13 +91,13 @@ class Job:
 
     @property
     def size(self) -> float:
-        """Bytes on disk of what it reads."""
+        """Bytes on disk to read."""
         return sum(source.size / parts for source, _, parts in self.parts)
 
 
 @dataclass
 class Counts:
-    """What became of documents or conversations; tokens are counted without BOS, padding in ids."""
+    """Statistics of documents or conversations; tokens are counted without BOS, padding in ids."""
 
     rows: int = 0
     documents: int = 0
@@ -108,15 +108,15 @@ class Counts:
     discarded: int = 0
     padding: int = 0
     trained: int = 0
-    """Ids that are targets."""
+    """Number of training targets."""
     too_long: int = 0
-    """Conversations left out, as they do not fit in a row."""
+    """Conversations left out because they do not fit in a row."""
     longest: int = 0
     """Ids of the longest conversation."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Conversations that are none, by reason."""
+    """Number of malformed conversations by reason."""
     examples: dict[str, str] = field(default_factory=dict)
-    """The first of each reason: where it stands and what is wrong."""
+    """Location and error of the first malformed conversation per reason."""
 
     def add(self, other: "Counts") -> None:
         for name in NUMBERS:
@@ -136,7 +136,7 @@ NUMBERS = tuple(item.name for item in fields(Counts) if item.default == 0 and it
 
 
 def plan(sources: Sequence[Source]) -> list[Job]:
-    """Deals sources to shards of a bounded size: large files in parts, small files together."""
+    """Assigns sources to shards of similar size: splits large files, groups small ones."""
     total = sum(source.size for source in sources)
     shards: list[list[tuple[Source, int, int]]] = []
     space = 0.0
@@ -155,15 +155,15 @@ def plan(sources: Sequence[Source]) -> list[Job]:
 
 
 def finished(directory: Path, job: Job) -> Counts | None:
-    """The counts of a shard that is there already, whole."""
-    path, found = directory / job.file, read_json(_counts_path(directory, job))
-    if found is None or not path.exists() or path.stat().st_size != found["file_bytes"]:
+    """The counts of a shard that is complete on disk, else None."""
+    path, record = directory / job.file, read_json(_counts_path(directory, job))
+    if record is None or not path.exists() or path.stat().st_size != record["file_bytes"]:
         return None
-    return Counts(**found["counts"])
+    return Counts(**record["counts"])
 
 
 def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
-    """Reads, tokenizes and packs documents and writes the shard, whole or not at all."""
+    """Reads, tokenizes and packs documents and writes the shard atomically."""
     path = directory / job.file
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -174,13 +174,13 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
             writer.close()
         written = ArrayRecordReader(str(temporary)).num_records()
         if written != counts.rows:
-            raise UserError(f"{temporary} holds {written} of {counts.rows} rows; is the disk full?")
+            raise UserError(f"{temporary} holds {written} of {counts.rows} rows; is the disk full? start again")
         temporary.replace(path)
         write_json(_counts_path(directory, job), {"file_bytes": path.stat().st_size, "counts": asdict(counts)})
         return counts
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{path} cannot be made ({error}); is the disk full? start again: finished shards are kept"
+            f"{path} cannot be written ({error}); is the disk full? start again: finished shards are kept"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def _pack(block: list[Any], recipe: Recipe, *, bos: int, dtype: np.dtype) -> Pac
 
 
 def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report) -> Iterator[list[Any]]:
-    """Documents with text, or conversations, as ids, in blocks that are packed together; counts what was read."""
+    """Yields blocks of tokenized documents or conversations to be packed together; updates `counts`."""
     read = _documents if recipe.form == "text" else _conversations
     block: list[Any] = []
     tokens = reported_bytes = 0
@@ -234,7 +234,7 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
 def _documents(
     source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Documents and their numbers of ids."""
+    """Yields the ids of each document, without BOS, and their number."""
     dtype = token_dtype(tokenizer.vocab_size)
     for text in filter(recipe.takes, documents(source, reading)):
         if not text:
@@ -248,22 +248,22 @@ def _documents(
 def _conversations(
     source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
 ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], int]]:
-    """Conversations, as ids and whether each is learned, and their numbers of ids."""
+    """Yields the (ids, loss mask) of each conversation, and the number of ids."""
     assert recipe.form != "text"
     dtype = token_dtype(tokenizer.vocab_size)
 
     def skip(row: Any, error: Malformed, where: Callable[[], str]) -> None:
-        if recipe.takes(json.dumps(row, default=str)):  # in one of the splits, so that it is counted once
+        if recipe.takes(json.dumps(row, default=str)):  # assigns the row to one split, so that it is counted once
             counts.skip(error.reason, lambda: f"{where()}: {error}")
 
     for messages in conversations.conversations(source, reading, recipe.form, skip=skip):
         if not recipe.takes(conversations.opening(messages)):
             continue
         counts.bytes += len(conversations.words(messages).encode())
-        ids, learned = conversations.render(messages, tokenizer, recipe.form)
+        ids, mask = conversations.render(messages, tokenizer, recipe.form)
         counts.longest = max(counts.longest, len(ids))
         everything = recipe.train_on == "everything"
-        yield (np.array(ids, dtype), np.array(learned) | everything), len(ids)
+        yield (np.array(ids, dtype), np.array(mask) | everything), len(ids)
 
 
 def _counts_path(directory: Path, job: Job) -> Path:
@@ -275,8 +275,8 @@ def _report(answer: Callable[..., None], shard: int, done: float, read: int) -> 
 
 
 def work() -> None:
-    """A worker process: reads its task and then one job a line from stdin, answers in lines of JSON on stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    """Runs a worker process: reads its task and then one job per line from stdin, writes JSON lines to stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates this process
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     sys.stdout = sys.stderr
 

@@ -1,17 +1,17 @@
-"""Where documents come from: files, directories, globs, the tiny world and data sets of the hub.
+"""Finds and reads documents: files, directories, globs, the tiny world and data sets of the Hugging Face hub.
 
     notes.txt               one document, the whole file
-    pages.jsonl[.gz]        one document a line, the text column of its object
-    pages.parquet           one document a row
-    corpus/                 every such file in it, but for training none whose name or folder says val, valid,
-                            validation, dev or test, and only those that say train where one does; for validation
-                            those that say val, valid, validation or dev where one does
-    "corpus/*.jsonl.gz"     every file that matches, ** included
+    pages.jsonl[.gz]        one document per line, from the text column of its object
+    pages.parquet           one document per row
+    corpus/                 all such files in it, selected by the words in their paths. Training excludes val, valid,
+                            validation, dev and test, and uses only train if a path has it. Validation uses only val,
+                            valid, validation and dev if a path has one of them
+    "corpus/*.jsonl.gz"     every file that matches; ** matches across directories
     tinyworld:train[:N]     N documents of the tiny world, also tinyworld:val
-    hub:fineweb-edu[:N]     N shards of a data set of the Hugging Face hub, see hub.py
+    hub:fineweb-edu[:N]     N shards of a data set of the hub, see hub.py
 
-A document is a str without lone surrogates. Every mistake in a file is a `UserError` that names file and place.
-Conversations come from the same places, but for .txt files: see conversations.py.
+A document is a str without lone surrogates. A damaged file raises `UserError` with its path and, if known, the line.
+Conversations come from the same places except .txt files, see conversations.py.
 """
 
 import glob
@@ -28,7 +28,7 @@ from jaxchat.launcher import log
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
 Split = Literal["train", "val"]
-TINYWORLD_BYTES = 330  # of a document, about
+TINYWORLD_BYTES = 330  # per document, approximately
 SUFFIXES: Mapping[str, str] = {".txt": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parquet": "parquet"}
 TRAIN, VAL, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test"}  # words in file names
 
@@ -41,7 +41,7 @@ def find(
     hub_directory: str | Path | None = None,
     log: Callable = log,
 ) -> list[Source]:
-    """The sources that a spec names, in a fixed order; for a directory, those of the split with one of the suffixes."""
+    """The sources that a spec names, in a fixed order; in a directory, the split's files with one of the suffixes."""
     if spec.startswith("tinyworld:"):
         if suffixes is conversations.SUFFIXES:
             return [conversations.tinyworld(spec, split)]
@@ -66,13 +66,13 @@ def find(
 
 
 def documents(source: Source, reading: Reading) -> Iterator[str]:
-    """Every document of one part of a source, in a fixed order."""
+    """Yields the documents of one part of a source in a fixed order."""
     for text in READERS[source.kind](source, reading):
         yield scalar_values(text)
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out share: a function of its text alone, so of neither order nor file."""
+    """Whether a document is held out, by a hash of its text: independent of order and file."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -91,15 +91,15 @@ def _find_in_directory(directory: Path, split: Split, suffixes: Mapping[str, str
     if split == "val":
         chosen = [path for path in known if words[path] & VAL] or known
     else:
-        free = [path for path in known if not words[path] & (VAL | TEST)]
-        chosen = [path for path in free if words[path] & TRAIN] or free
+        others = [path for path in known if not words[path] & (VAL | TEST)]
+        chosen = [path for path in others if words[path] & TRAIN] or others
     if not chosen:
         raise UserError(f"only validation and test files in --data.train {directory}, such as {known[0].name}")
     return [_source(path, suffixes) for path in chosen]
 
 
 def words_of(path: Path) -> set[str]:
-    """The words in a path, which say what a file is for."""
+    """The lower-case words in a path, which tell the split of a file."""
     return set(re.split("[^a-z]+", str(path).lower()))
 
 
@@ -110,7 +110,7 @@ def _kind(path: Path, suffixes: Mapping[str, str]) -> str | None:
 def _source(path: Path, suffixes: Mapping[str, str]) -> Source:
     kind = _kind(path, suffixes)
     if kind is None:
-        raise UserError(f"{path} is none of {', '.join(suffixes)}")
+        raise UserError(f"{path} has an unsupported suffix; expected one of: {', '.join(suffixes)}")
     try:
         size = path.stat().st_size
         with path.open("rb"):
@@ -133,7 +133,7 @@ def _read_objects(source: Source, reading: Reading) -> Iterator[str]:
 
 def _no_text(row: Any, column: str) -> str:
     if not isinstance(row, dict):
-        return f"is no object with a text column {column!r}"
+        return f"is not an object with a text column {column!r}"
     return f"has no text in column {column!r}" if column in row else no_column(column, row)
 
 
@@ -147,12 +147,12 @@ def _read_tinyworld(source: Source, reading: Reading) -> Iterator[str]:
 
 
 def _tinyworld(spec: str) -> tuple[Split, int]:
-    """Split and number of documents of a spec."""
+    """The split and number of documents of a spec."""
     from jaxchat.data import tinyworld
 
     match = re.fullmatch(r"tinyworld:(train|val)(?::(\d+))?", spec)
     if not match or match[2] == "0":
-        raise UserError(f"{spec} is not tinyworld:train or tinyworld:val, with or without a number of documents")
+        raise UserError(f"{spec} is not tinyworld:train or tinyworld:val, or one of them with :N (N documents)")
     split: Split = "train" if match[1] == "train" else "val"
     return split, int(match[2] or tinyworld.DOCUMENTS[split])
 

@@ -1,7 +1,7 @@
-"""Rows on disk to batches: the order is a pure function of the step.
+"""Reads batches of rows from disk, in an order that is a pure function of the step.
 
-Row `i` of global batch `step` is row `order(seed, step * batch_rows + i)`, so resuming costs nothing and neither the
-number of hosts nor that of devices changes what is trained on. A host reads those places of a batch that it needs.
+Row `i` of global batch `step` is row `order(seed, step * batch_rows + i)`, so resuming needs no state, and the numbers
+of hosts and devices do not change the training data. A host reads only the places of a batch that it needs.
 """
 
 import bisect
@@ -26,7 +26,7 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class Rows:
-    """The rows of one prepared folder, read at random; safe to share between threads."""
+    """Random access to the rows of one prepared directory; thread-safe."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory = directory
@@ -47,7 +47,7 @@ class Rows:
         return Row(ids_RS[0], flags_RS[0])
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and flags, both (R, S), of some rows in the order asked for."""
+        """Token ids and flags, both (R, S), of the rows at `indices`, in that order."""
         places_by_shard: dict[int, list[int]] = {}
         for place, i in enumerate(indices):
             places_by_shard.setdefault(bisect.bisect_right(self._stops, i), []).append(place)
@@ -55,8 +55,8 @@ class Rows:
         with self._lock:
             for shard, places in places_by_shard.items():
                 start = self._stops[shard - 1] if shard else 0
-                found = self._reader(shard).read([int(indices[place]) - start for place in places])
-                for place, record in zip(places, found, strict=True):
+                shard_records = self._reader(shard).read([int(indices[place]) - start for place in places])
+                for place, record in zip(places, shard_records, strict=True):
                     records[place] = record
         return decode_rows(records, self.row_length, self._dtype)
 
@@ -68,7 +68,7 @@ class Rows:
             self._readers.popitem(last=False)[1].close()
         path = self.directory / self.manifest["shards"][shard]["file"]
         rows = self.manifest["shards"][shard]["rows"]
-        if not path.exists():  # which the reader would take for a file without rows
+        if not path.exists():  # the reader would treat a missing file as one without rows
             raise UserError(f"{path} is missing; delete {self.directory} and prepare it again")
         try:
             reader = ArrayRecordReader(str(path), RANDOM_ACCESS)
@@ -82,7 +82,7 @@ class Rows:
 
 
 def open_rows(directory: str | Path, *, tokenizer_hash: str | None = None) -> Rows:
-    """Opens prepared rows; refuses rows made by another tokenizer than `tokenizer_hash`."""
+    """Opens prepared rows; raises `UserError` if they are missing, damaged or of another tokenizer."""
     path = Path(directory) / "manifest.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -101,9 +101,9 @@ def open_rows(directory: str | Path, *, tokenizer_hash: str | None = None) -> Ro
 class RowStream:
     """Endless shuffled batches of one or several sources of rows.
 
-    Without weights and epochs every row is seen once a pass. With weights each source is shuffled and repeated by
-    itself, and the sources alternate in those proportions. With epochs a pass holds each source so many times, all
-    shuffled together; half an epoch is another half in the next pass.
+    By default every row is seen once per pass. With `weights`, each source is shuffled and repeated on its own, and
+    the sources are mixed in those proportions. With `epochs`, a pass contains each source that many times, shuffled
+    together; with a fraction of an epoch, the next pass continues with the source's remaining rows.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class RowStream:
         _check(rows)
         for name, given in (("weights", weights), ("epochs", epochs)):
             if given and len(given) != len(rows):
-                raise UserError(f"--data.{name} has {len(given)} entries for {len(rows)} entries of --data.train")
+                raise UserError(f"--data.{name} has {len(given)} entries, but --data.train has {len(rows)}")
         if weights and epochs:
-            raise UserError("--data.weights and --data.epochs both say how often rows are seen: give one of them")
+            raise UserError("--data.weights and --data.epochs cannot be combined: set only one of them")
         self.rows = tuple(rows)
         self.batch_rows = batch_rows
         self._stops = list(accumulate(len(part) for part in rows))
@@ -132,11 +132,11 @@ class RowStream:
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows until every source was seen as often as its epochs say; without epochs, every row once."""
+        """Number of rows in a pass: each source repeated by its epochs, or every row once without epochs."""
         return self._order.rows if isinstance(self._order, _Passes) else self.rows_per_epoch
 
     def batch(self, step: int, places: Sequence[int] | None = None) -> Batch:
-        """The rows of global batch `step`, or those of them at `places`."""
+        """Global batch `step`, or only its rows at `places`."""
         first = step * self.batch_rows
         wanted = range(self.batch_rows) if places is None else places
         return _read(self.rows, self._stops, [int(self._order[first + i]) for i in wanted])
@@ -144,7 +144,10 @@ class RowStream:
     def prefetch(
         self, start_step: int, stop_step: int, *, places: Sequence[int] | None = None, depth: int = 4
     ) -> Iterator[tuple[int, Batch]]:
-        """Yields (step, batch) from start_step up to stop_step, read ahead by a thread that ends with the iterator."""
+        """Yields (step, batch) for start_step <= step < stop_step; a thread reads up to `depth` batches ahead.
+
+        The thread ends with the iterator; its errors are raised in the consumer.
+        """
         ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
         closed = threading.Event()
 
@@ -162,7 +165,7 @@ class RowStream:
                         return
                     put((step, self.batch(step, places)))
                 put(None)
-            except BaseException as error:  # handed to the consumer, who raises it
+            except BaseException as error:
                 put(error)
 
         thread = threading.Thread(target=read_ahead, name="rows", daemon=True)
@@ -180,9 +183,9 @@ class RowStream:
 def every_row_once(
     rows: Sequence[Rows], batch_rows: int, *, places: Sequence[int] | None = None, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of one shape over every row, or over `limit` rows spread evenly; what fills up the last one weighs 0.
+    """Yields batches of one shape over every row, or over `limit` evenly spaced rows; `places` selects rows of each.
 
-    With `places`, those places of each batch.
+    The last batch is padded with rows of weight 0.
     """
     _check(rows)
     wanted = np.arange(batch_rows) if places is None else np.asarray(places)
@@ -196,7 +199,7 @@ def every_row_once(
 
 
 def _order(stops: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The number of the row at every place of the endless stream."""
+    """Row index at each place of the endless stream."""
     if not weights:
         return grain.MapDataset.range(stops[-1]).seed(seed).shuffle().repeat()
     sources = [
@@ -207,11 +210,10 @@ def _order(stops: Sequence[int], weights: Sequence[float], seed: int) -> grain.M
 
 
 class _Passes:
-    """The number of the row at every place, where a pass takes each source `epochs` times.
+    """Row index at each place of a stream whose passes contain each source `epochs` times.
 
-    Each source has an endless order of its own, of which a pass takes the next stretch; the stretches are shuffled
-    together. So over many passes every row of a source is seen equally often, also where its epochs are no whole
-    number.
+    Each source is an endless shuffled sequence. A pass takes the next section of each sequence and shuffles the
+    sections together, so that all rows of a source are seen equally often over many passes, even for fractional epochs.
     """
 
     def __init__(self, stops: Sequence[int], epochs: Sequence[float], seed: int):
@@ -249,12 +251,12 @@ def _read(rows: Sequence[Rows], stops: Sequence[int], indices: Sequence[int]) ->
 
 def _check(rows: Sequence[Rows]) -> None:
     if not rows:
-        raise UserError("no rows to read; name documents with --data.train")
+        raise UserError("no rows to read; set --data.train to documents")
     for part in rows:
         if not len(part):
             raise UserError(f"no rows in {part.directory}: its documents are all empty")
         if part.row_length != rows[0].row_length:
             raise UserError(
-                f"rows of length {part.row_length} in {part.directory} do not go with rows of length "
+                f"rows of length {part.row_length} in {part.directory} cannot be mixed with rows of length "
                 f"{rows[0].row_length} in {rows[0].directory}; prepare them again with one --data.row_length"
             )

@@ -1,8 +1,7 @@
-"""Shards made by worker processes, with a progress bar.
+"""Makes shards in worker processes, with a progress bar.
 
-Workers are fresh interpreters that run `jaxchat.data.shards`, spoken to in lines of JSON. They share nothing with
-this process: no fork of a process in which JAX has threads, and no import of the caller's main module, which would
-start JAX in every one of them.
+Workers are new interpreters that run `jaxchat.data.shards` and exchange lines of JSON with this process. They are not
+forked, because JAX has threads here, and do not import the caller's main module, which would start JAX in each worker.
 """
 
 import contextlib
@@ -28,14 +27,14 @@ from jaxchat.errors import UserError
 from jaxchat.machine import cores
 from jaxchat.tokenizer import Tokenizer
 
-SMALL = 1 << 20  # bytes on disk; starting processes takes longer than preparing less
-SAID_EVERY_SECONDS = 30.0
+SMALL = 1 << 20  # bytes on disk; starting processes would take longer than preparing less than this
+PRINT_SECONDS = 30.0
 
 
 def run(
     jobs: Sequence[Job], directory: Path, recipe: Recipe, tokenizer: Tokenizer, *, processes: int = 0
 ) -> dict[int, Counts]:
-    """Makes shards in up to `processes` processes (0: one a core); the counts by shard number."""
+    """Makes shards in up to `processes` processes (0: one per core); returns the counts by shard number."""
     processes = min(processes or cores(), len(jobs))
     with _Bar(jobs) as bar:
         if processes <= 1 or sum(job.size for job in jobs) < SMALL:
@@ -48,13 +47,13 @@ def run(
 
 
 class _Bar:
-    """Progress on stderr: shards, megabytes of text, time left; a line now and then where that is no terminal."""
+    """Progress on stderr: shards, megabytes of text, time left; a line every 30 seconds if it is not a terminal."""
 
     def __init__(self, jobs: Sequence[Job]):
         self._sizes = {job.shard: max(job.size, 1.0) for job in jobs}
         self._done = dict.fromkeys(self._sizes, 0.0)
         self._megabytes = 0.0
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("preparing"),
@@ -73,8 +72,8 @@ class _Bar:
         shards = sum(part == 1.0 for part in self._done.values())
         text = f"{shards}/{len(self._sizes)} shards, {self._megabytes:,.0f} MB"
         self._progress.update(self._task, completed=completed, text=text)
-        if not self._console.is_terminal and time.monotonic() - self._said > SAID_EVERY_SECONDS:
-            self._said = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed_at > PRINT_SECONDS:
+            self._printed_at = time.monotonic()
             print(f"preparing: {completed / sum(self._sizes.values()):.0%}, {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "_Bar":
@@ -107,7 +106,7 @@ class _Pool:
             self._send(i, task)
 
     def run(self, jobs: Sequence[Job], bar: _Bar) -> dict[int, Counts]:
-        # Large shards first, so that none is left over at the end.
+        # Large shards are made first, so that no worker is busy long after the others.
         waiting = sorted(jobs, key=lambda job: job.size)
         busy: dict[int, Job] = {}
         counts: dict[int, Counts] = {}
@@ -150,9 +149,9 @@ class _Pool:
 
     def _lost(self, i: int, job: Job) -> str:
         status = self._workers[i].wait()
-        reason = f"signal {-status}, out of memory perhaps" if status < 0 else f"status {status}"
+        reason = f"signal {-status} (perhaps out of memory)" if status < 0 else f"status {status}"
         return (
-            f"a worker ended with {reason}, preparing {job.parts[0][0].path}; "
+            f"a worker ended with {reason} while preparing {job.parts[0][0].path}; "
             "start again, with fewer --data.workers if memory is short: finished shards are kept"
         )
 

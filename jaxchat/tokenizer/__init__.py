@@ -1,4 +1,4 @@
-"""From text to ids and back, without loss. No jax here: processes that prepare data import this."""
+"""Lossless conversion of text to token ids and back. Does not import jax, because data workers import this package."""
 
 from jaxchat.tokenizer.compare import Report, report
 from jaxchat.tokenizer.sentencepiece import SPECIALS, Tokenizer, TokenizerConfig, sample, train_tokenizer

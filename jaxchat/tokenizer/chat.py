@@ -1,7 +1,7 @@
-"""Conversations as tokens: who said what, between special tokens, and which tokens the model is to learn.
+"""Renders conversations as tokens: turns between special tokens, with a loss mask.
 
-Learned are the assistant's words, its tool calls and the token that ends its turn; not the user's words, not what a
-tool answered, and not the token that begins the assistant's turn (nanochat's rules).
+Training targets are the assistant's text, its tool calls and the token that ends its turn; not the user's text, tool
+results, or the token that begins the assistant's turn (nanochat's rules).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from jaxchat.tokenizer.sentencepiece import Tokenizer
 
 
 class Rendered(NamedTuple):
-    """Token ids, and for each whether the model is to learn it."""
+    """Token ids of a conversation, and its loss mask: `learned` is true for training targets."""
 
     ids: list[int]
     learned: list[bool]
 
 
 class Malformed(UserError):
-    """Messages that are no conversation; `reason` says why in words that many have in common, for counting."""
+    """Messages that do not form a conversation; `reason` is the category under which it is counted."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -33,7 +33,7 @@ PARTS: Mapping[str, tuple[str, str, bool]] = {
     "python": ("<|python_start|>", "<|python_end|>", True),
     "python_output": ("<|output_start|>", "<|output_end|>", False),
 }
-"""Kinds of the assistant's parts: the tokens around each, and whether it is learned."""
+"""Kinds of assistant parts: the tokens before and after each, and whether it is a training target."""
 
 CHAT_TEMPLATE = """\
 {{- '<|bos|>' -}}
@@ -75,104 +75,105 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant_start|>' -}}
 {%- endif -%}
 """
-"""What `render` does, in jinja, with the special tokens spelled out: for other programs."""
+"""The format of `render` as a Jinja template with special tokens spelled out, for other programs."""
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool = False) -> Rendered:
-    """A conversation of {"role": "system" | "user" | "assistant", "content": ...}, in one document.
+    """Renders messages {"role": "system" | "user" | "assistant", "content": ...} as one document.
 
-    The assistant's content is a text, or parts {"type": "text" | "python" | "python_output", "text": ...}. A system
-    message opens the first user message; an empty one is none. With `complete`, the conversation ends where the
-    assistant is to speak.
+    The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
+    nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
+    begins the assistant's next turn.
 
     Raises:
-        Malformed: roles that do not alternate from user to assistant, an unknown role or part, or no words.
+        Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
+        UserError: with `complete`, the last message is not the user's.
     """
     special = tokenizer.specials
     turns = _turns(messages)
-    said = _Said(tokenizer)
+    tokens = _Tokens(tokenizer)
     for i, (role, content) in enumerate(turns):
         if role == "user":
-            said.add([special["<|user_start|>"], *tokenizer.encode(content), special["<|user_end|>"]], False)
+            tokens.add([special["<|user_start|>"], *tokenizer.encode(content), special["<|user_end|>"]], False)
         else:
-            said.add([special["<|assistant_start|>"]], False)
-            said.answer(content, i)
+            tokens.add([special["<|assistant_start|>"]], False)
+            tokens.add_answer(content, i)
     if complete:
         if turns[-1][0] != "user":
-            raise UserError("the assistant can only answer a conversation that ends with the user's words")
-        said.add([special["<|assistant_start|>"]], False)
-    return said.rendered
+            raise UserError("the assistant can only answer a conversation that ends with a user message")
+        tokens.add([special["<|assistant_start|>"]], False)
+    return tokens.rendered
 
 
 def render_answer(prompt: str, content: Any, tokenizer: Tokenizer) -> Rendered:
-    """A prompt as plain text, and an answer to it, with no turns: BOS prompt answer <|assistant_end|>."""
-    said = _Said(tokenizer)
-    said.add(tokenizer.encode(prompt), False)
-    said.answer(content, 1)
-    return said.rendered
+    """Renders a plain-text prompt and its answer without turns: BOS prompt answer <|assistant_end|>."""
+    tokens = _Tokens(tokenizer)
+    tokens.add(tokenizer.encode(prompt), False)
+    tokens.add_answer(content, 1)
+    return tokens.rendered
 
 
 def check(messages: Sequence[Message]) -> None:
-    """Raises `Malformed` where `render` would."""
+    """Raises `Malformed` if `render` would."""
     for i, (role, content) in enumerate(_turns(messages)):
         if role == "assistant":
             _parts(content, i)
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The messages that `render` made these ids of; a system message stays part of the first user message.
+    """Inverts `render`: returns the messages of ids; a system message stays part of the first user message.
 
-    Ids may end anywhere: an open last turn is given as far as it goes, and one that is only begun is left out. The
-    assistant's content is a text where it is one part of text, else parts.
+    Ids may end anywhere: an incomplete last turn is returned as far as it goes, and omitted if it is empty. The
+    assistant's content is a string if it is a single text part, else a list of parts.
 
     Raises:
-        Malformed: ids in an order that no conversation has.
+        Malformed: the special tokens are in an order that `render` never produces.
     """
     names = {number: name for name, number in tokenizer.specials.items()}
     begins = {begin: (kind, end) for kind, (begin, end, _) in PARTS.items() if begin}
     messages: list[dict[str, Any]] = []
     parts: list[dict[str, str]] = []
     role, kind = "", "text"
-    words: list[int] = []
+    part_ids: list[int] = []
 
-    def close(kind: str) -> None:
-        if words or kind != "text":
-            parts.append({"type": kind, "text": tokenizer.decode(words)})
-            words.clear()
+    def end_part(kind: str) -> None:
+        if part_ids or kind != "text":
+            parts.append({"type": kind, "text": tokenizer.decode(part_ids)})
+            part_ids.clear()
 
-    def turn() -> None:
-        whole = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else [*parts]
+    def end_turn() -> None:
+        content = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else [*parts]
         if parts:
-            messages.append({"role": role, "content": whole})
+            messages.append({"role": role, "content": content})
         parts.clear()
 
     for i, number in enumerate(ids):
         name = names.get(number, "")
         if not name and role:
-            words.append(number)
+            part_ids.append(number)
         elif name == "<|bos|>" and i == 0:
             continue
         elif not role and name in ("<|user_start|>", "<|assistant_start|>"):
             role = name[2:].removesuffix("_start|>")
         elif role and kind == "text" and name == f"<|{role}_end|>":
-            close(kind)
-            turn()
+            end_part(kind)
+            end_turn()
             role = ""
         elif role == "assistant" and kind == "text" and name in begins:
-            close(kind)
+            end_part(kind)
             kind = begins[name][0]
         elif role == "assistant" and kind != "text" and name == PARTS[kind][1]:
-            close(kind)
+            end_part(kind)
             kind = "text"
         else:
             raise Malformed("tokens out of order", f"token {i} of a conversation is {name or number}, out of order")
-    close(kind)
-    turn()
+    end_part(kind)
+    end_turn()
     return messages
 
 
-class _Said:
-    """Tokens so far."""
+class _Tokens:
+    """Collects the ids and loss mask of a conversation; starts with BOS."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.rendered = Rendered([tokenizer.bos], [False])
@@ -182,8 +183,8 @@ class _Said:
         self.rendered.ids.extend(ids)
         self.rendered.learned.extend([learn] * len(ids))
 
-    def answer(self, content: Any, index: int) -> None:
-        """The assistant's parts, and the end of its turn."""
+    def add_answer(self, content: Any, index: int) -> None:
+        """Adds the assistant's parts and the token that ends its turn."""
         special = self._tokenizer.specials
         for kind, text in _parts(content, index):
             begin, end, learn = PARTS[kind]
@@ -198,12 +199,12 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     if turns and turns[0][0] == "system":
         if len(turns) < 2 or turns[1][0] != "user":
             raise Malformed("roles out of order", "a system message must be followed by a user message")
-        (_, system), (_, words) = turns[:2]
+        (_, system), (_, content) = turns[:2]
         if not isinstance(system, str):
-            raise Malformed("empty content", "the system message holds no text")
-        if system and words and isinstance(words, str):
-            words = f"{system}\n\n{words}"
-        turns[:2] = [("user", words)]
+            raise Malformed("empty content", "the system message has no text")
+        if system and content and isinstance(content, str):
+            content = f"{system}\n\n{content}"
+        turns[:2] = [("user", content)]
     if not turns:
         raise Malformed("no message", "a conversation needs at least one message")
     first = len(messages) - len(turns)
@@ -211,13 +212,13 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
         expected = "assistant" if i % 2 else "user"
         where = f"message {i + first}"
         if role not in ("user", "assistant"):
-            known = "only system (first), user and assistant are known"
+            supported = "expected user or assistant, or system in the first message"
             reason = "roles out of order" if role == "system" else "unknown role"
-            raise Malformed(reason, f"{where} has the role {role!r}: {known}")
+            raise Malformed(reason, f"{where} has the role {role!r}; {supported}")
         if role != expected:
-            raise Malformed("roles out of order", f"{where} is the {role}'s, and it is the {expected}'s turn")
+            raise Malformed("roles out of order", f"{where} has the role {role!r}; expected {expected!r}")
         if not content or (role == "user" and not isinstance(content, str)):
-            raise Malformed("empty content", f"{where} of the {role} holds no text")
+            raise Malformed("empty content", f"{where}, of the {role}, has no text")
     return turns
 
 
@@ -231,7 +232,7 @@ def _parts(content: Any, index: int) -> list[tuple[str, str]]:
         if kind not in PARTS or not isinstance(text, str):
             raise Malformed(
                 "unknown part",
-                f"message {index} has a part of type {kind!r}: known are {', '.join(PARTS)}, each with a text",
+                f"message {index} has a part of type {kind!r}; expected one of {', '.join(PARTS)}, with a text",
             )
         parts.append((kind, text))
     return parts

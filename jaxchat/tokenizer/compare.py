@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses: bytes per token, per script, and beside a peer trained on the same text."""
+"""Measures a tokenizer's compression: bytes per token, also per script, and that of a peer trained on the same text."""
 
 import importlib.util
 import unicodedata
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxchat.tokenizer.sentencepiece import Tokenizer
 
-# The split pattern of nanochat: GPT-4's, with at most two digits a piece.
+# nanochat's split pattern: that of GPT-4, but numbers are split into at most two digits.
 NANOCHAT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -22,7 +22,7 @@ _NOT_SCRIPTS = frozenset({"digits", "whitespace", "punctuation", "symbols", "mar
 
 
 class Share(NamedTuple):
-    """What one script takes of a text; a token over several scripts is divided among them by bytes."""
+    """Bytes and tokens of one script; a token that spans several scripts is divided among them by bytes."""
 
     bytes: int
     tokens: float
@@ -34,13 +34,13 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes and tokens of texts, in all and by script (the largest first)."""
+    """Bytes and tokens of texts, in total and by script, largest first."""
 
     total: Share
     scripts: dict[str, Share]
 
     def warnings(self) -> list[str]:
-        """A sentence for every script, other than traces of one, that falls apart into bytes."""
+        """A sentence for every script, except rare ones, that is mostly encoded as single bytes."""
         return [
             f"{name} takes {share.bytes_per_token:.2f} bytes per token (below {FEW_BYTES_PER_TOKEN}): "
             "train the tokenizer on more of it, or raise --data.vocab"
@@ -88,7 +88,7 @@ def peer_bytes_per_token(train: Sequence[str], held_out: Sequence[str], *, vocab
 
 
 def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Code points of a text, and the UTF-8 bytes that each takes."""
+    """Code points of a text, and the number of UTF-8 bytes of each."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return points, 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
 

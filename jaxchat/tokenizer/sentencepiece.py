@@ -1,8 +1,8 @@
 """A lossless subword tokenizer on sentencepiece: train, encode, decode, save, load.
 
-sentencepiece segments; what is lossy in it is not used. Text is cut where no piece can cross, before spaces and between
-letters and punctuation, which changes no segmentation and lets repeated words come from a cache; U+2581, which
-sentencepiece reads as a space, is encoded as its three bytes; ids are decoded through a table of the bytes of each.
+Only sentencepiece's segmentation is used, not its lossy steps. Text is split where no piece can cross: before spaces,
+and between letters and punctuation. This leaves the segmentation unchanged and allows repeated words to be cached.
+U+2581, which sentencepiece reads as a space, is encoded as its three bytes. Ids are decoded by a table of their bytes.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ SPECIALS = (
 FORMAT = "jaxchat-tokenizer-1"
 MODEL_FILE, METADATA_FILE = "tokenizer.model", "tokenizer.json"
 
-SPACE_MARK = "\u2581"  # what sentencepiece writes for a space
+SPACE_MARK = "\u2581"  # sentencepiece's symbol for a space
 _RUN_OF_SPACES = re.compile(r"(?<! ) ")
-# Spaces with ASCII letters, or with ASCII that is no letter, or with anything: pieces hold one script, so none crosses.
+# Spaces and ASCII letters, or spaces and other ASCII, or spaces and anything; no piece crosses, as each has one script.
 _PART = re.compile(r" *+(?:[A-Za-z]++(?![^\0-\x7f])|[\0-\x1f!-@\[-`{-\x7f]++(?![^\0-\x7f])|[^ ]++)| ++")
 _CROSSING = re.compile(r"[^\u2581]\u2581|[A-Za-z][\0-\x1f!-@\[-`{-\x7f]|[\0-\x1f!-@\[-`{-\x7f][A-Za-z]")
-_UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips, or misreads, a sentence that holds one of these
+_UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips or misreads sentences with one of these
 _BLOCK_CHARACTERS = 2000
 _COVERAGE = 0.9995
 _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
@@ -53,13 +53,13 @@ _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How a tokenizer is trained, or where a finished one lies."""
+    """How to train a tokenizer, or the directory of a saved one."""
 
     algorithm: Literal["bpe", "unigram"] = "bpe"
     extra_specials: tuple[str, ...] = ()
     """Further special tokens, such as <|tool|>, numbered after the built-in ones."""
     sample_bytes: int = 20_000_000
-    """How much text to train on, drawn evenly from all documents."""
+    """Bytes of text to train on, sampled evenly from all documents."""
     path: str | None = None
     """Directory of a saved tokenizer to use instead of training one."""
 
@@ -75,7 +75,7 @@ class TokenizerConfig:
 
 
 class _Cache(dict[str, tuple[int, ...]]):
-    """Ids of texts met before; an unknown text is segmented on the way, and kept if it is short."""
+    """Ids by text; a missing text is segmented, and stored if it is short. Cleared when full."""
 
     def __init__(self, segment: Callable[[str], Iterable[int]]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Tokenizer:
         return Tokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no `<|bos|>`; a lone surrogate, which is not text, reads as U+FFFD."""
+        """Ids of a text, without `<|bos|>`; a lone surrogate is encoded as U+FFFD."""
         if not text.isascii():
             text = scalar_values(text)
             if SPACE_MARK in text:
@@ -141,11 +141,13 @@ class Tokenizer:
         return chain.from_iterable(map(self._parts.__getitem__, _PART.findall(text)))
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Ids of every text."""
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
-        """UTF-8 bytes of ids, possibly ending inside a character; special tokens are left out, or named."""
+        """UTF-8 bytes of ids, possibly ending inside a character. Special tokens are omitted or, on demand, named.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         ids = [int(i) for i in ids]
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
@@ -154,11 +156,11 @@ class Tokenizer:
         return b"".join(map(self._bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer to a directory, whole or not at all; the same tokenizer there already is left alone."""
+        """Writes the tokenizer to a directory, replacing a different one; raises `UserError` if it has other files."""
         directory = Path(directory)
         if _saved_hash(directory) == self.hash and _read(directory / MODEL_FILE) == self.model:
             return
@@ -180,7 +182,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads a saved tokenizer; raises `UserError` when it is missing or damaged."""
+        """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
         directory = Path(directory)
         for name in (MODEL_FILE, METADATA_FILE):
             if not (directory / name).is_file():
@@ -192,10 +194,10 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig, seed: int = 0) -> Tokenizer:
-    """Trains a tokenizer of exactly `vocab` ids; the same texts and seed give the same bytes.
+    """Trains a tokenizer with exactly `vocab` ids; the result is determined by texts, config and seed.
 
     Raises:
-      UserError: the vocabulary is too small for the bytes and specials, or too large for the text.
+      UserError: the vocabulary is too small for the bytes and special tokens, or too large for the text.
     """
     specials = SPECIALS + config.extra_specials
     free = vocab - (1 + len(specials) + 256)
@@ -203,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
         raise UserError(f"--data.vocab={vocab} is too small: bytes and special tokens alone take {vocab - free} ids")
     blocks = sample(texts, config.sample_bytes, seed=seed)
     if not blocks:
-        raise UserError("there is no text to train a tokenizer on; name documents with --data.train")
+        raise UserError("there is no text to train a tokenizer on; set --data.train to documents")
     output = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -224,7 +226,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=8 * _BLOCK_CHARACTERS,
-            num_threads=16,  # part of the result: sums of the unigram algorithm are grouped by thread
+            num_threads=16,  # fixed, because the unigram algorithm sums per thread and so depends on it
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -237,17 +239,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
 
 
 def sample(texts: Iterable[str], most_bytes: int, *, seed: int) -> list[str]:
-    """Blocks of whole words, about `most_bytes` of UTF-8 in all, drawn evenly from the texts, in their order."""
+    """Samples blocks of whole words evenly from the texts, in order, about `most_bytes` of UTF-8 in total."""
     generator = random.Random(seed)
-    kept: list[tuple[float, int, int, str]] = []
+    heap: list[tuple[float, int, int, str]] = []
     total = 0
     for index, block in enumerate(chain.from_iterable(map(_blocks, texts))):
         size = len(block.encode("utf-8"))
-        heapq.heappush(kept, (-generator.random(), index, size, block))
+        heapq.heappush(heap, (-generator.random(), index, size, block))
         total += size
-        while total - kept[0][2] >= most_bytes:
-            total -= heapq.heappop(kept)[2]
-    return [block for _, _, _, block in sorted(kept, key=lambda item: item[1])]
+        while total - heap[0][2] >= most_bytes:
+            total -= heapq.heappop(heap)[2]
+    return [block for _, _, _, block in sorted(heap, key=lambda item: item[1])]
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -265,7 +267,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def scalar_values(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates, which JSON can hold but text cannot, replaced."""
+    """Joins surrogate pairs and replaces lone surrogates, which JSON can contain but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
         return text
@@ -274,15 +276,15 @@ def scalar_values(text: str) -> str:
 
 
 def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
-    """The blocks with a border in place of every character that gets no piece of its own, only bytes.
+    """The blocks with a tab in place of every character that gets no piece of its own and is encoded as bytes.
 
-    Those are the rarest ones, 0.05 percent of the text, and more of them where over `most` different ones remain.
+    These are the rarest characters, 0.05 percent of the text, and more if over `most` different ones remain.
     """
     text = np.frombuffer("".join(blocks).encode("utf-32-le"), np.uint32)
     counts = np.bincount(text)
     common_first = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     covering = 1 + int(np.searchsorted(np.cumsum(counts[common_first]), _COVERAGE * len(text)))
-    # sentencepiece makes no piece across a tab.
+    # No piece of sentencepiece crosses a tab.
     rare = dict.fromkeys(common_first[min(covering, most) :].tolist(), "\t")
     return (block.translate(rare) for block in blocks) if rare else iter(blocks)
 
@@ -291,7 +293,7 @@ def _too_large(vocab: int, blocks: Sequence[str], report: str) -> str:
     size = sum(len(block.encode("utf-8")) for block in blocks)
     limit = re.search(r"<= ?(\d+)", report)
     remedy = f"--data.vocab={limit.group(1)} at most" if limit else "a smaller --data.vocab"
-    return f"{size:,} bytes of text are too little for a vocabulary of {vocab:,}: take {remedy}, or more text"
+    return f"{size:,} bytes of text are too little for a vocabulary of {vocab:,}: use {remedy}, or more text"
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, piece: str) -> bytes:
@@ -303,7 +305,7 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, pi
 
 
 def _replace(directory: Path, successor: Path) -> None:
-    """Puts a tokenizer's new directory in the place of an old one."""
+    """Replaces a tokenizer's directory, if it exists, by a new one."""
     if not directory.exists():
         successor.rename(directory)
         return
