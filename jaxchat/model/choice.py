@@ -1,7 +1,4 @@
-"""Selects the attention backends for training and for decoding.
-
-A backend is tested against the reference on the actual device before it is used. A fallback is logged with its reason.
-"""
+"""Selects attention backends for training and decoding; tests them on the device before use and logs fallbacks."""
 
 import functools
 from collections.abc import Callable
@@ -111,8 +108,7 @@ def differs(
 ) -> str | None:
     """Compares a backend's attention and gradients with `xla` in float32; returns the problem as text, or None.
 
-    The test input is two short rows with different numbers of documents. Documents begin inside a block, and one has
-    a single token.
+    The two short test rows differ in their number of documents. Documents begin inside a block; one is a single token.
     """
     generator, size = np.random.default_rng(0), (2, length)
     draw = lambda n: jnp.asarray(generator.standard_normal((*size, n, head_dim)), dtype)  # noqa: E731

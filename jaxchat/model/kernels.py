@@ -39,10 +39,7 @@ class Backend(Protocol):
 
 
 class Facts(NamedTuple):
-    """The task and the device of a backend. `capability` is an NVIDIA GPU's compute capability, such as 9.0.
-
-    `present` is false if the program is only compiled, for devices that this process does not have.
-    """
+    """A backend's task and device. `capability` is an NVIDIA GPU's, such as 9.0; `present` is false ahead of time."""
 
     platform: str
     dtype: Any
