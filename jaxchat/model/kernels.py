@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 
 class Facts(NamedTuple):
-    """A backend's task and device. `capability` is an NVIDIA GPU's, such as 9.0; `present` is false ahead of time."""
+    """A backend's task and device; `capability` is an NVIDIA GPU's, e.g. 9.0; `present`, whether JAX has the device."""
 
     platform: str
     dtype: Any
