@@ -110,9 +110,8 @@ class Checkpoints:
             self._move_aside([later for later in steps if later > step], warn)
             return step, abstract._replace(**{**read.rest, "params": read.params}), dict(read.facts)
         if steps:
-            raise UserError(
-                f"none of the {len(steps)} checkpoints in {self.directory} can be read: remove that directory to start again"
-            )
+            problem = f"none of the {len(steps)} checkpoints in {self.directory} can be read"
+            raise UserError(f"{problem}: remove that directory to start again")
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
