@@ -27,10 +27,10 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
-        self._present = {_kind(json.loads(line)) for line in kept if _step_of(line) == resumed_step}
+        earlier = [line for line in lines if _step_of(line) <= resumed_step]
+        self._present = {_kind(json.loads(line)) for line in earlier if _step_of(line) == resumed_step}
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 

@@ -361,7 +361,7 @@ def check_shared(directory: Path, option: str) -> None:
         mark.unlink(missing_ok=True)
     if not everywhere:
         raise UserError(
-            f"{directory} is not the same directory for every process: set {option} to one that all of them can access, "
+            f"{directory} is not the same directory for every process: set {option} to one that all can access, "
             "on a shared file system or in a mounted bucket"
         )
 
