@@ -34,7 +34,7 @@ Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files, by 
 
 
 class Checkpoints:
-    """The checkpoints of one stage directory, of which the newest `keep` stay. Saves run in the background, in turn."""
+    """The checkpoints of one stage directory: the newest `keep` ones. Saves run in the background, one at a time."""
 
     def __init__(self, directory: Path | str, *, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -93,7 +93,7 @@ def xla(
 def xla_remat(
     q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """`xla`, recomputed for the gradient: memory plans use it in place of a fused kernel, which saves as much."""
+    """`xla`, recomputed for the gradient. Memory plans use it for a fused kernel, which also saves no scores."""
     attend = jax.checkpoint(functools.partial(_dense, window=window))
     return checkpoint_name(attend(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
 
