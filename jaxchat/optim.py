@@ -50,7 +50,7 @@ def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
 
 
 def muon_momentum(config: Optimizer, steps: int) -> Schedule:
-    """Muon's momentum at a step: rises in its warm-up (which takes precedence), falls with the learning rate."""
+    """Muon's momentum at a step: rises in its warm-up (which takes precedence), falls during the warm-down."""
     m = config.muon or Muon()
     down = round(config.warmdown_fraction * steps)
 

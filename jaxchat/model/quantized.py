@@ -81,7 +81,7 @@ FORMATS: Mapping[type, Callable[[Any], Formats]] = {Int8: _int8, Float8: _float8
 def product(x: jax.Array, w: jax.Array, matmul: Matmul = None) -> jax.Array:
     """Contracts the last axis of x with the first of w: (..., K) and (K, ...) to (..., ...), in x's type; w is float32.
 
-    In eight bits the operands are flattened to (N, K) and (K, F), and the gradients are products in eight bits as well.
+    In eight bits the operands are flattened to (N, K) and (K, F), and gradients use the types in `FORMATS`.
     A non-finite number makes its row or column of the result non-finite.
     """
     if matmul is None:

@@ -25,7 +25,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResidualScales:
-    """Before each layer x = resid * x + x0 * embedding, with two learned scalars, initially linear in depth."""
+    """Before each layer x = resid * x + x0 * embedding; two learned scalars per layer, initially linear in depth."""
 
     resid_first: float = 1.15
     resid_last: float = 1.05
