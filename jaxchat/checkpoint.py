@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax, asynchronous, atomic, restored under any mesh.
+"""Checkpoints with Orbax: asynchronous, atomic, restored under any mesh.
 
-A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; `params` stands alone, so that
-decoding reads nothing else. The tokenizer lies one directory up, so a run directory moves as one folder. sizes.json
-keeps the size and hash of each checkpoint's files, by which a damaged one is known before it is read; it is moved to
-checkpoints-damaged/ once an older one has been read in its place.
+A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; decoding reads only `params`. The
+tokenizer is one directory up, so a run directory moves as one folder. sizes.json holds the size and hash of each
+checkpoint's files, so that a damaged checkpoint is recognised before it is read. It is moved to checkpoints-damaged/
+once an older one has been restored in its place.
 """
 
 import functools
@@ -28,13 +28,13 @@ EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 SIZES = "sizes.json"
-PIECE = 4 << 20  # Bytes that a hash reads at a time.
+CHUNK_BYTES = 4 << 20  # Bytes that a hash reads at a time.
 
-Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files.
+Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files, by relative name.
 
 
 class Checkpoints:
-    """The checkpoints of one stage directory; saving runs in the background, one at a time."""
+    """The checkpoints of one stage directory: the newest `keep` ones. Saves run in the background, one at a time."""
 
     def __init__(self, directory: Path | str, *, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -46,17 +46,17 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(_absolute(self.directory), options=options)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {first_line(error)}") from error
-        # One thread, so that a checkpoint is hashed after it was committed, beside the training steps.
+        # One thread, so that a checkpoint is hashed after it is committed, in parallel with training.
         self._thread = ThreadPoolExecutor(1)
         self._committed: Future[None] | None = None
         self._recorded: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a finished checkpoint, oldest first."""
+        """Steps of the finished checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts writing `state`, a named tuple with a field `params`, and plain `facts`, unless the step is there."""
+        """Starts writing `state`, a named tuple with a field `params`, and JSON `facts`, unless the step is saved."""
         self._finish()
         if step in self._manager.all_steps():
             return
@@ -69,21 +69,21 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items)
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
         self._committed = self._thread.submit(self._manager.wait_until_finished)
         if jax.process_index() == 0:
             self._recorded = self._thread.submit(self._record, step, self._committed)
 
     def wait(self) -> None:
-        """Returns when the last save is committed; raises `UserError` when it could not be written."""
+        """Waits until the last save is committed; raises `UserError` if it could not be written."""
         try:
             if self._committed is not None:
                 self._committed.result()
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
 
     def _finish(self) -> None:
-        """Returns when the last save is committed and its hashes are written."""
+        """Waits until the last save is committed and its hashes are written."""
         self.wait()
         if self._recorded is not None:
             self._recorded.result()
@@ -93,10 +93,10 @@ class Checkpoints:
             record_files(self.directory, self.steps(), fresh=step)
 
     def restore(self, abstract: Any, warn: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest readable checkpoint in the shapes and shardings of `abstract`, None where there is none.
+        """Restores the newest readable checkpoint in the shapes and shardings of `abstract`: (step, state, facts).
 
-        A damaged one is passed over with a warning, and moved aside once an older one is read; when all are damaged a
-        `UserError` says so and all stay.
+        Returns None if there is no checkpoint. A damaged one is skipped with a warning, and moved aside once an older
+        one is read. If all are damaged, raises `UserError` and moves none.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -104,15 +104,14 @@ class Checkpoints:
                 processes.everyone(functools.partial(check_files, self.directory, step))
                 read = processes.everyone(functools.partial(self._read, step, abstract))
             except (ValueError, OSError) as error:
-                why = first_line(error)
-                warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({why}); trying the one before")
+                reason = first_line(error)
+                warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({reason}); trying an older one")
                 continue
-            self._put_aside([later for later in steps if later > step], warn)
+            self._move_aside([later for later in steps if later > step], warn)
             return step, abstract._replace(**{**read.rest, "params": read.params}), dict(read.facts)
         if steps:
-            raise UserError(
-                f"none of the {len(steps)} checkpoints in {self.directory} can be read: remove it to start again"
-            )
+            problem = f"none of the {len(steps)} checkpoints in {self.directory} can be read"
+            raise UserError(f"{problem}: remove that directory to start again")
         return None
 
     def _read(self, step: int, abstract: Any) -> Any:
@@ -121,27 +120,27 @@ class Checkpoints:
             rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
             facts=ocp.args.JsonRestore(),
         )
-        # Waits for no other process: where one fails, the others are told by `everyone`.
-        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        # Orbax must not wait for other processes here: `everyone` reports a failure to all of them.
+        independent = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=independent) as reader:
                 return reader.restore(_absolute(self.directory / str(step)), args=items)
-        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
+        except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
             raise ValueError(first_line(error)) from error
 
     def close(self) -> None:
-        """Waits for what is being written; raises `UserError` when it could not be."""
+        """Waits for pending writes and closes; raises `UserError` if a checkpoint could not be written."""
         try:
             self._finish()
         finally:
             self._thread.shutdown()
             try:
                 self._manager.close()
-            except (OSError, ValueError, RuntimeError) as error:  # It tells a failed write, which we may have told.
-                raise self._unwritten(error) from error
+            except (OSError, ValueError, RuntimeError) as error:  # It reports a failed write again.
+                raise self._write_error(error) from error
 
-    def _put_aside(self, steps: list[int], warn: Any) -> None:
-        """Moves checkpoints to checkpoints-damaged/, where they are in nobody's way: it may be the disk that erred."""
+    def _move_aside(self, steps: list[int], warn: Any) -> None:
+        """Moves checkpoints to checkpoints-damaged/. Deleting them could lose good data if the disk misread them."""
         for step in steps:
             if jax.process_index():
                 break
@@ -151,44 +150,44 @@ class Checkpoints:
             names = (str(step), *(f"{step}-{number}" for number in range(2, len(taken) + 3)))
             target = place / next(name for name in names if name not in taken)
             (self.directory / str(step)).rename(target)
-            warn(f"checkpoint {step} is kept as {target}")
+            warn(f"damaged checkpoint {step} was moved to {target}")
         if steps:
-            processes.gather(None)  # Moved by now.
+            processes.gather(None)  # Waits until process 0 has moved them.
             self._manager.reload()
 
-    def _unwritten(self, error: Exception) -> UserError:
-        good = self.steps()
-        last = f"the last good one is step {good[-1]}" if good else "there is none yet"
+    def _write_error(self, error: Exception) -> UserError:
+        steps = self.steps()
+        last = f"the last good one is step {steps[-1]}" if steps else "no earlier one exists"
         return UserError(f"the checkpoint could not be written to {self.directory} ({first_line(error)}); {last}")
 
 
 def record_files(directory: epath.Path, steps: list[int], *, fresh: int) -> None:
-    """Writes size and hash of the files of every checkpoint in `steps`; only `fresh` and unknown ones are read."""
+    """Writes sizes.json for the checkpoints in `steps`; hashes only the files of `fresh` and of unrecorded steps."""
     known = _read_sizes(directory)
     recorded = {str(step): known.get(str(step)) for step in steps if step != fresh}
-    found = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
+    sizes = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
     temporary = directory.parent / (SIZES + ".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.write_text(json.dumps(sizes, indent=1) + "\n")
     temporary.replace(directory.parent / SIZES)
 
 
 def check_files(directory: epath.Path, step: int, *, part: str = "") -> None:
-    """Raises ValueError naming a file of a checkpoint, or of a part of it, that is not as it was written."""
-    wanted = _read_sizes(directory).get(str(step))
-    if wanted is None:  # Killed after the checkpoint was finished and before its sizes were.
+    """Raises ValueError naming a file whose size, or whose hash if its name starts with `part`, has changed."""
+    recorded = _read_sizes(directory).get(str(step))
+    if recorded is None:  # The run was killed between finishing the checkpoint and recording it.
         return
     paths = _files(directory / str(step))
     hashes = {}
-    for name, written in wanted.items():
-        # Earlier versions wrote the size alone.
-        size, hashes[name] = written if isinstance(written, list) else (written, None)
-        found = paths[name].stat().length if name in paths else 0
-        if found != size:
-            raise ValueError(f"{name} has {found} bytes, not {size}")
+    for name, entry in recorded.items():
+        # Earlier versions recorded only the size.
+        wanted, hashes[name] = entry if isinstance(entry, list) else (entry, None)
+        size = paths[name].stat().length if name in paths else 0
+        if size != wanted:
+            raise ValueError(f"{name} has {size} bytes, not {wanted}")
     checked = [name for name, digest in hashes.items() if digest and name.startswith(part)]
     for name, digest in _hashes({name: paths[name] for name in checked}).items():
         if digest != hashes[name]:
-            raise ValueError(f"{name} has other bytes than were written")
+            raise ValueError(f"{name} does not match its recorded hash")
 
 
 def _measure(directory: epath.Path) -> Files:
@@ -198,24 +197,24 @@ def _measure(directory: epath.Path) -> Files:
 
 def _files(directory: epath.Path, inside: str = "") -> dict[str, epath.Path]:
     """Every file below a directory, by its relative name."""
-    found: dict[str, epath.Path] = {}
+    files: dict[str, epath.Path] = {}
     for path in sorted(directory.iterdir()):
         if path.is_dir():
-            found |= _files(path, f"{inside}{path.name}/")
+            files |= _files(path, f"{inside}{path.name}/")
         else:
-            found[inside + path.name] = path
-    return found
+            files[inside + path.name] = path
+    return files
 
 
 def _hashes(paths: dict[str, epath.Path]) -> dict[str, str]:
-    """BLAKE2b of files, a few at a time, in memory that does not grow with them."""
+    """BLAKE2b hashes of files, by name; files are read in parallel and in chunks."""
 
     def digest(path: epath.Path) -> str:
-        found = hashlib.blake2b(digest_size=16)
+        state = hashlib.blake2b(digest_size=16)
         with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                found.update(piece)
-        return found.hexdigest()
+            while chunk := file.read(CHUNK_BYTES):
+                state.update(chunk)
+        return state.hexdigest()
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
         return dict(zip(paths, pool.map(digest, paths.values())))
@@ -236,7 +235,7 @@ def finished_steps(directory: Path) -> list[int]:
 
 
 def locate(path: str) -> tuple[Path, int]:
-    """The stage directory and step of `runs/tiny/pretrain` (its latest) or `runs/tiny/pretrain@300`."""
+    """Stage directory and step of `runs/a/sft` (its latest) or `runs/a/sft@300`; `UserError` if there is none."""
     try:
         check_local("checkpoint", path)
     except ValueError as error:
@@ -249,12 +248,12 @@ def locate(path: str) -> tuple[Path, int]:
             f"did you mean {directory / inside[-1]}?" if inside else "train first: python -m launch.train --config=..."
         )
         raise UserError(f"no checkpoint in {directory}: {hint}")
-    found = finished_steps(directory)
-    if not found:
+    steps = finished_steps(directory)
+    if not steps:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
-    if wanted and (not wanted.isdecimal() or int(wanted) not in found):
-        raise UserError(f"no checkpoint {wanted} in {directory}: there are {', '.join(map(str, found))}")
-    return directory, int(wanted) if wanted else found[-1]
+    if wanted and (not wanted.isdecimal() or int(wanted) not in steps):
+        raise UserError(f"no checkpoint {wanted} in {directory}: there are {', '.join(map(str, steps))}")
+    return directory, int(wanted) if wanted else steps[-1]
 
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
@@ -265,7 +264,7 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
         try:
             check_files(checkpoints, step, part="params/")
             return reader.restore(_absolute(checkpoints / str(step) / "params"), abstract)
-        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone.
+        except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
             others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
             hint = f"; try {others[0]}" if others else ""
             raise UserError(f"checkpoint {step} in {directory} cannot be read: {first_line(error)}{hint}") from error
@@ -279,15 +278,15 @@ def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
             check_files(checkpoints, step, part="rest/")
             rest = abstract._replace(params=None)._asdict()
             return reader.restore(_absolute(checkpoints / str(step) / "rest"), rest)["optimizer"]
-        except Exception as error:  # Orbax raises plain Exception where an array's bytes are gone, or shapes differ.
+        except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
             raise UserError(
-                f"the optimizer of {directory}@{step} is not one that this experiment can go on with "
+                f"the optimizer state of {directory}@{step} cannot be restored for this experiment "
                 f"({first_line(error)}): leave out --warm_optimizer"
             ) from error
 
 
 def write_experiment(directory: Path, experiment: Any) -> None:
-    """Writes experiment.json, by way of a temporary file."""
+    """Writes experiment.json atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / (EXPERIMENT + ".tmp")
     value = {"format": FORMAT, **to_json(experiment)}
@@ -296,7 +295,7 @@ def write_experiment(directory: Path, experiment: Any) -> None:
 
 
 def read_experiment(directory: Path, cls: type) -> Any:
-    """The experiment that a stage directory was made by."""
+    """Reads experiment.json; raises `UserError` if it is missing or damaged."""
     try:
         value = json.loads((directory / EXPERIMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -305,7 +304,7 @@ def read_experiment(directory: Path, cls: type) -> Any:
 
 
 def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> None:
-    """Raises `UserError` when `directory` holds another experiment, naming what differs beyond `allowed` fields."""
+    """Raises `UserError` if `directory` holds an experiment that differs in fields that are not in `allowed`."""
     if not (directory / EXPERIMENT).is_file():
         return
     before = read_experiment(directory, type(experiment))
@@ -325,7 +324,7 @@ def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> No
 
 
 def abstract_like(shapes: Any, placements: Any) -> Any:
-    """Shapes and types with shardings, for a restore."""
+    """Adds shardings to shapes and types: the `abstract` argument of a restore."""
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements)
 
 

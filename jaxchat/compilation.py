@@ -1,4 +1,4 @@
-"""From an experiment to a compiled training step: devices, mesh, shapes, placements, and the micro-batch that fits."""
+"""Compiles an experiment's training step: devices, mesh, shapes, placements, and the micro-batch that fits."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
 from jaxchat.train import Loss, State, init_state, state_placements, train_step
 
-MEMORY_SHARE = 0.92  # Of a device's memory, what a compiled step may plan with.
+MEMORY_SHARE = 0.92  # Fraction of a device's memory that a compiled step may use.
 
 
 @dataclass
 class Setup:
-    """What is derived from an experiment and does not change during training."""
+    """Values derived from an experiment that do not change during training."""
 
     experiment: Experiment
     mesh: jax.sharding.Mesh
@@ -35,7 +35,7 @@ class Setup:
     tx: optax.GradientTransformation
     abstract: State
     loss: Loss
-    """The objective with the transformer that training uses: it alone has `matmul`."""
+    """The objective, bound to the transformer for training, the only one with `matmul`."""
 
 
 class Compiled(NamedTuple):
@@ -59,20 +59,20 @@ class OutOfMemory(UserError):
 
 
 def prepare_backend(experiment: Experiment) -> None:
-    """Before JAX starts: how many devices the CPU backend shows, and where compiled programs are kept."""
+    """Sets the number of CPU devices and the compilation cache directory; must be called before JAX starts."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     wanted = experiment.mesh.data * experiment.mesh.fsdp * experiment.mesh.tensor
     split, count = experiment.mesh.fsdp * experiment.mesh.tensor, processes.joined_count()
-    here = max(1, (wanted or split * sharding.host_devices(max(1, rows // split))) // count)
+    own = max(1, (wanted or split * sharding.host_devices(max(1, rows // split))) // count)
     try:
-        jax.config.update("jax_num_cpu_devices", here)
-    except RuntimeError:  # In a notebook or a test the backend may run already.
-        log(f"JAX runs already, with {jax.device_count()} devices")
+        jax.config.update("jax_num_cpu_devices", own)
+    except RuntimeError:  # In a notebook or a test JAX may already be initialized.
+        log(f"JAX is already initialized, with {jax.device_count()} devices")
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
 def compute_dtype(experiment: Experiment, device: Any, log: Callable[[str], None]) -> Any:
-    """bfloat16 on accelerators that have it, float32 elsewhere."""
+    """The experiment's dtype; "auto" is bfloat16 on accelerators that compute fast in it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
     if device.platform == "gpu" and (devices.capability(device) or 8.0) < 8.0:
@@ -82,14 +82,14 @@ def compute_dtype(experiment: Experiment, device: Any, log: Callable[[str], None
 
 
 def warn_of_float8(experiment: Experiment, device: Any, log: Callable[[str], None]) -> None:
-    """Tells where products in eight-bit floats gain nothing: TPUs before the seventh, GPUs before capability 8.9."""
+    """Logs a warning if float8 products are not faster: TPUs before the seventh, GPUs before capability 8.9."""
     slow = device.device_kind.startswith("TPU v") or (devices.capability(device) or 9.0) < 8.9
     if isinstance(experiment.matmul, Float8) and slow:
-        log(f"warning: {device.device_kind} does not multiply in float8: --matmul=float8 rounds as it would, no faster")
+        log(f"warning: {device.device_kind} has no float8 units: --matmul=float8 rounds like float8 but is not faster")
 
 
 def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
-    """Mesh, model, optimizer, and the abstract state with its placements; on other devices than JAX has, if named."""
+    """Derives mesh, model, optimizer and placements. `devices` (default: JAX's) may be absent ones, to compile for."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     devices = list(jax.devices() if devices is None else devices)
     dtype, length = compute_dtype(experiment, devices[0], log), experiment.data.row_length
@@ -101,8 +101,8 @@ def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequ
     try:
         mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
         if mesh.size < len(devices) and processes.joined_count() > 1:
-            taken = f"{mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
-            raise ValueError(f"the mesh takes {taken}, and no process can stand aside: leave --mesh.data out")
+            part = f"{mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
+            raise ValueError(f"the mesh uses {part}, but every device must take part: leave out --mesh.data")
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, transformer.specs(), steps=experiment.steps, dtype=transformer.dtype)
         shapes = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
@@ -135,19 +135,19 @@ def compile_step(setup: Setup, log: Callable[[str], None]) -> Compiled:
         tried[rows] = needed
         if compiled is not None and (needed <= limit or e.micro_rows != "auto"):
             return Compiled(_guarded(compiled, setup, rows), rows, time.perf_counter() - start, tried)
-        # What a step needs beyond the state grows with its rows, so half-way steps need not be compiled.
+        # Memory beyond the state grows with the rows, so sizes that cannot fit need not be compiled.
         most = rows * (limit - state) / (needed - state) if state < needed < math.inf else rows / 2
         choices = [n for n in choices[1:] if n <= most] or choices[-1:] * (len(choices) > 1)
         if choices:
-            log(f"micro_rows={rows} would need {needed / 2**30:.1f} GiB of {limit / 2**30:.1f}; trying {choices[0]}")
+            log(f"micro_rows={rows} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB; trying {choices[0]}")
     raise _out_of_memory(setup, rows)
 
 
 def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> tuple[Any, float]:
-    """A program compiled with the experiment's settings, and the bytes that it needs of a device; None in its place
-    where the compiler sees that it does not fit, with the bytes it names or infinity.
+    """A program compiled with the experiment's XLA settings, and the bytes that it needs per device. If the compiler
+    runs out of memory: None, and the bytes that its message names, or infinity.
 
-    A setting that this compiler does not know is left out, aloud.
+    A setting that this compiler does not know is left out and logged.
     """
     options = xla.options(setup.experiment.xla, setup.mesh.devices.flat[0].platform)
     while True:
@@ -160,19 +160,19 @@ def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> t
             if unknown is None and "RESOURCE_EXHAUSTED" not in message:
                 raise
         if unknown is None:
-            named = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", message)
-            return None, float(named[1]) * 1024 ** ("KMGT".index(named[2]) + 1) if named else math.inf
+            size = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", message)
+            return None, float(size[1]) * 1024 ** ("KMGT".index(size[2]) + 1) if size else math.inf
         log(f"this compiler has no setting {unknown[1]}: compiling without it")
         del options[unknown[1]]
 
 
 def state_bytes(setup: Setup) -> float:
-    """Bytes of a device that the training state takes."""
+    """Bytes per device of the training state."""
     return held_bytes(setup.abstract)
 
 
 def held_bytes(tree: Any) -> float:
-    """Bytes of a device that placed arrays, or their shapes, take."""
+    """Bytes per device of placed arrays, or of their shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -194,7 +194,7 @@ def lower_step(setup: Setup, rows: int) -> Any:
 
 
 def step_bytes(compiled: Any) -> float:
-    """Bytes of one device that a compiled step needs: arguments, outputs that are not aliased, temporaries."""
+    """Bytes per device that a compiled step needs: arguments, outputs that are not aliased, and temporaries."""
     m = compiled.memory_analysis()
     if m is None:
         return 0.0
@@ -202,7 +202,7 @@ def step_bytes(compiled: Any) -> float:
 
 
 def micro_choices(setup: Setup) -> list[int]:
-    """Row counts that divide the batch and that the mesh divides, largest first."""
+    """Sizes of a micro-batch, in rows, that divide the batch and that the mesh divides; largest first."""
     n, ways = setup.experiment.batch_rows, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
     return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
 
@@ -220,7 +220,7 @@ def _out_of_memory(setup: Setup, rows: int) -> OutOfMemory:
 
 
 def _guarded(compiled: Any, setup: Setup, rows: int) -> Callable[[State, Any], Any]:
-    """The compiled step; running out of memory while it runs names the next smaller setting."""
+    """The compiled step; if it runs out of memory, it raises a UserError that names a smaller setting."""
 
     def step(state: State, batch: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What a device is and holds: peak FLOPs and bandwidth, memory, compute capability."""
+"""Facts about devices: peak FLOPs and bandwidth, memory, compute capability."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOPs a second of one device, from the vendors' data sheets; a prefix of jax's device_kind.
+# Dense bfloat16 FLOPs per second of one device, from the vendors' data sheets, by prefix of JAX's device_kind.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -28,7 +28,7 @@ PEAK_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
 }
 
-# Bytes a second of one device's memory: Google Cloud's TPU pages, NVIDIA's data sheets; a prefix of jax's device_kind.
+# Memory bytes per second of one device, from Google Cloud's TPU pages and NVIDIA's data sheets, by the same prefixes.
 PEAK_BANDWIDTH = {
     "TPU v4": 1.2e12,
     "TPU v5 lite": 0.819e12,
@@ -47,19 +47,19 @@ PEAK_BANDWIDTH = {
 
 
 def peak_flops(device: Any) -> float | None:
-    """Peak FLOPs a second of one device: from the table, None where the kind is unknown, measured on a CPU."""
+    """Peak FLOPs per second of one device: from the table (None for an unknown kind), or measured on a CPU."""
     if device.platform == "cpu":
         return _measured_peak() / jax.local_device_count()
     return _of_kind(PEAK_FLOPS, device)
 
 
 def peak_bandwidth(device: Any) -> float | None:
-    """Peak bytes a second of one device's memory, read or written; None where the kind is unknown, and on a CPU."""
+    """Peak memory bandwidth of one device in bytes per second; None for an unknown kind or a CPU."""
     return _of_kind(PEAK_BANDWIDTH, device)
 
 
 def capability(device: Any) -> float | None:
-    """An NVIDIA GPU's compute capability, such as 9.0; None of other devices, whose names for it are no numbers."""
+    """An NVIDIA GPU's compute capability, such as 9.0; None for other devices, where it is missing or not a number."""
     try:
         return float(device.compute_capability)
     except (AttributeError, TypeError, ValueError):
@@ -67,13 +67,13 @@ def capability(device: Any) -> float | None:
 
 
 def _of_kind(table: Mapping[str, float], device: Any) -> float | None:
-    """The entry whose name is the longest beginning of the device's kind."""
+    """The entry whose key is the longest prefix of the device's kind, or None."""
     known = [kind for kind in table if device.device_kind.startswith(kind)]
     return table[max(known, key=len)] if known else None
 
 
 def _measured_peak(size: int = 1024, repeats: int = 4) -> float:
-    """Float32 FLOPs a second of the whole CPU: the best of a few square products, one on each device at once."""
+    """Float32 FLOPs per second of the whole CPU: the best of a few rounds of one square product per device."""
     devices = jax.local_devices()
     xs = [jax.device_put(jnp.ones((size, size), jnp.float32), d) for d in devices]
     product = jax.jit(jnp.matmul)
@@ -86,7 +86,7 @@ def _measured_peak(size: int = 1024, repeats: int = 4) -> float:
 
 
 def memory_bytes() -> int:
-    """Peak memory so far: of one device where it tells, otherwise of this process."""
+    """Peak memory in bytes so far: of the first local device if it has statistics, otherwise of this process."""
     stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats:
         return int(stats.get("peak_bytes_in_use", 0))
@@ -94,7 +94,7 @@ def memory_bytes() -> int:
 
 
 def memory_limit(device: Any) -> int:
-    """Bytes that one device may use."""
+    """Bytes of memory available to one device."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

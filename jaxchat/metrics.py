@@ -1,4 +1,4 @@
-"""Writers of metrics: files, terminal, TensorBoard, Weights & Biases."""
+"""Writers of metrics: JSON lines, terminal, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -20,22 +20,22 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line. Lines after `resumed_step` are cut off first.
+    """Appends to metrics.jsonl, one object per line, after removing the lines of steps after `resumed_step`.
 
-    The evaluation of that step may come again, on other devices with other roundings: what is there already is kept.
+    If the evaluation of `resumed_step` is repeated (perhaps on other devices, with other rounding), the old line stays.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
-        self._there = {_kind(json.loads(line)) for line in kept if _step_of(line) == resumed_step}
+        earlier = [line for line in lines if _step_of(line) <= resumed_step]
+        self._present = {_kind(json.loads(line)) for line in earlier if _step_of(line) == resumed_step}
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        if _kind(record) not in self._there:
+        if _kind(record) not in self._present:
             self._file.write(json_line(record) + "\n")
             self._file.flush()
 
@@ -44,12 +44,12 @@ class JsonLines:
 
 
 def _kind(record: dict[str, Any]) -> tuple[int, frozenset[str]]:
-    """A record's step, and what it tells of."""
+    """A record's step and the names of its values."""
     return record["step"], frozenset(record)
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line that a crash cut short counts as later than any."""
+    """The step of a line; infinity for a line that a crash truncated."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -57,10 +57,10 @@ def _step_of(line: str) -> float:
 
 
 class Terminal:
-    """Lines for a person, on the first process's standard error: a step every few seconds, every evaluation."""
+    """Prints to process 0's standard error: a training step every few seconds, and every evaluation."""
 
     def __init__(self, steps: int, every_seconds: float = 5.0) -> None:
-        # Without emoji=False, rich makes a railway carriage of the middle of tinyworld:train:100.
+        # Without emoji=False, rich renders `:train:` in tinyworld:train:100 as an emoji.
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.steps, self._every, self._last = steps, every_seconds, 0.0
 
@@ -89,7 +89,7 @@ class Terminal:
 
 
 def _progress(record: dict[str, Any]) -> str:
-    """What a training step tells beside its loss: its speed, or what its answers were worth."""
+    """The numbers of a training step besides its loss: throughput, or in RL the rewards of its answers."""
     if "tokens_per_second" in record:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
         return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -97,7 +97,7 @@ def _progress(record: dict[str, Any]) -> str:
     correct = f"correct {record['reward_correct']:.3f}  " if "reward_correct" in record else ""
     failed = f"{record['reward_errors']} not rewarded  " if record["reward_errors"] else ""
     return (
-        f"reward {record['reward']:.3f}  {correct}{failed}{record['answer_tokens']:.0f} tokens an answer  "
+        f"reward {record['reward']:.3f}  {correct}{failed}{record['answer_tokens']:.0f} tokens per answer  "
         f"entropy {record['entropy']:.2f}  gap {record['gap_max']:.1e}  {times} s"
     )
 

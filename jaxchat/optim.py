@@ -1,4 +1,4 @@
-"""The optimizer: Muon for the layers' matrices, AdamW for everything else; parameters name their own group.
+"""The optimizer: Muon for the layers' matrices, AdamW for everything else; each parameter's Spec names its group.
 
 After nanochat (2026): Muon with Nesterov momentum (Jordan 2024), row equilibration (MuonEq, arXiv:2603.28254), Polar
 Express orthogonalisation (arXiv:2505.16932), renormalisation (Muon+, arXiv:2602.21545), factored second moments
@@ -19,7 +19,7 @@ from jaxchat import sharding
 from jaxchat.model.part import Spec
 from jaxchat.optimizer import AdamW, Muon, Optimizer, peak_factor
 
-Schedule = Callable[[Any], jax.Array]  # Of a step, traced or a plain number.
+Schedule = Callable[[Any], jax.Array]  # A function of the step, which may be traced.
 Sides = tuple[str, str]
 Triples = tuple[tuple[float, float, float], ...]
 
@@ -35,8 +35,8 @@ NEWTON_SCHULZ: Triples = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
-    """What every learning rate is multiplied by at a step: (t + 1) / warm-up, 1, then linear to the final fraction;
-    times `peak_factor`."""
+    """Factor of every learning rate at step t: `peak_factor` times (t + 1) / warm-up, then 1, then linear down to the
+    final fraction."""
     down, peak = round(config.warmdown_fraction * steps), peak_factor(config, steps)
 
     def factor(step: jax.Array) -> jax.Array:
@@ -50,7 +50,7 @@ def learning_rate_factor(config: Optimizer, steps: int) -> Schedule:
 
 
 def muon_momentum(config: Optimizer, steps: int) -> Schedule:
-    """Muon's momentum at a step: up over its warm-up (which goes first), then down while the learning rate falls."""
+    """Muon's momentum at a step: rises in its warm-up (which takes precedence), falls during the warm-down."""
     m = config.muon or Muon()
     down = round(config.warmdown_fraction * steps)
 
@@ -64,16 +64,16 @@ def muon_momentum(config: Optimizer, steps: int) -> Schedule:
 
 
 def muon_decay(config: Optimizer, steps: int) -> Schedule:
-    """Muon's weight decay at a step: a half cosine to zero."""
+    """Muon's weight decay at a step: half a cosine down to zero."""
     decay = 0.0 if config.muon is None else config.muon.weight_decay
     return lambda step: decay * 0.5 * (1 + jnp.cos(math.pi * jnp.minimum(step / steps, 1.0)))
 
 
 def make(config: Optimizer, specs: Any, *, steps: int, dtype: Any = jnp.float32) -> optax.GradientTransformation:
-    """The optimizer of a parameter tree, by the groups of its `specs`; `dtype` is that of Newton-Schulz.
+    """The optimizer of a parameter tree with the groups in `specs`; Newton-Schulz computes in `dtype`.
 
     Raises:
-        ValueError: a parameter is of a group that the configuration does not have.
+        ValueError: the configuration lacks the group of a parameter.
     """
     factor = learning_rate_factor(config, steps)
 
@@ -86,13 +86,13 @@ def make(config: Optimizer, specs: Any, *, steps: int, dtype: Any = jnp.float32)
     groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, specs, steps=steps, dtype=dtype)
     labels = jax.tree.map(lambda spec: spec.group, specs, is_leaf=_is_spec)
     if unknown := set(jax.tree.leaves(labels)) - groups.keys():
-        raise ValueError(f"there is no optimizer group {sorted(unknown)[0]!r}: add it as a field of Optimizer")
+        raise ValueError(f"unknown optimizer group {sorted(unknown)[0]!r}: add it as a field of Optimizer")
     parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
     return optax.chain(*parts, optax.partition(groups, labels))
 
 
 class MuonState(NamedTuple):
-    """Steps taken; momentum in the parameters' shapes; mean squares along the shorter side of each matrix."""
+    """Number of steps; momentum in the parameters' shapes; mean squares over the shorter side of each matrix."""
 
     count: jax.Array  # type: ignore[assignment]  # Hides tuple.count, as in optax's own states.
     momentum: Any
@@ -100,7 +100,7 @@ class MuonState(NamedTuple):
 
 
 def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.GradientTransformation:
-    """Muon for the leaves that `optax.partition` leaves in place (others are masked nodes)."""
+    """Muon for the leaves that `optax.partition` does not mask."""
     c = config.muon or Muon()
     factor, momentum, decay = (f(config, steps) for f in (learning_rate_factor, muon_momentum, muon_decay))
     triples = POLAR_EXPRESS if c.polar_express else NEWTON_SCHULZ
@@ -125,7 +125,7 @@ def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.Grad
         updates: list[Any] = [None] * len(leaves)
         rate, wd = c.learning_rate * factor(state.count), decay(state.count)
         weights = jax.tree.leaves(params)
-        for (shape, sides), members in _alike(views, ahead).items():
+        for (shape, sides), members in _by_shape(views, ahead).items():
             stack = _orthogonal_stack(c, triples, [ahead[i] for i in members], sides, dtype)
             if c.variance:
                 second = jnp.concatenate([seconds[i] for i in members])
@@ -148,9 +148,9 @@ def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.Grad
 def orthogonalise(
     x_NRC: jax.Array, triples: Sequence[tuple[float, float, float]], *, margin: float = 1.01
 ) -> jax.Array:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix: X <- a X + (b A + c A A) X, with A = X X^T.
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix: X <- a X + (b A + c A A) X, with A = X X^T.
 
-    X is divided by `margin` times its Frobenius norm first, so that no singular value exceeds one.
+    X is first divided by `margin` times its Frobenius norm, so that no singular value exceeds one.
     """
     R, C = x_NRC.shape[-2:]
     x = jnp.swapaxes(x_NRC, -1, -2) if R > C else x_NRC
@@ -162,16 +162,16 @@ def orthogonalise(
 
 
 def equilibrate(x_NRC: jax.Array) -> jax.Array:
-    """Every row rescaled to the root mean square of the row norms (arXiv:2603.28254)."""
+    """Rescales every row to the root mean square of the row norms (arXiv:2603.28254)."""
     rows = jnp.linalg.norm(x_NRC, axis=-1, keepdims=True)
     target = jnp.linalg.norm(rows, axis=-2, keepdims=True) / math.sqrt(x_NRC.shape[-2])
     return x_NRC * (target / jnp.maximum(rows, 1e-6))
 
 
 def normalise_variance(x_NRC: jax.Array, second: jax.Array, b2: float) -> tuple[jax.Array, jax.Array]:
-    """NorMuon: divides by the root of a running mean square along the shorter side, keeping the Frobenius norm.
+    """NorMuon: divides by the root of a running mean square over the shorter side, keeping the Frobenius norm.
 
-    `second` is (N, max(R, C)); ties take the mean over columns. Returns the scaled matrices and the new mean squares.
+    `second` is (N, max(R, C)); square matrices average over columns. Returns the scaled matrices and new mean squares.
     """
     R, C = x_NRC.shape[-2:]
     axis = -1 if R >= C else -2
@@ -185,9 +185,9 @@ def normalise_variance(x_NRC: jax.Array, second: jax.Array, b2: float) -> tuple[
 
 
 def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: Sides, dtype: Any) -> jax.Array:
-    """Equal-shaped matrices as one stack, spread over every device, orthogonalised; float32 outside, `dtype` inside.
+    """Orthogonalises matrices of equal shape as one stack, spread over all devices; Newton-Schulz runs in `dtype`.
 
-    Before and after, the matrices lie as their parameters do, by the logical axes of their two `sides`.
+    Inputs and results are placed like their parameters, by the logical axes of the two `sides` of a matrix.
     """
     stack = jnp.concatenate(parts)
     wide, count, devices = stack.dtype, stack.shape[0], sharding.device_count()
@@ -208,18 +208,18 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: 
 
 @dataclass(frozen=True)
 class _View:
-    """A stacked parameter as matrices (N, out, in)."""
+    """Converts a stacked parameter to matrices (N, out, in) and back."""
 
     spec: Spec
 
     @property
     def split(self) -> int:
-        """Where the input axes end, after the axis of the stack."""
+        """Index of the first output axis, after the stack axis and the input axes."""
         return 1 + self.spec.inputs
 
     @property
     def sides(self) -> Sides:
-        """The first logical axis of each side of a matrix: outputs, inputs."""
+        """The first logical axis of each side of a matrix: output, input."""
         return self.spec.axes[self.split], self.spec.axes[1]
 
     def matrices(self, w: jax.Array) -> jax.Array:
@@ -230,12 +230,12 @@ class _View:
         return jnp.swapaxes(x_NRC, -1, -2).reshape(shape)
 
 
-def _alike(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[tuple[tuple[int, int], Sides], list[int]]:
-    """Which matrices are of equal shape, and lie alike."""
-    found: dict[tuple[tuple[int, int], Sides], list[int]] = {}
+def _by_shape(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[tuple[tuple[int, int], Sides], list[int]]:
+    """Groups the indices of the matrices by shape and placement."""
+    groups: dict[tuple[tuple[int, int], Sides], list[int]] = {}
     for i, (view, x_NRC) in enumerate(zip(views, stacks, strict=True)):
-        found.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides), []).append(i)
-    return found
+        groups.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides), []).append(i)
+    return groups
 
 
 def _is_spec(x: Any) -> bool:

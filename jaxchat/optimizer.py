@@ -1,12 +1,12 @@
-"""What an optimizer is configured by: groups, and the shape of the learning rate over steps."""
+"""Configuration of the optimizer: parameter groups and the learning rate schedule."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-REFERENCE_STEPS = 2520  # Of nanochat's depth 12.
-LEAST_STEPS = 40  # A shorter run would get higher rates than were ever tried.
+REFERENCE_STEPS = 2520  # Steps of nanochat at depth 12.
+LEAST_STEPS = 40  # A shorter run would get higher learning rates than were ever tested.
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon on every matrix of the layers; the flags switch off what came after Muon itself."""
+    """Muon for every matrix of the layers; each flag enables an extension of the original Muon."""
 
     learning_rate: float = 0.02
     weight_decay: float = 0.28
@@ -48,10 +48,10 @@ class Muon:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Groups, and the shape of the learning rate over steps: warm-up, constant, linear warm-down to a fraction.
+    """Parameter groups and the learning rate schedule: warm-up, constant, linear warm-down to a fraction.
 
-    `scale` multiplies every learning rate, and so does (REFERENCE_STEPS / steps) ** `steps_exponent`, so that a short
-    run learns faster; runs of fewer than LEAST_STEPS count as LEAST_STEPS.
+    Every learning rate is multiplied by `scale` and by (REFERENCE_STEPS / steps) ** `steps_exponent`, so that short
+    runs use higher rates. Runs of fewer than LEAST_STEPS steps count as LEAST_STEPS.
     """
 
     muon: Muon | None
@@ -79,12 +79,12 @@ class Optimizer:
 
 
 def peak_factor(config: Optimizer, steps: int) -> float:
-    """What every learning rate is multiplied by after warm-up, in a run of `steps` steps."""
+    """Factor of every learning rate after warm-up in a run of `steps` steps."""
     return config.scale * (REFERENCE_STEPS / max(steps, LEAST_STEPS)) ** config.steps_exponent
 
 
 def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str]) -> None:
-    """Raises ValueError for a field that is not finite or negative, or for a share that is not below 1."""
+    """Raises ValueError for a field that is negative or not finite, and for a share that is not in [0, 1)."""
     for name, most in (*((name, math.inf) for name in finite), *((name, 1) for name in shares)):
         value = getattr(config, name)
         if not 0 <= value < most:

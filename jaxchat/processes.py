@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, agree, share work, and notice that one is lost.
+"""Several processes as one run: joining, collectives on the host, shared work, and detection of lost processes.
 
-A process is one of a group where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or where a
-cluster does: Cloud TPU, SLURM, Open MPI or Kubernetes, as `jax.distributed` detects them.
+A process belongs to a group if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, or in a cluster
+that `jax.distributed` detects: Cloud TPU, SLURM, Open MPI or Kubernetes.
 """
 
 import contextlib
@@ -30,30 +30,30 @@ JOIN_SECONDS = 300  # A slow host may still be installing.
 HEARTBEAT_SECONDS = 2.0
 HEARTBEAT_TIMEOUT = 30.0  # Seconds without a heartbeat after which a process counts as lost.
 EXIT_RESTART = 75  # EX_TEMPFAIL: a scheduler should restart the job.
-FOREVER_MS = 7 * 24 * 3600 * 1000  # A lost process is noticed by the watch.
+FOREVER_MS = 7 * 24 * 3600 * 1000  # Timeout of barriers; heartbeats detect a lost process earlier.
 HEARTBEAT_KEY = "jaxchat/alive"
-_meetings = itertools.count()
+_barriers = itertools.count()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def grouped(environment: Mapping[str, str]) -> bool:
-    """Whether this process is to be one of several.
+    """Whether the environment makes this process one of several.
 
     Raises:
-        UserError: some of the three variables are set, and not all, or they are no such numbers.
+        UserError: the address is set, but another of the three variables is missing, or one is invalid.
     """
-    given = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
+    present = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
     if environment.get(ADDRESS):
-        if len(given) < 3:
-            missing = " and ".join(name for name in (COUNT, INDEX) if name not in given)
-            raise UserError(f"{ADDRESS} is set and not {missing}: set all three, or none")
+        if len(present) < 3:
+            missing = " and ".join(name for name in (COUNT, INDEX) if name not in present)
+            raise UserError(f"{ADDRESS} is set without {missing}: set all three or none")
         count, index = environment[COUNT], environment[INDEX]
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-            raise UserError(f"{INDEX}={index} of {COUNT}={count} is no process: number them from 0")
+            raise UserError(f"{INDEX}={index} is invalid with {COUNT}={count}: number the processes from 0")
         if ":" not in environment[ADDRESS]:
-            raise UserError(f"{ADDRESS}={environment[ADDRESS]} names no port: give it as HOST:PORT")
+            raise UserError(f"{ADDRESS}={environment[ADDRESS]} has no port: write it as HOST:PORT")
         return True
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
     if any(environment.get(name, "").isdigit() and int(environment[name]) > 1 for name in counts):
@@ -64,27 +64,27 @@ def grouped(environment: Mapping[str, str]) -> bool:
 
 
 def tpu_hosts(environment: Mapping[str, str]) -> int:
-    """How many hosts share the TPU that is attached to this one; 1 where none is."""
+    """Number of hosts that share this host's TPU slice; 1 without a TPU."""
     if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio/0").exists():
         return 1
-    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if named is None and not environment.get("TPU_SKIP_MDS_QUERY"):
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if hosts is None and not environment.get("TPU_SKIP_MDS_QUERY"):
         request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
         with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            named = answer.read().decode()
-    return len((named or "").split(","))
+            hosts = answer.read().decode()
+    return len((hosts or "").split(","))
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it this process is one of its group, where it has one; call it before JAX starts.
+    """Context manager that joins the group if the environment describes one. Enter it before JAX initializes.
 
-    A process that fails tells the others why, and they stop as well; one that is lost ends them within half a minute,
-    with exit status 75: what is started again goes on from the last checkpoint. Where process 0 is lost, JAX itself
-    ends the others, with a message of its own and status 134.
+    If a process fails, the others stop and print its error. If one is lost, the others exit with status 75 within half
+    a minute; a restart of all resumes from the last checkpoint. If process 0 is lost, JAX itself ends the others, with
+    a message of its own and status 134.
 
     Raises:
-        UserError: the others did not come.
+        UserError: the group could not be joined.
     """
     if not grouped(os.environ) or jax.distributed.is_initialized():
         yield
@@ -93,7 +93,7 @@ def joined() -> Iterator[None]:
     watch = _Watch()
     try:
         yield
-        gather(None)  # Nobody leaves before the last is done.
+        gather(None)  # No process leaves before all are done.
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         watch.leave_with(error)
     watch.end("done")
@@ -101,20 +101,21 @@ def joined() -> Iterator[None]:
 
 
 def _join(environment: Mapping[str, str]) -> None:
-    # Signals are ours: a checkpoint is saved at a step that all agree on.
+    # jaxchat handles signals itself: a checkpoint is saved at a step on which all processes agree.
     jax.config.update("jax_enable_preemption_service", False)
-    by_hand: dict[str, Any] = {}
+    group: dict[str, Any] = {}
     if environment.get(ADDRESS):
-        by_hand = {"coordinator_address": environment[ADDRESS]}
-        by_hand |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
-        by_hand |= {"cluster_detection_method": "deactivate"}
-    remedy = f"start as many as {COUNT} says, on hosts that reach {environment.get(ADDRESS, 'the first of them')}"
+        group = {"coordinator_address": environment[ADDRESS]}
+        group |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
+        group |= {"cluster_detection_method": "deactivate"}
+    first = environment.get(ADDRESS, "the first process")
+    remedy = f"start {environment.get(COUNT, 'all')} processes, on hosts that can reach {first}"
     failed: list[Exception] = []
 
     def initialize() -> None:
         try:
             jax.distributed.initialize(
-                **by_hand,
+                **group,
                 initialization_timeout=2 * JOIN_SECONDS,
                 heartbeat_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
                 shutdown_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
@@ -122,7 +123,7 @@ def _join(environment: Mapping[str, str]) -> None:
         except (RuntimeError, ValueError) as error:
             failed.append(error)
 
-    # In a thread, for no signal reaches Python while it waits; and beyond its time it ends with a stack of C++.
+    # In a thread, because Python handles no signal while it waits, and its own timeout ends in a C++ stack trace.
     thread, start = threading.Thread(target=initialize, daemon=True), time.monotonic()
     thread.start()
     try:
@@ -137,24 +138,24 @@ def _join(environment: Mapping[str, str]) -> None:
 
 
 def _group() -> Any:
-    """What jax.distributed knows; it has no public name, and asking for the devices would start them."""
+    """The state of jax.distributed. It is private in JAX, but `jax.process_count()` would initialize the devices."""
     from jax._src import distributed
 
     return distributed.global_state
 
 
 def joined_count() -> int:
-    """How many processes there are, before JAX starts its devices."""
+    """Number of processes; does not initialize JAX's devices."""
     return _group().num_processes
 
 
 class _Watch:
-    """Tells the other processes that this one lives, and ends it where another does not, or has failed."""
+    """Sends heartbeats to the other processes, and ends this process if another one is lost or has failed."""
 
     def __init__(self) -> None:
         self._ended, group = threading.Event(), _group()
         self._store, self._index, self._count = group.client, group.process_id, group.num_processes
-        self._heard: dict[int, tuple[str, float]] = {}
+        self._last: dict[int, tuple[str, float]] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -163,69 +164,69 @@ class _Watch:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             beat += 1
             try:
-                self._tell(f"alive {beat} of {os.environ.get(COUNT, self._count)}")
+                self._publish(f"alive {beat} of {os.environ.get(COUNT, self._count)}")
                 heartbeats = dict(self._store.key_value_dir_get(HEARTBEAT_KEY))
             except jax.errors.JaxRuntimeError:
                 self._stop("process 0 is lost")
             for other in range(self._count):
-                self._hear(other, heartbeats.get(f"{HEARTBEAT_KEY}/{other}", ""))
+                self._check(other, heartbeats.get(f"{HEARTBEAT_KEY}/{other}", ""))
 
-    def _tell(self, text: str) -> None:
+    def _publish(self, text: str) -> None:
         self._store.key_value_set(f"{HEARTBEAT_KEY}/{self._index}", text, allow_overwrite=True)
 
-    def _hear(self, other: int, text: str) -> None:
+    def _check(self, other: int, text: str) -> None:
         now = time.monotonic()
-        if self._heard.get(other, ("", 0.0))[0] != text or other not in self._heard:
-            self._heard[other] = text, now
-        silent, what = now - self._heard[other][1], text.partition(" ")[0]
-        if what == "alive" and text.rpartition(" ")[2] != os.environ.get(COUNT, str(self._count)):
-            self._stop(f"process {other} was given another {COUNT}")
-        if what == "failed" and other != self._index:
-            self._stop(f"process {other} stopped ({text.removeprefix('failed ')})")
-        if what == "stopping" and silent > HEARTBEAT_TIMEOUT and not Agreement.stopping:
-            self._stop(f"process {other} was told to stop")
-        if what not in ("stopping", "done") and silent > HEARTBEAT_TIMEOUT:
+        if self._last.get(other, ("", 0.0))[0] != text or other not in self._last:
+            self._last[other] = text, now
+        silent, status = now - self._last[other][1], text.partition(" ")[0]
+        if status == "alive" and text.rpartition(" ")[2] != os.environ.get(COUNT, str(self._count)):
+            self._stop(f"process {other} has a different {COUNT}")
+        if status == "failed" and other != self._index:
+            self._stop(f"process {other} failed ({text.removeprefix('failed ')})")
+        if status == "stopping" and silent > HEARTBEAT_TIMEOUT and not Agreement.stopping:
+            self._stop(f"process {other} was stopped by a signal")
+        if status not in ("stopping", "done") and silent > HEARTBEAT_TIMEOUT:
             self._stop(f"process {other} is lost")
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, reason: str) -> None:
         if not self._ended.is_set():
-            print(f"{why}, and with it process {self._index}: start all again to continue", file=sys.stderr, flush=True)
+            print(f"{reason}, so process {self._index} stops: start all again to continue", file=sys.stderr, flush=True)
             self._let_others_read()
             _leave("", EXIT_RESTART)
 
     def _let_others_read(self) -> None:
-        """Waits where this is process 0: it keeps what the others read, and JAX would end them without it."""
+        """Waits if this is process 0, which hosts the key-value store: without it JAX would end the others."""
         if self._index == 0:
             time.sleep(3 * HEARTBEAT_SECONDS)
 
     def end(self, text: str) -> None:
-        """Says that this process needs no watching any more."""
+        """Stops the heartbeats and publishes `text` as this process's last status."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._tell(text)
+            self._publish(text)
 
     def leave_with(self, error: BaseException) -> NoReturn:
-        """Ends this process as its launcher would, once the others have read why."""
+        """Ends this process with the message and status of its launcher, after the others have read the reason."""
         if isinstance(error, signals.Interrupted):
             print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
             self._stop_together()
             _leave("", EXIT_RESTART)
         if _broken(error):
-            # If another process broke the connection, the watch learns which, and ends this one.
+            # If another process is lost, the watch finds out which one, and ends this one.
             time.sleep(2 * HEARTBEAT_SECONDS)
-        status = self._report_error(error)  # Before anything else: JAX may end this process while it waits.
+        status = self._report_error(error)  # First, because JAX may end this process while it waits.
         self.end(f"failed {first_line(error)}")
         time.sleep(HEARTBEAT_SECONDS)
         self._let_others_read()
         _leave("", status)
 
     def _report_error(self, error: BaseException) -> int:
-        """Tells an error as its launcher would; gives the exit status."""
+        """Prints an error as the launcher would, and returns the exit status."""
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1
         if _broken(error):
-            problem = f"another process is lost, or the connection to it ({first_line(error)})"
+            problem = f"another process or the connection to it is lost ({first_line(error)})"
             print(f"error: {problem}: start all again to continue", file=sys.stderr, flush=True)
             return EXIT_RESTART
         if isinstance(error, UserError):
@@ -235,7 +236,7 @@ class _Watch:
         return 1
 
     def _stop_together(self) -> None:
-        """Returns once no other is at work: they stop by themselves where they agreed to, once they have saved."""
+        """Waits until no other process is at work; they stop at the agreed step, after saving."""
         self.end("stopping")
         before, since = None, time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -250,14 +251,14 @@ class _Watch:
 
 
 def _broken(error: BaseException | None) -> bool:
-    """Whether an error comes of a collective that failed, as one does when a process that takes part is lost."""
+    """Whether an error is caused by a failed collective, as when another process is lost."""
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__
     return error is not None and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def _leave(text: str, status: int) -> NoReturn:
-    """Ends the process at once: Python's own way would wait for the others."""
+    """Ends the process at once; a regular exit would wait for the others."""
     if text:
         print(text, file=sys.stderr)
     sys.stdout.flush()
@@ -266,12 +267,12 @@ def _leave(text: str, status: int) -> NoReturn:
 
 
 class Agreement:
-    """Whether any process said yes, told with the next call: so all act at the same step, and none waits for another.
+    """The logical or of all processes' flags, one call late: all act at the same step, and none waits for another.
 
-    Alone, it is told at once.
+    A single process gets its flag back at once.
     """
 
-    stopping = False  # Once all of them have said yes here, one that is silent has only stopped before this one.
+    stopping = False  # True once all agreed to stop: a process that is silent from then on has only stopped earlier.
 
     def __init__(self) -> None:
         self._before: jax.Array | None = None
@@ -293,13 +294,13 @@ class Agreement:
 
 
 def barrier() -> None:
-    """Returns once every process is here, however much later: a first collective waits for half a minute only."""
+    """Waits up to a week for all processes; a first collective would time out after half a minute."""
     if jax.process_count() > 1:
-        _group().client.wait_at_barrier(f"jaxchat/meet/{next(_meetings)}", timeout_in_ms=FOREVER_MS)
+        _group().client.wait_at_barrier(f"jaxchat/meet/{next(_barriers)}", timeout_in_ms=FOREVER_MS)
 
 
 def gather(value: Result) -> list[Result]:
-    """What every process gave, in their order; all must call it."""
+    """The values of all processes, in order of their index. Every process must call it."""
     if jax.process_count() == 1:
         return [value]
     barrier()
@@ -311,7 +312,7 @@ def gather(value: Result) -> list[Result]:
 
 
 def share_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
-    """`work(items)`, every process doing a part of them; each gets all the results, in order."""
+    """`work(items)` with the items divided among the processes. Every process gets all results, in order."""
     index, count = jax.process_index(), jax.process_count()
     if count == 1:
         return list(work(items))
@@ -322,51 +323,51 @@ def share_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[R
 
 
 def everyone(work: Callable[[], Result]) -> Result:
-    """What some work gives; raises in every process the ValueError or OSError of the first in which it failed."""
-    failed: Exception | None = None
+    """Runs `work` in every process. If any raises ValueError or OSError, all raise the first of these errors."""
+    failure: Exception | None = None
     try:
         result = work()
     except (ValueError, OSError) as error:
-        failed = error
-    for found in gather(failed):
-        if found is not None:
-            raise found
+        failure = error
+    for other in gather(failure):
+        if other is not None:
+            raise other
     return result
 
 
 def from_first(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A launcher's result, which the first process prints."""
+    """The result in process 0, whose launcher prints it; None in the others."""
     return result if jax.process_index() == 0 else None
 
 
 def check_same(what: str, value: Any, remedy: str) -> None:
-    """Raises `UserError` where processes differ in a value that they must share."""
+    """Raises `UserError` if a value that must be equal in all processes is not; `remedy` ends the message."""
     if len({repr(one) for one in gather(value)}) > 1:
         raise UserError(f"{what} is not the same in every process: {remedy}")
 
 
 def check_shared(directory: Path, option: str) -> None:
-    """Raises `UserError` where processes do not see the same files in a directory."""
+    """Raises `UserError` if the processes do not see the same files in a directory, set by the flag `option`."""
     if jax.process_count() == 1:
         return
     mark = directory / "shared"
-    (named,) = gather(f"{time.time_ns()}")[:1]
+    (token,) = gather(f"{time.time_ns()}")[:1]
     if jax.process_index() == 0:
-        mark.write_text(named)
-    gather(None)  # Written by now.
+        mark.write_text(token)
+    gather(None)  # Waits until process 0 has written it.
     seen = mark.read_text() if mark.exists() else ""
-    everywhere = all(gather(seen == named))
+    everywhere = all(gather(seen == token))
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)
     if not everywhere:
         raise UserError(
-            f"{directory} is not the same directory for every process: name one that all of them reach with {option}, "
-            "on a shared file system or a mounted bucket"
+            f"{directory} is not the same directory for every process: set {option} to one that all can access, "
+            "on a shared file system or in a mounted bucket"
         )
 
 
 def own_copy(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Arrays on the whole mesh as whole copies on this process's own devices; alone, the tree itself."""
+    """Copies arrays from the whole mesh to each of this process's devices; returns `tree` for a single process."""
     if jax.process_count() == 1:
         return tree
     whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
@@ -381,7 +382,7 @@ def own_copy(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def own_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """A mesh with the axes of `mesh` over this process's own devices of it, all along the first axis; alone, `mesh`."""
+    """The part of `mesh` on this process's devices, all along the first axis; `mesh` itself for a single process."""
     if jax.process_count() == 1:
         return mesh
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]

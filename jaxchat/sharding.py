@@ -1,7 +1,7 @@
-"""Meshes and placements: the one file that names mesh axes.
+"""Meshes and placements: the only file that names mesh axes.
 
 Parameters and activations carry logical axes; a rule table maps each to mesh axes. `data` replicates the parameters,
-`fsdp` splits them along their width, `tensor` splits heads, hidden units and the vocabulary.
+`fsdp` splits them along their width, and `tensor` splits heads, hidden units and the vocabulary.
 """
 
 import contextlib
@@ -39,21 +39,21 @@ TRAIN_RULES: Rules = {
     "length": None,
     "width": None,
     "shards": BATCH,
-    # the optimizer's stacks of matrices: each device orthogonalises its share; `data` last, for parameters are whole
-    # along it, so that no device sends what another has
+    # the optimizer's stacks of matrices: each device orthogonalises its share; `data` is last, because parameters are
+    # replicated along it and no device should send what another already has
     "stack": ("fsdp", "tensor", "data"),
     "gathered_stack": ("fsdp", "tensor"),
 }
 
 ADDING: Rules = {**TRAIN_RULES, "by_data": "data", "by_fsdp": "fsdp"}
 
-# A step of decoding reads every parameter: gathering their width each time would cost more than holding it whole.
+# A decoding step reads every parameter: gathering their width each time would cost more than replicating it.
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "tokens": None}
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many ways each mesh axis splits; `data=0` takes every device that is left."""
+    """Number of devices along each mesh axis; `data=0` uses all remaining devices."""
 
     data: int = 0
     fsdp: int = 1
@@ -65,19 +65,20 @@ class Mesh:
 
 
 def host_devices(rows: int) -> int:
-    """How many devices the CPU backend should show: the largest divisor of `rows` up to min(cores, 8)."""
+    """Number of devices the CPU backend should expose: the largest divisor of `rows` up to min(cores, 8)."""
     most = min(cores(), 8)
     return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
 def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over all devices; raises ValueError where it does not fit them or the `rows` of a micro-batch."""
+    """The mesh over `devices` (default: all). Raises ValueError if it does not fit them or a micro-batch's `rows`."""
     devices = list(jax.devices() if devices is None else devices)
     data = config.data or max(1, len(devices) // (config.fsdp * config.tensor))
     sizes = (data, config.fsdp, config.tensor)
     if math.prod(sizes) > len(devices) or (config.data == 0 and math.prod(sizes) != len(devices)):
         raise ValueError(
-            f"mesh data={data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} devices"
+            f"mesh data={data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} devices: "
+            f"choose --mesh sizes with the product {len(devices)}"
         )
     if rows % (data * config.fsdp):
         raise ValueError(
@@ -88,14 +89,14 @@ def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) 
 
 
 def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
-    """The mesh that a model is read on: None where that is one device; on a CPU, as many host devices as it wants.
+    """The mesh for decoding on this process's devices, None for one device; a CPU exposes as many as the mesh needs.
 
     Raises:
-        UserError: there are fewer devices.
+        UserError: the mesh does not fit the devices.
     """
-    with contextlib.suppress(RuntimeError):  # In a notebook or a test the backend may run already.
+    with contextlib.suppress(RuntimeError):  # In a notebook or a test JAX may already be initialized.
         jax.config.update("jax_num_cpu_devices", (config.data or 1) * config.fsdp * config.tensor)
-    devices = jax.local_devices()  # Each of several processes reads the model by itself.
+    devices = jax.local_devices()  # Each process decodes by itself.
     if len(devices) == config.fsdp == config.tensor == 1 and config.data < 2:
         return None
     try:
@@ -105,7 +106,7 @@ def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
 
 
 def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:
-    """The placement of logical `axes`; raises ValueError when two of them need the same mesh axis."""
+    """The placement of logical `axes`. Raises ValueError if two of them need the same mesh axis."""
     entries = [None if name is None else rules[name] for name in axes]
     owner: dict[str, str] = {}
     for name, entry in zip(axes, entries, strict=True):
@@ -117,9 +118,9 @@ def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpe
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> jax.Array:
-    """Places an array inside jit by its logical axes, where a mesh is set; otherwise leaves it alone.
+    """Places an array inside jit by its logical axes; without a current mesh returns it unchanged.
 
-    A dimension that its mesh axes do not divide stays whole: one row being decoded, say.
+    A dimension that its mesh axes do not divide stays whole, for example a single row in decoding.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -130,31 +131,31 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RUL
 def on_each_device(
     call: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]]
 ) -> jax.Array:
-    """`call` of the arrays, run by every device of the mesh that is set on its own part of them by their logical axes.
+    """Runs `call` on every device of the current mesh, on the device's own shard of each array by its logical axes.
 
-    For kernels that the compiler cannot split. `call` must need no other device's part, and its result must lie as the
-    first array does. A dimension that its mesh axes do not divide stays whole.
+    For kernels that the compiler cannot partition. `call` must not need other shards, and its result is placed like the
+    first array. A dimension that its mesh axes do not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return call(*arrays)
     places = tuple(_fitting(mesh, x, names) for x, names in zip(arrays, axes, strict=True))
-    # Kernels do not say along which axes their results vary, so that cannot be checked.
+    # Kernels do not declare along which mesh axes their results vary, so this cannot be checked.
     mapped = jax.shard_map(call, mesh=mesh, in_specs=places, out_specs=places[0], check_vma=False)
     return mapped(*arrays)
 
 
 def _fitting(mesh: Any, x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:
-    """The placement of an array, whole along every dimension that its mesh axes do not divide."""
+    """The placement of an array; a dimension that its mesh axes do not divide stays whole."""
     entries = spec(axes, rules)
     return PartitionSpec(*(e if size % _ways(mesh, e) == 0 else None for size, e in zip(x.shape, entries, strict=True)))
 
 
 def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """The sum over the first axis, one term a batch shard, placed by the logical `axes` of the others.
+    """Sums over the first axis, one term per batch shard; the result is placed by the logical `axes` of the others.
 
-    In two steps, one a mesh axis: the sum over `fsdp` is scattered as it is made, and that over `data`, along which
-    parameters are whole, can wait until all micro-batches are added.
+    In two steps, one per mesh axis: the sum over `fsdp` is a reduce-scatter; the sum over `data`, which
+    replicates parameters, can be deferred until all micro-batches are added.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -167,28 +168,28 @@ def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """`work` in a thread of its own, where no mesh is set and nothing is traced: on this process's first device.
+    """Runs `work` in a separate thread, outside of any mesh or trace, on this process's first device.
 
-    Under a mesh JAX lays every new array on all of its devices, those of other processes too, who know nothing of it.
+    Under a mesh JAX would place new arrays on all devices, including those of processes that do not run `work`.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work, *arguments).result()
 
 
 def batch_shards() -> int:
-    """In how many parts the mesh that is set splits a batch."""
+    """Number of batch shards of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else shards(mesh)
 
 
 def device_count() -> int:
-    """Devices of the mesh that is set."""
+    """Number of devices of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
 def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = TRAIN_RULES) -> Any:
-    """A tree of shardings for a tree of shapes and the equal tree of logical axes; sizes must divide."""
+    """Shardings for a tree of shapes and its tree of logical axes. Raises ValueError if a size does not divide."""
 
     def place(path: Any, shape: Any, names: Sequence[str]) -> NamedSharding:
         placed = spec(names, rules)
@@ -205,7 +206,7 @@ def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = T
 
 
 def _ways(mesh: Any, entry: str | Sequence[str] | None) -> int:
-    """In how many parts an entry of a placement splits its dimension."""
+    """Number of shards into which an entry of a placement splits its dimension."""
     return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
@@ -214,39 +215,39 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def by_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows, the first axis, split over the batch axes."""
+    """The sharding that splits rows, the first axis, over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def shards(mesh: Any) -> int:
-    """In how many parts a mesh splits a batch."""
+    """Number of batch shards of a mesh."""
     return _ways(mesh, BATCH)
 
 
 def own_rows(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
-    """Which of a micro-batch's rows lie on devices of this process, in order."""
+    """Indices of a micro-batch's rows on this process's devices, in order."""
     placed = by_rows(mesh).addressable_devices_indices_map((rows,))
     return sorted({row for index in placed.values() for row in range(rows)[(index or (slice(None),))[0]]})
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Columns (micro-batches, this process's `own_rows`, ...) as global arrays of (micro-batches, rows, ...)."""
+    """Makes global arrays (micro-batches, rows, ...) of columns (micro-batches, this process's `own_rows`, ...)."""
     placed, ways = NamedSharding(mesh, PartitionSpec(None, BATCH)), shards(mesh)
 
     def put(column: np.ndarray) -> jax.Array:
         rows = column.shape[1] * ways // len(own_rows(mesh, ways))
         own = own_rows(mesh, rows)
 
-        def part(index: Any) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(rows)
             first = np.searchsorted(own, start)
             return column[:, first : first + stop - start]
 
-        return jax.make_array_from_callback((len(column), rows, *column.shape[2:]), placed, part)
+        return jax.make_array_from_callback((len(column), rows, *column.shape[2:]), placed, shard)
 
     return {name: put(column) for name, column in batch.items()}
 
 
 def put_whole(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Columns (micro-batches, rows, ...) that every process has whole, as global arrays."""
+    """Makes global arrays of columns (micro-batches, rows, ...) that every process has in full."""
     return put_batch(mesh, {name: column[:, own_rows(mesh, column.shape[1])] for name, column in batch.items()})

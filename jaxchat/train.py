@@ -1,4 +1,4 @@
-"""The training loop: one state, one step, one `fit`, for every stage."""
+"""The training loop of every stage: `State`, `train_step` and `fit`."""
 
 import time
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.objective import Batch, Sum
 from jaxchat.signals import Interrupted
 
-STEP_METRICS = ("loss", "weight", "grad_norm", "skipped_in_row", "skipped")  # Others are statistics, by their names.
-MOST_SKIPPED = 10  # Non-finite steps in a row before a run gives up.
+STEP_METRICS = ("loss", "weight", "grad_norm", "skipped_in_row", "skipped")  # All others are statistics.
+MOST_SKIPPED = 10  # Consecutive non-finite steps after which a run stops.
 
 
 class Diverged(UserError):
-    """A run's numbers stopped being finite."""
+    """Training was stopped after too many consecutive non-finite steps."""
 
 
 class State(NamedTuple):
-    """What training carries: steps taken, parameters, optimizer state, non-finite steps in a row and in all."""
+    """The state of training: number of steps, parameters, optimizer state, non-finite steps in a row and in total."""
 
     step: jax.Array
     params: Params
@@ -33,14 +33,14 @@ class State(NamedTuple):
 
 
 def init_state(transformer: Transformer, tx: optax.GradientTransformation, key: jax.Array) -> State:
-    """A fresh state; call it under jit with output shardings, so that it is never whole on one device."""
+    """The initial state. Call it under jit with output shardings, so that it is never whole on one device."""
     params = transformer.init(key)
     zero = jnp.zeros((), jnp.int32)
     return State(zero, params, tx.init(params), zero, zero)
 
 
 def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
-    """Shardings of an abstract state: parameters by their logical axes, optimizer moments like their parameters."""
+    """Shardings of an abstract state: parameters by their logical `axes`, optimizer moments like their parameters."""
     placed = sharding.placements(mesh, state.params, axes)
     by_shape: dict[tuple[str, tuple[int, ...]], Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
@@ -48,11 +48,11 @@ def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
         by_shape[(jax.tree_util.keystr(path), shape)] = leaf
 
     def like_parameter(path: Any, leaf: Any) -> Any:
-        # A moment's path ends in its parameter's path: find the longest tail that names one of the same shape.
+        # A moment's path ends in its parameter's path: find the longest suffix that names one of the same shape.
         for start in range(len(path)):
-            found = by_shape.get((jax.tree_util.keystr(path[start:]), leaf.shape))
-            if found is not None:
-                return found
+            parameter = by_shape.get((jax.tree_util.keystr(path[start:]), leaf.shape))
+            if parameter is not None:
+                return parameter
         return sharding.replicated(mesh)
 
     optimizer = jax.tree_util.tree_map_with_path(like_parameter, state.optimizer)
@@ -61,7 +61,7 @@ def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
 
 
 def all_finite(params: Params) -> jax.Array:
-    """Whether every number of every parameter is finite."""
+    """Whether all parameters are finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
@@ -71,12 +71,12 @@ Loss = Callable[[Params, Batch, jax.Array], Sum]
 def train_step(
     state: State, batch: Batch, *, loss: Loss, tx: optax.GradientTransformation, seed: int = 0
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One update from a batch of (micro-batches, rows, ...) columns.
+    """One update from a batch of columns (micro-batches, rows, ...); returns the new state and the step's metrics.
 
-    Totals, weights, statistics and gradients are added over micro-batches and divided once, gradients by the batch's
-    whole weight, so the result does not depend on how the batch is cut. An entry `count` () says how many of the
-    micro-batches are not empty; the others are not computed. The random key of a micro-batch follows from the seed, the
-    step and its number. A step whose loss, gradient or new parameters are not finite changes nothing but the counters.
+    Totals, weights, statistics and gradients are summed over micro-batches and divided once, gradients by the weight of
+    the whole batch, so the result does not depend on the size of micro-batches. If the batch has an entry `count` (),
+    only its first `count` micro-batches are computed. A micro-batch's random key is determined by the seed, the step
+    and its index. A step whose loss, gradient or new parameters are not finite only changes the counters.
     """
     columns = {name: column for name, column in batch.items() if name != "count"}
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -84,14 +84,14 @@ def train_step(
 
     def gradient(i: Any, columns: Batch) -> tuple[Sum, Any]:
         def total(params: Params) -> tuple[jax.Array, Sum]:
-            found = loss(params, columns, jax.random.fold_in(step_key, i))
-            return found.total, found
+            result = loss(params, columns, jax.random.fold_in(step_key, i))
+            return result.total, result
 
-        (_, found), grads = jax.value_and_grad(total, has_aux=True)(state.params)
-        return found, grads
+        (_, result), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+        return result, grads
 
-    def add(carry: Any, numbered: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, gradient(*numbered)), None
+    def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, gradient(*micro_batch)), None
 
     micro_batches = next(iter(columns.values())).shape[0]
     if "count" not in batch and micro_batches == 1:
@@ -99,13 +99,13 @@ def train_step(
     else:
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0, at(0)))
         if "count" in batch:
-            added = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, (i, at(i)))[0], zero)
+            sums = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, (i, at(i)))[0], zero)
         else:
-            added, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), columns))
-        (total, weight, statistics), grads = added
-    share = 1 / jnp.maximum(weight, 1e-9)
-    grads = jax.tree.map(lambda g: g * share, grads)
-    mean, norm = total * share, optax.tree.norm(grads)
+            sums, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), columns))
+        (total, weight, statistics), grads = sums
+    inverse = 1 / jnp.maximum(weight, 1e-9)
+    grads = jax.tree.map(lambda g: g * inverse, grads)
+    mean, norm = total * inverse, optax.tree.norm(grads)
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(mean) & jnp.isfinite(norm) & all_finite(params)
@@ -133,7 +133,7 @@ def train_step(
 
 
 class Hooks(NamedTuple):
-    """What `fit` calls: `log(step, metrics, seconds)`, and `save`, `evaluate`, `sample` (step, state) when due."""
+    """Callbacks of `fit`. `log` gets (step, metrics, seconds); `evaluate` also gets whether it is the last step."""
 
     log: Callable[[int, dict[str, float], float], None]
     save: Callable[[int, State], None]
@@ -143,7 +143,7 @@ class Hooks(NamedTuple):
 
 
 class Cadence(NamedTuple):
-    """Every how many steps; 0 means only after the last. Only multiples of `unit` can be saved, or stopped at."""
+    """Steps between events; 0 means only after the last step. A run can save or stop only at multiples of `unit`."""
 
     save: int
     evaluate: int
@@ -161,11 +161,11 @@ def fit(
     cadence: Cadence,
     hooks: Hooks,
 ) -> State:
-    """Trains from step `start` to `steps`, on batches that may depend on the state before the step.
+    """Trains from step `start` to `steps` and returns the last state. A batch may depend on the state before its step.
 
-    A step's metrics are fetched after the next one is dispatched, so the device never waits. A checkpoint is written
-    before an evaluation starts. Raises `Interrupted` after saving when a signal came, and
-    `Diverged` when ten steps in a row were not finite (the last checkpoint stays as it is).
+    A step's metrics are fetched after the next step is dispatched, so the device never waits. A checkpoint is saved
+    before an evaluation starts. Raises `Interrupted` after saving if `hooks.interrupted()`, and `Diverged`, without
+    saving, after MOST_SKIPPED non-finite steps in a row.
     """
     waiting: tuple[int, dict[str, jax.Array]] | None = None
     clock = time.perf_counter()
@@ -181,8 +181,8 @@ def fit(
         waiting, clock = None, now
         if values["skipped_in_row"] >= MOST_SKIPPED:
             raise Diverged(
-                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite, and would be so again: train with "
-                "lower learning rates or another --seed under another --name; checkpoints of this run stay as they are"
+                f"{MOST_SKIPPED} steps in a row up to step {number} were not finite, and resuming would repeat them: "
+                "train with lower learning rates or another --seed under another --name (this run's checkpoints stay)"
             )
 
     def due_at(number: int, every: int) -> bool:

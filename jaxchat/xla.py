@@ -1,14 +1,14 @@
-"""XLA's settings by platform, one table, taken by name: what is not a default yet, or was measured to be better."""
+"""Named sets of XLA options by platform: options that are not yet defaults, or were measured to be faster."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Options = Mapping[str, bool | int]
 
-# Each row by platform. Sources: MaxText's benchmarks/xla_flags_library.py for TPUs, JAX's GPU performance tips and
-# NVIDIA's JAX-Toolbox for GPUs; sizes are those of their dense models.
+# Options by name and platform. Sources: MaxText's benchmarks/xla_flags_library.py for TPUs, JAX's GPU performance tips
+# and NVIDIA's JAX-Toolbox for GPUs; sizes are those of their dense models.
 SETTINGS: Mapping[str, Mapping[str, Options]] = {
-    # Collectives run beside the computation that does not need them.
+    # Overlap collectives with independent computation.
     "overlap": {
         "tpu": {
             "xla_tpu_enable_async_collective_fusion": True,
@@ -24,7 +24,7 @@ SETTINGS: Mapping[str, Mapping[str, Options]] = {
             "xla_gpu_enable_pipelined_all_reduce": True,
         },
     },
-    # Few large collectives and not many small ones; at least a layer's weights each.
+    # Few large collectives instead of many small ones; each has at least a layer's weights.
     "combine": {
         "gpu": {
             "xla_gpu_all_reduce_combine_threshold_bytes": 1 << 30,
@@ -32,13 +32,13 @@ SETTINGS: Mapping[str, Mapping[str, Options]] = {
             "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 27,
         },
     },
-    # Matrix products by cuBLAS, not by Triton.
+    # Matrix products in cuBLAS instead of Triton.
     "cublas": {"gpu": {"xla_gpu_enable_triton_gemm": False}},
-    # More of a TPU core's own memory for a fusion.
+    # More of a TPU core's vector memory (VMEM) per fusion.
     "vmem": {"tpu": {"xla_tpu_scoped_vmem_limit_kib": 98_304}},
 }
 
 
 def options(names: Sequence[str], platform: str) -> dict[str, Any]:
-    """The compiler's options of some rows on a platform; raises KeyError for a row that there is not."""
-    return {name: value for row in names for name, value in SETTINGS[row].get(platform, {}).items()}
+    """The compiler options of the named settings on a platform. Raises KeyError for an unknown name."""
+    return {option: value for name in names for option, value in SETTINGS[name].get(platform, {}).items()}

@@ -234,10 +234,10 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     assert name == "filled_interpreted" and "interpreter" in said[0]
     with pytest.raises(UserError, match=r"decoding=filled cannot be used: .* platform gpu"):
         chosen("filled", "gpu", monkeypatch)
-    with pytest.raises(UserError, match="no decoding=other: name one of auto, xla, filled"):
+    with pytest.raises(UserError, match="unknown decoding backend 'other'; expected one of: auto, xla, filled"):
         chosen("other", "tpu", monkeypatch)
-    found[0] = "filled gives another attention"
-    assert chosen("auto", "tpu", monkeypatch) == ("xla", ["decoding xla, not filled: filled gives another attention"])
+    found[0] = "filled is wrong"
+    assert chosen("auto", "tpu", monkeypatch) == ("xla", ["decoding xla, not filled: filled is wrong"])
     assert chosen("auto", "tpu", monkeypatch, here=False) == ("filled", [])
     assert "not in float16" in str(unsupported("filled", Facts("tpu", jnp.float16)))
 
@@ -263,7 +263,7 @@ def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pyte
     assert attempt(DECODING["filled_interpreted"]) is None and attempt(DECODING["triton_interpreted"]) is None
     assert attempt(changed(0, 0)) is None
     for backend in (changed(0, -1), changed(0, 1), *([changed(1, 0), changed(-1, 0)] if windowed else [])):
-        assert "another attention to a cache" in str(attempt(backend))
+        assert "wrong attention to a cache" in str(attempt(backend))
     assert attempt(broken) == "tried fails on this device (Mosaic failed to compile TPU kernel)"
 
 

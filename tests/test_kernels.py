@@ -267,11 +267,11 @@ GPU = Facts("gpu", jnp.bfloat16, 128, segments=True, window=3, capability=9.0)
         ("cudnn", {"head_dim": 256}, None),
         ("cudnn", {"platform": "cpu"}, "NVIDIA GPU"),
         ("cudnn", {"dtype": jnp.float32}, "not in float32"),
-        ("cudnn", {"capability": 8.0}, "isolates documents from compute capability 9.0"),
+        ("cudnn", {"capability": 8.0}, "isolates documents only from compute capability 9.0"),
         ("cudnn", {"capability": 7.5}, "has 7.5"),
         ("cudnn", {"head_dim": 132}, "multiple of 8 up to 256, not 132"),
         ("cudnn", {"head_dim": 136, "capability": 8.0}, "up to 128, not 136"),
-        ("cudnn", {"present": False}, "not here"),
+        ("cudnn", {"present": False}, "only be compiled on a machine with the GPU"),
         ("splash", {"platform": "tpu"}, None),
         ("splash", {"platform": "tpu", "dtype": jnp.float32}, None),
         ("splash", {"platform": "tpu", "dtype": jnp.float16}, "not in float16"),
@@ -315,9 +315,12 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     assert name == "splash_interpreted" and "interpreter" in said[0]
     with pytest.raises(UserError, match=r"attention=splash cannot be used: .* platform gpu; set --attention=xla"):
         chosen("splash", Device("gpu"), monkeypatch)
-    found[0] = "cudnn gives another dq"
-    assert chosen("auto", Device("gpu"), monkeypatch) == ("xla", ["attention xla, not cudnn: cudnn gives another dq"])
-    with pytest.raises(UserError, match="attention=cudnn cannot be used: cudnn gives another dq"):
+    found[0] = "cudnn computes a wrong dq"
+    assert chosen("auto", Device("gpu"), monkeypatch) == (
+        "xla",
+        ["attention xla, not cudnn: cudnn computes a wrong dq"],
+    )
+    with pytest.raises(UserError, match="attention=cudnn cannot be used: cudnn computes a wrong dq"):
         chosen("cudnn", Device("gpu"), monkeypatch)
 
 
@@ -332,8 +335,8 @@ def test_trying_finds_what_a_backend_does_wrong(monkeypatch: pytest.MonkeyPatch)
 
     assert attempt(kernels.xla) is None
     assert attempt(kernels.xla, windowed=False) is None
-    assert "another attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, s, w - 1)))
-    assert "another attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, None, w)))
-    assert "another dq" in str(attempt(lambda q, k, v, s, w: kernels.xla(jax.lax.stop_gradient(q), k, v, s, w)))
-    assert "another attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, s, w) * jnp.nan))
+    assert "wrong attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, s, w - 1)))
+    assert "wrong attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, None, w)))
+    assert "wrong dq" in str(attempt(lambda q, k, v, s, w: kernels.xla(jax.lax.stop_gradient(q), k, v, s, w)))
+    assert "wrong attention" in str(attempt(lambda q, k, v, s, w: kernels.xla(q, k, v, s, w) * jnp.nan))
     assert attempt(broken) == "tried fails on this device (cuDNN is not detected.)"

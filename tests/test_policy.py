@@ -162,11 +162,11 @@ def test_ratios_beyond_all_bounds_stay_finite(name: str, gap: float) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ratio": "none"}, "clip_low=0.2 clips a ratio, and ratio=none has none: set clip_low to None"),
+        ({"ratio": "none"}, "clip_low=0.2 has no effect with ratio=none: set clip_low to None"),
         ({"clip_high": 0.0}, "clip_high=0.0 must be positive"),
         ({"clip_low": float("nan")}, "clip_low=nan must be positive"),
         ({"dual_clip": 1.1}, r"dual_clip=1.1 must be above 1 \+ clip_high=0.2"),
-        ({"ratio": "sequence_sum"}, "weighs sequences alike: aggregate=token_mean cannot be"),
+        ({"ratio": "sequence_sum"}, "requires aggregate=sequence_mean, not token_mean"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields: Any, message: str) -> None:

@@ -49,9 +49,9 @@ def test_a_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({processes.COUNT: ""}, "is set and not JAX_NUM_PROCESSES"),
-        ({processes.INDEX: "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
-        ({processes.INDEX: "-1"}, "number them from 0"),
+        ({processes.COUNT: ""}, "is set without JAX_NUM_PROCESSES"),
+        ({processes.INDEX: "2"}, "JAX_PROCESS_ID=2 is invalid with JAX_NUM_PROCESSES=2"),
+        ({processes.INDEX: "-1"}, "number the processes from 0"),
         ({processes.ADDRESS: "host"}, "as HOST:PORT"),
     ],
 )

@@ -157,5 +157,5 @@ def test_a_truncated_checkpoint_costs_its_steps_and_nothing_else(place, tmp_path
     largest.write_bytes(largest.read_bytes()[:-100])
     run(place, "whole6", **{"mesh.data": 1, "directory": tmp_path})
     err = capsys.readouterr().err
-    assert "warning: checkpoint 6 in" in err and "trying the one before" in err and "continuing from step 4" in err
+    assert "warning: checkpoint 6 in" in err and "trying an older one" in err and "continuing from step 4" in err
     assert_same_end(copy, stage)

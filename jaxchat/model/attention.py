@@ -1,7 +1,7 @@
-"""Attention: grouped queries, rotary positions and windows; `MIXERS` maps configuration to module.
+"""Grouped-query attention with rotary positions and windows; `MIXERS` maps a configuration type to its module.
 
-What a query sees is the rule of `dense.visible`, whichever of `kernels.BACKENDS`, or with a cache of
-`decoding_kernels.DECODING`, computes it.
+All backends follow the mask rule of `dense.visible`: `kernels.BACKENDS` attend without a cache,
+`decoding_kernels.DECODING` with one.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ GATE_INIT = (0.0, 0.02)
 
 @dataclass(frozen=True)
 class RoPE:
-    """Rotary positions over halves of the head (arXiv:2104.09864).
+    """Rotary position embedding that pairs channel i of a head with channel i + D/2 (arXiv:2104.09864).
 
-    `direction` -1 rotates by -theta as nanochat does, +1 as Llama does; logits depend on differences alone, so it
-    matters only for weights trained elsewhere.
+    `direction` is the sign of the angles: -1 as in nanochat, +1 as in Llama. Attention depends only on position
+    differences, so the sign matters only for imported weights.
     """
 
     base: float = 10_000.0
@@ -44,7 +44,7 @@ class RoPE:
 
 @dataclass(frozen=True)
 class ValueEmbedding:
-    """A table of per-token values, added to v through a gate of scale * sigmoid(first channels of x)."""
+    """An embedding table added to v, times a gate per kv head: scale * sigmoid(x[:gate_channels] W)."""
 
     gate_channels: int = 12
     scale: float = 3.0
@@ -52,7 +52,7 @@ class ValueEmbedding:
 
 @dataclass(frozen=True)
 class GQA:
-    """Grouped-query attention (arXiv:2305.13245), causal, optionally within a window."""
+    """Causal grouped-query attention (arXiv:2305.13245). With a `window` a query sees that many earlier tokens."""
 
     heads: int
     kv_heads: int
@@ -68,13 +68,13 @@ class GQA:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions pair its halves")
+            raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: rotary positions pair its halves")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for all earlier tokens")
 
 
 def _angles_of(config: GQA) -> str:
-    """The name of a layer's angles in `Context.shared`; JAX sorts the keys of a dictionary, so it is a string."""
+    """The key of a layer's rotary angles in `Context.shared`; a string, because JAX sorts dictionary keys."""
     return f"{config.rope} {config.head_dim}"
 
 
@@ -92,7 +92,7 @@ class GroupedQueryAttention(nn.Module):
     def __call__(
         self, x_BTM: jax.Array, context: Context, cache: kv.KVCache | None
     ) -> tuple[jax.Array, kv.KVCache | None, Aux]:
-        """x is the normalised input; returns what is added to the residual stream, and the cache with x's tokens."""
+        """Attends from the normalised input; returns the residual update, the cache with x's tokens, and no losses."""
         c, M, H, K, D = self.config, self.static.width, self.config.heads, self.config.kv_heads, self.config.head_dim
 
         def project(name: str, axis: str, heads: int) -> jax.Array:
@@ -104,7 +104,7 @@ class GroupedQueryAttention(nn.Module):
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
         q_BTHD, k_BTKD = self._prepare("q", q_BTHD, context), self._prepare("k", k_BTKD, context)
         if cache is None:
-            # Tokens of a segment stand in order, so a difference of indices is one of positions.
+            # Tokens of a segment are in order, so differences of indices equal differences of positions.
             o_BTHD = BACKENDS[self.static.attention](q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window)
         else:
             assert context.length_B is not None
@@ -112,12 +112,12 @@ class GroupedQueryAttention(nn.Module):
             attend = DECODING[self.static.decoding]
             o_BTHD = attend(q_BTHD, cache, context.positions_BT, context.length_B, c.window)
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2)
-        # As one contracted axis: given two, XLA may transpose the matrix, at every decoded token.
+        # One contracted axis: with two, XLA may transpose the matrix again for every decoded token.
         o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
         return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
 
     def _prepare(self, name: str, x_BTHD: jax.Array, context: Context) -> jax.Array:
-        """Queries or keys: rotated, then normalised, then scaled."""
+        """Rotates, normalises and scales queries or keys, in this order."""
         c = self.config
         if c.rope is not None:
             x_BTHD = rotate(x_BTHD, *context.shared[_angles_of(c)])
@@ -148,7 +148,7 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def share(config: GQA, context: Context, dtype: Any) -> dict[Any, Any]:
-        """The cosines and sines of the positions, computed once for all layers with the same rotary positions."""
+        """Rotary cosines and sines, computed once for all layers with the same rotary configuration."""
         if config.rope is None:
             return {}
         return {_angles_of(config): config.rope.angles(context.positions_BT, config.head_dim, dtype)}
@@ -159,7 +159,7 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def keeps_all(config: GQA) -> bool:
-        """Whether a cache holds every earlier position, so that any prefix of it can be reused."""
+        """Whether the cache holds every earlier position, so that any prefix of it can be reused."""
         return config.window is None
 
     @staticmethod
@@ -169,7 +169,7 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def attention_flops(config: GQA, length: int) -> int:
-        """Training FLOPs a token of q k^T and p v at row length `length` (nanochat's count: 12 H D min(window, T))."""
+        """Training FLOPs per token of q k^T and p v at row length `length` (nanochat: 12 H D min(window, T))."""
         seen = length if config.window is None else min(config.window, length)
         return 12 * config.heads * config.head_dim * seen
 

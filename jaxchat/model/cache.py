@@ -1,6 +1,6 @@
-"""The key and value cache: a ring of slots per row, as a value that goes in and comes out.
+"""The key-value cache: a ring buffer of slots per row. Functions take a cache and return the new one.
 
-Position p lies in slot p % slots, so a length alone tells which position each slot holds.
+Position p is stored in slot p % slots, so a row's length determines which position each slot holds.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-    """Keys and values by slot, heads before slots: attention reads them as they lie."""
+    """Keys and values by slot. Heads come before slots, the layout in which attention reads them."""
 
     k_BKSD: jax.Array
     v_BKSD: jax.Array
@@ -21,7 +21,7 @@ class KVCache(NamedTuple):
         return KVCache(*[("batch", "kv_heads", None, None)] * 2)  # type: ignore[arg-type]
 
     def resize(self, length_B: jax.Array, like: Any) -> "KVCache":
-        """The same rows in rings of the size of `like`; what does not fit any more is the oldest."""
+        """Copies the rows into rings with the number of slots of `like`; a smaller ring drops the oldest positions."""
         old, slots = self.k_BKSD.shape[2], like.k_BKSD.shape[2]
         if slots == old:
             return self
@@ -34,9 +34,9 @@ def empty(
 ) -> KVCache:
     """An empty cache for `length` positions.
 
-    A windowed layer keeps a ring of window + 1 + `write` slots, `write` being the most tokens written by one call, so
-    that the first of them still finds every key of its window, and so does the next call after up to `write` tokens
-    were taken back.
+    `write` is the maximum number of tokens that one call writes. A windowed layer keeps window + 1 + `write` slots, so
+    that the first token of a call still has every key of its window in the ring, even after up to `write` tokens were
+    rolled back.
     """
     slots = length if window is None else min(length, window + 1 + write)
     shape = (batch, kv_heads, slots, head_dim)
@@ -44,13 +44,13 @@ def empty(
 
 
 def slot_positions(length_B: jax.Array, slots: int) -> jax.Array:
-    """The position that each slot of a row holds after positions 0 to length - 1 were written, -1 for none: (B, S)."""
+    """Position in each slot, (B, S), after positions 0 to length - 1 were written; -1 for an empty slot."""
     last_B1, slot_S = length_B[:, None] - 1, jnp.arange(slots, dtype=jnp.int32)[None]
     return jnp.maximum(last_B1 - (last_B1 - slot_S) % slots, -1)
 
 
 def write(cache: KVCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: jax.Array) -> KVCache:
-    """Writes the keys and values of each token at its position's slot; a position of -1 (padding) is not written."""
+    """Writes each token's key and value to the slot of its position, except for padding (position -1)."""
     slots = cache.k_BKSD.shape[2]
     rows = jnp.arange(positions_BT.shape[0])[:, None]
     slot_BT = jnp.where(positions_BT >= 0, positions_BT % slots, slots)

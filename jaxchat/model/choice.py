@@ -1,4 +1,4 @@
-"""Which attention computes a training step, and a decoding step: chosen by the devices, tried first, told aloud."""
+"""Selects attention backends for training and decoding; tests them on the device before use and logs fallbacks."""
 
 import functools
 from collections.abc import Callable
@@ -21,33 +21,33 @@ from jaxchat.sharding import apart
 
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
 TRIED_LENGTH, TRIED_WINDOW = 384, 50
-TRIED_SLOTS = {False: 1100, True: 602}  # Of a cache and of a ring: blocks that do not divide them.
-TOLERANCE = 0.03  # Of the largest value; one key more or fewer under the window that is tried changes over 0.1 of it.
+TRIED_SLOTS = {False: 1100, True: 602}  # Cache slots without and with a window; not multiples of the kernels' blocks.
+TOLERANCE = 0.03  # Relative to the largest value; a window that is off by one changes more than 0.1.
 
 
 def choose_attention(
     wanted: str, model: Model, *, length: int, dtype: Any, device: Any, log: Callable[[str], None]
 ) -> str:
-    """The row of `kernels.BACKENDS` for a model in training; "auto" takes the devices' own where it works.
+    """The name in `kernels.BACKENDS` for training; "auto" prefers the platform's fused kernel and falls back to XLA.
 
     Raises:
-        UserError: what is asked for by name cannot be served; the message says why.
+        UserError: a backend that is requested by name cannot be used; the message gives the reason.
     """
     name = PREFERRED.get(device.platform, "xla") if wanted == "auto" else wanted
     if name == "xla":
         return name
     if name == "splash" and device.platform == "cpu":
-        log("attention splash runs in Pallas' interpreter on a CPU: for tests, not for training")
+        log("attention splash runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
         return "splash_interpreted"
     present = device in jax.devices()
     calls = kernel_calls(model)
     reason = next(filter(None, (unsupported(name, facts(call, model, dtype, device)) for call in calls)), None)
     if reason is None and present:
-        found = (
-            apart(differs, name, *one, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
-            for one in tried(calls)
+        problems = (
+            apart(differs, name, *case, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
+            for case in tried(calls)
         )
-        reason = next(filter(None, found), None)
+        reason = next(filter(None, problems), None)
     if reason is None:
         return name
     if wanted != "auto":
@@ -57,29 +57,29 @@ def choose_attention(
 
 
 def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: Callable[[str], None]) -> str:
-    """The row of `DECODING` for a model that is decoded; "auto" takes the kernel on TPUs where it works.
+    """The name in `DECODING` for decoding a model; "auto" uses the kernel on TPUs where it works, XLA elsewhere.
 
     Raises:
-        UserError: what is asked for by name cannot be served; the message says why.
+        UserError: a backend that is requested by name cannot be used; the message gives the reason.
     """
     name = ("filled" if device.platform == "tpu" else "xla") if wanted == "auto" else wanted
     if name == "xla":
         return name
     if name in KERNELS and device.platform == "cpu":
-        log(f"decoding {name} runs in Pallas' interpreter on a CPU: for tests, not for decoding")
+        log(f"decoding {name} runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
         return f"{name}_interpreted"
     if name not in DECODING:
-        raise UserError(f"there is no decoding={wanted}: name one of auto, {', '.join(DECODING)}")
+        raise UserError(f"unknown decoding backend {wanted!r}; expected one of: auto, {', '.join(DECODING)}")
     calls = kernel_calls(model)
-    every = (decoding_kernels.Facts(device.platform, dtype, call.head_dim) for call in calls)
-    reason = next(filter(None, (decoding_kernels.unsupported(name, one) for one in every)), None)
+    all_facts = (decoding_kernels.Facts(device.platform, dtype, call.head_dim) for call in calls)
+    reason = next(filter(None, (decoding_kernels.unsupported(name, each) for each in all_facts)), None)
     if reason is None and device in jax.devices():
-        found = (apart(decodes_otherwise, name, *one, jnp.dtype(dtype).name) for one in tried(calls))
-        reason = next(filter(None, found), None)
+        problems = (apart(decodes_otherwise, name, *case, jnp.dtype(dtype).name) for case in tried(calls))
+        reason = next(filter(None, problems), None)
     if reason is None:
         return name
     if wanted != "auto":
-        raise UserError(f"decoding={wanted} cannot be used: {reason}; leave it out")
+        raise UserError(f"decoding={wanted} cannot be used: {reason}; use decoding=auto")
     log(f"decoding xla, not {name}: {reason}")
     return "xla"
 
@@ -90,7 +90,7 @@ def kernel_calls(model: Model) -> set[Attends]:
 
 
 def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:
-    """What is tested for each call: heads, kv heads, head size, and whether there is a window."""
+    """The distinct test cases of the kernel calls: heads, kv heads, head size, and whether there is a window."""
     return sorted({(call.heads, call.kv_heads, call.head_dim, call.window is not None) for call in calls})
 
 
@@ -106,9 +106,9 @@ def facts(mixer: Attends, model: Model, dtype: Any, device: Any) -> Facts:
 def differs(
     name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool, length: int, dtype: str, isolate: bool
 ) -> str | None:
-    """What is wrong with a backend's attention and gradient of two short rows, beside xla in float32; or None.
+    """Compares a backend's attention and gradients with `xla` in float32; returns the problem as text, or None.
 
-    Documents begin in the middle of a block, one is a single token, and rows differ in how many they have.
+    The two short test rows differ in their number of documents. Documents begin inside a block; one is a single token.
     """
     generator, size = np.random.default_rng(0), (2, length)
     draw = lambda n: jnp.asarray(generator.standard_normal((*size, n, head_dim)), dtype)  # noqa: E731
@@ -128,15 +128,15 @@ def differs(
     run = jax.jit(results, static_argnums=0)
     with jax.default_matmul_precision("highest"):
         wanted = run(BACKENDS["xla"], *(x.astype(jnp.float32) for x in arrays))
-    return _compared(name, lambda: run(BACKENDS[name], *arrays), wanted, ("attention", "dq", "dk", "dv"))
+    return _problem(name, lambda: run(BACKENDS[name], *arrays), wanted, ("attention", "dq", "dk", "dv"))
 
 
 @functools.cache
 def decodes_otherwise(name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool, dtype: str) -> str | None:
-    """What is wrong with a backend's attention of one token a row to a cache, beside xla in float32; or None.
+    """Compares a backend's decoding of one token per row with `xla` in float32; returns the problem as text, or None.
 
-    One row is idle, others have a token or two, end in the midst of a block and at its end, and, in a ring, have gone
-    around.
+    The test rows are idle, have one or two tokens, end inside a block or at the end of the cache, or have wrapped
+    around the ring.
     """
     generator, window, slots = np.random.default_rng(0), TRIED_WINDOW if windowed else None, TRIED_SLOTS[windowed]
     at_B1 = jnp.asarray([-1, 0, 1, 300, slots - 1, 2 * slots // 3, windowed * slots + 1], jnp.int32)[:, None]
@@ -150,18 +150,18 @@ def decodes_otherwise(name: str, heads: int, kv_heads: int, head_dim: int, windo
 
     with jax.default_matmul_precision("highest"):
         wanted = run("xla", jnp.float32)
-    return _compared(name, lambda: [run(name, dtype)], [wanted], ("attention to a cache",))
+    return _problem(name, lambda: [run(name, dtype)], [wanted], ("attention to a cache",))
 
 
-def _compared(name: str, run: Callable[[], Any], wanted: Any, parts: tuple[str, ...]) -> str | None:
-    """What differs between the results of a backend and those that are wanted, or why it gives none."""
+def _problem(name: str, run: Callable[[], Any], wanted: Any, parts: tuple[str, ...]) -> str | None:
+    """Describes the first difference between `run()` and the `wanted` results, or the error of `run()`; or None."""
     try:
-        found = jax.block_until_ready(run())
-    except (RuntimeError, ValueError, TypeError, UserError) as error:  # Whatever a library says of a device.
+        results = jax.block_until_ready(run())
+    except (RuntimeError, ValueError, TypeError, UserError) as error:  # Libraries raise any of these for a device.
         return f"{name} fails on this device ({first_line(error)})"
-    for part, ours, theirs in zip(parts, found, wanted, strict=True):
-        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
-        gap = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+    for part, result, reference in zip(parts, results, wanted, strict=True):
+        result, reference = (np.asarray(x, np.float32) for x in (result, reference))
+        gap = float(np.max(np.abs(result - reference)) / np.max(np.abs(reference)))
         if not gap <= TOLERANCE:
-            return f"{name} gives another {part} than float32 on this device (off by {gap:.2g} of the largest value)"
+            return f"{name} computes a wrong {part} on this device (off by {gap:.2g} of the largest value)"
     return None

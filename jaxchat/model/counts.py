@@ -1,4 +1,4 @@
-"""What a model costs: parameters by part, and training FLOPs a token."""
+"""The cost of a model: parameters by part, and training FLOPs per token."""
 
 import functools
 import math
@@ -24,10 +24,10 @@ def parameter_counts(config: Model) -> dict[str, int]:
 
 
 def flops_per_token(config: Model, length: int) -> dict[str, int]:
-    """Training FLOPs a token by part, forward and backward, at rows of `length` tokens.
+    """Training FLOPs per token by part, forward and backward, for rows of `length` tokens.
 
-    nanochat's convention (after PaLM, arXiv:2204.02311): 6 a matrix parameter, 12 H D min(window, T) a layer for
-    attention, not halved for causality; look-ups, norms and softmax are not counted.
+    nanochat's convention (after PaLM, arXiv:2204.02311): 6 per matrix parameter, and 12 H D min(window, T) per layer
+    for attention, not halved for causality. Look-ups, norms and softmax are not counted.
     """
     mixers, mlps = ([getattr(layer, part) for layer in config.layers] for part in ("mixer", "mlp"))
     parts = {

@@ -1,7 +1,7 @@
-"""Attention of new tokens to a cache by several programs, `DECODING`; all follow the rule of `dense.visible`.
+"""Attention of new tokens to a cache: the backends of `DECODING`, all with the mask rule of `dense.visible`.
 
-All take q (B, T, H, D), the cache with those tokens written, their positions (B, T) with -1 for padding, and a window
-or None, and give (B, T, H, D). What they give for padding is finite and means nothing.
+A backend takes q (B, T, H, D), the cache with those tokens written, their positions (B, T) with -1 for padding, the
+rows' lengths (B,), and a window or None. It returns (B, T, H, D); results for padding are finite and meaningless.
 """
 
 import functools
@@ -18,9 +18,9 @@ from jaxchat.model import decoding_triton
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.dense import MASKED, attend_cached, visible
 
-BLOCK_BYTES = 1 << 20  # Of keys that one step of the kernel reads; as many of values, and each twice in the air.
-MOST_SLOTS = 512  # Of a block.
-SUBLANES, LANES = 16, 128  # A TPU's tiles of bfloat16: a block's sides are multiples of them, or a whole side.
+BLOCK_BYTES = 1 << 20  # Bytes of keys per kernel step; values take as many, and both are double-buffered.
+MOST_SLOTS = 512  # Maximum number of slots per block.
+SUBLANES, LANES = 16, 128  # A TPU's bfloat16 tile: block sides are multiples of it, or the array's whole side.
 
 Backend = Callable[[jax.Array, KVCache, jax.Array, jax.Array, int | None], jax.Array]
 
@@ -28,9 +28,9 @@ Backend = Callable[[jax.Array, KVCache, jax.Array, jax.Array, int | None], jax.A
 def xla(
     q_BTHD: jax.Array, cache: KVCache, positions_BT: jax.Array, length_B: jax.Array, window: int | None
 ) -> jax.Array:
-    """Dense products with the whole cache that every device has; `length_B` is how many positions are written."""
-    held_BS = slot_positions(length_B, cache.k_BKSD.shape[2])
-    seen_BTS = visible(positions_BT, held_BS, window=window)
+    """Dense products with the whole cache, on any device; `length_B` is the number of positions written."""
+    slot_BS = slot_positions(length_B, cache.k_BKSD.shape[2])
+    seen_BTS = visible(positions_BT, slot_BS, window=window)
     k_BKSD, v_BKSD = (x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache)
     return attend_cached(q_BTHD, k_BKSD, v_BKSD, seen_BTS)
 
@@ -45,10 +45,10 @@ def filled(
     kernel: Callable[..., jax.Array] | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """A Pallas kernel that reads each row's cache as far as it is filled, for TPUs unless another is named; several
-    tokens a row are dense.
+    """Runs a Pallas `kernel` (default: the TPU kernel) that reads each row's cache only as far as it is filled.
 
-    A row's newest position tells what its cache holds, so `length_B` is not read. Rows of padding give zeros.
+    Calls with several tokens per row use `xla`. Otherwise a row's position determines what its cache holds, so
+    `length_B` is not read. Rows of padding return zeros.
     """
     B, T, H, D = q_BTHD.shape
     if T > 1:
@@ -70,10 +70,10 @@ def _filled(
     window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """One query a row and head, scaled; a step of the grid reads one block of slots of all of a row's kv heads.
+    """The TPU kernel for one scaled query per row and head. A grid step reads one block of slots for all kv heads.
 
-    Heads of fewer than 128 numbers would fill a TPU's tiles in part, so there slots lie along the lanes, and the kernel
-    takes them so: otherwise the cache would be copied for it.
+    Heads of fewer than 128 channels would fill TPU tiles only in part. There slots lie along the lanes, and the kernel
+    takes (K, D, S), which avoids a copy of the cache.
     """
     B, K, G, D = q_BKGD.shape
     S = k_BKSD.shape[2]
@@ -83,11 +83,11 @@ def _filled(
     if across:
         shape, keys, values = (None, K, D, block), k_BKSD.swapaxes(2, 3), v_BKSD.swapaxes(2, 3)
 
-    def own(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
+    def row_index(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
         return b, 0, 0, 0
 
-    def slots(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
-        # A step that names the block of the one before fetches nothing.
+    def slot_index(b: Any, i: Any, position_B: Any) -> tuple[Any, ...]:
+        # A step with the block index of the previous step fetches nothing.
         last = jax.lax.div(jnp.minimum(jnp.maximum(position_B[b], 0), S - 1), block)
         i = jnp.minimum(i, last)
         return (b, 0, 0, i) if across else (b, 0, i, 0)
@@ -96,11 +96,11 @@ def _filled(
         num_scalar_prefetch=1,
         grid=(B, pl.cdiv(S, block)),
         in_specs=[
-            pl.BlockSpec((None, K, G, D), own),
-            pl.BlockSpec(shape, slots),
-            pl.BlockSpec(shape, slots),
+            pl.BlockSpec((None, K, G, D), row_index),
+            pl.BlockSpec(shape, slot_index),
+            pl.BlockSpec(shape, slot_index),
         ],
-        out_specs=pl.BlockSpec((None, K, G, D), own),
+        out_specs=pl.BlockSpec((None, K, G, D), row_index),
         scratch_shapes=[pltpu.VMEM((K, G, width), jnp.float32) for width in (1, 1, D)],
     )
     call = pl.pallas_call(
@@ -115,7 +115,7 @@ def _filled(
 
 
 def block_slots(slots: int, slot_bytes: int, multiple: int) -> int:
-    """The slots that one step reads: few enough for a core's memory, and blocks as equal as tiles allow."""
+    """Number of slots per kernel step: small enough for a core's memory, in blocks as equal as tiles allow."""
     most = max(multiple, min(MOST_SLOTS, BLOCK_BYTES // slot_bytes) // multiple * multiple)
     if slots <= most:
         return slots
@@ -136,10 +136,10 @@ def _block(
     window: int | None,
     axis: int,
 ) -> None:
-    """One step of the softmax over a row's slots (arXiv:1805.02867): its largest score, its sum, and the mix of values.
+    """One step of the online softmax over a row's slots (arXiv:1805.02867): updates its maximum, sum and mixed values.
 
-    Slot s holds the token that stands (position - s) mod S back; so many are seen as are written and in the window.
-    Slots lie along `axis` of keys and values, (K, S, D) or (K, D, S).
+    Slot s holds the token (position - s) mod S positions back, which is visible if it is written and in the window.
+    Slots lie along `axis` of keys and values: (K, S, D) or (K, D, S).
     """
     i, position, block = pl.program_id(1), position_B[pl.program_id(0)], keys.shape[axis]
 
@@ -164,12 +164,12 @@ def _block(
         before_KG1 = top_KG1[...]
         after_KG1 = jnp.maximum(before_KG1, jnp.max(s_KGS, axis=2, keepdims=True))
         e_KGS = jnp.where(seen_KGS, jnp.exp(s_KGS - after_KG1), 0)
-        kept_KG1 = jnp.exp(before_KG1 - after_KG1)
-        # What was never written may be no number at all, which a weight of zero does not undo.
+        rescale_KG1 = jnp.exp(before_KG1 - after_KG1)
+        # Unwritten slots may hold NaN, and 0 * NaN is NaN.
         v = jnp.where(seen(values.shape, axis), values[...], 0)
         top_KG1[...] = after_KG1
-        total_KG1[...] = kept_KG1 * total_KG1[...] + jnp.sum(e_KGS, axis=2, keepdims=True)
-        mixed_KGD[...] = kept_KG1 * mixed_KGD[...] + _product(e_KGS.astype(v.dtype), v, axis)
+        total_KG1[...] = rescale_KG1 * total_KG1[...] + jnp.sum(e_KGS, axis=2, keepdims=True)
+        mixed_KGD[...] = rescale_KG1 * mixed_KGD[...] + _product(e_KGS.astype(v.dtype), v, axis)
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _finish() -> None:
@@ -178,12 +178,12 @@ def _block(
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Contracts the last axis of a with `axis` of b, a kv head at a time, accumulated in float32."""
+    """Contracts the last axis of a with `axis` of b, batched over kv heads, accumulated in float32."""
     return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 class Facts(NamedTuple):
-    """Where decoding runs, in which type, and the numbers of a head."""
+    """The platform that decodes, the compute type, and the number of channels per head."""
 
     platform: str
     dtype: Any
@@ -191,11 +191,11 @@ class Facts(NamedTuple):
 
 
 def unsupported(name: str, facts: Facts) -> str | None:
-    """Why a backend cannot serve the facts, as the end of a sentence; None where it can."""
+    """The reason why a backend cannot be used, as a clause for a message; None if it can."""
     if name not in KERNELS:
         return None
     if facts.platform != KERNELS[name]:
-        return f"{name} is a kernel for {KERNELS[name].upper()}s, and these devices are of platform {facts.platform}"
+        return f"{name} is a kernel for {KERNELS[name].upper()}s, but these devices are of platform {facts.platform}"
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
         return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
     if name == "triton" and facts.head_dim & (facts.head_dim - 1):
@@ -203,7 +203,7 @@ def unsupported(name: str, facts: Facts) -> str | None:
     return None
 
 
-KERNELS: Mapping[str, str] = {"filled": "tpu", "triton": "gpu"}  # And their platforms.
+KERNELS: Mapping[str, str] = {"filled": "tpu", "triton": "gpu"}  # Pallas kernels and their platforms.
 DECODING: Mapping[str, Backend] = {
     "xla": xla,
     "filled": filled,

@@ -1,4 +1,4 @@
-"""Attention of one new token a row to its cache on GPUs, through Triton: slots are split over many programs."""
+"""Attention of one new token per row to its cache on GPUs, in Triton, with slots split over many programs."""
 
 import functools
 from typing import Any
@@ -10,9 +10,9 @@ from jax.experimental.pallas import triton as plt
 
 from jaxchat.model.dense import MASKED
 
-PART = 256  # Slots of a program: a GPU has many cores, and a row is to keep more than one of them busy.
-BLOCK = 64  # Slots that it reads at a time.
-LEAST_QUERIES = 16  # Rows of the smallest product that a GPU's matrix units take.
+PART = 256  # Slots per program: small, so that one row occupies several of a GPU's cores.
+BLOCK = 64  # Slots that a program reads at a time.
+LEAST_QUERIES = 16  # Minimum rows of a product on a GPU's matrix units.
 
 
 def attend(
@@ -24,10 +24,10 @@ def attend(
     window: int | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """One query a row and head, scaled: (B, K, G, D). Each program gives the softmax of its own slots, with its largest
-    score and its sum (arXiv:1805.02867); they are put together here.
+    """Attention (B, K, G, D) of one scaled query per row and head; rows of padding (position -1) return zeros.
 
-    Rows of padding, with a position of -1, give zeros.
+    Each program returns the unnormalised softmax of its own slots, with its maximum score and its sum
+    (arXiv:1805.02867); these are combined here.
     """
     B, K, G, D = q_BKGD.shape
     S = k_BKSD.shape[2]
@@ -54,9 +54,9 @@ def attend(
         name="attend_parts",
     )(position_B, q_BKQD, k_BKSD, v_BKSD)
     top_BK1Q = jnp.max(top_BKNQ, axis=2, keepdims=True)
-    kept_BKNQ = jnp.exp(top_BKNQ - top_BK1Q)
-    total_BKQ = jnp.sum(kept_BKNQ * total_BKNQ, axis=2)
-    mixed_BKQD = jnp.sum(kept_BKNQ[..., None] * mixed_BKNQD, axis=2)
+    rescale_BKNQ = jnp.exp(top_BKNQ - top_BK1Q)
+    total_BKQ = jnp.sum(rescale_BKNQ * total_BKNQ, axis=2)
+    mixed_BKQD = jnp.sum(rescale_BKNQ[..., None] * mixed_BKNQD, axis=2)
     o_BKQD = mixed_BKQD / jnp.where(total_BKQ == 0, 1, total_BKQ)[..., None]
     return o_BKQD[:, :, :G].astype(q_BKGD.dtype)
 
@@ -73,9 +73,9 @@ def _part(
     S: int,
     window: int | None,
 ) -> None:
-    """The slots of one program; those beyond what is filled are not read.
+    """One program: the online softmax over its slots; slots that are not filled are not read.
 
-    Slot s holds the token that stands (position - s) mod S back; so many are seen as are written and in the window.
+    Slot s holds the token (position - s) mod S positions back, which is visible if it is written and in the window.
     """
     position, start = position_1[0], pl.program_id(2) * PART
     most = position if window is None else jnp.minimum(position, window)
@@ -97,12 +97,12 @@ def _part(
         s = jnp.where(seen[None], _product(q, k.T), MASKED)
         after = jnp.maximum(top, jnp.max(s, axis=1))
         e = jnp.where(seen[None], jnp.exp(s - after[:, None]), 0)
-        kept = jnp.exp(top - after)
-        mixed = kept[:, None] * mixed + _product(e.astype(v.dtype), v)
-        return after, kept * total + jnp.sum(e, axis=1), mixed
+        rescale = jnp.exp(top - after)
+        mixed = rescale[:, None] * mixed + _product(e.astype(v.dtype), v)
+        return after, rescale * total + jnp.sum(e, axis=1), mixed
 
-    nothing = jnp.full(Q, MASKED, jnp.float32), jnp.zeros(Q, jnp.float32), jnp.zeros((Q, D), jnp.float32)
-    top_Q[...], total_Q[...], mixed_QD[...] = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(last, 0), BLOCK), add, nothing)
+    empty = jnp.full(Q, MASKED, jnp.float32), jnp.zeros(Q, jnp.float32), jnp.zeros((Q, D), jnp.float32)
+    top_Q[...], total_Q[...], mixed_QD[...] = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(last, 0), BLOCK), add, empty)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Attention as dense matrix products, and the one mask rule.
 
-For training, packing, padding, windows and decoding alike: a query at position q sees a key at position k of the same
-segment when 0 <= k <= q and, under a window W, k > q - 1 - W (so W + 1 keys).
+The rule covers training, packing, padding, windows and decoding: a query at position q sees a key at position k of the
+same segment if 0 <= k <= q and, with a window W, k > q - 1 - W (so W + 1 keys).
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # Finite, so that a row with no key at all stays finite.
+MASKED = -1e30  # Finite, so that the softmax of a query without visible keys is finite.
 
 
 def visible(
@@ -20,7 +20,7 @@ def visible(
     *,
     window: int | None = None,
 ) -> jax.Array:
-    """The mask rule: (B, T, S) of bool."""
+    """The mask rule: bool (B, T, S), true where a query sees a key."""
     q, k = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
     seen = (k >= 0) & (k <= q)
     if window is not None:
@@ -31,12 +31,12 @@ def visible(
 
 
 def attend(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the keys that are seen; scores and softmax in float32. Returns (B, T, H, D)."""
+    """softmax(q k^T / sqrt(D)) v over the visible keys; scores and softmax in float32. Returns (B, T, H, D)."""
     return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS)
 
 
 def attend_cached(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """`attend` to keys and values that lie heads first, as a cache keeps them."""
+    """`attend` for keys and values with heads before slots, the layout of a cache."""
     B, T, H, D = q_BTHD.shape
     K, G = k_BKSD.shape[1], H // k_BKSD.shape[1]
     q_BKRD = (q_BTHD * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
@@ -46,9 +46,9 @@ def attend_cached(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_
 
 @jax.custom_vjp
 def _attend_heads(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """Attention with heads first and R = G * T queries a kv head, so that every product is one batched matrix product.
+    """Attention with heads first and R = G * T queries per kv head: every product is one batched matrix product.
 
-    The gradient is written out: left to autodiff it takes twice as long on a CPU.
+    The gradient is written by hand, because autodiff takes twice as long on a CPU.
     """
     return _attend_forward(q_BKRD, k_BKSD, v_BKSD, seen_BTS)[0]
 
@@ -93,10 +93,10 @@ def attend_row(
     *,
     window: int | None,
 ) -> jax.Array:
-    """Attention of a whole row to itself, in blocks of queries that skip the keys no query of the block can see.
+    """Self-attention of whole rows in blocks of queries, skipping keys that no query of the block can see.
 
-    A block reads the keys up to its own end and, under a window, from its first query's window on: tokens of a segment
-    stand in order, so a difference of row indices is a difference of positions.
+    A block reads the keys up to its own end and, with a window, from the start of its first query's window: tokens of a
+    segment are in order, so differences of row indices equal differences of positions.
     """
     T = q_BTHD.shape[1]
     size = max(128, -(-T // 4))

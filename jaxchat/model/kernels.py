@@ -1,8 +1,8 @@
-"""Attention of whole rows to themselves by several programs, `BACKENDS`, and what each of them cannot do.
+"""Self-attention of whole rows: the backends of `BACKENDS` and their limits.
 
-All take q (B, T, H, D), k and v (B, T, K, D), segments (B, T) or None, and a window or None, and give (B, T, H, D) by
-the rule of `dense.visible`, where tokens stand in order: a difference of indices is one of positions, and a segment is
-one run of equal ids. Under a mesh every device computes its own rows and heads.
+A backend takes q (B, T, H, D), k and v (B, T, K, D), segments (B, T) or None, and a window or None. It returns
+(B, T, H, D) by the mask rule of `dense.visible`. Tokens must be in order, so that differences of indices equal
+differences of positions, and a segment is one run of equal ids. Under a mesh each device computes its rows and heads.
 """
 
 import functools
@@ -20,9 +20,9 @@ from jaxchat import sharding
 from jaxchat.errors import UserError
 from jaxchat.model.dense import attend_row
 
-NAME = "attention"  # What rematerialisation by the policy "attention" keeps.
-LANES = 128  # A TPU's vectors; splash attention cuts rows into multiples of it.
-MOST_RUNS = 32  # Documents of a row that cuDNN takes: what it keeps for the gradient grows with this number.
+NAME = "attention"  # Checkpoint name of the outputs that the rematerialisation policy "attention" saves.
+LANES = 128  # Width of a TPU's vectors; splash attention's blocks are multiples of it.
+MOST_RUNS = 32  # Maximum documents per row for cuDNN: the memory it saves for the gradient grows with this number.
 PACKED = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type", "sliding_window_length")
 
 
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 
 class Facts(NamedTuple):
-    """What a backend is asked to do, and where; `capability` is an NVIDIA GPU's, such as 9.0."""
+    """A backend's task and device; `capability` is an NVIDIA GPU's, e.g. 9.0; `present`, whether JAX has the device."""
 
     platform: str
     dtype: Any
@@ -51,13 +51,13 @@ class Facts(NamedTuple):
 
 
 def unsupported(name: str, facts: Facts) -> str | None:
-    """Why a backend cannot serve the facts, as the end of a sentence; None where it can."""
+    """The reason why a backend cannot be used, as a clause for a message; None if it can."""
     return _REASONS[name](facts) if name in _REASONS else None
 
 
 def _not_splash(facts: Facts) -> str | None:
     if facts.platform != "tpu":
-        return f"splash is a kernel for TPUs, and these devices are of platform {facts.platform}"
+        return f"splash is a kernel for TPUs, but these devices are of platform {facts.platform}"
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
         return f"splash computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
     return None
@@ -66,17 +66,17 @@ def _not_splash(facts: Facts) -> str | None:
 def _not_cudnn(facts: Facts) -> str | None:
     most = 256 if facts.capability >= 9 else 128
     if facts.platform != "gpu":
-        return f"cudnn needs an NVIDIA GPU, and these devices are of platform {facts.platform}"
+        return f"cudnn needs an NVIDIA GPU, but these devices are of platform {facts.platform}"
     if not facts.present:
-        return "cudnn cannot be compiled for a GPU that is not here"
+        return "cudnn can only be compiled on a machine with the GPU"
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cudnn computes in bfloat16 or float16, not in {jnp.dtype(facts.dtype)}"
     if facts.capability < 8:
-        return f"cudnn needs an NVIDIA GPU of compute capability 8.0, and this one has {facts.capability or 'none'}"
+        return f"cudnn needs an NVIDIA GPU of compute capability 8.0, but this one has {facts.capability or 'none'}"
     if facts.head_dim % 8 or facts.head_dim > most:
         return f"cudnn needs a head_dim that is a multiple of 8 up to {most}, not {facts.head_dim}"
     if facts.segments and facts.capability < 9:
-        return f"cudnn isolates documents from compute capability 9.0 on, and this GPU has {facts.capability}"
+        return f"cudnn isolates documents only from compute capability 9.0 on, but this GPU has {facts.capability}"
     return _packing_problem() if facts.segments else None
 
 
@@ -86,14 +86,14 @@ _REASONS: Mapping[str, Callable[[Facts], str | None]] = {"splash": _not_splash, 
 def xla(
     q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """Dense products that every device has; scores in float32 are kept for the gradient."""
+    """Dense products, on any device; float32 scores are saved for the gradient."""
     return checkpoint_name(_dense(q_BTHD, k_BTKD, v_BTKD, segments_BT, window), NAME)
 
 
 def xla_remat(
     q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """`xla` computed again for the gradient: it keeps what a fused kernel would keep, so a plan for one uses it."""
+    """`xla`, recomputed for the gradient. Memory plans use it for a fused kernel, which also saves no scores."""
     attend = jax.checkpoint(functools.partial(_dense, window=window))
     return checkpoint_name(attend(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
 
@@ -114,18 +114,18 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs, which skips blocks that no query of theirs sees; `interpret` runs it anywhere.
+    """JAX's Pallas kernel for TPUs, which skips blocks without visible keys; `interpret` runs it on any device.
 
-    Rows are padded to a multiple of 128 tokens, which come last and are seen by none of the others.
+    Rows are padded at the end to a multiple of 128 tokens; no real token sees the padding.
     """
     T, D = q_BTHD.shape[1], q_BTHD.shape[3]
-    more = -T % LANES
+    padding = -T % LANES
 
     def attend(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, *segments: jax.Array) -> jax.Array:
-        heads_first = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k_BTKD, v_BTKD)]
-        q_BHTD = jnp.pad(q_BTHD * D**-0.5, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
-        ids = [jnp.pad(ids_BT, ((0, 0), (0, more)), constant_values=-1) for ids_BT in segments]
-        kernel = _splash_kernel(q_BTHD.shape[2], T + more, window, interpret)
+        heads_first = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (k_BTKD, v_BTKD)]
+        q_BHTD = jnp.pad(q_BTHD * D**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+        ids = [jnp.pad(ids_BT, ((0, 0), (0, padding)), constant_values=-1) for ids_BT in segments]
+        kernel = _splash_kernel(q_BTHD.shape[2], T + padding, window, interpret)
         o_BHTD = jax.vmap(kernel)(q_BHTD, *heads_first, *(tpu.SegmentIds(ids_BT, ids_BT) for ids_BT in ids))
         return o_BHTD.swapaxes(1, 2)[:, :T]
 
@@ -134,7 +134,7 @@ def splash(
 
 @functools.cache
 def _splash_kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
-    """The kernel for a mask; it holds arrays of the host, so that it may outlive the trace it is made in."""
+    """The kernel for a mask. It holds host arrays, so that it can outlive the trace in which it is made."""
     whole = window is None or window >= length - 1
     shape = (length, length)
     mask = tpu.CausalMask(shape) if whole else tpu.LocalMask(shape, (window, 0), 0)
@@ -151,12 +151,12 @@ def _splash_kernel(heads: int, length: int, window: int | None, interpret: bool)
 
 
 def block_sizes(length: int, *, windowed: bool) -> tpu.BlockSizes:
-    """How splash attention cuts a row of `length` tokens, a multiple of 128.
+    """Splash attention's block sizes for rows of `length` tokens, a multiple of 128.
 
-    Large blocks cost less per step and small ones compute less beyond the diagonal: 1,024 for long rows, otherwise 512,
-    as far as they divide it. Scores are made 512 keys at a time, so that they fit a core's memory. The fused gradient
-    makes the scores once but writes dq once a block of keys and visits the blocks that a window skips, so it is for
-    rows of few blocks without one.
+    Large blocks have less overhead per step; small ones compute less beyond the diagonal. The block is 1,024 from 4,096
+    tokens on, otherwise 512, or the next smaller size that divides the row. Scores are computed for 512 keys at a time
+    to fit a core's memory. The fused gradient computes scores once, but writes dq once per block of keys and visits
+    blocks outside the window, so it is used for at most four blocks without a window.
     """
     most = 1024 if length >= 4096 else 512
     block = next(size for size in (most, 512, 256, LANES) if length % size == 0)
@@ -169,7 +169,7 @@ def block_sizes(length: int, *, windowed: bool) -> tpu.BlockSizes:
 def cudnn(
     q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """NVIDIA's fused attention: by JAX's public function for whole rows, by its packed layout for documents."""
+    """NVIDIA's fused attention: JAX's public function for whole rows, its packed layout for isolated documents."""
 
     def attend(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, *segments: jax.Array) -> jax.Array:
         if segments:
@@ -191,10 +191,10 @@ def by_documents(
     *,
     window: int | None,
 ) -> jax.Array:
-    """`packed` of a batch and the starts and lengths of its documents.
+    """Calls `packed` with a batch and the starts and lengths of its documents.
 
-    A batch with a row of more than MOST_RUNS documents is computed densely instead, row by row and again for the
-    gradient: slow, but in little memory, and the same.
+    A batch with more than MOST_RUNS documents in a row is computed densely instead, row by row and recomputed for the
+    gradient: slow, but with little memory and the same result.
     """
     runs = find_runs(segments_BT, MOST_RUNS)
 
@@ -213,7 +213,7 @@ def by_documents(
 
 
 class Runs(NamedTuple):
-    """Runs of equal ids in each row: where they start and how long they are, (B, most), -1 where there is none."""
+    """Runs of equal ids in each row: start and length, (B, most), -1 for unused entries, and their number, (B,)."""
 
     start_BN: jax.Array
     length_BN: jax.Array
@@ -221,15 +221,15 @@ class Runs(NamedTuple):
 
 
 def find_runs(segments_BT: jax.Array, most: int) -> Runs:
-    """The first `most` runs of each row; `count_B` counts them all."""
+    """Finds the first `most` runs of each row; `count_B` counts all of them."""
     T = segments_BT.shape[1]
     begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     first = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0])
     start_BN = first(begins_BT).astype(jnp.int32)
     length_BN = start_BN[:, 1:] - start_BN[:, :-1]
-    there_BN = length_BN > 0
+    exists_BN = length_BN > 0
     count_B = jnp.sum(begins_BT, axis=1)
-    return Runs(jnp.where(there_BN, start_BN[:, :-1], -1), jnp.where(there_BN, length_BN, -1), count_B)
+    return Runs(jnp.where(exists_BN, start_BN[:, :-1], -1), jnp.where(exists_BN, length_BN, -1), count_B)
 
 
 def _cudnn_packed(
@@ -240,16 +240,16 @@ def _cudnn_packed(
     length_BN: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """cuDNN's attention within runs of tokens, which JAX has in a private function alone."""
+    """cuDNN's attention within runs of tokens, which JAX offers only as a private function."""
     problem = _packing_problem()
     if problem is not None:
         raise UserError(f"{problem}: set --attention=xla")
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    # With fewer kv heads, JAX before 0.12 computes their offsets as if they were as many as the heads.
+    # JAX before 0.12 computes wrong offsets for kv heads that are fewer than the heads, so they are repeated.
     G = q_BTHD.shape[2] // k_BTKD.shape[2]
     k_BTHD, v_BTHD = jnp.repeat(k_BTKD, G, axis=2), jnp.repeat(v_BTKD, G, axis=2)
-    # One column more than there are lengths: JAX moves all rows' starts together and ends them with the batch's end.
+    # One column more than lengths: JAX moves the starts of all rows together and appends the batch's end.
     offsets = jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1)
     return dot_product_attention(
         q_BTHD,
@@ -266,8 +266,8 @@ def _cudnn_packed(
 
 
 def _packing_problem() -> str | None:
-    """Why this JAX's private function for packed documents cannot be called; None where it can."""
-    problem = f"JAX {jax.__version__} has no packed attention by cuDNN as it is known here"
+    """The reason why JAX's private function for packed documents cannot be called; None if it can."""
+    problem = f"JAX {jax.__version__} lacks the private function for packed cuDNN attention that jaxchat uses"
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
     except ImportError as error:
@@ -284,12 +284,12 @@ def _on_each_device(
     v_BTKD: jax.Array,
     segments_BT: jax.Array | None,
 ) -> jax.Array:
-    """`attend` of every device's own rows and heads, with the segments where there are some."""
+    """Runs `attend` on each device's rows and heads, with the segments if there are any."""
     G = q_BTHD.shape[2] // k_BTKD.shape[2]
 
     def own(q_BTHD: jax.Array, k_BTKD: jax.Array, *rest: jax.Array) -> jax.Array:
         if q_BTHD.shape[2] != G * k_BTKD.shape[2]:
-            raise ValueError(f"{k_BTKD.shape[2]} kv heads do not split over as many devices as the heads do")
+            raise ValueError(f"{k_BTKD.shape[2]} kv heads cannot be split like the heads: set a smaller --mesh.tensor")
         return attend(q_BTHD, k_BTKD, *rest)
 
     each = ("batch", "length", "kv_heads", "head")

@@ -1,4 +1,4 @@
-"""A layer: a mixer and a feed-forward, each with its norm, placed in the residual stream by a row of `PLACEMENTS`."""
+"""A layer: a mixer and a feed-forward, each with a norm whose place in the residual stream is set by `PLACEMENTS`."""
 
 import functools
 import operator
@@ -16,7 +16,7 @@ from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Aux, Context, Static, add_aux
 
 Sublayer = Callable[[jax.Array], jax.Array]
-Normalise = Callable[[str, jax.Array], jax.Array]  # Applies a norm with parameters of its own, by their name.
+Normalise = Callable[[str, jax.Array], jax.Array]  # Applies the norm whose parameters have the given name.
 
 
 def before(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
@@ -38,7 +38,7 @@ else:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the pattern. `placement` says where the norms stand, a row of PLACEMENTS."""
+    """One layer of the pattern. `placement` names an entry of PLACEMENTS: where the norms are applied."""
 
     mixer: Mixer
     mlp: FeedForward
@@ -47,7 +47,7 @@ class Layer:
 
 
 class Block(nn.Module):
-    """Computes a layer on the residual stream."""
+    """Applies a layer to the residual stream."""
 
     layer: Layer
     static: Static
@@ -55,24 +55,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Aux]:
         """Returns the residual stream after the layer, the cache with x's tokens, and the sum of the parts' Aux."""
-        c, found = self.layer, list[Aux]()
+        c, auxes = self.layer, list[Aux]()
         mixer = MIXERS[type(c.mixer)](c.mixer, self.static, name="mixer")
         mlp = MLPS[type(c.mlp)](c.mlp, self.static, name="mlp")
 
         def mix(x_BTM: jax.Array) -> jax.Array:
             nonlocal cache
             y_BTM, cache, aux = mixer(x_BTM, context, cache)
-            found.append(aux)
+            auxes.append(aux)
             return y_BTM
 
         def feed_forward(x_BTM: jax.Array) -> jax.Array:
             y_BTM, aux = mlp(x_BTM, context)
-            found.append(aux)
+            auxes.append(aux)
             return y_BTM
 
         for name, sublayer in (("mixer", mix), ("mlp", feed_forward)):
             x_BTM = PLACEMENTS[c.placement](x_BTM, sublayer, functools.partial(self._norm, name))
-        return sharding.constrain(x_BTM, ("batch", "length", "width")), cache, add_aux(found)
+        return sharding.constrain(x_BTM, ("batch", "length", "width")), cache, add_aux(auxes)
 
     def _norm(self, part: str, name: str, x_BTM: jax.Array) -> jax.Array:
         y_BTM: jax.Array = NORMS[type(self.layer.norm)](self.layer.norm, self.static, name=f"{part}_{name}")(x_BTM)

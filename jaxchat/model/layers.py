@@ -1,4 +1,4 @@
-"""Initial values, and look-ups in tables of parameters."""
+"""Initializers, and look-ups in embedding tables."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ Init = Literal["uniform", "normal", "zeros"]
 
 
 class _LookUp(NamedTuple):
-    """Static facts of a look-up: the table's logical axes, rows and type, and the type of what is read."""
+    """Static facts of a look-up: the table's logical axes, number of rows and type, and the type of the result."""
 
     axes: tuple[str, ...]
     rows: int
@@ -25,10 +25,10 @@ class _LookUp(NamedTuple):
 
 
 def look_up(table: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:
-    """A table's row of each token, (B, T, ...), in `dtype`; the gradient is added up in at least float32.
+    """The table's row for each token, (B, T, ...), in `dtype`; the gradient is accumulated in at least float32.
 
-    Under a mesh the whole table is gathered in `dtype` before; each batch shard adds up a gradient of its own, and what
-    all add is scattered again. Left to the partitioner, every device would gather the activations of all others.
+    Under a mesh the table is first gathered in `dtype`. In the backward pass each batch shard accumulates its own
+    gradient, and the sum is scattered. Left to the partitioner, every device would gather all devices' activations.
     """
     facts = _LookUp(axes, table.shape[0], jnp.dtype(table.dtype), jnp.dtype(dtype))
     return _look_up(facts, table, tokens_BT)
@@ -48,9 +48,9 @@ def _look_up_forward(facts: _LookUp, table: jax.Array, tokens_BT: jax.Array) -> 
 def _look_up_backward(facts: _LookUp, tokens_BT: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
     shards = sharding.batch_shards() if len(tokens_BT) % sharding.batch_shards() == 0 else 1
     wide = jnp.promote_types(facts.table_dtype, jnp.float32)
-    apart_SN = tokens_BT.reshape(shards, -1)
-    g = g.reshape(*apart_SN.shape, *g.shape[2:]).astype(wide)
-    added = jax.vmap(lambda tokens_N, g: jnp.zeros((facts.rows, *g.shape[1:]), wide).at[tokens_N].add(g))(apart_SN, g)
+    tokens_SN = tokens_BT.reshape(shards, -1)
+    g = g.reshape(*tokens_SN.shape, *g.shape[2:]).astype(wide)
+    added = jax.vmap(lambda tokens_N, g: jnp.zeros((facts.rows, *g.shape[1:]), wide).at[tokens_N].add(g))(tokens_SN, g)
     if shards == 1:
         return added[0].astype(facts.table_dtype), None
     return sharding.add_shards(added, facts.axes).astype(facts.table_dtype), None
@@ -60,12 +60,12 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _gathered(axes: tuple[str, ...]) -> tuple[str | None, ...]:
-    """A table's axes where its batch shards each have it whole."""
+    """Axes of a table that every batch shard holds whole."""
     return tuple(None if name in ("embed", "tokens") else name for name in axes)
 
 
 def initializer(kind: Init, fan_in: int, fan_out: int, scale: float = 1.0) -> Initializer:
-    """Initial values of a matrix.
+    """The initializer of a weight matrix.
 
     `uniform` has standard deviation scale / sqrt(fan_in) (nanochat since 2026); `normal` is
     scale / sqrt(fan_in) * min(1, sqrt(fan_out / fan_in)) (nanochat of October 2025, after arXiv:2310.17813).

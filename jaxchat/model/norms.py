@@ -1,4 +1,4 @@
-"""Normalisation; `NORMS` maps a configuration to its module."""
+"""Normalisation; `NORMS` maps a configuration type to its module."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ class RMSNorm:
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 inside and in x's type outside."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in at least float32 and returned in x's type."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
@@ -41,6 +41,6 @@ else:
 
 
 def normalise(config: Norm, static: Static, params: Any, x: jax.Array) -> jax.Array:
-    """Applies a norm outside of a Flax module; `params` are its own."""
+    """Applies a norm outside of a Flax module; `params` are the norm's parameters."""
     y: jax.Array = NORMS[type(config)](config, static).apply({"params": params}, x)
     return y

@@ -1,18 +1,18 @@
-"""What a part of the model is, and what it is given.
+"""The interface of the model's parts: mixers, feed-forwards and norms.
 
-A part is a frozen configuration and a Flax module that computes it; a table maps one to the other: `MIXERS`, `MLPS`,
-`NORMS`. A module has two fields, its `config` and the `static` facts that all parts share, creates its parameters with
-`param` (shape, logical axes, initial value, optimizer group), and returns values only: no mutable collections.
+A part is a frozen configuration and a Flax module that computes it; the tables `MIXERS`, `MLPS` and `NORMS` map one to
+the other. A module has two fields, its `config` and the `static` facts that all parts share. It creates its parameters
+with `param` (shape, logical axes, initializer, optimizer group) and uses no mutable collections.
 
     mixer         (x_BTM, context, cache) -> (y_BTM, cache, Aux)
-                  static methods, of the configuration: `empty` (a cache), `share` (what equal layers compute once),
-                  `kernel` (None, or how it calls an attention kernel), `keeps_all`, `matmul_parameters`,
-                  `attention_flops`
+                  static methods that take the configuration: `empty` (a cache), `share` (values that equal layers
+                  compute once), `kernel` (the shapes of its attention call, or None), `keeps_all`,
+                  `matmul_parameters`, `attention_flops`
     feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters`
     norm          (x) -> y, over the last axis
 
-A mixer's cache is a NamedTuple of arrays whose first axis is the batch, with a property `axes` (logical axes, the same
-tree with tuples of names) and a method `resize(length_B, like)` (the same rows in arrays of the shapes of `like`).
+A mixer's cache is a NamedTuple of arrays whose first axis is the batch. It has a property `axes` (the same tree with
+tuples of logical axes) and a method `resize(length_B, like)` (copies the rows into arrays with the shapes of `like`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,9 +31,9 @@ Weighted = tuple[jax.Array, jax.Array]  # A total and its weight; their ratio is
 class Static(NamedTuple):
     """Facts that are fixed when a program is compiled and the same for every part.
 
-    `vocab` is the padded vocabulary. `attention` names the row of `kernels.BACKENDS` for calls without a cache,
-    `decoding` that of `decoding_kernels.DECODING` for calls with one. `matmul` is the number format of the large matrix
-    products, None for the compute type.
+    `vocab` is the padded vocabulary. `attention` names the backend in `kernels.BACKENDS` for calls without a cache,
+    `decoding` the one in `decoding_kernels.DECODING` for calls with a cache. `matmul` is the number format of the large
+    matrix products, None for the compute type.
     """
 
     width: int
@@ -44,11 +44,11 @@ class Static(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Per-token inputs of a part beside x: token ids, positions and segments, each (B, T); segments may be None.
+    """Inputs of a part besides x: token ids, positions and segments, each (B, T); segments may be None.
 
-    `shared` holds what equal parts of all layers compute once, such as the cosines of rotary positions. `length_B`,
-    only with a cache, is the number of positions of each row that are written after this call. `key` is a random key of
-    this layer in training (for dropout), None otherwise.
+    `shared` holds values that equal layers compute once, such as the cosines of rotary positions. `length_B` is the
+    number of positions written in each row after this call, None without a cache. `key` is this layer's random key in
+    training (for dropout), None otherwise.
     """
 
     tokens_BT: jax.Array
@@ -60,9 +60,9 @@ class Context(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a part returns beside its output, by name: losses to be minimised and statistics to be logged.
+    """Additional results of a part by name: losses to minimise and statistics to log.
 
-    Each is a total with its weight. Those of all layers are added by name.
+    Each is a pair of a total and its weight; pairs of equal name are summed over the layers.
     """
 
     losses: Mapping[str, Weighted] = {}
@@ -70,7 +70,7 @@ class Aux(NamedTuple):
 
 
 class Attends(NamedTuple):
-    """The shapes with which a mixer calls an attention kernel, so that the kernel can be tested on the device."""
+    """Shapes of a mixer's attention call, with which a kernel is tested on the device."""
 
     heads: int
     kv_heads: int
@@ -82,15 +82,15 @@ def add_aux(parts: "list[Aux]") -> Aux:
     """The sum of totals and weights, by name."""
     sums: tuple[dict[str, Weighted], dict[str, Weighted]] = ({}, {})
     for part in parts:
-        for found, values in zip(sums, part):
+        for total, values in zip(sums, part):
             for name, value in values.items():
-                found[name] = jax.tree.map(jnp.add, found[name], value) if name in found else value
+                total[name] = jax.tree.map(jnp.add, total[name], value) if name in total else value
     return Aux(*sums)
 
 
 class Spec(NamedTuple):
-    """What is known of a parameter beside its shape: logical axes, optimizer group, and how many of the axes (from the
-    first) are the input side of a matrix, for Muon."""
+    """Metadata of a parameter: logical axes, optimizer group, and the number of leading axes that form the input side
+    of its matrix (for Muon)."""
 
     axes: tuple[str, ...]
     group: str
@@ -127,9 +127,9 @@ def param(
     group: str = "matrices",
     inputs: int = 1,
 ) -> jax.Array:
-    """A float32 parameter. Sharding reads its logical `axes`; `group` is a field of the optimizer's configuration."""
+    """Creates a float32 parameter with its logical `axes` (for sharding) and optimizer `group`."""
     if len(axes) != len(shape):
-        raise ValueError(f"parameter {name} has {len(axes)} axes and {len(shape)} dimensions")
+        raise ValueError(f"parameter {name} has {len(axes)} logical axes but {len(shape)} dimensions")
     spec = Spec(axes, group, inputs)
     value: Any = module.param(name, lambda key: Boxed(init(key, shape, jnp.float32), spec))
     return value
@@ -140,6 +140,6 @@ def is_boxed(x: Any) -> bool:
 
 
 def stacked(box: Boxed) -> Boxed:
-    """A parameter that was stacked over the repeats of the pattern."""
+    """Adds the logical axis `layers` to a parameter that was stacked over the repeats of the pattern."""
     spec = box.spec._replace(axes=("layers", *box.spec.axes))
     return Boxed(box.value, spec)

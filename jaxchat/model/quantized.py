@@ -1,7 +1,7 @@
-"""The large matrix products of the layers: in the compute type, or in eight bits with scales made anew each time.
+"""The large matrix products of the layers: in the compute type, or in eight bits with dynamic scales.
 
-A product of eight-bit numbers is one `dot_general` of them, so that hardware with units for it uses these; elsewhere
-XLA widens the numbers first, which gives the same result. Scales multiply what comes out. Parameters stay float32.
+An eight-bit product is one `dot_general` of eight-bit operands, for hardware with such units; elsewhere XLA widens the
+operands first, with the same result. Scales multiply the output. Parameters stay float32.
 """
 
 import functools
@@ -12,17 +12,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Bits of a float32: without the sign, those of the exponent, and 2^-100, the least that scales are made for.
+# Bits of a float32: all but the sign, the exponent, and 2^-100, the smallest maximum that a scale is computed for.
 MAGNITUDE, EXPONENT, LEAST = 0x7FFFFFFF, 0x7F800000, (127 - 100) << 23
 
 
 @dataclass(frozen=True)
 class Int8:
-    """Products of int8, each row and column that is multiplied scaled so that its largest number is 127.
+    """Products in int8. Each row of the left operand and column of the right one is scaled to a maximum of 127.
 
     Attributes:
-        weight_gradient: whether gradients of weights are such products too. They are sums over tokens, so a channel's
-            scale is set by its largest token and the others round to little (arXiv:2304.13013).
+        weight_gradient: also compute weight gradients in int8. They are sums over tokens, so a channel's largest token
+            sets the scale, and the other tokens lose precision (arXiv:2304.13013).
     """
 
     weight_gradient: bool = False
@@ -30,13 +30,13 @@ class Int8:
 
 @dataclass(frozen=True)
 class Float8:
-    """Products of eight-bit floats (arXiv:2209.05433): e4m3, and e5m2 for gradients of outputs.
+    """Products in eight-bit floats (arXiv:2209.05433): e4m3, but e5m2 for gradients of outputs.
 
-    Scales are powers of two, so they round nothing; the formats' own exponents do the rest.
+    Scales are powers of two, so scaling does not round.
 
     Attributes:
-        scaling: "tensor" has one scale a matrix, as nanochat does, "row" one for each row and column that is
-            multiplied, so that no token's scale depends on another token.
+        scaling: "tensor" uses one scale per matrix, like nanochat; "row" uses one per row of the left operand and
+            column of the right one, so that no token's scale depends on another token.
     """
 
     scaling: Literal["tensor", "row"] = "tensor"
@@ -47,9 +47,9 @@ Pair = tuple[Any, Any]
 
 
 class Formats(NamedTuple):
-    """The types of the left and right factor of a layer's three products; None is the compute type.
+    """Types of the left and right operand of a layer's three products; None is the compute type.
 
-    `by_row` is whether rows and columns have scales of their own.
+    `by_row`: one scale per row and column instead of one per matrix.
     """
 
     forward: Pair
@@ -59,7 +59,7 @@ class Formats(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A matrix as values times a scale that broadcasts."""
+    """A quantized matrix: values times a broadcast scale."""
 
     values: jax.Array
     scale: jax.Array
@@ -79,10 +79,10 @@ FORMATS: Mapping[type, Callable[[Any], Formats]] = {Int8: _int8, Float8: _float8
 
 
 def product(x: jax.Array, w: jax.Array, matmul: Matmul = None) -> jax.Array:
-    """The last axis of x times the first of w: (..., K) and (K, ...) to (..., ...), in x's type; w is float32.
+    """Contracts the last axis of x with the first of w: (..., K) and (K, ...) to (..., ...), in x's type; w is float32.
 
-    With eight bits an axis of size N = all of x's others and one of size F = all of w's others are multiplied, and so
-    are the gradients. What is not finite in a row or column makes that row or column of the result not finite.
+    In eight bits the operands are flattened to (N, K) and (K, F), and gradients use the types in `FORMATS`.
+    A non-finite number makes its row or column of the result non-finite.
     """
     if matmul is None:
         return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
@@ -92,12 +92,12 @@ def product(x: jax.Array, w: jax.Array, matmul: Matmul = None) -> jax.Array:
 
 
 def quantize(a: jax.Array, dtype: Any, axis: int | None) -> Scaled:
-    """Scales `a` to the range of an eight-bit `dtype`, by the absolute maximum along `axis` or of all, and rounds.
+    """Scales `a` by its absolute maximum along `axis` (None: of all) and rounds it to an eight-bit `dtype`.
 
-    Integers use the whole range; floats are scaled by a power of two, to nearest or, at a tie, to even.
+    Integers are scaled to the full range, floats by a power of two. Rounding is to nearest, ties to even.
     """
     wide = a.astype(jnp.float32)
-    # Magnitudes stand in the order of their bits; a maximum of floats may pass over NaN, on a CPU it does.
+    # Bit patterns order like magnitudes and keep NaN, which a maximum of floats may drop (on a CPU it does).
     bits = jax.lax.bitcast_convert_type(wide, jnp.int32) & MAGNITUDE
     bits = jnp.maximum(jnp.max(bits, axis=axis, keepdims=True), LEAST)
     largest = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -110,7 +110,7 @@ def quantize(a: jax.Array, dtype: Any, axis: int | None) -> Scaled:
 
 
 def _multiply(a: jax.Array, b: jax.Array, pair: Pair | None, *, by_row: bool) -> jax.Array:
-    """The matrix product a b, float32, of factors rounded to the two types of `pair`."""
+    """The matrix product a b in float32, with operands rounded to the two types of `pair`."""
     if pair is None:
         return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
     left, right = quantize(a, pair[0], 1 if by_row else None), quantize(b, pair[1], 0 if by_row else None)
@@ -130,7 +130,7 @@ def _forward(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> tuple[jax.Array, 
 
 
 def _backward(matmul: Any, saved: Pair, g_NF: jax.Array) -> Pair:
-    """Gradients as if rounding were not there: a step function has none of its own."""
+    """Straight-through estimator: the gradient ignores rounding (Bengio et al. 2013, arXiv:1308.3432)."""
     x_NK, w_KF = saved
     formats = FORMATS[type(matmul)](matmul)
     dx_NK = _multiply(g_NF, w_KF.T, formats.input_gradient, by_row=formats.by_row)

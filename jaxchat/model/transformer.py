@@ -1,4 +1,4 @@
-"""The transformer: one forward for training and decoding, built from parts that the configuration names."""
+"""The transformer: one forward pass for training and decoding, built from the parts that the configuration names."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,15 +17,15 @@ from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
 from jaxchat.model.part import Aux, Context, Spec, Static, Weighted, add_aux, is_boxed, param, stacked
 from jaxchat.model.quantized import Matmul
 
-EMBED = ("vocab", "embed")  # Axes of the embedding.
-VOCAB_MULTIPLE = 64  # The vocabulary is padded to it; padded logits are never seen.
+EMBED = ("vocab", "embed")  # Logical axes of the embedding.
+VOCAB_MULTIPLE = 64  # The vocabulary is padded to a multiple of it; padded logits are never used.
 
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ResidualScales:
-    """Before each layer x = resid * x + x0 * embedding, a learned pair a layer, starting on a line over depth."""
+    """Before each layer x = resid * x + x0 * embedding; two learned scalars per layer, initially linear in depth."""
 
     resid_first: float = 1.15
     resid_last: float = 1.05
@@ -35,21 +35,21 @@ class ResidualScales:
 
 @dataclass(frozen=True)
 class Smear:
-    """Adds scale * sigmoid(gate of the first channels) times the previous token's embedding to each embedding."""
+    """Adds scale * sigmoid(x[:channels] W) times the previous token's embedding to each embedding x."""
 
     channels: int = 24
 
 
 @dataclass(frozen=True)
 class Backout:
-    """Subtracts scale times the residual stream after the middle layer from the last one."""
+    """Subtracts scale times the residual stream after the middle layer from the one after the last layer."""
 
     init: float = 0.2
 
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture. Layer i is `pattern[i % len(pattern)]`; `norm` is that of the embedding and of the output."""
+    """The architecture. Layer i is `pattern[i % len(pattern)]`; `norm` is applied to the embedding and the output."""
 
     vocab: int
     width: int
@@ -83,7 +83,6 @@ class Model:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Every layer, in order."""
         return self.pattern * self.repeats
 
     @property
@@ -92,10 +91,9 @@ class Model:
 
 
 class Cache(NamedTuple):
-    """A cache by layer, how many positions of each row are written, and the token at the last of them.
+    """The layers' caches, the number of positions written in each row, and the token at the last of them (for Smear).
 
-    Smear needs the last token. A row is taken back to an earlier position by writing there again, with `last_B` set to
-    the token before.
+    To roll a row back, write at an earlier position again, with `last_B` set to the token before it.
     """
 
     layers: tuple[Any, ...]
@@ -104,7 +102,7 @@ class Cache(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Final hidden states (B, T, M); the cache, if there was one; losses and statistics of all parts, by name."""
+    """Final hidden states (B, T, M), the new cache if one was given, and losses and statistics of all parts by name."""
 
     hidden: jax.Array
     cache: Cache | None
@@ -113,7 +111,7 @@ class Forward(NamedTuple):
 
 
 class Ends(nn.Module):
-    """What stands before and after the layers: embedding, head, and the scalars of the residual stream."""
+    """The parameters outside the layers: embedding, head, norms, and scalars of the residual stream."""
 
     config: Model
     static: Static
@@ -139,19 +137,19 @@ class Ends(nn.Module):
 
 
 def _line(first: float, last: float) -> Callable[..., jax.Array]:
-    """Initial values on a straight line from the first to the last."""
+    """Initializer with evenly spaced values from `first` to `last`."""
     return lambda key, shape, dtype=jnp.float32: jnp.linspace(first, last, shape[0], dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """The model as functions of its parameters; `dtype` is that of activations and matrix products.
+    """The model as functions of its parameters; `dtype` is the type of activations and matrix products.
 
-    `attention` names the row of `kernels.BACKENDS` that attends where there is no cache, `decoding` that of
-    `decoding_kernels.DECODING` where there is one; all give the same.
-    `matmul` makes the layers' large products those of eight-bit numbers; training alone sets it.
-    Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, the same
-    whether layers are scanned or unrolled; `unstack` makes {"ends": ..., "layer": (one tree per layer)} of it.
+    `attention` names the backend in `kernels.BACKENDS` for calls without a cache, `decoding` the one in
+    `decoding_kernels.DECODING` for calls with a cache; all compute the same function. `matmul` is the eight-bit format
+    of the layers' large products; only training sets it.
+    Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, whether layers
+    are scanned or unrolled; `unstack` converts it to {"ends": ..., "layer": (one tree per layer)}.
     """
 
     config: Model
@@ -160,7 +158,7 @@ class Transformer:
     decoding: str = "xla"
     matmul: Matmul = None
 
-    def __hash__(self) -> int:  # Computed once: a transformer is an argument of every compiled call of decoding.
+    def __hash__(self) -> int:  # Cached, because every compiled decoding call hashes its transformer.
         return self._hash
 
     @functools.cached_property
@@ -169,11 +167,11 @@ class Transformer:
         return hash(own)
 
     def init(self, key: jax.Array) -> Params:
-        """Float32 parameters; the same for every sharding and every layer loop."""
+        """Initial float32 parameters; they depend neither on sharding nor on the layer loop."""
         return jax.tree.map(lambda box: box.value, self._boxed(key), is_leaf=is_boxed)
 
     def shapes(self) -> Any:
-        """Shapes and types of the parameters. Starts no backend."""
+        """Shapes and types of the parameters. Does not initialize a JAX backend."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     @property
@@ -182,12 +180,12 @@ class Transformer:
         return Static(c.width, c.padded_vocab, self.attention, self.decoding, self.matmul)
 
     def specs(self) -> Any:
-        """The Spec of every parameter: the tree of `init` with Specs for leaves. Starts no backend."""
+        """The tree of `init` with a Spec for each leaf. Does not initialize a JAX backend."""
         boxed = jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
         return jax.tree.map(lambda box: box.spec, boxed, is_leaf=is_boxed)
 
     def axes(self) -> Any:
-        """The logical axes of every parameter: the tree of `init` with tuples of names for leaves."""
+        """The tree of `init` with a tuple of logical axes for each leaf."""
         return jax.tree.map(lambda spec: spec.axes, self.specs(), is_leaf=lambda x: isinstance(x, Spec))
 
     def _boxed(self, key: jax.Array) -> Params:
@@ -211,11 +209,10 @@ class Transformer:
         cache: Cache | None = None,
         key: jax.Array | None = None,
     ) -> Forward:
-        """Tokens (B, T) to final hidden states (B, T, M), for `logits` or a chunked objective.
+        """Maps tokens (B, T) to final hidden states (B, T, M), the input of `logits` or a chunked objective.
 
-        Without positions, those within each segment (or row) are counted. With a cache, `positions_BT` are the tokens'
-        positions, and -1 marks padding, which is neither written nor seen. `key` is for parts that are random in
-        training.
+        `positions_BT` defaults to each token's index within its segment (or row). With a cache, position -1 marks
+        padding, which is neither written nor attended to. `key` is the random key for training.
         """
         c, ends = self.config, params["ends"]
         if not c.isolate_documents:
@@ -238,12 +235,12 @@ class Transformer:
         return Forward(self._normalise(ends, "final_norm", x_BTM), cache, aux.losses, aux.statistics)
 
     def head(self, params: Params) -> jax.Array:
-        """The output matrix (M, V), float32."""
+        """The float32 output matrix (M, V): the head, or the transposed embedding if tied."""
         ends = params["ends"]
         return ends["embed"].T if self.config.tied else ends["head"]
 
     def logits(self, params: Params, hidden_BTM: jax.Array) -> jax.Array:
-        """Logits after the softcap, (B, T, vocab) in float32. Training never calls it: see objectives."""
+        """Logits after the softcap, float32 (B, T, vocab). Training computes them in chunks instead: see objectives."""
         w_MV = self.head(params)[:, : self.config.vocab].astype(hidden_BTM.dtype)
         wide = jnp.promote_types(hidden_BTM.dtype, jnp.float32)
         z_BTV = jnp.einsum("BTM,MV->BTV", hidden_BTM, w_MV, preferred_element_type=wide)
@@ -251,18 +248,18 @@ class Transformer:
         return z_BTV if cap is None else cap * jnp.tanh(z_BTV / cap)
 
     def empty_cache(self, batch: int, length: int, *, write: int) -> Cache:
-        """A cache for `length` positions a row; `write` is the most tokens that one call of `apply` adds."""
+        """An empty cache for `length` positions per row; one call of `apply` may add up to `write` tokens."""
         mixers = [layer.mixer for layer in self.config.layers]
         layers = tuple(MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in mixers)
         return Cache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def unstack(self, params: Params) -> Params:
-        """Parameters by layer, in the compute type: what decoding reads."""
+        """Parameters by layer in the compute type, the form that decoding uses."""
         cast = jax.tree.map(lambda w: w.astype(self.dtype) if w.ndim else w, params)
         return {"ends": cast["ends"], "layer": tuple(self._layers(cast))}
 
     def _layers(self, params: Params) -> list[Any]:
-        """One parameter tree a layer. `lax.split`, not indexing: its gradient is one concatenation."""
+        """One parameter tree per layer. Uses `lax.split`, not indexing, because its gradient is one concatenation."""
         if "layer" in params:
             return list(params["layer"])
         c = self.config
@@ -291,7 +288,7 @@ class Transformer:
         return x_BTM + gate_BT[..., None] * previous_BTM
 
     def _share(self, context: Context) -> Context:
-        """The context with what equal parts of all layers compute once."""
+        """Adds the values that equal layers compute once to the context."""
         shared: dict[Any, Any] = {}
         for layer in dict.fromkeys(self.config.pattern):
             shared |= MIXERS[type(layer.mixer)].share(layer.mixer, context, self.dtype)
@@ -300,7 +297,7 @@ class Transformer:
     def _layer(
         self, i: Any, j: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, scales: Any, context: Context, cache: Any
     ) -> tuple[jax.Array, Any, Aux]:
-        """Layer i, which is layer j of the pattern, on the residual stream; i may be traced."""
+        """Applies layer i, which is layer j of the pattern, to the residual stream; i may be traced."""
         c = self.config
         if scales is not None:
             resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
@@ -323,39 +320,39 @@ class Transformer:
     def _unroll(
         self, params: Params, x_BTM: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, jax.Array, tuple[Any, ...], Aux]:
-        c, x0_BTM, middle_BTM, caches, found = self.config, x_BTM, x_BTM, [], []
+        c, x0_BTM, middle_BTM, caches, auxes = self.config, x_BTM, x_BTM, [], []
         scales = self._scales(params)
         for i, p in enumerate(self._layers(params)):
             own = None if scales is None else (scales[0][i], scales[1][i])
             before = None if cache is None else cache.layers[i]
             x_BTM, after, aux = self._layer(i, i % len(c.pattern), p, x_BTM, x0_BTM, own, context, before)
             caches.append(after)
-            found.append(aux)
+            auxes.append(aux)
             if i == c.depth // 2:
                 middle_BTM = x_BTM
-        return x_BTM, middle_BTM, tuple(caches), add_aux(found)
+        return x_BTM, middle_BTM, tuple(caches), add_aux(auxes)
 
     def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, Aux]:
-        """The same layers as a scan over repeats of the pattern: compiles in constant time, in any depth."""
+        """The layers of `_unroll` as a scan over repeats of the pattern: compile time does not grow with depth."""
         c, P, x0_BTM = self.config, len(self.config.pattern), x_BTM
         scales = self._scales(params)
-        rows = None if scales is None else tuple(s.reshape(c.repeats, P) for s in scales)
+        stacked_scales = None if scales is None else tuple(s.reshape(c.repeats, P) for s in scales)
 
-        def turn(carry: Any, xs: Any) -> Any:
+        def repeat(carry: Any, xs: Any) -> Any:
             x_BTM, middle_BTM = carry
-            turn_index, layers, rows = xs
-            found = []
+            index, layers, scales = xs
+            auxes = []
             for j in range(P):
-                own = None if rows is None else (rows[0][j], rows[1][j])
-                x_BTM, _, aux = self._layer(turn_index * P + j, j, layers[j], x_BTM, x0_BTM, own, context, None)
-                found.append(aux)
+                own = None if scales is None else (scales[0][j], scales[1][j])
+                x_BTM, _, aux = self._layer(index * P + j, j, layers[j], x_BTM, x0_BTM, own, context, None)
+                auxes.append(aux)
                 if c.backout is not None and j == (c.depth // 2) % P:
-                    middle_BTM = jnp.where(turn_index == (c.depth // 2) // P, x_BTM, middle_BTM)
-            return (x_BTM, middle_BTM), add_aux(found)
+                    middle_BTM = jnp.where(index == (c.depth // 2) // P, x_BTM, middle_BTM)
+            return (x_BTM, middle_BTM), add_aux(auxes)
 
-        turns = (jnp.arange(c.repeats), params["layers"], rows)
-        (x_BTM, middle_BTM), repeats = jax.lax.scan(turn, (x_BTM, x0_BTM), turns)
-        return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), repeats)
+        xs = (jnp.arange(c.repeats), params["layers"], stacked_scales)
+        (x_BTM, middle_BTM), aux = jax.lax.scan(repeat, (x_BTM, x0_BTM), xs)
+        return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), aux)
 
 
 def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -369,13 +366,13 @@ def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax
 
 
 def _length(positions_BT: jax.Array, cache: Cache) -> jax.Array:
-    """How many positions of each row are written after a call, (B,): a row of padding stays as long as it is."""
+    """Number of positions written in each row after a call, (B,); a row of padding keeps its length."""
     end_B = positions_BT.max(axis=1) + 1
     return jnp.where(end_B > 0, end_B, cache.length_B)
 
 
 def _last_token(context: Context, last_B: jax.Array) -> jax.Array:
-    """The token at each row's highest position, or the one before where the row is all padding."""
+    """The token at each row's highest position, (B,); `last_B` for a row of padding."""
     index_B1 = jnp.argmax(context.positions_BT, axis=1)[:, None]
     token_B = jnp.take_along_axis(context.tokens_BT, index_B1, axis=1)[:, 0]
     return jnp.where(context.positions_BT.max(axis=1) >= 0, token_B, last_B)

@@ -1,1 +1,1 @@
-"""Objectives: functions of (parameters, batch) that return a weighted total and its weight, never a mean."""
+"""Objectives: functions of parameters and a batch that return a weighted total and its weight, never a mean."""

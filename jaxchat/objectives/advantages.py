@@ -1,6 +1,6 @@
-"""From the rewards of groups of samples to advantages and weights of tokens: what a policy gradient is given as data.
+"""Advantages and token weights of a policy gradient, computed from the rewards of groups of samples.
 
-P prompts, G samples of each, N = P * G sequences, T tokens of one of them. Everything here is NumPy in float64.
+P prompts, G samples per prompt, N = P * G sequences, T tokens per sequence. Everything here is NumPy in float64.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-STANDARD_EPSILON = 1e-4  # TRL's; verl has 1e-6.
+STANDARD_EPSILON = 1e-4  # As in TRL; verl uses 1e-6.
 
 
 class Group(NamedTuple):
-    """Rewards of P prompts with G samples each: with 0 for those that do not count, and less their mean over those that
-    do, both (P, G); how many count, (P, 1)."""
+    """Rewards of P prompts with G samples each, 0 for invalid samples; the rewards minus the mean of the valid samples;
+    and the number of valid samples per prompt."""
 
     rewards_PG: np.ndarray
     centred_PG: np.ndarray
@@ -22,15 +22,15 @@ class Group(NamedTuple):
 
 
 def _standard(group: Group) -> np.ndarray:
-    """(R - mean) / (s + epsilon), s the standard deviation with count - 1 (GRPO, arXiv 2402.03300)."""
+    """(R - mean) / (s + epsilon), with the standard deviation s over count - 1 (GRPO, arXiv 2402.03300)."""
     variance_P1 = np.sum(group.centred_PG**2, axis=1, keepdims=True) / np.maximum(group.count_P1 - 1, 1)
     return group.centred_PG / (np.sqrt(variance_P1) + group.epsilon)
 
 
 def _leave_one_out(group: Group) -> np.ndarray:
-    """R minus the mean of the others, which is count / (count - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
+    """R minus the mean of the other samples: count / (count - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
     if group.rewards_PG.shape[1] < 2:
-        raise ValueError("leave_one_out compares a sample with the others of its prompt: samples=1 must be at least 2")
+        raise ValueError("advantage=leave_one_out compares the samples of a prompt: samples=1 must be at least 2")
     return group.centred_PG * group.count_P1 / np.maximum(group.count_P1 - 1, 1)
 
 
@@ -45,12 +45,12 @@ ADVANTAGES: Mapping[str, Callable[[Group], np.ndarray]] = {
 def group_advantages(
     rewards_PG: np.ndarray, rule: str, valid_PG: np.ndarray | None = None, *, epsilon: float = STANDARD_EPSILON
 ) -> np.ndarray:
-    """Advantages (P, G) of samples over the others of their prompt, by a row of ADVANTAGES.
+    """Advantages (P, G) of samples relative to the other samples of their prompt; `rule` is a key of ADVANTAGES.
 
-    Samples that are not valid, or whose reward is not finite, are left out of their group's statistics and get 0; so
-    does every sample of a group with a baseline where the rewards that count are all equal, or only one.
+    Samples that are not valid, or whose reward is not finite, are excluded from the group's statistics and get 0. With
+    a baseline, a group whose valid rewards are all equal (or only one) gets 0 as well.
     """
-    rewards_PG, valid_PG = _counted(rewards_PG, valid_PG)
+    rewards_PG, valid_PG = _valid_rewards(rewards_PG, valid_PG)
     count_P1 = valid_PG.sum(axis=1, keepdims=True)
     mean_P1 = rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
     centred_PG = np.where(valid_PG & ~equal_groups(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0)
@@ -58,21 +58,21 @@ def group_advantages(
 
 
 def equal_groups(rewards_PG: np.ndarray, valid_PG: np.ndarray | None = None) -> np.ndarray:
-    """Whether all rewards of a prompt that count are equal, (P,): nothing can be learnt from their comparison."""
-    rewards_PG, valid_PG = _counted(rewards_PG, valid_PG)
+    """Whether all valid rewards of a prompt are equal, bool (P,): such a group gives no learning signal."""
+    rewards_PG, valid_PG = _valid_rewards(rewards_PG, valid_PG)
     most_P = np.max(rewards_PG, axis=1, where=valid_PG, initial=-np.inf)
     return most_P <= np.min(rewards_PG, axis=1, where=valid_PG, initial=np.inf)
 
 
-def _counted(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards in float64 with 0 for those that do not count, and which do."""
+def _valid_rewards(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards in float64 with 0 for invalid samples, and a mask of the samples that are valid and finite."""
     rewards_PG = np.asarray(rewards_PG, np.float64)
     finite_PG = np.isfinite(rewards_PG)
     valid_PG = finite_PG if valid_PG is None else finite_PG & np.asarray(valid_PG, bool)
     return np.where(valid_PG, rewards_PG, 0), valid_PG
 
 
-# From 1 / length of a sequence (0 without trained tokens) and `longest`: a token's weight and its share of the divisor.
+# Functions of 1 / length of a sequence (0 if empty) and `longest`: a token's weight and its share of the divisor.
 AGGREGATES: Mapping[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]] = {
     # Every token alike (DAPO, arXiv 2503.14476).
     "token_mean": lambda inverse_N, longest: (np.sign(inverse_N), np.sign(inverse_N)),
@@ -89,11 +89,11 @@ else:
 
 
 def token_weights(lengths_N: np.ndarray, rule: str, *, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """What every trained token of a sequence weighs in the loss, and its share of the divisor, each (N,).
+    """The weight of each trained token of a sequence in the loss, and its share of the divisor, each (N,).
 
-    The loss is sum(weight * loss of the token) / sum(share), both over all trained tokens of the batch, however cut.
-    `lengths_N` counts the trained tokens of each sequence; one without any weighs nothing and is not counted. `rule` is
-    a row of AGGREGATES.
+    The loss is sum(weight * token loss) / sum(share), both over all trained tokens of the batch, so it does not depend
+    on micro-batches. `lengths_N` counts the trained tokens of each sequence; an empty sequence gets 0 for both. `rule`
+    is a key of AGGREGATES.
     """
     lengths_N = np.asarray(lengths_N, np.float64)
     if longest < 1 or lengths_N.min(initial=0) < 0:
@@ -102,21 +102,21 @@ def token_weights(lengths_N: np.ndarray, rule: str, *, longest: int) -> tuple[np
 
 
 def kl_to_go(logprobs_T: np.ndarray, reference_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
-    """Sum over the trained tokens u >= t of one sequence of log policy(u) - log reference(u), for every t, in nats.
+    """For every t, the sum of log policy(u) - log reference(u) over the trained tokens u >= t of a sequence, in nats.
 
-    Subtracting beta times this from the advantages, as data, makes the expected gradient of the loss that of beta *
-    KL(policy || reference) over whole sequences drawn from the policy; the same estimator inside the loss would have
-    the expected gradient 0, and exp(-x) + x - 1 that of the reverse KL (arXiv 2506.09477, 2512.21852). Leading axes are
-    further sequences.
+    Subtracting beta times this from the advantages adds the gradient of beta * KL(policy || reference) over whole
+    sequences sampled from the policy to the expected gradient of the loss. Inside the loss, the same estimator would
+    have expected gradient 0, and exp(-x) + x - 1 that of the reverse KL (arXiv 2506.09477, 2512.21852). Leading axes
+    are batch axes.
     """
     gap_T = np.where(mask_T, np.subtract(logprobs_T, reference_T, dtype=np.float64), 0)
     return np.cumsum(gap_T[..., ::-1], axis=-1)[..., ::-1]
 
 
 def soft_overlong(lengths_N: np.ndarray, *, longest: int, cushion: int) -> np.ndarray:
-    """The reward's penalty of long answers (DAPO, arXiv 2503.14476, equation 13), (N,); all lengths in tokens.
+    """The reward penalty for long answers (DAPO, arXiv 2503.14476, equation 13), (N,); all lengths in tokens.
 
-    0 up to longest - cushion, then falling evenly to -1 at `longest`.
+    0 up to longest - cushion, then linear down to -1 at `longest`.
     """
     if not 0 < cushion <= longest:
         raise ValueError(f"the cushion of {cushion} tokens must lie between 1 and longest={longest}")

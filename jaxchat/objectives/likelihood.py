@@ -1,4 +1,4 @@
-"""Maximum likelihood: the objective of pretraining and SFT, which differ in their weights alone."""
+"""Maximum likelihood: the objective of pretraining and SFT, which differ only in the weights of the targets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Log-probabilities of targets, computed in chunks: no array of (B, T, V) ever exists.
+"""Log-probabilities of targets, computed in chunks, so that no array of (B, T, V) ever exists.
 
-Chunks run along the tokens of a row, and rows stay apart by the mesh's batch shard, so that each device works on its
-own tokens and the gradient of the head is summed over devices once, after the last chunk.
+Chunks divide the tokens of each row. Rows are grouped by batch shard (axis S), so that each device works on its own
+tokens and the gradient of the head is summed over devices once, after the last chunk.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxchat import sharding
 
-CHUNK_TOKENS = {"cpu": 256, "gpu": 4096, "tpu": 4096}  # Tokens of a device per chunk.
+CHUNK_TOKENS = {"cpu": 256, "gpu": 4096, "tpu": 4096}  # Maximum tokens per device and chunk.
 
 
 class _Shape(NamedTuple):
@@ -26,8 +26,8 @@ class _Shape(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of every target, (B, T): its log-probability and the entropy of the distribution, in nats, and whether no other
-    token is more probable."""
+    """For every target, (B, T): its log-probability and the entropy of the distribution, both in nats, and whether no
+    other token is more probable."""
 
     logprob_BT: jax.Array
     entropy_BT: jax.Array
@@ -46,9 +46,9 @@ def weighted_nll(
 ) -> jax.Array:
     """Sum over tokens of weight * -log softmax(z)[target], z = softcap * tanh(hidden head / softcap), a float32 scalar.
 
-    `head_MV` may be padded beyond `vocab`; padded logits get no probability. The gradient with respect to hidden and
-    head is made in the forward pass, while a chunk's logits are there, so logits are computed once; log-sum-exp and
-    softmax are float32. Weights are data: they get no gradient.
+    `head_MV` may be padded beyond `vocab`; padded logits get probability 0. The forward pass also computes the
+    gradients of hidden and head, chunk by chunk, so logits are computed only once. Log-sum-exp and softmax are in
+    float32. Weights get no gradient.
     """
     shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens))
     return _nll(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), _sharded(weights_BT))
@@ -67,10 +67,9 @@ def token_logprobs(
 ) -> jax.Array:
     """log softmax(z / temperature)[target] of every token, (B, T) in float32 nats, z as in `weighted_nll`.
 
-    `support_BTC`, uint8 of ceil(vocab / 8) bytes, has one bit per token of the vocabulary, lowest bit first. If given,
-    the softmax is over the tokens whose bit is set, and over the target, which always counts as set: the probability
-    with which a truncating sampler (top-k, top-p, min-p) drew the target. Logits are computed again in the backward
-    pass, chunk by chunk; the support gets no gradient.
+    `support_BTC`, uint8 with C = ceil(vocab / 8) bytes, has one bit per vocabulary token, lowest bit first. If given,
+    the softmax is over the target and the tokens whose bit is set: the probability with which a truncating sampler
+    (top-k, top-p, min-p) drew the target. The backward pass recomputes logits by chunk; the support gets no gradient.
     """
     shape, support_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, support_BTC, chunk_tokens)
     logprobs = _logprobs(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), support_SBTC)
@@ -88,7 +87,7 @@ def score_tokens(
     support_BTC: jax.Array | None = None,
     chunk_tokens: int | None = None,
 ) -> TokenScores:
-    """What `token_logprobs` gives, with more about the same distribution; no gradient flows."""
+    """The results of `token_logprobs` with further scores of the same distribution; without gradients."""
     shape, support_SBTC = _prepare(hidden_BTM, vocab, softcap, temperature, support_BTC, chunk_tokens)
     h_SBTM, w_MV, targets_SBT = jax.lax.stop_gradient((_sharded(hidden_BTM), head_MV, _sharded(targets_BT)))
 
@@ -203,7 +202,7 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 
 def _product_gradients(h: jax.Array, w_MV: jax.Array, dz: jax.Array, dw_SMV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """From the gradient of a chunk's product h w: that of w, added to what earlier chunks gave, and that of h."""
+    """Given the gradient `dz` of a chunk's product h w, adds the gradient of w to `dw_SMV` and returns it with h's."""
     dz = dz.astype(h.dtype)
     dh = jnp.einsum("SBTV,MV->SBTM", dz, w_MV.astype(h.dtype))
     dw_SMV = dw_SMV + jnp.einsum("SBTM,SBTV->SMV", h, dz, preferred_element_type=_wide(h))
@@ -215,12 +214,12 @@ def _no_gradient(h_SBTM: jax.Array, w_MV: jax.Array) -> jax.Array:
 
 
 def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-    """Logits in float32 after softcap and temperature, and their slope with respect to the product h w."""
+    """Logits in float32 after softcap and temperature, and their derivative with respect to the product h w."""
     z = jnp.einsum("SBTM,MV->SBTV", h, w_MV.astype(h.dtype), preferred_element_type=_wide(h))
     slope: jax.Array | float = 1.0
     if shape.softcap is not None:
-        bent = jnp.tanh(z / shape.softcap)
-        z, slope = shape.softcap * bent, 1 - jnp.square(bent)
+        tanh = jnp.tanh(z / shape.softcap)
+        z, slope = shape.softcap * tanh, 1 - jnp.square(tanh)
     if shape.temperature != 1:
         z, slope = z / shape.temperature, slope / shape.temperature
     if w_MV.shape[1] != shape.vocab:
@@ -231,7 +230,7 @@ def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, ja
 def _support_logits(
     shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, support: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | float]:
-    """`_logits` with -inf outside the support, to which the target always belongs."""
+    """`_logits` with -inf outside the support; the target always belongs to the support."""
     z, slope = _logits(shape, h, w_MV)
     if support is None:
         return z, slope
@@ -250,7 +249,7 @@ def _pick(z: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _chunks(hidden_BTM: jax.Array, chunk_tokens: int | None) -> int:
-    """In how many chunks the tokens of each row are cut, so that a device has at most `chunk_tokens` in one."""
+    """The number of chunks per row, such that a chunk has at most `chunk_tokens` tokens per device if possible."""
     B, T, _ = hidden_BTM.shape
     shards = sharding.batch_shards()
     if B % shards:
@@ -272,7 +271,7 @@ def _chunked(shape: _Shape, x: jax.Array) -> jax.Array:
 
 
 def _whole(x: jax.Array) -> jax.Array:
-    """What `_chunked` cut, put together."""
+    """Inverse of `_chunked`."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 

@@ -1,4 +1,4 @@
-"""What an objective is: a configuration that is called with a model, parameters and a batch, and says its columns."""
+"""The interface of objectives: configurations that map a model, parameters and a batch to a loss."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxchat.model.part import Weighted
 from jaxchat.model.transformer import Forward, Model, Params, Transformer
 
-Column = tuple[tuple[int, ...], Any]  # Shape beyond (micro-batches, rows), and type.
+Column = tuple[tuple[int, ...], Any]  # Shape after the axes (micro-batches, rows), and type.
 Batch = Mapping[str, jax.Array]
 
 
 class Sum(NamedTuple):
     """A weighted total and its weight; the training step divides once, at the end.
 
-    `statistics` are further totals with weights of their own, which are only logged.
+    `statistics` are further pairs of a total and a weight, which are only logged.
     """
 
     total: jax.Array
@@ -25,7 +25,7 @@ class Sum(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss. `ragged` says that a batch may end with empty micro-batches: its entry `count` is how many are not."""
+    """A loss. If `ragged`, a batch may end with empty micro-batches; its entry `count` is the number of others."""
 
     @property
     def ragged(self) -> bool: ...
@@ -44,7 +44,7 @@ def row_columns(length: int) -> dict[str, Column]:
 
 
 def with_losses(own: Sum, forward: Forward) -> Sum:
-    """An objective's sum with the losses that the model's parts return, each as a mean; they are logged by name."""
+    """Adds the mean of each loss that the model's parts return to an objective's sum, and all to its statistics."""
     total = own.total
     for value, weight in forward.losses.values():
         total = total + own.weight * value / jnp.maximum(weight, 1e-9)

@@ -1,4 +1,4 @@
-"""Policy gradients: one surrogate loss over tokens, whose settings are the published objectives."""
+"""Policy gradients: one surrogate loss over tokens, whose settings reproduce the published objectives."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from jaxchat.objectives.advantages import Aggregate, Baseline
 from jaxchat.objectives.logprobs import token_logprobs
 from jaxchat.objectives.objective import Batch, Column, Sum, row_columns, with_losses
 
-LARGEST_LOG_RATIO = 20.0  # exp of more could overflow; verl bounds it alike.
+LARGEST_LOG_RATIO = 20.0  # The exponential of larger values could overflow; verl uses the same bound.
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy gradient objective: how rewards become advantages, and how a token's loss follows from its advantage A.
+    """Settings of a policy gradient: how to turn rewards into advantages, and an advantage A into a token's loss.
 
     Attributes:
-        advantage: what is taken from a reward, see `advantages.group_advantages`.
-        ratio: what weighs A. "none": the loss is -A log p. The others are importance ratios of the policy to the one
-            that sampled: "token" p / old, "sequence" its geometric mean over the trained tokens of the sequence (GSPO),
+        advantage: the baseline subtracted from rewards, see `advantages.group_advantages`.
+        ratio: the factor of A. "none": the loss is -A log p. The others are importance ratios of the policy to the
+            sampling policy: "token" p / old, "sequence" its geometric mean over the sequence's trained tokens (GSPO),
             "sequence_sum" the ratio of whole sequences (RLOO).
         clip_low, clip_high: the ratio r is clipped to 1 - clip_low .. 1 + clip_high, and the loss is
             -min(r A, clip(r) A) (PPO, arXiv 1707.06347); None for no bound.
-        dual_clip: where A < 0, r A is at least dual_clip * A (arXiv 1912.09729); None for no bound.
-        aggregate: how tokens are averaged, see `advantages.token_weights`.
-        drop_equal_groups: prompts whose rewards are all equal are replaced by others (DAPO's dynamic sampling).
+        dual_clip: lower bound dual_clip * A of r A where A < 0 (arXiv 1912.09729); None for no bound.
+        aggregate: how token losses are averaged, see `advantages.token_weights`.
+        drop_equal_groups: replace prompts whose rewards are all equal by others (DAPO's dynamic sampling).
     """
 
     advantage: Baseline = "mean"
@@ -43,13 +43,13 @@ class Policy:
         bounds = {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.dual_clip}
         for name, bound in bounds.items():
             if bound is not None and self.ratio == "none":
-                raise ValueError(f"{name}={bound} clips a ratio, and ratio=none has none: set {name} to None")
+                raise ValueError(f"{name}={bound} has no effect with ratio=none: set {name} to None")
             if bound is not None and not bound > 0:
                 raise ValueError(f"{name}={bound} must be positive")
         if self.dual_clip is not None and self.dual_clip <= 1 + (self.clip_high or 0):
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1 + clip_high={self.clip_high}")
         if self.ratio == "sequence_sum" and self.aggregate != "sequence_mean":
-            raise ValueError(f"ratio=sequence_sum weighs sequences alike: aggregate={self.aggregate} cannot be")
+            raise ValueError(f"ratio=sequence_sum requires aggregate=sequence_mean, not {self.aggregate}")
 
 
 OBJECTIVES: Mapping[str, Policy] = {
@@ -68,10 +68,10 @@ OBJECTIVES: Mapping[str, Policy] = {
 class PolicyGradient:
     """The surrogate loss of `policy` on batches of sampled sequences.
 
-    `temperature` is that of the sampler, `truncated` whether it sampled from a part of the vocabulary. Columns beside
-    those of every batch are what `surrogate` reads, and, if truncated, support (B, T, ceil(vocab / 8)) uint8: the
-    tokens that each target was sampled from (see `logprobs.token_logprobs`). A sequence is one segment of a row; a row
-    has several only if the model isolates documents.
+    `temperature` is the sampler's; `truncated` tells whether it sampled from a part of the vocabulary. A batch also has
+    the columns that `surrogate` reads and, if truncated, support (B, T, ceil(vocab / 8)) uint8: the tokens from which
+    each target was sampled (see `logprobs.token_logprobs`). A sequence is one segment of a row; rows with several
+    require a model that isolates documents.
     """
 
     policy: Policy
@@ -100,17 +100,17 @@ class PolicyGradient:
 
 
 def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:
-    """Sum over trained tokens of weight * loss, and of their shares of the divisor (see `advantages.token_weights`).
+    """Sums over trained tokens: weight * loss, and the share of the divisor (see `advantages.token_weights`).
 
-    Columns, all (B, T): weights and norms, 0 where a target is not trained; advantages; old_logprobs, in nats, of the
-    targets under the parameters that sampled them (rollouts give those that the trainer computed itself, not the
-    sampler's, so that the first ratio is 1); segments, from 0 to T in a row. What stands where weights are 0 does not
-    matter.
-    Statistics are means over trained tokens: the ratio (of tokens where the objective has none); the share that the
-    clip binds; and r - 1 - log r >= 0, which estimates KL(old || policy) in nats (Schulman's k3).
+    Columns, all (B, T): weights and norms (shares of the divisor), 0 where a target is not trained; advantages;
+    old_logprobs, the targets' log-probabilities in nats under the parameters that sampled them, as computed by the
+    trainer and not by the sampler, so that the first ratio is 1; segments, from 0 to T in a row. Values where weights
+    are 0 are ignored.
+    Statistics are means over trained tokens: the ratio (the token's for ratio="none"); the fraction of clipped tokens;
+    and r - 1 - log r >= 0, which estimates KL(old || policy) in nats (Schulman's k3).
     """
     trained_BT = batch["weights"] > 0
-    # Where nothing is trained anything may stand, and 0 * NaN is NaN.
+    # Untrained targets may hold any value, and 0 * NaN is NaN.
     logprobs_BT = jnp.where(trained_BT, logprobs_BT, 0)
     gap_BT = logprobs_BT - jnp.where(trained_BT, batch["old_logprobs"], 0)
     advantages_BT = jnp.where(trained_BT, batch["advantages"], 0)
@@ -144,13 +144,13 @@ def _of_tokens(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array)
 
 
 def _of_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
-    """log of GSPO's ratio in its token form: the sequence's value, a token's gradient (arXiv 2507.18071, 4.3)."""
+    """Log of GSPO's ratio in its token form: the sequence's value with the token's gradient (arXiv 2507.18071, 4.3)."""
     total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
     return total_BT / jnp.maximum(length_BT, 1) + gap_BT - jax.lax.stop_gradient(gap_BT)
 
 
 def _of_whole_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
-    """log of the ratio of whole sequences; the mean over its tokens has the value and gradient of the sequence's."""
+    """Log of the ratio of whole sequences; its mean over tokens has the value and gradient of the sequence's ratio."""
     total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
     return total_BT + length_BT * (gap_BT - jax.lax.stop_gradient(gap_BT))
 
@@ -164,7 +164,7 @@ RATIOS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
 
 
 def _by_sequence(x_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """For every token the sum over the tokens of its segment, (B, T) float; no gradient flows."""
+    """For every token the sum over its segment, at least float32 (B, T); without gradient."""
 
     def of_row(x_T: jax.Array, segments_T: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(x_T, segments_T, num_segments=len(x_T) + 1)[segments_T]
