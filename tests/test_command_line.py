@@ -307,7 +307,10 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
         ("top_p=0.0 must be above 0", ["--checkpoint={stage}", "--top_p=0"]),
         ("top_k=-1 must be 0", ["--checkpoint={stage}", "--top_k=-1"]),
         ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
-        ("tokens, but the context has 16: shorten it", ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9]),
+        (
+            "tokens, but the context has 16: shorten it",
+            ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9],
+        ),
         ("--prompt is empty: give it words", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),
         ("--checkpoint is missing", []),
     ],

@@ -13,7 +13,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 
-HELP = "/clear starts anew, /save FILE appends the conversation to a file, /help shows this, an empty line or Ctrl-D quits"
+HELP = "/clear starts anew, /save FILE appends the conversation to FILE, /help shows this, an empty line or Ctrl-D ends"
 
 
 class Dialogue:
