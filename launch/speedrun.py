@@ -25,12 +25,12 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             rest.append(word)
     try:
         with signals.raised() as stopped:
-            road = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
+            stages = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
             from jaxchat import compilation, processes, speedrun
 
             with processes.joined():
-                compilation.prepare_backend(road[0])
-                return processes.from_first(speedrun.run(road, stopped, launcher.log, dollars_per_hour=price))
+                compilation.prepare_backend(stages[0])
+                return processes.from_first(speedrun.run(stages, stopped, launcher.log, dollars_per_hour=price))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

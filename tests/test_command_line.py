@@ -311,7 +311,7 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
             "tokens, but the context has 16: shorten it",
             ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9],
         ),
-        ("--prompt is empty: give it words", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),
+        ("--prompt is empty: give it a text", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),
         ("--checkpoint is missing", []),
     ],
 )
