@@ -1,7 +1,7 @@
 """Runs every stage: python -m launch.speedrun --config=configs/tiny.py [--field=value ...] [--sft:field=value ...]
 
-Text to base model, conversations to chat model, rewards to a better one, and runs/NAME/report.md. --field=value goes to
-every stage, --sft:field=value to one. Started again it goes on where it stopped; a stage that is finished stays so.
+Runs pretraining, SFT and RL, and writes runs/NAME/report.md. --field=value applies to every stage, --sft:field=value to
+one. Run the same command again to resume; finished stages are skipped.
 """
 
 import sys
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             try:
                 price = float(word.partition("=")[2])
             except ValueError:
-                raise UserError(f"{word} is not a number of dollars: --dollars_per_hour=2.5") from None
+                raise UserError(f"{word} is not a number: give dollars, such as --dollars_per_hour=2.5") from None
         else:
             rest.append(word)
     try:

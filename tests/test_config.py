@@ -238,7 +238,7 @@ def test_a_bucket_is_no_directory(field):
 
 
 def test_an_unknown_stage_lists_those_there_are():
-    with pytest.raises(UserError, match="there is no stage 'dessert': choose pretrain"):
+    with pytest.raises(UserError, match="unknown stage 'dessert'; expected one of: pretrain"):
         command_line.load(["--config=configs/tiny.py:dessert"])
 
 
