@@ -3,9 +3,8 @@
 nanochat's July 2026 family at depth 20: width 1,280, 10 heads of 128, three layers of four with a window of 512, value
 embeddings on every other layer, vocabulary 32,768, rows of 2,048 tokens; 896,533,746 parameters. 3,320 steps of
 1,048,576 tokens (8 tokens per scaling parameter) = 3.48 billion tokens, 1.0e19 FLOPs. At 45 percent of the H100's 989
-TFLOP/s that is 6.3 hours on one H100 or 47 minutes on eight (calculated, not measured). The score was not measured
-here; nanochat's own run of this recipe reached 0.755 bits per byte and CORE 0.236 in about 5.2 hours on one H100, in
-fp8.
+TFLOP/s that is 6.3 hours on one H100 or 47 minutes on eight (calculated, not measured). The score was not measured;
+nanochat's own run of this recipe reached 0.755 bits per byte and CORE 0.236 in about 5.2 hours on one H100, in fp8.
 
     python -m launch.train --config=configs/d20.py
 

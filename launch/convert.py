@@ -4,9 +4,8 @@
     python -m launch.convert --checkpoint=runs/tiny/sft --to=stablehlo --out=programs
     python -m launch.convert --checkpoint=exported --from=huggingface --out=runs/imported/sft
 
-Hugging Face transformers supports the family october2025 only. Models of the other families can be scored by
-launch.harness and exported as StableHLO. An imported model is trained on with launch.train
---start_from=runs/imported/sft.
+Hugging Face transformers supports the family october2025 only; other families can be scored by launch.harness and
+exported as StableHLO. To train an imported model: launch.train --start_from=runs/imported/sft.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """Makes a configuration's tokenizer and rows: python -m launch.prepare --config=configs/tiny.py [--field=value ...]
 
-Training does this automatically. Use this command to do it on a machine with many cores, or to see the packing
-statistics.
+Training does this automatically; this command is for a machine with many cores, or to see the packing statistics.
 """
 
 from jaxchat import command_line, launcher

@@ -1,7 +1,6 @@
 """The engine's programs under `jax.jit`, compiled once per model and shape.
 
-The transformer is a static argument, so a second engine of the same model compiles nothing. Caches that a program
-updates are donated.
+The transformer is a static argument, so a second engine of the same model compiles nothing. Updated caches are donated.
 """
 
 import jax

@@ -90,9 +90,8 @@ def admit(
     top: bool,
     return_support: bool = False,
 ) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
-    """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each.
-
-    An index in `slot_N` that is out of range marks padding. `history` and `prompts` are needed for penalties only.
+    """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each. A slot out of range marks
+    padding. `history` and `prompts` are for penalties only.
     """
     logits_NV = logits_RV[take_N]
     position_N = source.length_B[take_N] - 1

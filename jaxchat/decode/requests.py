@@ -61,8 +61,7 @@ class Completion:
             "cancelled", or "error".
         seconds: from submission to the end.
         first_token_seconds: from submission to the first token.
-        top_logprobs: for each token, the most likely tokens and their log-probabilities, if requested; () for tool
-            output.
+        top_logprobs: if requested, the most likely tokens and their log-probabilities; () for a token of tool output.
         error: why the request or a tool failed.
         support: the tokens that each token was sampled from, (tokens, ceil(V / 8)) uint8, one bit per token, lowest bit
             first; all bits are set for tool output. None if not requested, or if nothing was truncated.

@@ -221,9 +221,7 @@ class Slots:
         self._append_all(steps)
 
     def _speculates(self) -> bool:
-        """Whether to speculate: no tool output is queued and, without a draft model, a lookup can find a guess and
-        recent guesses were accepted often enough.
-        """
+        """Whether to speculate: no tool output is queued and, without a draft model, lookups are likely to succeed."""
         if self._speculation is None or any(sample.forced for sample in self.active):
             return False
         if self._draft is not None:

@@ -78,9 +78,7 @@ def repeats(text: np.ndarray, ngram: int) -> bool:
 
 
 class Round(NamedTuple):
-    """State carried from call to call: last token, its position, whether the row is paused, caches, tokens by
-    position.
-    """
+    """State between calls: last token, its position, whether the row is paused, caches, tokens by position."""
 
     token_B: jax.Array
     position_B: jax.Array

@@ -19,8 +19,7 @@ class Answer:
     """A prompt with one sampled answer, as arrays (T,) over all positions that have a next token.
 
     Attributes:
-        trained_T: loss mask: true where the target was sampled, including the stop token; false for prompt and tool
-            output.
+        trained_T: loss mask: true where the target was sampled, stop token included; not for prompt and tool output.
         sampled_logprobs_T: log-probabilities under the sampling distribution, in nats.
         support_TC: tokens that the target was sampled from, one bit per token; None without truncation.
         logprobs_T: log-probabilities by the trainer under the parameters that sampled; the base of policy ratios.

@@ -133,7 +133,7 @@ class RolloutStream:
             self._warn(
                 ("alike",),
                 f"warning: rollout batch {number}: for each of the {drawn} problems drawn all answers have the same "
-                "reward, so all advantages are 0; metrics.jsonl counts such problems as equal_groups",
+                "reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups",
             )
 
     def _warn(self, key: tuple[str, ...], text: str) -> None:
@@ -194,7 +194,7 @@ class RolloutStream:
         return Group(prompt, answers, rewards_G, parts)
 
     def _reward_of(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
-        """One reward of an answer; NaN with a warning if it fails or is not finite: the answer is not trained on."""
+        """One reward of an answer; NaN with a warning if it fails or is not finite."""
         try:
             if answer.error:
                 raise ValueError(answer.error)

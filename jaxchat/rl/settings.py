@@ -30,8 +30,7 @@ class RL(Truncation):
         rewards: rewards of an answer, which are added: correct, lenient, ending, brevity.
         reward_weights: weight of each reward.
         kl: weight of KL(policy || start) in the reward; 0 only measures it, None does not compute it.
-        overlong_cushion: number of tokens before `max_tokens` over which a penalty falls from 0 to -1
-            (arXiv:2503.14476, eq. 13).
+        overlong_cushion: tokens before `max_tokens` over which a penalty falls to -1 (arXiv:2503.14476, eq. 13).
         dynamic_rounds: maximum number of times that more problems are drawn to replace those whose answers all have
             the same reward (arXiv:2503.14476, section 3.2); 0 keeps such problems, None is 4 for dapo, otherwise 0.
         slots: number of answers decoded at the same time.

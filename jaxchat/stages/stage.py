@@ -32,9 +32,7 @@ class Stage(Protocol):
 
     @property
     def numbers(self) -> Callable[[int, dict[str, float]], Record] | None:
-        """Function from a step and its metrics to further numbers of its record; None if every step has
-        `batch_tokens` tokens.
-        """
+        """Computes further numbers of a step's record from its metrics; None if all steps have as many tokens."""
 
     def score(self, state: State, *, last: bool) -> Record:
         """Evaluates the state and returns scores by name; `last` evaluates all held-out rows."""
