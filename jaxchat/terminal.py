@@ -58,7 +58,7 @@ def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
 
 
 def _check(options: Any) -> None:
-    """Raises `UserError` for options that cannot be combined, so that none is silently ignored."""
+    """Raises `UserError` for options that are invalid or cannot be combined."""
     if options.num_samples < 1 or options.beams < 0:
         raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
     given_by_name = {
