@@ -1,7 +1,7 @@
-"""d4: the smallest real model, for two CPU cores and real text.
+"""d4: the smallest model for real text; it trains on two CPU cores.
 
 The November 2026 family at depth 4: width 256, 4 heads of 64, full windows, vocabulary 8,192, rows of 512 tokens;
-11.5 million parameters, 600 steps of 16,384 tokens. Needs text, for instance
+11.5 million parameters, 600 steps of 16,384 tokens. To train on local text:
 
     python -m launch.train --config=configs/d4.py \\
         --data.train BOOKS/train-*.jsonl.gz --data.val BOOKS/val.jsonl.gz

@@ -1,9 +1,9 @@
-"""The one dial: depth gives width, heads, batch, horizon, learning rates and weight decay.
+"""Derives width, heads, batch, horizon, learning rates and weight decay from depth.
 
-Formulas are nanochat's (July 2026): horizon = 12 tokens a scaling parameter (matrices and head); batch after Power
-Lines (arXiv:2505.13738); learning rates with the square root of the batch; weight decay so that batch / (rate * decay *
-horizon) stays constant (arXiv:2405.13698). The reference of all three is depth 12. Below depth 12, learning rates and
-weight decay are those of `_november2026_optimizer`.
+Formulas are nanochat's (July 2026): horizon = 12 tokens per scaling parameter (matrices and head); batch after Power
+Lines (arXiv:2505.13738); learning rates grow with the square root of the batch; weight decay keeps batch / (rate *
+decay * horizon) constant (arXiv:2405.13698). The last three are relative to depth 12. Below depth 12, learning rates
+and weight decay are those of `_november2026_optimizer`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from jaxchat.rl.settings import RL
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.28
-SMALL_BATCH = 2**18  # Tokens per step below which nanochat's rule for the rates was not fitted.
+SMALL_BATCH = 2**18  # Tokens per step; nanochat's rule for the rates was not fitted below.
 BATCH_EXPONENT = 0.1
 STEPS_EXPONENT = 0.7
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
@@ -48,17 +48,16 @@ QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. Ho
 
 @dataclass(frozen=True)
 class Dial:
-    """The few numbers that are read first; 0 derives the number from depth.
+    """The numbers from which an experiment is derived. `steps` and `batch_tokens` are derived from depth if 0.
 
     Attributes:
-        family: a row of FAMILIES. "july2026" is nanochat's newest architecture and optimizer, "october2025" its
-            original, which transformers knows as NanoChatForCausalLM. "november2026" is ours for small models: the
-            architecture of July with rates that fit small batches. "auto" is november2026 below depth 12, and july2026
-            from there on.
-        ratio: training tokens a scaling parameter.
-        matmul: number format of the layers' large products while pretraining and SFT learn, "dtype" for none of its
-            own; RL computes in `dtype`, as its samples are.
-        windows: "SSSL" gives three layers of four a window of a quarter row, "L" none.
+        family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
+            original, which transformers has as NanoChatForCausalLM; "november2026" the architecture of July with
+            learning rates for small models and batches. "auto" is november2026 below depth 12, otherwise july2026.
+        ratio: training tokens per scaling parameter.
+        matmul: number format of the layers' large products in pretraining and SFT; "dtype" is the experiment's
+            `dtype`, which RL always uses.
+        windows: "SSSL" gives three layers of four a window of a quarter row; "L" gives none a window.
     """
 
     depth: int
@@ -85,12 +84,12 @@ class Dial:
 
 
 def width(dial: Dial) -> int:
-    """64 a layer, rounded up to whole heads."""
+    """64 per layer, rounded up to a multiple of `head_dim`."""
     return math.ceil(64 * dial.depth / dial.head_dim) * dial.head_dim
 
 
 def family(dial: Dial) -> "Family":
-    """The architecture and optimizer that the dial names."""
+    """The family that the dial names or, for "auto", the family for its depth."""
     small = "november2026" if dial.depth < REFERENCE_DEPTH else "july2026"
     return FAMILIES[small if dial.family == "auto" else dial.family]
 
@@ -101,13 +100,13 @@ def model(dial: Dial) -> Model:
 
 
 def scaling_parameters(dial: Dial) -> int:
-    """Matrices of the layers and the head: what the horizon is measured in."""
+    """Number of parameters in the matrices of the layers and the head, in which the horizon is measured."""
     counts = parameter_counts(model(dial))
     return counts["matrices"] + counts["head"]
 
 
 def batch_tokens(dial: Dial) -> int:
-    """2^19 tokens at depth 12, growing with the horizon to the power 0.383, rounded to a power of two."""
+    """2^19 tokens at depth 12, proportional to the horizon to the power 0.383, rounded to a power of two."""
     if dial.batch_tokens:
         return dial.batch_tokens
     growth = scaling_parameters(dial) / scaling_parameters(_reference(dial))
@@ -119,14 +118,14 @@ def steps(dial: Dial) -> int:
 
 
 def optimizer(dial: Dial) -> Optimizer:
-    """Groups, learning rates and schedule of a depth and batch."""
+    """Parameter groups, learning rates and schedule for a depth and batch."""
     return family(dial).optimizer(dial)
 
 
 def pretrain(
     dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
-    """The pretraining experiment of a dial; `fields` are further fields of Experiment."""
+    """The pretraining experiment of a dial; `fields` sets further fields of Experiment."""
     data = Data(train=train, val=val, vocab=dial.vocab, row_length=dial.row_length)
     experiment = Experiment(
         model=model(dial),
@@ -167,7 +166,7 @@ def sft(
 
 
 def rl(base: Experiment, settings: RL, *, scale: float, **fields: object) -> Experiment:
-    """Reinforcement learning after fine-tuning: the optimizer with another `scale`, down to 0."""
+    """RL after fine-tuning: the optimizer of pretraining with another `scale`, no weight decay, and decay to 0."""
     return dataclasses.replace(
         base,
         stage="rl",
@@ -180,7 +179,7 @@ def rl(base: Experiment, settings: RL, *, scale: float, **fields: object) -> Exp
 
 
 def gentle(base: Optimizer, scale: float, *, warmdown_fraction: float) -> Optimizer:
-    """An optimizer for a model that knows something already: lower rates, down to nothing, and no weight decay."""
+    """The optimizer for stages after pretraining: rates times `scale`, no warm-up, decay to 0, no weight decay."""
     groups = {
         field.name: dataclasses.replace(getattr(base, field.name), weight_decay=0.0)
         for field in dataclasses.fields(base)
@@ -200,7 +199,7 @@ def gentle(base: Optimizer, scale: float, *, warmdown_fraction: float) -> Optimi
 def road(
     stage: str, dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
-    """The stages of a model for accelerators: text, then nanochat's conversations, then RL on GSM8K."""
+    """One stage of the full pipeline: pretraining on text, SFT on nanochat's conversations, RL on GSM8K."""
     base = pretrain(dial, name=name, train=train, val=val, **fields)
     return chosen(
         stage,
@@ -226,7 +225,7 @@ def road(
 
 
 def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> dict[str, Dial]:
-    """The dial of every later stage: conversations once, and as many rollout batches as nanochat takes."""
+    """The dials of the later stages: SFT takes one pass over the conversations, RL as many steps as nanochat's."""
     return {
         "sft": dataclasses.replace(dial, steps=0, batch_tokens=sft_batch_tokens),
         "rl": dataclasses.replace(dial, steps=rl_steps, batch_tokens=sft_batch_tokens),
@@ -234,7 +233,7 @@ def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> 
 
 
 def imported(model: Model, length: int, stage: str) -> Experiment:
-    """The experiment beside parameters that were trained elsewhere, on texts of up to `length` tokens."""
+    """The experiment of imported parameters, whose context has `length` tokens."""
     dial = Dial(
         depth=model.depth,
         family="october2025",
@@ -249,9 +248,9 @@ def imported(model: Model, length: int, stage: str) -> Experiment:
 
 
 def chosen(stage: str, **stages: Callable[[], Experiment]) -> Experiment:
-    """The experiment of a stage; raises ValueError for one that does not exist."""
+    """Builds the experiment of a stage; raises `ValueError` for an unknown stage."""
     if stage not in stages:
-        raise ValueError(f"there is no stage {stage!r}: choose {', '.join(stages)}")
+        raise ValueError(f"unknown stage {stage!r}; expected one of: {', '.join(stages)}")
     return stages[stage]()
 
 
@@ -260,17 +259,17 @@ def _reference(dial: Dial) -> Dial:
 
 
 def _by_width(dial: Dial) -> float:
-    """Rates of tables and head fall with the square root of the width."""
+    """Factor of the learning rates of embedding tables and head: (width / 768)^-0.5."""
     return (width(dial) / 768) ** -0.5
 
 
 def _november2026_optimizer(dial: Dial) -> Optimizer:
-    """The rates of depth 12, but for x0_scale and scalars, a tenth of July's: with more, a small model's loss jumps.
+    """July's rates at its reference batch, times sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7.
 
-    All are multiplied by sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7, fitted on the runs of docs/small_models.md.
-    Below 2^18 tokens, where nanochat's sqrt(batch / 2^19) was not fitted, rates hardly depend on the batch and fall
-    with the length of the run. Both agree at 2^18 tokens and 2,520 steps. The optimizer takes the power of the steps
-    itself, so that a run may be given more of them; the stages after pretraining have a `scale` of their own instead.
+    The law is fitted on the runs of docs/small_models.md and replaces nanochat's sqrt(batch / 2^19) below 2^18 tokens
+    per step; the two agree at 2^18 tokens and 2,520 steps. x0_scale and scalars have a tenth of July's rates, because
+    the loss of small models jumps with more. The optimizer applies the factor of the steps itself, so that a run can be
+    extended. Later stages set `scale` instead.
     """
     batch = batch_tokens(dial)
     if batch >= SMALL_BATCH:
@@ -287,7 +286,7 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
 
 
 def _july2026_optimizer(dial: Dial) -> Optimizer:
-    """Learning rates grow with sqrt(batch); those of tables and head fall with sqrt(width)."""
+    """nanochat's rates: proportional to sqrt(batch); those of tables and head also to 1 / sqrt(width)."""
     by_batch, by_width = math.sqrt(batch_tokens(dial) / REFERENCE_BATCH), _by_width(dial)
     decay = REFERENCE_DECAY * by_batch * scaling_parameters(_reference(dial)) / scaling_parameters(dial)
     return Optimizer(
@@ -368,20 +367,20 @@ def _october2025(dial: Dial) -> Model:
 
 
 def _loop(dial: Dial) -> Literal["scan", "unroll"]:
-    """Deep models scan their layers, which compiles in a fraction of the time."""
+    """Deep models scan over the layers, which compiles much faster."""
     return "scan" if dial.depth >= 12 else "unroll"
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a depth becomes an architecture and an optimizer."""
+    """Functions from a dial to an architecture and an optimizer."""
 
     model: Callable[[Dial], Model]
     optimizer: Callable[[Dial], Optimizer]
     sft_scale: float = 0.8
-    """`optimizer.scale` of fine-tuning; nanochat's unless said otherwise."""
+    """`optimizer.scale` of SFT; the default is nanochat's."""
     rl_scale: float = 0.05
-    """`optimizer.scale` of RL; nanochat's unless said otherwise."""
+    """`optimizer.scale` of RL; the default is nanochat's."""
 
 
 FAMILIES = {

@@ -1,9 +1,9 @@
-"""tiny: a whole chat model in minutes on two CPU cores, from an embedded world, with no download.
+"""tiny: a complete chat model in minutes on two CPU cores, from built-in text, with no download.
 
 The November 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 2,048, rows of 256 tokens; 2.9 million
-parameters, 450 steps of 2,048 tokens. The corpus is the small village of Pebble Bay (jaxchat/data/tinyworld): stories,
-facts, small sums, spelling. SFT learns to talk about it and to answer sums, some in the head and some with a
-calculator, beside some of the old text; RL finds out which of the two is right with numbers that were never seen.
+parameters, 450 steps of 2,048 tokens. The corpus is about the village of Pebble Bay (jaxchat/data/tinyworld): stories,
+facts, small sums, spelling. SFT trains on conversations about it and on sums, some answered directly and some with a
+calculator, mixed with some pretraining text. RL trains on sums with new numbers, directly or with the calculator.
 
     python -m launch.train --config=configs/tiny.py
     python -m launch.train --config=configs/tiny.py:sft

@@ -1,4 +1,4 @@
-"""Variants of an experiment, trained with the same seeds on the same rows, and the table of their differences."""
+"""Compares variants of an experiment: trains them with the same seeds on the same rows and tabulates differences."""
 
 import contextlib
 import dataclasses
@@ -24,19 +24,19 @@ from jaxchat.stages.stage import inherited
 from jaxchat.train import Diverged
 
 RESULTS = "compare.json"
-TIMED_STEPS = 48  # Of the trial that measures a variant's speed.
+TIMED_STEPS = 48  # Steps of the trial that measures a variant's speed.
 LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss", "bpb", "compile_seconds", "peak_memory_bytes", "unstable_steps")
-HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Endings.
-OWN = ("name", "directory", "seed")  # What the comparison decides for every run.
+HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Suffixes.
+OWN = ("name", "directory", "seed")  # Fields that the comparison sets for every run.
 Load = Callable[[Sequence[str]], Experiment]
 Log = Callable[[str], None]
 
 
 class Row(NamedTuple):
-    """A variant's line of the table: the measure of each seed, and its difference to the first variant.
+    """A variant's row of the table: its measure for each seed, and the paired difference to the first variant.
 
-    `values` has None where a run diverged; `difference` and `interval` are None for the first variant, and where
-    there are too few pairs.
+    `values` has None for runs that diverged. `difference` is None for the first variant and without pairs of finite
+    values; `interval` (95 percent) also with fewer than two pairs.
     """
 
     name: str
@@ -48,22 +48,22 @@ class Row(NamedTuple):
 
 
 def read_variants(given: Sequence[str], load: Load) -> dict[str, list[str]]:
-    """Flags by name, out of "NAME: --field=value ..."; raises `UserError` for what `load` refuses, before any run."""
+    """Parses variants "NAME: --field=value ..." to flags by name; raises `UserError` for flags that `load` refuses."""
     if len(given) < 2:
-        raise UserError('name at least two variants: --variants "base:" "fast: --optimizer.muon.learning_rate=0.04"')
-    load([])  # A mistake outside the variants is none of the first variant's.
+        raise UserError('give at least two variants: --variants "base:" "fast: --optimizer.muon.learning_rate=0.04"')
+    load([])  # So that a mistake outside the variants is not reported as the first variant's.
     variants: dict[str, list[str]] = {}
     for text in given:
         name, colon, flags = text.partition(":")
         if not colon or not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f'variant {text!r} has no name: write "fast: --optimizer.muon.learning_rate=0.04"')
         if name in variants:
-            raise UserError(f"two variants are named {name!r}")
+            raise UserError(f"two variants are named {name!r}: give each its own name")
         try:
             variants[name] = shlex.split(flags)
             for flag in variants[name]:
                 if flag.removeprefix("--").partition("=")[0] in (*OWN, "help") or flag == "-h":
-                    raise UserError(f"{flag} cannot differ between variants")
+                    raise UserError(f"{flag} cannot differ between variants: leave it out")
             load(variants[name])
         except (UserError, ValueError) as error:
             raise UserError(f"variant {name!r}: {error}") from None
@@ -80,13 +80,13 @@ def run(
     stopped: Callable[[], bool],
     log: Log,
 ) -> dict[str, Any]:
-    """Trains every variant with every seed, unless compare.json has its result; writes compare.md and its picture.
+    """Trains every variant with every seed, unless compare.json has the result; writes compare.md and compare.png.
 
     Raises:
-        UserError: what a stage refuses, except a run that diverged: that is a row of the table.
+        UserError: a stage cannot be run, or the measure is unknown. A run that diverges is a row of the table instead.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds={tuple(seeds)} must name at least one seed, and none twice")
+        raise UserError(f"seeds={tuple(seeds)} must have at least one seed, and none twice")
     try:
         for seed in seeds:
             dataclasses.replace(load([]), seed=seed)
@@ -96,23 +96,23 @@ def run(
     place = load([]).run_directory
     log = log if jax.process_index() == 0 else lambda _: None
     trained = functools.partial(_trained, place, stopped, log)
-    with _held(place, log):
+    with _lock(place, log):
         planned = _planned(variants, load, equal, trained)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-        for seed, name in itertools.product(seeds, variants):  # So that an early end leaves whole pairs.
+        for seed, name in itertools.product(seeds, variants):  # Seed by seed, so that an early end leaves whole pairs.
             results[name].append(trained(f"{name}/seed{seed}", dataclasses.replace(planned[name], seed=seed)))
             _value(results[name][-1], measure)
         if jax.process_index():
             return {}
-        values = {name: [_value(result, measure) for result in found] for name, found in results.items()}
-        found = {row.name: row._asdict() | _about(results[row.name]) for row in rows(values, lower=lower)}
-        report = _write(place, found, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", log)
-    by_variant = {name: {key: part for key, part in row.items() if key != "name"} for name, row in found.items()}
+        values = {name: [_value(result, measure) for result in own] for name, own in results.items()}
+        table = {row.name: row._asdict() | _run_facts(results[row.name]) for row in rows(values, lower=lower)}
+        report = _write(place, table, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", log)
+    by_variant = {name: {key: part for key, part in row.items() if key != "name"} for name, row in table.items()}
     return {"measure": measure, "seeds": list(seeds), "variants": by_variant, "report": str(report)}
 
 
 def lower_is_better(measure: str) -> bool:
-    """Whether a smaller value of a measure is the better one; raises `UserError` where that is not known."""
+    """Whether a smaller value of a measure is better; raises `UserError` if that is not known."""
     if measure in LOWER_IS_BETTER:
         return True
     if measure.endswith(HIGHER_IS_BETTER):
@@ -124,26 +124,26 @@ def lower_is_better(measure: str) -> bool:
 
 
 def rows(values: Mapping[str, Sequence[float | None]], *, lower: bool) -> list[Row]:
-    """The table: the first variant, then each other beside it, by the seeds with which both have a finite measure."""
+    """Compares each variant with the first, over the seeds for which both have a value. `values` is by seed."""
     base = next(iter(values.values()))
     table = []
-    for name, found in values.items():
-        finite = [x for x in found if x is not None]
+    for name, own in values.items():
+        finite = [x for x in own if x is not None]
         mean = statistics.fmean(finite) if finite else None
-        pairs = [(x, y) for x, y in zip(base, found) if x is not None and y is not None]
-        diverged = len(found) - len(finite)
+        pairs = [(x, y) for x, y in zip(base, own) if x is not None and y is not None]
+        diverged = len(own) - len(finite)
         if diverged:
-            verdict = f"diverged with {diverged} of {len(found)} seeds"
-        elif found is base:
+            verdict = f"diverged with {diverged} of {len(own)} seeds"
+        elif own is base:
             verdict = "baseline"
         else:
             verdict = ""
         difference = interval = None
-        if found is not base and pairs:
+        if own is not base and pairs:
             difference, interval = paired_means(*zip(*pairs))
             if not verdict:
                 verdict = _verdict(interval, lower=lower)
-        table.append(Row(name, list(found), mean, difference, interval, verdict or "undecided"))
+        table.append(Row(name, list(own), mean, difference, interval, verdict or "undecided"))
     return table
 
 
@@ -159,30 +159,30 @@ def _planned(
     equal: Literal["tokens", "time"],
     trained: Callable[[str, Experiment], dict[str, Any]],
 ) -> dict[str, Experiment]:
-    """The variants' experiments, with the steps that make them equal to the first one."""
+    """The variants' experiments, with steps set so that tokens or time equal those of the first."""
     planned = {name: load(flags) for name, flags in variants.items()}
     speeds = dict.fromkeys(variants, 1.0)
     if equal == "time":
         if any(e.rl is not None or not e.steps for e in planned.values()):
-            raise UserError("--equal=time needs a fixed number of steps of fixed size: give --steps, not in stage rl")
-        for name, e in planned.items():  # A variant that diverges there counts as the first's speed.
+            raise UserError("--equal=time needs a fixed number of steps: give --steps; stage rl is not supported")
+        for name, e in planned.items():  # A variant that diverges in the trial is given the speed of the first.
             trial = dataclasses.replace(e, steps=TIMED_STEPS, eval_every=0, eval_rows=1)
             speeds[name] = trained(f"speed/{name}", trial).get("tokens_per_second") or next(iter(speeds.values()))
     first = next(iter(variants))
     seconds = planned[first].steps * planned[first].batch_tokens / speeds[first]
     for name, e in planned.items():
         steps = max(1, round(seconds * speeds[name] / e.batch_tokens))
-        named = any(flag.partition("=")[0] == "--steps" for flag in variants[name])
-        if e.rl is None and e.steps and steps != e.steps and not named:
+        own_steps = any(flag.partition("=")[0] == "--steps" for flag in variants[name])
+        if e.rl is None and e.steps and steps != e.steps and not own_steps:
             planned[name] = load([*variants[name], f"--steps={steps}"])
     return planned
 
 
 def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Experiment) -> dict[str, Any]:
-    """The result of a run, out of compare.json where it is finished; where it diverged, nothing but the reason.
+    """The result of a run, from compare.json if it is finished; {"diverged": reason} if it diverged.
 
     Raises:
-        UserError: the run's directory holds another experiment.
+        UserError: the run's directory belongs to another experiment.
         Interrupted: a signal came.
     """
     e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=())
@@ -197,7 +197,7 @@ def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Ex
     except Diverged as error:
         results[key] = {"diverged": str(error)}
     finally:
-        jax.clear_caches()  # Dozens of compiled programs would stay otherwise.
+        jax.clear_caches()  # Otherwise the compiled programs of all runs stay in memory.
     if jax.process_index() == 0:
         write_json(place / RESULTS, results)
     if any(processes.gather(stopped())):
@@ -206,20 +206,20 @@ def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Ex
 
 
 @contextlib.contextmanager
-def _held(place: Path, log: Log) -> Iterator[None]:
-    """Holds the comparison's directory; raises `UserError` where another process has it, or compare.json is damaged."""
+def _lock(place: Path, log: Log) -> Iterator[None]:
+    """Locks the comparison's directory; raises `UserError` if it is already locked or compare.json is damaged."""
     if jax.process_index():
         yield
         return
-    refusal = f"another process compares in {place}: wait for its end, or give this comparison its own --name"
+    refusal = f"another process compares in {place}: wait until it ends, or give this comparison its own --name"
     with cache.locked(place, log, refusal=refusal):
         if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
-            raise UserError(f"{place / RESULTS} cannot be read: remove it; runs that are finished are scored again")
+            raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
         yield
 
 
 def _value(result: Mapping[str, Any], measure: str) -> float | None:
-    """The measure of a run, None where it diverged; raises `UserError` where there is no such number."""
+    """The measure of a run, None if it diverged; raises `UserError` if the result has no such number."""
     if "diverged" in result:
         return None
     if not isinstance(result.get(measure), int | float):
@@ -228,8 +228,8 @@ def _value(result: Mapping[str, Any], measure: str) -> float | None:
     return float(result[measure])
 
 
-def _about(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Steps, tokens, speed and unstable steps of a variant, why it diverged if it did, and its checkpoints."""
+def _run_facts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Steps, tokens, median speed and unstable steps of a variant, and why it diverged if it did."""
     speeds = [run["tokens_per_second"] for run in results if run.get("tokens_per_second")]
     finished: Mapping[str, Any] = next((run for run in results if "step" in run), {})
     return {
@@ -243,18 +243,18 @@ def _about(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _write(
     place: Path,
-    found: Mapping[str, Mapping[str, Any]],
+    rows_by_name: Mapping[str, Mapping[str, Any]],
     variants: Mapping[str, list[str]],
     seeds: Sequence[int],
     measure: str,
     log: Log,
 ) -> Path:
-    """Writes compare.md and compare.png; returns the first."""
+    """Writes compare.md and compare.png; returns the path of compare.md."""
     first = next(iter(variants))
     columns = (*(f"seed {seed}" for seed in seeds), "mean", "difference", "95% interval", "verdict")
     columns = ("variant", *columns, "steps", "tokens", "tokens per second", "unstable steps")
     table = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, row in found.items():
+    for name, row in rows_by_name.items():
         cells = ["diverged" if x is None else f"{x:.4f}" for x in row["values"]]
         cells.append("" if row["mean"] is None else f"{row['mean']:.4f}")
         cells.append("" if row["difference"] is None else f"{row['difference']:+.4f}")
@@ -263,7 +263,7 @@ def _write(
         cells += [row["verdict"], *("" if number is None else f"{number:,}" for number in numbers)]
         table.append(f"| {name} | {' | '.join(cells)} |")
     notes = [f"- {name}: `{shlex.join(flags)}`" if flags else f"- {name}: no flags" for name, flags in variants.items()]
-    notes += [f"- {name} diverged: {row['diverged']}" for name, row in found.items() if row["diverged"]]
+    notes += [f"- {name} diverged: {row['diverged']}" for name, row in rows_by_name.items() if row["diverged"]]
     heading = f"{measure}. Differences are to {first}, seed by seed."
     lines = [f"# {place.name}", "", heading, "", *table, "", *notes, ""]
     log("\n".join(lines))

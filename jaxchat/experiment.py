@@ -1,4 +1,4 @@
-"""An experiment: everything that a run needs to know, one field per part, and the checks across parts."""
+"""The configuration of a run: one field per part, and the checks across parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ PROMPTS = ("", "The", "One day")
 
 
 class Stage(NamedTuple):
-    """A kind of run: what it is, the class that runs it (module:name), and whether its model holds conversations."""
+    """A kind of run: description, the class that runs it (module:name), and whether its model is a chat model."""
 
     about: str
     runner: str
@@ -35,7 +35,7 @@ STAGES: Mapping[str, Stage] = {
     "rl": Stage("learns from rewards", "jaxchat.rl.reinforcement:Reinforcement", chats=True),
 }
 
-# What may differ when a run is taken up again; any other difference is another experiment.
+# Fields that may change when a run is resumed; a change of any other field makes another experiment.
 RESUMABLE = (
     "steps",
     "directory",
@@ -64,28 +64,28 @@ class Experiment:
     """One stage of one run. Lengths are in tokens, `*_every` in steps (0: only at the end).
 
     Attributes:
-        depth: the dial that the other sizes were derived from.
-        steps: optimizer steps; 0 takes the rows once (`data.epochs` says how often each part of them).
-        batch_tokens: tokens of one optimizer step, over all devices and hosts; RL takes as many as its samples need.
+        depth: number of layers, from which the configuration derived the other sizes.
+        steps: optimizer steps; 0 takes one pass over the rows (`data.epochs` sets how often each part is in it).
+        batch_tokens: tokens per optimizer step, over all devices and hosts; in RL the number of samples decides.
         stage: a row of STAGES.
-        start_from: whose parameters training starts from: a stage of this run, or a checkpoint such as
-            runs/other/pretrain@500; empty for fresh ones. Model and tokenizer are those of that checkpoint.
-        warm_optimizer: start with that checkpoint's optimizer moments as well.
+        start_from: checkpoint whose parameters training starts from: a stage of this run, or a checkpoint such as
+            runs/other/pretrain@500; empty initializes them. Model and tokenizer are those of that checkpoint.
+        warm_optimizer: also load the optimizer moments of that checkpoint.
         micro_rows: rows of one forward and backward pass, over all devices; "auto" takes the most that fit in memory.
-        dtype: type of activations and matrix products; "auto" is bfloat16 where the accelerator has it.
-        attention: what computes attention in training; "auto" is splash on TPUs and cudnn on GPUs where they can serve
-            the model and give what xla gives, otherwise xla.
-        xla: rows of jaxchat/xla.py's table of compiler settings; each knows which platforms it is for.
-        matmul: Int8() or Float8() for the layers' large products in training, None for `dtype`; whatever reads the
-            parameters afterwards, evaluations too, computes in `dtype`.
+        dtype: dtype of activations and matrix products; "auto" is bfloat16 if the accelerator supports it.
+        attention: attention backend in training; "auto" is splash on TPUs and cudnn on GPUs if they support the model
+            and agree with xla, otherwise xla.
+        xla: names of compiler settings (jaxchat/xla.py); each applies to certain platforms only.
+        matmul: Int8() or Float8() for the layers' large products in training, None for `dtype`; evaluation and
+            decoding always compute in `dtype`.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
-        keep: how many checkpoints are kept.
-        tasks: problems and questions that the model is scored on with every evaluation: arithmetic, gsm8k:DIRECTORY,
-            core:DIRECTORY, my_task.py:Task; any that launch.evaluate knows.
-        eval_problems: how many problems or questions of each task, the same at every evaluation.
-        eval_tokens: longest answer to one of them.
-        eval_samples: answers to each problem, drawn at temperature 1; pass@k is told up to this k.
+        keep: number of checkpoints to keep.
+        tasks: tasks scored at every evaluation: arithmetic, gsm8k:DIRECTORY, core:DIRECTORY, my_task.py:Task, or any
+            other task of launch.evaluate.
+        eval_problems: problems or questions per task, the same at every evaluation.
+        eval_tokens: length limit of an answer to a problem.
+        eval_samples: answers per problem, sampled at temperature 1; pass@k is reported up to this k.
     """
 
     model: Model
@@ -128,10 +128,10 @@ class Experiment:
         if self.stage not in STAGES:
             raise ValueError(f"stage={self.stage!r} must be one of {', '.join(STAGES)}")
         if self.rl is not None and self.matmul is not None:
-            problem = f"matmul={self.matmul} would give RL other log-probabilities than those of its samples"
+            problem = f"matmul={self.matmul} would make log-probabilities in training differ from those of the sampler"
             raise ValueError(f"{problem}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
-            raise ValueError("warm_optimizer needs start_from: there is no optimizer to go on with")
+            raise ValueError("warm_optimizer needs start_from, the checkpoint whose optimizer moments it loads")
         check_local("directory", self.directory)
         check_local("start_from", self.start_from)
         check_local("data.cache", self.data.cache)
@@ -141,30 +141,30 @@ class Experiment:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must lie between 0 and {2**31 - 1}")
         if Path(self.name).parts[:1] in ((), ("cache",)) or self.run_directory == self.cache_directory:
-            raise ValueError(f"name={self.name!r} is where prepared data are cached, or nothing: give another --name")
+            raise ValueError(f"name={self.name!r} is empty or the directory of the data cache: give another --name")
         if self.batch_tokens < length or self.batch_tokens % length:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of data.row_length={length}")
         if self.micro_rows != "auto" and (self.micro_rows < 1 or self.batch_rows % self.micro_rows):
             raise ValueError(f"micro_rows={self.micro_rows} does not divide the batch of {self.batch_rows} rows")
         for name in self.xla:
             if name not in xla.SETTINGS:
-                raise ValueError(f"xla names {name!r}: there are {', '.join(xla.SETTINGS)}")
+                raise ValueError(f"xla: unknown setting {name!r}; expected one of: {', '.join(xla.SETTINGS)}")
         if self.model.vocab != self.data.vocab:
             problem = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
-            raise ValueError(f"{problem}: set --data.vocab, the model follows")
+            raise ValueError(f"{problem}: set --data.vocab only, from which model.vocab is derived")
         if min(self.save_every, self.eval_every, self.eval_rows, self.sample_every) < 0 or self.keep < 1:
             raise ValueError("save_every, eval_every, eval_rows and sample_every must not be negative, keep at least 1")
 
     @property
     def objective(self) -> Objective:
-        """What training minimises."""
+        """The loss that training minimises."""
         if self.rl is None:
             return Likelihood()
         return PolicyGradient(self.rl.policy, self.rl.temperature, self.rl.truncates)
 
     @property
     def batch_rows(self) -> int:
-        """Rows of one optimizer step; in RL at most, one sample a row."""
+        """Rows per optimizer step; in RL the maximum, with one sample per row."""
         return self.batch_tokens // self.data.row_length if self.rl is None else self.rl.update_samples
 
     @property
@@ -177,12 +177,12 @@ class Experiment:
 
     @property
     def chats(self) -> bool:
-        """Whether the model holds conversations; otherwise it continues texts."""
+        """Whether the model is a chat model; otherwise it continues texts."""
         return STAGES[self.stage].chats
 
     @property
     def start(self) -> str:
-        """The checkpoint that `start_from` means."""
+        """Path of the checkpoint that `start_from` names."""
         inside = self.start_from.partition("@")[0] in STAGES
         return str(self.run_directory / self.start_from) if inside else self.start_from
 

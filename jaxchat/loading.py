@@ -1,4 +1,4 @@
-"""Checkpoints of runs as models and engines."""
+"""Loads checkpoints of runs as models and engines."""
 
 import dataclasses
 from pathlib import Path
@@ -25,15 +25,15 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
     def transformer(self) -> Transformer:
-        """The model: in float32 on a CPU and where it was trained in float32, else in bfloat16."""
+        """The model, in float32 on a CPU or if it was trained in float32, otherwise in bfloat16."""
         wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
         return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
 
     def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-        """The parameters, float32, on the first device, or placed on a mesh as decoding wants them.
+        """Loads the parameters in float32, on the first local device or sharded over a mesh for decoding.
 
         Raises:
-            UserError: the mesh does not divide a size of the model.
+            UserError: an axis of the mesh does not divide a dimension of the model.
         """
         transformer = Transformer(self.experiment.model)
         shapes = transformer.shapes()
@@ -50,14 +50,14 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(path: str) -> Loaded:
-    """Finds a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300; reads all but its parameters."""
+    """Loads a checkpoint such as runs/tiny/pretrain (latest step) or runs/tiny/pretrain@300, without parameters."""
     directory, step = checkpoint.locate(path)
     experiment = checkpoint.read_experiment(directory, Experiment)
     tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
     if tokenizer.vocab_size != experiment.model.vocab:
         raise UserError(
-            f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids and the model of "
-            f"{directory} {experiment.model.vocab}: restore the run's own tokenizer"
+            f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids, but the model in "
+            f"{directory} has {experiment.model.vocab}: restore the tokenizer of that run"
         )
     return Loaded(directory, step, experiment, tokenizer)
 
@@ -70,22 +70,23 @@ def load_engine(
     draft: str = "",
     **shape: Any,
 ) -> Engine:
-    """The engine of a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300, on a mesh or the first device.
+    """Creates an engine from a checkpoint such as runs/tiny/pretrain or runs/tiny/pretrain@300.
 
-    `shape` are fields of EngineConfig; the length is the model's row length unless given. `draft` is the checkpoint of
-    a smaller model with the same tokenizer, which guesses tokens for `speculation`.
+    `shape` has fields of EngineConfig; `length` is the row length of training by default. `draft` is the checkpoint of
+    a smaller model with the same tokenizer, which guesses tokens for `speculation`. Without a mesh the engine uses the
+    first local device.
 
     Raises:
-        UserError: a checkpoint cannot be used, or the draft has another tokenizer.
+        UserError: a checkpoint cannot be loaded, or the draft has another tokenizer.
     """
     loaded = load_checkpoint(path)
     whole = EngineConfig(**{"length": loaded.experiment.data.row_length} | shape)
     drafting = None
     if draft:
-        other = load_checkpoint(draft)
-        if other.tokenizer.hash != loaded.tokenizer.hash:
-            raise UserError(f"{draft} has another tokenizer than {path}: train the draft on the tokenizer of that run")
-        drafting, speculation = (other.transformer(), other.params(mesh)), speculation or Speculation()
+        small = load_checkpoint(draft)
+        if small.tokenizer.hash != loaded.tokenizer.hash:
+            raise UserError(f"{draft} has another tokenizer than {path}: train it with the tokenizer of that run")
+        drafting, speculation = (small.transformer(), small.params(mesh)), speculation or Speculation()
         whole = dataclasses.replace(whole, adapt=False)
     params = loaded.params(mesh)
     return Engine(

@@ -1,4 +1,4 @@
-"""The whole road: every stage of a configuration, one after another, and a report of it."""
+"""The full pipeline: runs every stage of a configuration in order and writes a report."""
 
 import contextlib
 import json
@@ -21,68 +21,68 @@ from jaxchat.stages.stage import inherited
 
 PROGRESS = "speedrun.json"
 BASE = "scoring the base model"
-CLOCK_SECONDS = 5.0  # Seconds of a stage that a kill may leave uncounted.
+CLOCK_SECONDS = 5.0  # Interval of writing a stage's time; a kill loses at most so much.
 Log = Callable[[str], None]
 
 
 def run(
-    road: Sequence[Experiment], stopped: Callable[[], bool], log: Log, *, dollars_per_hour: float | None = None
+    pipeline: Sequence[Experiment], stopped: Callable[[], bool], log: Log, *, dollars_per_hour: float | None = None
 ) -> dict[str, Any]:
-    """Runs every stage that is not finished, scores the base model on the last stage's problems, writes report.md.
+    """Runs every unfinished stage, scores the base model on the last stage's tasks, and writes report.md.
 
-    What is finished, and the seconds that each stage took over all its starts, is kept in speedrun.json.
+    speedrun.json keeps the finished stages, and the seconds of each stage summed over restarts.
 
     Raises:
-        UserError: what a stage refuses, a finished one too: its directory may hold another experiment.
+        UserError: a stage cannot be run, or the directory of a finished stage belongs to another experiment.
     """
-    place, went_on = road[0].run_directory, ""
+    place, extended = pipeline[0].run_directory, ""
     log = log if jax.process_index() == 0 else lambda _: None
-    for number, e in enumerate(road, 1):
-        progress = _agreed(place)
+    for number, e in enumerate(pipeline, 1):
+        progress = _shared_progress(place)
         known = progress.get(e.stage, {})
         wanted = e.steps or known.get("result", {}).get("step")
         newest = checkpoint.finished_steps(e.stage_directory)[-1:]
-        if went_on and newest:
-            log(f"warning: {e.stage_directory} started from {went_on} as it was before: remove it to train it again")
+        if extended and newest:
+            log(f"warning: {e.stage_directory} started from an earlier {extended}: remove it to train it again")
         if known.get("finished") and newest == [wanted]:
             checkpoint.check_same(e.stage_directory, inherited(e)[0], RESUMABLE)
-            log(f"== {e.stage} ({number} of {len(road)}) is finished")
+            log(f"== {e.stage} ({number} of {len(pipeline)}) is finished")
             continue
-        log(f"== {e.stage} ({number} of {len(road)})")
+        log(f"== {e.stage} ({number} of {len(pipeline)})")
         with timed(place, e.stage):
             result = stages.run(e, stopped)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
-        if any(processes.gather(stopped())):  # After the last step of a stage, where it had an end to come to.
+        if any(processes.gather(stopped())):  # The signal came after the last step, so the stage finished first.
             raise signals.Interrupted(f"{e.stage} is finished")
-        went_on = e.stage if known.get("finished") else went_on
-    if not _agreed(place)[road[0].stage].get("base"):
+        extended = e.stage if known.get("finished") else extended
+    if not _shared_progress(place)[pipeline[0].stage].get("base"):
         with timed(place, BASE):
-            base = score_base(road[0], road[-1], log)
-        _note(place, road[0].stage, {"base": base})
-    progress = _agreed(place)
+            base = score_base(pipeline[0], pipeline[-1], log)
+        _note(place, pipeline[0].stage, {"base": base})
+    progress = _shared_progress(place)
     if jax.process_index():
         return {}
-    path = report.write(place, [e.stage for e in road], progress, log=log, dollars_per_hour=dollars_per_hour)
+    path = report.write(place, [e.stage for e in pipeline], progress, log=log, dollars_per_hour=dollars_per_hour)
     return {
-        **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in road},
+        **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in pipeline},
         "report": str(path),
     }
 
 
 def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
-    """The base model on the problems of the last stage, asked in the words of its own text."""
+    """Scores the base model on the tasks of the last stage, with plain-text prompts."""
     base = load_checkpoint(str(e.stage_directory))
     score = TaskScores(last, base.transformer(), base.tokenizer, log, style="text")
-    found = score(base.params())
-    log(f"the base model, asked in text: {json_line(found)}")
-    return found
+    scores = score(base.params())
+    log(f"base model, with plain-text prompts: {json_line(scores)}")
+    return scores
 
 
 @contextlib.contextmanager
 def timed(place: Path, part: str) -> Iterator[None]:
-    """Adds the seconds of a block to those of a part in speedrun.json, as they pass, so that a kill loses few.
+    """Adds the duration of a block to the seconds of a part in speedrun.json, every `CLOCK_SECONDS`.
 
-    Writes nothing before the run directory is there.
+    Writes nothing before the run directory exists.
     """
     before, start, done = _read(place).get(part, {}).get("seconds", 0.0), time.monotonic(), threading.Event()
 
@@ -105,21 +105,21 @@ def timed(place: Path, part: str) -> Iterator[None]:
 
 
 def _note(place: Path, part: str, facts: Mapping[str, Any]) -> None:
-    """Changes some facts of a part in speedrun.json."""
+    """Updates entries of a part in speedrun.json."""
     if jax.process_index() == 0:
         progress = _read(place)
         write_json(place / PROGRESS, progress | {part: progress.get(part, {}) | dict(facts)})
 
 
-def _agreed(place: Path) -> dict[str, Any]:
-    """What the first process reads, in all of them."""
+def _shared_progress(place: Path) -> dict[str, Any]:
+    """speedrun.json as the first process reads it, the same in all processes."""
     return processes.gather(_read(place))[0]
 
 
 def _read(place: Path) -> dict[str, Any]:
-    """What speedrun.json tells, nothing where there is none."""
+    """The content of speedrun.json; empty if it is missing or damaged."""
     try:
-        found: Any = json.loads((place / PROGRESS).read_text(encoding="utf-8"))
+        progress: Any = json.loads((place / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    return dict(progress) if isinstance(progress, Mapping) else {}

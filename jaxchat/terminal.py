@@ -1,4 +1,4 @@
-"""What launch.chat does with its options: one answer, several, an explanation, a score, or a conversation."""
+"""The modes of launch.chat: answers to a prompt, beam search, an explanation, a score, or a conversation."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from jaxchat.tokenizer import chat as conversation
 
 
 def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
-    """Does what the options of launch.chat say; returns what its last line reports."""
+    """Runs launch.chat; returns the result for the last line of output, None after a conversation read from `lines`."""
     sampling = _sampling(options)
     _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
     trained = checkpoint.read_experiment(directory, Experiment)
     chats = trained.chats if options.style == "auto" else options.style == "chat"
     if chats and options.prompt == "":
-        raise UserError("--prompt is empty: give it words, or leave it out for a conversation")
+        raise UserError("--prompt is empty: give it a text, or leave it out for a conversation")
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     engine = load_engine(
         options.checkpoint,
@@ -58,10 +58,10 @@ def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
 
 
 def _check(options: Any) -> None:
-    """Raises UserError for options that do not go together: nothing that was asked for is left out in silence."""
+    """Raises `UserError` for options that are invalid or cannot be combined."""
     if options.num_samples < 1 or options.beams < 0:
         raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
-    asked = {
+    given_by_name = {
         "prompt": options.prompt is not None,
         "num_samples": options.num_samples > 1,
         "beams": options.beams > 0,
@@ -69,16 +69,16 @@ def _check(options: Any) -> None:
         "tools": bool(options.tools),
         "stop": bool(options.stop),
     }
-    given = [name for name, is_given in asked.items() if is_given]
+    given = [name for name, is_given in given_by_name.items() if is_given]
     if options.score is not None:
         if not options.score:
             raise UserError("--score needs a text")
         if given:
-            raise UserError(f"--score reads a text and answers nothing: leave out --{given[0]}")
-    elif options.prompt is None and (needy := [name for name in given if name not in ("tools", "stop")]):
-        raise UserError(f"--{needy[0]} needs a --prompt")
+            raise UserError(f"--score only scores a text: leave out --{given[0]}")
+    elif options.prompt is None and (dependent := [name for name in given if name not in ("tools", "stop")]):
+        raise UserError(f"--{dependent[0]} needs a --prompt")
     elif options.beams and (others := [name for name in given if name not in ("prompt", "beams")]):
-        raise UserError(f"--beams searches for the best text and samples nothing: leave out --{others[0]}")
+        raise UserError(f"--{others[0]} cannot be combined with --beams: leave out --{others[0]}")
 
 
 def _sampling(options: Any) -> SamplingParams:
@@ -107,10 +107,10 @@ def _report(answers: Sequence[Completion]) -> dict[str, object]:
 
 
 def _beams(engine: Engine, prompt: list[int], options: Any) -> dict[str, object]:
-    found = beam_search(engine, prompt, BeamParams(options.beams, max_tokens=options.max_tokens))
-    for beam in found:
+    beams = beam_search(engine, prompt, BeamParams(options.beams, max_tokens=options.max_tokens))
+    for beam in beams:
         print(f"{beam.score:8.4f}  {beam.text}")
-    best = found[0]
+    best = beams[0]
     ended = best.tokens[-1] in engine.ends
     return {
         "text": best.text,
@@ -136,12 +136,12 @@ def _score(engine: Engine, text: str) -> dict[str, object]:
 
 
 def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool], lines: Iterator[str]) -> None:
-    """A conversation, or texts to be continued, from lines until an empty one."""
+    """Holds a conversation, or continues texts, one per line, until an empty line."""
     if chats:
         print(HELP, file=sys.stderr)
         talk(Dialogue(engine, sampling, tools), lines, sys.stdout, sys.stderr)
         return
-    print("type the beginning of a text; an empty line ends", file=sys.stderr)
+    print("enter the beginning of a text; an empty line ends", file=sys.stderr)
     for line in lines:
         if not line:
             return

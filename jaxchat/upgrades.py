@@ -1,4 +1,4 @@
-"""Formats of experiment.json: what a run of an earlier version is read as, one function per change of format."""
+"""Upgrades experiment.json files of earlier versions, with one function per change of the format."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ FORMAT = 2
 
 
 def _layers(value: dict[str, Any]) -> dict[str, Any]:
-    """To format 2: a layer has its own feed-forward, norm and placement; before, the model had one for all layers."""
+    """Format 1 to 2: feed-forward, norm and placement, which the model had once for all layers, move into the layer."""
     if "model" not in value:
         return value
     model = dict(value["model"])
@@ -22,11 +22,11 @@ UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _layers
 
 
 def upgraded(value: dict[str, Any], path: Any) -> dict[str, Any]:
-    """The content of an experiment.json in today's format, without its number; `UserError` for a newer one."""
+    """Converts the content of an experiment.json to the current format, without the number; `UserError` if newer."""
     value = dict(value)
-    found = value.pop("format", 1)
-    if found not in (*UPGRADES, FORMAT):
-        raise UserError(f"{path} has format {found}, and this version reads up to {FORMAT}: install a newer jaxchat")
-    for number in range(found, FORMAT):
+    start = value.pop("format", 1)
+    if start not in (*UPGRADES, FORMAT):
+        raise UserError(f"{path} has format {start}, but this version reads up to {FORMAT}: install a newer jaxchat")
+    for number in range(start, FORMAT):
         value = UPGRADES[number](value)
     return value

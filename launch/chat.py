@@ -1,7 +1,7 @@
-"""Talks with a checkpoint: python -m launch.chat --checkpoint=runs/tiny/pretrain [--prompt="One day"]
+"""Chats with a checkpoint: python -m launch.chat --checkpoint=runs/tiny/pretrain [--prompt="One day"]
 
-A base model continues the prompt; a chat model answers it. Without a prompt the words come from standard input, one
-turn a line; /help names the commands.
+A base model continues the prompt; a chat model answers it. Without --prompt, it reads one turn per line from standard
+input; /help lists the commands.
 """
 
 import sys
@@ -14,39 +14,44 @@ from jaxchat.decode.sampling import Truncation
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Truncation):
-    """Which checkpoint (its latest step, or runs/tiny/pretrain@300), what to say to it, and how it answers."""
+    """Options of launch.chat."""
 
     checkpoint: str
+    """A stage such as runs/tiny/pretrain (its latest step), or runs/tiny/pretrain@300."""
     prompt: str | None = None
+    """The text to continue or to answer."""
     score: str | None = None
     """Print the probability of each token of this text instead of answering."""
     explain: bool = False
-    """Print for each token of the answer what it was chosen from."""
+    """Print the candidates for each token of the answer, with their probabilities."""
     style: Literal["auto", "chat", "text"] = "auto"
-    """Speak in turns, or continue a text; auto: by the stage that the checkpoint comes from."""
+    """Chat in turns, or continue a text; auto decides by the stage of the checkpoint."""
     sampling: Literal["greedy", "plain", "course"] | None = None
-    """greedy; temperature 1; or temperature 1, top-k 50, top-p 0.95: instead of --temperature, --top_k and --top_p."""
+    """Preset that replaces --temperature, --top_k and --top_p: greedy; plain (temperature 1); or course (temperature 1,
+    top-k 50, top-p 0.95)."""
     temperature: float = 0.8
-    """0 is greedy: the most likely token each time."""
+    """0 is greedy decoding: always the most likely token."""
     top_k: int = 50
-    """Keep the k most likely tokens; 0 keeps every one."""
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 0.95
-    """Keep the smallest set of tokens with at least this probability."""
+    """Keep the smallest set of tokens with at least this probability; 1 keeps all."""
     repetition_penalty: float = 1.0
+    """Above 1, makes tokens of the prompt and the answer less likely."""
     stop: tuple[str, ...] = ()
     """Texts at which the answer ends."""
     max_tokens: int = 128
+    """Length limit of an answer."""
     seed: int = 0
     num_samples: int = 1
-    """How many answers to --prompt."""
+    """Number of answers to --prompt."""
     beams: int = 0
-    """Search for the best answer to --prompt with so many beams; sampling options change nothing then."""
+    """Beam search for the best answer to --prompt with this many beams; ignores the sampling options."""
     speculative: bool = False
-    """Guess tokens from the text so far; faster where it repeats itself, and changes no token."""
+    """Guess tokens that repeat earlier text; faster for repetitive text, and does not change the tokens."""
     draft: str = ""
-    """A checkpoint of a smaller model with the same tokenizer: it guesses tokens, which the model verifies."""
+    """Checkpoint of a smaller model with the same tokenizer, which guesses tokens for speculative decoding."""
     tools: tuple[Literal["calculator"], ...] = field(default_factory=tuple)
-    """What a chat model may call."""
+    """Tools that a chat model may call."""
 
 
 def main(argv: list[str]) -> dict[str, object] | None:

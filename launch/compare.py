@@ -1,8 +1,8 @@
 """Compares variants: python -m launch.compare --config=configs/tiny.py --variants "base:" "deep: --depth=4"
 
-Every variant is trained with every seed, on the same rows, for as many tokens as the first one (or, with --equal=time,
-for as long). The result is a table of paired differences with 95 percent intervals, compare.md with curves in
-runs/NAME, and one line of JSON. Other options go to every variant, as for launch.train; start it again to continue.
+Trains every variant with every seed, on the same rows, for as many tokens as the first one (or as long, with
+--equal=time). Writes a table of paired differences with 95 percent intervals and curves to runs/NAME/compare.md. Other
+options are those of launch.train and apply to every variant. Run the same command again to resume.
 """
 
 import sys
@@ -16,16 +16,16 @@ from jaxchat.experiment import Experiment
 
 @dataclass(frozen=True)
 class Compare:
-    """What is compared."""
+    """Options of launch.compare."""
 
     variants: tuple[str, ...] = ()
-    """"NAME: --field=value ..." each; the others are compared with the first, whose flags may be empty."""
+    """Each is "NAME: --field=value ...", flags may be empty; the first is the baseline for the others."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each variant is trained once with each seed; differences are taken seed by seed."""
+    """Each variant is trained once with each seed; differences are paired by seed."""
     equal: Literal["tokens", "time"] = "tokens"
-    """What the variants have in common with the first one, unless a variant names its own --steps."""
+    """Give each variant as many tokens, or as much time, as the first; not to one with its own --steps."""
     measure: str = "val_bpb"
-    """The number compared, by its name in the last line of launch.train."""
+    """Name of the number to compare, from the last line of launch.train."""
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             options, rest = command_line.parse_known(Compare, argv, description=__doc__)
 
             if any(word.partition("=")[0] == "--seed" for word in rest):
-                raise errors.UserError("a comparison trains every variant with each of --seeds; leave --seed out")
+                raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
 
             def load(flags: Sequence[str]) -> Experiment:
                 return command_line.load(["--name=compare", *rest, *flags])
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             variants = comparison.read_variants(options.variants, load)
             with processes.joined():
                 compilation.prepare_backend(load([]))
-                found = comparison.run(
+                result = comparison.run(
                     variants,
                     load,
                     seeds=options.seeds,
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
                     stopped=stopped,
                     log=launcher.log,
                 )
-                return processes.from_first(found)
+                return processes.from_first(result)
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

@@ -1,11 +1,11 @@
-"""Takes a model to other programs, and from them.
+"""Exports a checkpoint to other formats, or imports one.
 
     python -m launch.convert --checkpoint=runs/tiny/sft --to=huggingface --out=exported
     python -m launch.convert --checkpoint=runs/tiny/sft --to=stablehlo --out=programs
     python -m launch.convert --checkpoint=exported --from=huggingface --out=runs/imported/sft
 
-transformers knows the family of October 2025 (--family=october2025); the other can be scored by launch.harness and
-exported as StableHLO. What was imported is continued by launch.train with --start_from=runs/imported/sft.
+Hugging Face transformers supports the family october2025 only; other families can be scored by launch.harness and
+exported as StableHLO. To train an imported model: launch.train --start_from=runs/imported/sft.
 """
 
 from dataclasses import dataclass
@@ -18,24 +18,26 @@ from jaxchat import command_line, launcher
 
 @dataclass(frozen=True)
 class Convert:
-    """Which checkpoint becomes what, and where."""
+    """Options of launch.convert."""
 
     checkpoint: str
-    """A stage such as runs/tiny/sft, or runs/tiny/sft@300; with --from, the directory to read."""
+    """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300; with --from, the directory to import."""
     out: str
-    """A new directory; with --from a stage such as runs/imported/pretrain."""
+    """Directory to create; with --from, a stage such as runs/imported/pretrain."""
     to: Literal["huggingface", "stablehlo"] | None = None
+    """Format to export to."""
     source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None
+    """Format to import from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; with --to=stablehlo of the programs' matrix products as well."""
+    """Dtype of the weights; with --to=stablehlo also of the matrix products."""
     tokenizer: str | None = None
-    """With --from: the directory of a jaxchat tokenizer, where the one to read has none."""
+    """With --from: directory of a jaxchat tokenizer, if the imported directory has none."""
     rows: int = 0
-    """With --to=stablehlo: texts decoded at once; 0 is one."""
+    """With --to=stablehlo: batch size; 0 is 1."""
     length: int = 0
-    """With --to=stablehlo: the context; 0 is the length that the model was trained at."""
+    """With --to=stablehlo: context length; 0 is the row length of training."""
     piece: int = 0
-    """With --to=stablehlo: tokens that one call of prefill reads; 0 is 128."""
+    """With --to=stablehlo: tokens per prefill chunk; 0 is 128."""
 
 
 def main(argv: list[str]) -> dict[str, object]:

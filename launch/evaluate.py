@@ -1,8 +1,8 @@
 """Scores a checkpoint: python -m launch.evaluate --checkpoint=runs/d4/pretrain --tasks core:BUNDLE mmlu:FILES
 
-Tasks: core:DIRECTORY (the DCLM CORE bundle) or one of it, core/piqa:DIRECTORY; arc_easy:DIRECTORY,
-arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; humaneval:DIRECTORY; arithmetic, spelling and facts of the
-built-in village; FILE.py:CLASS of one's own; bpb:FILES.
+Tasks: core:DIRECTORY (the DCLM CORE bundle) or one task of it, core/piqa:DIRECTORY; arc_easy:DIRECTORY,
+arc_challenge:DIRECTORY, mmlu:DIRECTORY; gsm8k:DIRECTORY; humaneval:DIRECTORY; the built-in arithmetic, spelling and
+facts; your own FILE.py:CLASS; bits per byte of texts, bpb:FILES.
 """
 
 from collections.abc import Mapping
@@ -16,34 +16,35 @@ from jaxchat.sharding import Mesh
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Which checkpoint (its latest step, or runs/tiny/sft@300), and what it is asked."""
+    """Options of launch.evaluate."""
 
     checkpoint: str = ""
+    """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300."""
     tasks: tuple[str, ...] = ("bpb",)
     limit: int = 0
-    """Questions of each task; 0 asks all."""
+    """Number of questions per task; 0 asks all."""
     style: Literal["auto", "chat", "text"] = "auto"
-    """Ask in turns, or by texts to go on with; auto: by the stage that the checkpoint comes from."""
+    """Prompt in chat turns or in plain text; auto decides by the stage of the checkpoint."""
     samples: int = 1
-    """Answers to each problem."""
+    """Number of answers per problem."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy decoding."""
     max_tokens: int = 512
-    """Longest answer."""
+    """Length limit of an answer."""
     seed: int = 0
     mode: Literal["nanochat", "dclm"] = "nanochat"
-    """How CORE's prompts are written."""
+    """Prompt format of the CORE tasks."""
     slots: int = 64
-    """Answers decoded at once."""
+    """Number of answers decoded at the same time."""
     mesh: Mesh = Mesh()
-    """How devices share the work; all of them unless told otherwise."""
+    """Device mesh; all devices by default."""
     out: str = ""
-    """Where results and records go; by default eval/ in the checkpoint's directory."""
+    """Directory for results and records; by default eval/ in the checkpoint's directory."""
     compare: tuple[str, ...] = ()
-    """Instead of asking: two directories of results, compared question by question."""
+    """Instead of an evaluation: compare two directories of results, question by question."""
     sandbox_check: str = ""
-    """Instead of asking: reports what protects this machine from the programs of HumanEval, whose reference solutions
-    in this directory are judged."""
+    """Instead of an evaluation: report how HumanEval programs are sandboxed on this machine, and judge the reference
+    solutions in this directory."""
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
@@ -52,17 +53,17 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
         from jaxchat.evaluation.compare import compare
 
         if len(options.compare) != 2:
-            raise errors.UserError("--compare takes two directories of results, such as runs/a/sft/eval/500-... twice")
+            raise errors.UserError("--compare needs two directories of results, such as runs/NAME/sft/eval/500-...")
         return compare(Path(options.compare[0]), Path(options.compare[1]))
     if options.sandbox_check:
         from jaxchat.tasks.humaneval import check_sandbox
 
         return check_sandbox(options.sandbox_check)
     if not options.checkpoint:
-        raise errors.UserError("which checkpoint? --checkpoint=runs/tiny/pretrain")
-    for name in ("limit", "max_tokens", "samples", "slots"):
-        if getattr(options, name) < (0 if name == "limit" else 1):
-            raise errors.UserError(f"--{name}={getattr(options, name)} is too small")
+        raise errors.UserError("give a checkpoint, such as --checkpoint=runs/tiny/pretrain")
+    for name, least in (("limit", 0), ("max_tokens", 1), ("samples", 1), ("slots", 1)):
+        if getattr(options, name) < least:
+            raise errors.UserError(f"--{name}={getattr(options, name)} must be at least {least}")
     from jaxchat import processes
     from jaxchat.evaluation import asking
 

@@ -2,7 +2,7 @@
 
     python -m launch.harness --checkpoint=runs/d4/pretrain --tasks my_task --include_path=my_tasks
 
-Tasks are lm-eval's names, or those of YAML files in --include_path, which may read local files.
+Tasks are names of lm-eval's tasks, or of YAML task files in --include_path, which may read local files.
 """
 
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from jaxchat import command_line, launcher
 
 @dataclass(frozen=True)
 class Harness:
-    """Which checkpoint, which tasks, and how they are asked."""
+    """Options of launch.harness."""
 
     checkpoint: str
     """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300."""
     tasks: tuple[str, ...]
     include_path: str | None = None
-    """A directory of task files (YAML) beside lm-eval's own."""
+    """Directory of additional task files (YAML)."""
     limit: int | None = None
-    """Examples of each task; none takes all."""
+    """Number of examples per task; None takes all."""
     num_fewshot: int | None = None
-    """Solved examples before each question; none leaves it to the task."""
+    """Number of few-shot examples in each prompt; None takes the task's own."""
     chat: bool = False
-    """Ask in turns, by the chat template: for models that were fine-tuned."""
+    """Apply the chat template, for fine-tuned models."""
     max_tokens: int = 0
-    """Longest generated answer; 0 leaves it to the task."""
+    """Length limit of generated answers; 0 takes the task's own."""
     length: int = 0
-    """The context; 0 is the length that the model was trained at."""
+    """Context length; 0 is the row length of training."""
     bootstrap: int = 1000
-    """Resamples behind each standard error that has no formula."""
+    """Number of bootstrap resamples for standard errors without a formula."""
     out: str | None = None
-    """Directory for results.json and every example."""
+    """Directory for results.json and a record of every example."""
 
 
 def main(argv: list[str]) -> dict[str, object]:

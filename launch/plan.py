@@ -1,9 +1,9 @@
-"""What a run will take, before it starts: python -m launch.plan --config=configs/d20.py [--topology=v5e-8,v6e-8]
+"""Estimates the cost of a run: python -m launch.plan --config=configs/d20.py [--topology=v5e-8,v6e-8]
 
-Parameters, tokens, FLOPs, bytes, hours and dollars of every stage, or of one: --config=configs/d20.py:sft. With
---topology the real training step is compiled for TPUs that need not be here (extra tpu), and the largest micro-batch
-that fits is found, or, with --micro_rows, that one is tried. --mfu=0.4 is the share of the chips' peak that hours are
-told for, --dollars_per_chip_hour=2.5 what one costs. Every field can be given as for launch.speedrun.
+Prints parameters, tokens, FLOPs, bytes, hours and dollars of every stage, or of one: --config=configs/d20.py:sft. With
+--topology it compiles the training step for TPUs that need not be present (extra tpu) and finds the largest micro-batch
+that fits; --micro_rows tries that one only. --mfu=0.4 is the assumed share of the chips' peak,
+--dollars_per_chip_hour=2.5 the assumed price. Fields are given as for launch.speedrun.
 """
 
 import os
@@ -19,20 +19,20 @@ OWN = ("topology", "mfu", "dollars_per_chip_hour")
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    # No accelerator is looked for, and two processes may compile at once.
+    # Do not look for accelerators; allow two processes to compile for TPUs at once.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     own, rest = split(argv)
     mfu = positive(own, "mfu", 0.4)
     price = positive(own, "dollars_per_chip_hour", None)
-    asked = [(words, command_line.load(words, description=__doc__)) for words in stages(rest)]
+    experiments = [(words, command_line.load(words, description=__doc__)) for words in stages(rest)]
     from jaxchat.planning import ahead, plan
     from jaxchat.planning.chips import topology
 
     assert mfu is not None
     topologies = [topology(name) for name in own.get("topology", "").split(",") if name]
-    derived = {e.stage: plan.derived(e, mfu, price, topologies) for _, e in asked}
+    derived = {e.stage: plan.derived(e, mfu, price, topologies) for _, e in experiments}
     plan.show(derived)
-    words, e = asked[0]  # Later stages have the steps of pretraining, in smaller batches.
+    words, e = experiments[0]  # The later stages have the same training step with smaller batches.
     shallower = lambda depth: command_line.load([*words, f"--depth={depth}"])  # noqa: E731
     fits: dict[str, Any] = {}
     for there in topologies:
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 def split(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """This launcher's own options, and the rest."""
+    """Separates this launcher's own options from the rest."""
     words, own, rest = iter(argv), dict[str, str](), list[str]()
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -59,7 +59,7 @@ def split(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def stages(argv: Sequence[str]) -> list[list[str]]:
-    """The arguments of every stage that is asked for."""
+    """The arguments for each stage: all stages, or the one in --config=FILE:STAGE."""
     words = joined(argv)
     if any(word.startswith("--config=") and ":" in word for word in words):
         return [words]
@@ -67,6 +67,7 @@ def stages(argv: Sequence[str]) -> list[list[str]]:
 
 
 def positive(own: dict[str, str], name: str, default: float | None) -> float | None:
+    """Parses an option; raises `UserError` unless it is positive and finite."""
     if name not in own:
         return default
     try:
@@ -74,7 +75,7 @@ def positive(own: dict[str, str], name: str, default: float | None) -> float | N
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise UserError(f"--{name}={own[name]} is no positive number")
+        raise UserError(f"--{name}={own[name]} must be a positive number")
     return value
 
 

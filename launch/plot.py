@@ -1,4 +1,4 @@
-"""Draws the curves of runs: python -m launch.plot --runs runs/tiny/pretrain [MORE ...] --out=curves.png"""
+"""Plots the curves of runs: python -m launch.plot --runs runs/tiny/pretrain [MORE ...] --out=curves.png"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,12 @@ from jaxchat import command_line, launcher
 
 @dataclass(frozen=True)
 class Plot:
-    """Which stage directories, and where the picture goes (the ending decides: .png, .svg, .pdf)."""
+    """Options of launch.plot."""
 
     runs: tuple[str, ...]
+    """Stage directories."""
     out: str = "curves.png"
+    """Picture to write; the extension sets the format (.png, .svg, .pdf)."""
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Makes a configuration's tokenizer and rows: python -m launch.prepare --config=configs/tiny.py [--field=value ...]
 
-Training does this by itself; here it is alone, for a machine with many cores, or to see what packing costs.
+Training does this automatically; this command is for a machine with many cores, or to see the packing statistics.
 """
 
 from jaxchat import command_line, launcher

@@ -1,7 +1,7 @@
 """Runs every stage: python -m launch.speedrun --config=configs/tiny.py [--field=value ...] [--sft:field=value ...]
 
-Text to base model, conversations to chat model, rewards to a better one, and runs/NAME/report.md. --field=value goes to
-every stage, --sft:field=value to one. Started again it goes on where it stopped; a stage that is finished stays so.
+Runs pretraining, SFT and RL, and writes runs/NAME/report.md. --field=value applies to every stage, --sft:field=value to
+one. Run the same command again to resume; finished stages are skipped.
 """
 
 import sys
@@ -20,17 +20,17 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             try:
                 price = float(word.partition("=")[2])
             except ValueError:
-                raise UserError(f"{word} is not a number of dollars: --dollars_per_hour=2.5") from None
+                raise UserError(f"{word} is not a number: give dollars, such as --dollars_per_hour=2.5") from None
         else:
             rest.append(word)
     try:
         with signals.raised() as stopped:
-            road = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
+            stages = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
             from jaxchat import compilation, processes, speedrun
 
             with processes.joined():
-                compilation.prepare_backend(road[0])
-                return processes.from_first(speedrun.run(road, stopped, launcher.log, dollars_per_hour=price))
+                compilation.prepare_backend(stages[0])
+                return processes.from_first(speedrun.run(stages, stopped, launcher.log, dollars_per_hour=price))
     except signals.Interrupted as stop:
         print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
         raise SystemExit(75) from None

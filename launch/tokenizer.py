@@ -1,7 +1,7 @@
-"""Trains a configuration's tokenizer and compares it: python -m launch.tokenizer --config=configs/tiny.py [--field=...]
+"""Trains and evaluates a tokenizer: python -m launch.tokenizer --config=configs/tiny.py [--field=value ...]
 
-Training a model does this by itself; here it is alone, with the bytes that a token holds on held-out text, by script,
-and beside rustbpe with nanochat's pattern on the same text at the same size, where the extra `peers` is installed.
+Training a model trains the tokenizer automatically. This command also prints its bytes per token on held-out text, by
+script, and, if the extra `peers` is installed, those of rustbpe with nanochat's pattern on the same text.
 """
 
 import time
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 def show(found: Report, peer: float | None) -> None:
-    """A table for people, and the warnings."""
+    """Prints the table and the warnings to standard error."""
     table = Table("script", "bytes", "bytes per token", title="held-out text")
     for name, share in [*found.scripts.items(), ("all", found.total)]:
         table.add_row(name, f"{share.bytes:,}", f"{share.bytes_per_token:.3f}")

@@ -1,7 +1,7 @@
 """Trains one stage of a configuration: python -m launch.train --config=configs/tiny.py [--field=value ...]
 
-Makes the tokenizer and the rows where they are missing, continues from the newest checkpoint where there is one, and
-saves and exits with status 75 on SIGTERM, so that a scheduler starts it again.
+Makes the tokenizer and the rows if they are missing, and resumes from the latest checkpoint if there is one. On SIGTERM
+it saves a checkpoint and exits with status 75, so that a scheduler can restart it.
 """
 
 import sys

@@ -207,7 +207,7 @@ def test_a_dialogue_remembers_its_turns_and_leaves_out_the_oldest(engine: Engine
     assert dialogue.left_out > 0
     assert dialogue.left_out % 2 == 0
     assert engine.prompt_stats.reused > 0
-    with pytest.raises(UserError, match=r"take 7\d tokens"):
+    with pytest.raises(UserError, match=r"takes 7\d tokens"):
         list(dialogue.answer("1" * 70))
     assert len(dialogue.messages) == 12, "words that are refused are not remembered"
 
@@ -221,7 +221,7 @@ def test_talk_knows_its_commands(engine: Engine, tmp_path: Path) -> None:
     first, second = (json.loads(line)["messages"] for line in file.read_text().splitlines())
     assert [messages[0]["content"] for messages in (first, second)] == ["12", "34"]
     assert out.getvalue().splitlines() == [messages[1]["content"].replace("...", "") for messages in (first, second)]
-    for part in ("forgotten", "saved to", "/save needs a file", "cannot write /proc/nope/x", "/nope is unknown"):
+    for part in ("new conversation", "saved to", "/save needs a file", "cannot write /proc/nope/x", "/nope is unknown"):
         assert part in notes.getvalue()
     assert dialogue.messages == second
 
@@ -233,7 +233,7 @@ def test_a_dialogue_loses_nothing_to_a_file_that_cannot_be_written(engine: Engin
     lines = [f"/save {file}", "12", "/save a\0b", "/save ~nobody-at-all/x", f"/save {tmp_path}", f"/save {file}"]
     talk(dialogue, iter(lines), io.StringIO(), notes)
     first, *refusals, last = notes.getvalue().splitlines()
-    assert first == "there is nothing to save yet: say something first"
+    assert first == "there is nothing to save yet: send a message first"
     assert len(refusals) == 3 and all("give another path to /save" in refusal for refusal in refusals)
     assert last == f"saved to {file}"
     assert file.read_text() == "mine\n" + json.dumps({"messages": dialogue.messages}) + "\n"
@@ -322,5 +322,5 @@ def test_a_score_is_the_loss(engine: Engine) -> None:
     table = explain.score_table(engine.tokenizer, scored)
     assert f"{-np.mean(expected):.4f}" in str(table.columns[-1].footer)
     assert len(explain.score(engine, [1] * 80)) == 79, "a text may fill the context"
-    with pytest.raises(UserError, match="the text has 81 tokens and the context 80"):
+    with pytest.raises(UserError, match="the text has 81 tokens, but the context has 80"):
         explain.score(engine, [1] * 81)

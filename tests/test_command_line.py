@@ -174,7 +174,7 @@ def test_what_does_not_fit_together_is_refused(place, trained, said, changes):
         ("seed was 0 and is now 1; give this one its own --name", {"seed": 1}),
         ("vocab was 300 and is now 310 and 1 more field", {"data.vocab": 310}),
         ("holds another experiment: data.train.0", {"data.train": "{place}/other.jsonl"}),
-        ("is at step 2 already: ask for at least --steps=2", {"steps": 1}),
+        ("is already at step 2: give at least --steps=2", {"steps": 1}),
     ],
 )
 def test_a_run_directory_of_another_experiment_is_left_alone(place, trained, said, changes):
@@ -203,7 +203,7 @@ def moved(place, trained, tmp_path):
 def test_documents_that_changed_under_a_run_do_not_fit_its_tokenizer(moved):
     place, _ = moved
     write(place / "train.jsonl", texts(300, seed=9))
-    trains_not(place, "is another tokenizer than this experiment's")
+    trains_not(place, "were trained with another tokenizer")
 
 
 def test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on(moved):
@@ -217,7 +217,7 @@ def test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on(moved
 
 def test_a_second_process_in_a_run_directory_is_refused(place, trained):
     with cache.locked(trained, print):
-        trains_not(place, f"another process trains in {trained}: wait for its end, or give", steps=4)
+        trains_not(place, f"another process trains in {trained}: wait until it ends, or give", steps=4)
 
 
 def test_what_was_refused_may_be_corrected_under_the_same_name(place, trained):
@@ -307,8 +307,11 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
         ("top_p=0.0 must be above 0", ["--checkpoint={stage}", "--top_p=0"]),
         ("top_k=-1 must be 0", ["--checkpoint={stage}", "--top_k=-1"]),
         ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
-        ("tokens and the context 16: shorten it", ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9]),
-        ("--prompt is empty: give it words", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),
+        (
+            "tokens, but the context has 16: shorten it",
+            ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9],
+        ),
+        ("--prompt is empty: give it a text", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),
         ("--checkpoint is missing", []),
     ],
 )

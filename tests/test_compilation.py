@@ -167,7 +167,7 @@ def test_settings_are_for_their_platforms():
     assert xla.options(every, "cpu") == {}
     for platform in ("tpu", "gpu"):
         assert all(name.startswith(("xla_enable", f"xla_{platform}")) for name in xla.options(every, platform))
-    with pytest.raises(ValueError, match="xla names 'fast': there are overlap"):
+    with pytest.raises(ValueError, match="xla: unknown setting 'fast'; expected one of: overlap"):
         dataclasses.replace(setup().experiment, xla=("fast",))
 
 

@@ -186,9 +186,9 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--data.vocab=100000000000"], "data.vocab=100000000000 must lie between 1 and 16777216"),
         (["--data.vocab=0"], "data.vocab=0 must lie between 1 and 16777216"),
         (["--data.row_length=0"], "data.row_length=0 must be at least 2"),
-        (["--name=."], "name='.' is where prepared data are cached, or nothing: give another --name"),
-        (["--name=cache"], "name='cache' is where prepared data are cached, or nothing: give another --name"),
-        (["--data.cache=runs/tiny"], "name='tiny' is where prepared data are cached, or nothing: give another --name"),
+        (["--name=."], "name='.' is empty or the directory of the data cache: give another --name"),
+        (["--name=cache"], "name='cache' is empty or the directory of the data cache: give another --name"),
+        (["--data.cache=runs/tiny"], "name='tiny' is empty or the directory of the data cache: give another --name"),
         (["--optimizer.clip=nan"], "optimizer: clip=nan must be positive and finite, or None"),
         (["--optimizer.final_fraction=inf"], "optimizer: final_fraction=inf must be at least 0 and finite"),
         (["--optimizer.muon.learning_rate=nan"], "optimizer.muon: learning_rate=nan must be at least 0 and finite"),
@@ -238,7 +238,7 @@ def test_a_bucket_is_no_directory(field):
 
 
 def test_an_unknown_stage_lists_those_there_are():
-    with pytest.raises(UserError, match="there is no stage 'dessert': choose pretrain"):
+    with pytest.raises(UserError, match="unknown stage 'dessert'; expected one of: pretrain"):
         command_line.load(["--config=configs/tiny.py:dessert"])
 
 

@@ -313,10 +313,10 @@ def test_kept_sets_are_those_that_tokens_were_drawn_from(engine: Engine) -> None
 
 BAD: dict[str, tuple[Any, str]] = {
     "empty": (lambda: Request([]), "prompt is empty"),
-    "long": (lambda: Request([1] * LENGTH), "320 tokens and the context 320"),
-    "strange": (lambda: Request([1, 60]), "names token 60"),
-    "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias names token 99"),
-    "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens names token -1"),
+    "long": (lambda: Request([1] * LENGTH), "320 tokens, but the context has 320"),
+    "strange": (lambda: Request([1, 60]), "contains token id 60"),
+    "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias contains token id 99"),
+    "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens contains token id -1"),
     "none": (lambda: Request([1], n=0), "n=0"),
     "half": (lambda: Request([1], n=1.5), "n=1.5"),  # type: ignore[arg-type]
     "text": (lambda: Request("12"), "must be a list of token ids"),  # type: ignore[arg-type]
@@ -367,7 +367,7 @@ def test_a_stream_is_the_answers_text_and_can_be_closed(engine: Engine) -> None:
     one, other = engine.submit(Request(prompt(17), GREEDY, n=2))
     followed = ["".join(engine.follow(sample)) for sample in (one, other)]
     assert followed == ["".join(pieces)] * 2, "the second had ended before it was followed"
-    with pytest.raises(UserError, match="n=2 answers cannot be one stream"):
+    with pytest.raises(UserError, match="cannot stream n=2 answers"):
         next(engine.stream(Request(prompt(17), GREEDY, n=2)))
     broken = engine.stream(Request(prompt(17), GREEDY))
     assert next(broken) == pieces[0]

@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(place, monkeypatc
     for told, stage, changes in (
         ("did you mean arithmetic", "rl", {"rl.tasks": "aritmetic"}),
         ("did you mean spelling", "sft", {"tasks": "speling"}),
-        ("there is no tool 'oven'", "rl", {"rl.tasks": f"{directory / 'baker.py'}:Baker"}),
+        ("unknown tool 'oven'", "rl", {"rl.tasks": f"{directory / 'baker.py'}:Baker"}),
         ("rl.max_tokens=160 leaves no room for a question in a row of 160", "rl", {"rl.max_tokens": 160}),
     ):
         with pytest.raises(UserError, match=told):

@@ -102,7 +102,7 @@ def test_a_tool_that_there_is_not_and_no_answers_are_refused(engine):
     class Baker(Judge):
         tools = ("calculator", "oven")
 
-    with pytest.raises(UserError, match="there is no tool 'oven': name calculator"):
+    with pytest.raises(UserError, match="unknown tool 'oven'; available tools: calculator"):
         solve(engine, Baker(), PROBLEMS, sampling=WARM)
     with pytest.raises(UserError, match="n=0 answers"):
         solve(engine, Judge(), PROBLEMS, n=0, sampling=WARM)

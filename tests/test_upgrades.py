@@ -42,5 +42,5 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     checkpoint.write_experiment(tmp_path, experiment())
     path = tmp_path / "experiment.json"
     path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
-    with pytest.raises(UserError, match="has format 99, and this version reads up to"):
+    with pytest.raises(UserError, match="has format 99, but this version reads up to"):
         checkpoint.read_experiment(tmp_path, Experiment)

@@ -1,4 +1,4 @@
-"""Beam search over the engine's cache, with the rules of transformers: length penalty, early stopping."""
+"""Beam search over the engine's cache, with the length penalty and early stopping of Hugging Face transformers."""
 
 import functools
 from collections.abc import Sequence
@@ -14,20 +14,21 @@ from jaxchat.decode.engine import Engine
 from jaxchat.errors import UserError
 from jaxchat.model.transformer import Cache, Params, Transformer
 
-NEVER = -1e9  # The score of what does not exist.
+NEVER = -1e9  # Score of an empty place in a list of beams.
 
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How many beams, and what ends the search.
+    """Number of beams, and when the search ends.
 
     Attributes:
-        beams: texts followed at once, and the most that come back.
+        beams: number of hypotheses kept at each step, and maximum number of results.
         max_tokens: length limit of an answer.
-        length_penalty: a finished text scores its log-probability divided by its length to this power.
-        early_stopping: True stops once `beams` texts have ended; False once the best that goes on could not beat the
-            worst that ended, if it ended now; "never" supposes, for a positive penalty, that it grows to the limit.
-        stop_tokens: tokens that end a text, beside the tokenizer's own.
+        length_penalty: a finished hypothesis scores its log-probability divided by its length to this power.
+        early_stopping: True stops once `beams` hypotheses are finished. False stops once the best unfinished one,
+            scored at its current length, cannot beat the worst finished one. "never" is the same, but with a positive
+            `length_penalty` scores it at the length limit.
+        stop_tokens: tokens that end a hypothesis, in addition to the tokenizer's end tokens.
     """
 
     beams: int = 4
@@ -40,13 +41,13 @@ class BeamParams:
         if self.beams < 1 or self.max_tokens < 1:
             raise UserError(f"beams={self.beams} and max_tokens={self.max_tokens} must be at least 1")
         if not np.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty={self.length_penalty} must be a number")
+            raise UserError(f"length_penalty={self.length_penalty} must be a finite number")
         if self.early_stopping not in (True, False, "never"):
             raise UserError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
 
 
 class Beam(NamedTuple):
-    """A finished text, its score, and the log-probability of its tokens."""
+    """A finished hypothesis: text, tokens, score, and the sum of its tokens' log-probabilities."""
 
     text: str
     tokens: tuple[int, ...]
@@ -55,7 +56,9 @@ class Beam(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The state of a search: W texts that go on, the best W that ended, and whether anything can still change."""
+    """State of a search: W unfinished (`going`) hypotheses, the best W finished (`ended`) ones, tokens (W, N) padded
+    with -1, and whether the search is still open.
+    """
 
     step: jax.Array
     logits_WV: jax.Array
@@ -69,7 +72,7 @@ class Search(NamedTuple):
 
 
 def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None = None) -> list[Beam]:
-    """The best answers to a prompt, best first; raises UserError for a prompt that the engine would refuse."""
+    """Returns the best answers to a prompt, best first; `UserError` if the prompt is invalid (`Engine.check`)."""
     params = params or BeamParams()
     prompt = engine.check(prompt)
     W, most = params.beams, min(params.max_tokens, engine.shape.length - len(prompt))
@@ -77,17 +80,17 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
     with engine.on_mesh():
         row, logits_1V = engine.read(prompt)
         cache = spread(engine.transformer, row, beams=W, length=engine.shape.length)
-        nothing = jnp.full((W,), NEVER, jnp.float32)
+        none_W = jnp.full((W,), NEVER, jnp.float32)
         empty = jnp.full((W, most), -1, jnp.int32)
         state = Search(
             step=jnp.int32(0),
             logits_WV=jnp.repeat(logits_1V[:1], W, axis=0),
             cache=cache,
             going_WN=empty,
-            going_logprob_W=nothing.at[0].set(0.0),
+            going_logprob_W=none_W.at[0].set(0.0),
             ended_WN=empty,
-            ended_score_W=nothing,
-            ended_logprob_W=nothing,
+            ended_score_W=none_W,
+            ended_logprob_W=none_W,
             open=jnp.bool_(True),
         )
         run = functools.partial(
@@ -99,9 +102,9 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
         )
         while bool(state.open):
             state = run(engine.params, state, stops, np.int32(len(prompt)))
-    found = jax.device_get((state.ended_WN, state.ended_score_W, state.ended_logprob_W))
+    ended = jax.device_get((state.ended_WN, state.ended_score_W, state.ended_logprob_W))
     beams = []
-    for tokens_N, score, logprob in zip(*found):
+    for tokens_N, score, logprob in zip(*ended):
         if score > NEVER / 2:
             tokens = tuple(int(token) for token in tokens_N if token >= 0)
             beams.append(Beam(engine.tokenizer.decode(tokens), tokens, float(score), float(logprob)))
@@ -110,7 +113,7 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("beams", "length"))
 def spread(transformer: Transformer, row: Cache, *, beams: int, length: int) -> Cache:
-    """The first row of a cache, `beams` times, in rows of `length` positions."""
+    """Copies the first row of a cache into `beams` rows of `length` positions."""
     return programs.move(transformer, row, jnp.zeros((beams,), jnp.int32), length=length, write=1)
 
 
@@ -126,7 +129,10 @@ def search(
     early_stopping: bool | str,
     steps: int,
 ) -> Search:
-    """`steps` tokens for every beam; a search that is closed changes no more."""
+    """Advances every beam by `steps` tokens. Finished hypotheses stay as they are once the search is closed.
+
+    `stops_E` are the stop tokens, `start` is the length of the prompt.
+    """
 
     def turn(state: Search, _: None) -> tuple[Search, None]:
         at, parent_W = advance(state, stops_E, length_penalty=length_penalty, early_stopping=early_stopping)
@@ -148,12 +154,12 @@ def search(
 def advance(
     state: Search, stops_E: jax.Array, *, length_penalty: float, early_stopping: bool | str
 ) -> tuple[Search, jax.Array]:
-    """One token more: the best continuations of all beams, those that end set aside; and each beam's parent, (W,)."""
+    """Extends all beams by one token and moves finished ones to `ended`; returns the state and each beam's parent."""
     W, V = state.logits_WV.shape
     N = state.going_WN.shape[1]
     step, length = jnp.minimum(state.step, N - 1), (state.step + 1).astype(jnp.float32)
     total_WV = jax.nn.log_softmax(state.logits_WV) + state.going_logprob_W[:, None]
-    # Enough that W go on even if every one of the first ends in every way that there is.
+    # Enough candidates to leave W unfinished ones even if every beam is continued by every stop token.
     logprob_C, index_C = jax.lax.top_k(total_WV.reshape(-1), min(max(2, 1 + stops_E.shape[0]) * W, W * V))
     parent_C, token_C = index_C // V, (index_C % V).astype(jnp.int32)
     text_CN = state.going_WN[parent_C].at[:, step].set(token_C)
@@ -162,18 +168,18 @@ def advance(
     going_C = jnp.where(ends_C, logprob_C + NEVER, logprob_C)
     going_W, chosen_W = jax.lax.top_k(going_C, W)
 
-    best_C = jnp.arange(ends_C.shape[0]) < W  # Only what ends among the first W counts.
+    best_C = jnp.arange(ends_C.shape[0]) < W  # As in transformers, only the first W candidates may finish.
     exists_C = logprob_C > NEVER / 2
     score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**length_penalty, NEVER)
     all_X = jnp.concatenate([state.ended_score_W, score_C])
-    score_W, kept_W = jax.lax.top_k(all_X, W)
-    ended_WN = jnp.concatenate([state.ended_WN, text_CN])[kept_W]
-    ended_logprob_W = jnp.concatenate([state.ended_logprob_W, logprob_C])[kept_W]
+    score_W, index_W = jax.lax.top_k(all_X, W)
+    ended_WN = jnp.concatenate([state.ended_WN, text_CN])[index_W]
+    ended_logprob_W = jnp.concatenate([state.ended_logprob_W, logprob_C])[index_W]
 
-    hopeful = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
+    final_length = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
     ended_W = score_W > NEVER / 2
     worst_W = jnp.where(ended_W, jnp.min(score_W), NEVER)
-    still_open = jnp.any(going_W[0] / hopeful**length_penalty > worst_W) & ~jnp.all(ends_C)
+    still_open = jnp.any(going_W[0] / final_length**length_penalty > worst_W) & ~jnp.all(ends_C)
     if early_stopping is True:
         still_open &= ~jnp.all(ended_W)
 

@@ -1,6 +1,6 @@
-"""The engine's programs under `jax.jit`: compiled once for a model and a shape, whichever engine calls them.
+"""The engine's programs under `jax.jit`, compiled once per model and shape.
 
-The transformer is a static argument, so that a second engine of the same model compiles nothing. Caches are donated.
+The transformer is a static argument, so a second engine of the same model compiles nothing. Updated caches are donated.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The decode engine: many requests at once, each with the tokens that it would get alone.
+"""The decode engine: answers many requests at once; the answer to a request does not depend on the others.
 
 Requests are queued, prefilled and assigned to slots. The device decodes all slots for a fixed number of steps per
 dispatch; between dispatches the host removes finished samples, runs tools and admits new requests.
@@ -29,7 +29,7 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
 END_TOKENS = ("<|bos|>", "<|assistant_end|>")
-LOOK_AHEAD = 8  # Times `prefill_batch`: how many queued prompts are searched for ones of the same plan.
+LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searched for prompts of the same plan.
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class EngineConfig:
     """Static sizes of an engine. Changing any of them compiles new programs.
 
     Attributes:
-        length: context length: positions per cache row.
+        length: context length, in positions per cache row.
         slots: maximum number of samples decoded at the same time.
-        steps: decoding steps per dispatch; between dispatches the host looks at the tokens.
+        steps: decoding steps per dispatch.
         prefill_chunk: maximum number of prompt tokens processed in one prefill call.
         prefill_batch: number of prompts prefilled together.
         adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
@@ -74,19 +74,20 @@ class PrefilledPrompt:
 
 @dataclass
 class PromptStats:
-    """Prompt tokens that were computed, and those that were taken from the prefix cache."""
+    """Number of prompt tokens computed, and number reused from the prefix cache."""
 
     computed: int = 0
     reused: int = 0
 
 
 class Engine:
-    """Answers requests with one model: `submit`, then `step` until nothing is left; or `generate`, or `stream`.
+    """Answers requests with one model: `submit`, then `step` until it returns False; or `generate`, or `stream`.
 
-    With a mesh, rows are split over `data`, and heads, hidden units and vocabulary over `tensor`. With `speculation`,
-    tokens are guessed and read several at a time, which changes none of them; guesses are looked up in the text, or
-    come from `draft`, a smaller model of the same vocabulary with its parameters. `decoding` names what attends to the
-    cache, a row of `DECODING`, or leaves it to the device.
+    Args:
+        mesh: shards rows over `data`, and heads, hidden units and vocabulary over `tensor`.
+        speculation: settings of speculative decoding, which does not change the tokens. Guesses are looked up in the
+            text, or come from `draft`, a smaller model of the same vocabulary and its parameters.
+        decoding: decoding backend, a row of `DECODING`; "auto" selects one for the device.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class Engine:
         decoding: str = "auto",
     ) -> None:
         if draft is not None and (draft[0].config.vocab != transformer.config.vocab or shape.adapt or not speculation):
-            raise UserError("a draft model needs the model's vocabulary, speculation, and a shape with adapt=False")
+            raise UserError("a draft model needs the vocabulary of the model, `speculation`, and adapt=False")
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-        transformer = _decoded(transformer, decoding, device)
-        draft = None if draft is None else (_decoded(draft[0], decoding, device), draft[1])
+        transformer = _with_decoding(transformer, decoding, device)
+        draft = None if draft is None else (_with_decoding(draft[0], decoding, device), draft[1])
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         mixers = [layer.mixer for layer in transformer.config.pattern]
         windowed = not all(MIXERS[type(mixer)].keeps_all(mixer) for mixer in mixers)
@@ -145,20 +146,22 @@ class Engine:
         """Queues a request and returns its samples, which fill as `step` is called.
 
         Raises:
-            UserError: the prompt is empty or too long, names ids or special tokens that the model does not have, or
-                asks for the sets drawn from together with penalties.
+            UserError: the prompt is empty or too long, contains ids outside of the vocabulary, a tool needs special
+                tokens that the tokenizer lacks, or `return_support` is combined with penalties or a logit bias.
         """
         prompt = self.check(request.prompt)
         if not isinstance(request.n, int) or request.n < 1:
             raise UserError(f"n={request.n} must be a whole number, at least 1")
         if request.return_support and request.sampling.penalised:
-            raise UserError("return_support has no meaning with penalties or a logit bias: leave one of them out")
+            raise UserError("return_support cannot be combined with penalties or a logit bias: leave one of them out")
         self._check_ids("logit_bias", request.sampling.logit_bias)
         self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:
             for name in (tool.begin, tool.end, tool.answer_begin, tool.answer_end):
                 if name not in self.tokenizer.specials:
-                    raise UserError(f"the tool {type(tool).__name__} needs the special token {name}")
+                    raise UserError(
+                        f"the tool {type(tool).__name__} needs the special token {name}, which the tokenizer lacks"
+                    )
         samples = [
             Sample(self.tokenizer, request, prompt, index, context=self.shape.length, ends=self.ends)
             for index in range(request.n)
@@ -167,29 +170,29 @@ class Engine:
         return samples
 
     def check(self, prompt: Sequence[int], *, what: str = "the prompt", room: int = 1) -> tuple[int, ...]:
-        """The prompt as a tuple; `UserError` if it is invalid or leaves fewer than `room` tokens for an answer."""
+        """Returns the prompt as a tuple; `UserError` if it is invalid or leaves fewer than `room` tokens."""
         try:
             tokens = tuple(map(operator.index, prompt))
         except TypeError:
             raise UserError(f"{what} must be a list of token ids: encode a text with the tokenizer") from None
         if not tokens:
-            raise UserError(f"{what} is empty: begin it with <|bos|> at least")
+            raise UserError(f"{what} is empty: start it with <|bos|>")
         if len(tokens) + room > self.shape.length:
-            raise UserError(f"{what} has {len(tokens)} tokens and the context {self.shape.length}: shorten it")
+            raise UserError(f"{what} has {len(tokens)} tokens, but the context has {self.shape.length}: shorten it")
         self._check_ids(what, tokens)
         return tokens
 
     def _check_ids(self, what: str, ids: Iterable[int]) -> None:
         vocab = self.transformer.config.vocab
-        if strange := [token for token in ids if not 0 <= token < vocab]:
-            raise UserError(f"{what} names token {strange[0]}, and the vocabulary has ids 0 to {vocab - 1}")
+        if unknown := [token for token in ids if not 0 <= token < vocab]:
+            raise UserError(f"{what} contains token id {unknown[0]}, but the vocabulary has ids 0 to {vocab - 1}")
 
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
         """Prefills one prompt; returns its cache (in the first row) and the logits after it, (R, V)."""
         return self._reader.read(self.params, [prompt], [None], self._plan(prompt, 0))
 
     def forward(self, tokens: Sequence[int]) -> np.ndarray:
-        """The logits after every token of a text, read at once without a cache: (T, V) float32."""
+        """Logits after every token of a text, (T, V) float32, computed in one call without a cache."""
         ids = self.check(tokens, what="the text", room=0)
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
@@ -197,29 +200,29 @@ class Engine:
             return np.asarray(compiled.forward(self.transformer, self.params, padded_1T)[: len(ids)])
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Answers to every request, in order; a bad request gets its error, and harms no other."""
-        asked: list[list[Sample] | UserError] = []
+        """Answers every request, in order. An invalid request gets one completion that holds its error."""
+        submitted: list[list[Sample] | UserError] = []
         for request in requests:
             try:
-                asked.append(self.submit(request))
+                submitted.append(self.submit(request))
             except UserError as error:
-                asked.append(error)
+                submitted.append(error)
         while self.step():
             pass
         return [
             [refused(samples)] if isinstance(samples, UserError) else [sample.completion() for sample in samples]
-            for samples in asked
+            for samples in submitted
         ]
 
     def stream(self, request: Request) -> Iterator[str]:
-        """The text of one answer as it comes; closing the iterator cancels the request."""
+        """Yields the text of one answer as it is decoded; closing the iterator cancels the request."""
         if request.n != 1:
-            raise UserError(f"n={request.n} answers cannot be one stream: follow each sample of `submit`")
+            raise UserError(f"cannot stream n={request.n} answers at once: call `submit` and `follow` each sample")
         (sample,) = self.submit(request)
         yield from self.follow(sample)
 
     def follow(self, sample: Sample) -> Iterator[str]:
-        """The text of a sample as it comes; closing the iterator cancels it."""
+        """Yields the text of a sample as it is decoded; closing the iterator cancels the sample."""
         try:
             while True:
                 if new := sample.take_text():
@@ -242,7 +245,7 @@ class Engine:
         return bool(self.slots.active or self._waiting or self._prefilled)
 
     def _leave(self) -> None:
-        """Removes finished samples, and stores the caches of those that ask for it in the prefix cache."""
+        """Removes finished samples, and stores their caches in the prefix cache if their request has `keep`."""
         for sample in self.slots.active:
             if sample.request.keep and sample.finish_reason in ("stop", "length", "context"):
                 self.prefixes.store(*self.slots.snapshot(sample))
@@ -268,9 +271,9 @@ class Engine:
     def _read(self) -> None:
         """Prefills the next prompt, once for all of its samples, together with later prompts of the same plan."""
         groups: list[list[Sample]] = []
-        found: list[tuple[int, Cache] | None] = []
-        agreed: Plan | None = None
-        passed: list[Sample] = []  # Prompts with another plan: they wait for a prefill of their own.
+        prefixes: list[tuple[int, Cache] | None] = []
+        shared_plan: Plan | None = None
+        skipped: list[Sample] = []  # Prompts with another plan wait for a later prefill.
         for _ in range(LOOK_AHEAD * self.shape.prefill_batch):
             if not self._waiting or len(groups) == self.shape.prefill_batch:
                 break
@@ -278,32 +281,32 @@ class Engine:
             group = []
             while self._waiting and self._waiting[0].request is first.request:
                 group.append(self._waiting.popleft())
-            remembered = self.prefixes.find(first.prompt)
-            done = 0 if remembered is None else remembered[0]
-            own = self._plan(first.prompt, done)
-            if agreed is not None and own != agreed:
-                passed += group
+            prefix = self.prefixes.find(first.prompt)
+            reused = 0 if prefix is None else prefix[0]
+            own_plan = self._plan(first.prompt, reused)
+            if shared_plan is not None and own_plan != shared_plan:
+                skipped += group
                 continue
-            agreed = own
+            shared_plan = own_plan
             groups.append(group)
-            found.append(remembered)
-            self.prompt_stats.reused += done
-            self.prompt_stats.computed += len(first.prompt) - done
-        assert agreed is not None
-        self._waiting.extendleft(reversed(passed))
+            prefixes.append(prefix)
+            self.prompt_stats.reused += reused
+            self.prompt_stats.computed += len(first.prompt) - reused
+        assert shared_plan is not None
+        self._waiting.extendleft(reversed(skipped))
         prompts, draft = [group[0].prompt for group in groups], None
-        cache, logits_RV = self._reader.read(self.params, prompts, found, agreed)
+        cache, logits_RV = self._reader.read(self.params, prompts, prefixes, shared_plan)
         if self._draft is not None:
-            whole = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.chunks))
-            draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), whole)
+            longest = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.chunks))
+            draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), longest)
         for row, group in enumerate(groups):
             self._prefilled.append(PrefilledPrompt(cache, logits_RV, draft, row, deque(group)))
 
-    def _plan(self, prompt: Sequence[int], remembered: int) -> Plan:
-        return plan(len(prompt), remembered, prefill_chunk=self.shape.prefill_chunk, length=self.shape.length)
+    def _plan(self, prompt: Sequence[int], reused: int) -> Plan:
+        return plan(len(prompt), reused, prefill_chunk=self.shape.prefill_chunk, length=self.shape.length)
 
 
-def _decoded(transformer: Transformer, wanted: str, device: Any) -> Transformer:
-    """The transformer with the decoding backend of a device."""
+def _with_decoding(transformer: Transformer, wanted: str, device: Any) -> Transformer:
+    """The transformer with the decoding backend chosen for a device."""
     name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, log=log)
     return dataclasses.replace(transformer, decoding=name)

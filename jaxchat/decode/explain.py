@@ -1,4 +1,4 @@
-"""Why a token was chosen, and how likely a text is: tables of what the model and each step of sampling say."""
+"""Explains sampling (a token's probability after each step) and scores texts; both as tables for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Candidate(NamedTuple):
-    """A token that could have been chosen: its logit, and its probability by the model, after penalties and
-    temperature, and after each filter of `FILTERS` in turn.
+    """A candidate for one token: its logit, and its probability under the model, after penalties and temperature, and
+    after each filter of `FILTERS` in turn.
     """
 
     token: int
@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A token of a text: its logit, probability, and log-probability given all before it."""
+    """A token of a text: its logit, probability and log-probability given the tokens before it."""
 
     token: int
     logit: float
@@ -39,28 +39,28 @@ class Scored(NamedTuple):
 def explain(
     engine: Engine, prompt: Sequence[int], answer: Sequence[int], params: SamplingParams, *, count: int = 8
 ) -> list[list[Candidate]]:
-    """For each token of an answer, the `count` most likely candidates, and the chosen one if it is not among them."""
+    """Returns for each token of an answer the `count` most likely candidates, and the chosen one if not among them."""
     logits_TV = engine.forward([*prompt, *answer])[len(prompt) - 1 : -1]
     T, V = logits_TV.shape
-    said_TV = np.zeros((T, V), np.int32)
-    said_TV[np.arange(1, T), list(answer[:-1])] = 1
-    history = beginning([(prompt, params)] * T, rows=T, vocab=V)._replace(counts_BV=said_TV.cumsum(axis=0))
+    previous_TV = np.zeros((T, V), np.int32)  # One-hot, the token before.
+    previous_TV[np.arange(1, T), list(answer[:-1])] = 1
+    history = beginning([(prompt, params)] * T, rows=T, vocab=V)._replace(counts_BV=previous_TV.cumsum(axis=0))
     columns = [np.asarray(column) for column in _stages(logits_TV, pack([(params, 0)] * T), history)]
     steps = []
     for t, chosen in enumerate(answer):
         ids = np.argsort(-logits_TV[t], kind="stable")[:count].tolist()
         ids += [] if chosen in ids else [chosen]
-        made = []
+        candidates = []
         for i in ids:
             logit, model, warm, *filtered = (float(column[t, i]) for column in columns)
-            made.append(Candidate(i, i == chosen, logit, model, warm, dict(zip(FILTERS, filtered, strict=True))))
-        steps.append(made)
+            candidates.append(Candidate(i, i == chosen, logit, model, warm, dict(zip(FILTERS, filtered, strict=True))))
+        steps.append(candidates)
     return steps
 
 
 @jax.jit
 def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Array, ...]:
-    """Logits, and the probabilities after each step of sampling; of greedy ones, all of the mass on the most likely."""
+    """Logits, and the probabilities after each step of sampling (for greedy decoding, one-hot after the penalties)."""
     z_TV = penalise(logits_TV, rows, history)
     greedy_T1 = (rows.temperature == 0)[:, None]
     best_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
@@ -73,7 +73,7 @@ def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Arr
 
 
 def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
-    """Every token of a text after its first, given those before."""
+    """Scores every token of a text but the first, given the tokens before it."""
     logits_TV = engine.forward(ids)[:-1].astype(np.float64)
     shifted = logits_TV - logits_TV.max(axis=1, keepdims=True)
     logprobs_TV = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -84,7 +84,7 @@ def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it can be read: its text quoted, or its special name, or its bytes where they are no character."""
+    """Printable form of a token: its text in quotes, the name of a special token, or its bytes if not valid UTF-8."""
     data = tokenizer.decode_bytes([token], keep_specials=True)
     if token in tokenizer.specials.values():
         return data.decode()
@@ -97,7 +97,7 @@ def name_of(tokenizer: Tokenizer, token: int) -> str:
 def step_table(
     tokenizer: Tokenizer, number: int, candidates: Sequence[Candidate], params: SamplingParams, *, sampled: bool = True
 ) -> Table:
-    """One step of an explanation; a token that was not `sampled` is a tool's."""
+    """Table of one token's candidates; a token that was not `sampled` is part of a tool's output."""
     table = Table(title=f"token {number}", title_justify="left")
     table.add_column("candidate")
     warm = f"{'penalties, ' if params.penalised else ''}T={params.temperature:g}"
@@ -105,7 +105,7 @@ def step_table(
     for header in ("logit", "p", warm, *(f"{name.replace('_', '-')}={getattr(params, name):g}" for name in used)):
         table.add_column(header, justify="right")
     table.add_column("")
-    mark = "chosen" if sampled else "a tool's"
+    mark = "chosen" if sampled else "tool output"
     for c in candidates:
         shares = (f"{p:.4f}" if p else "-" for p in (c.model, c.temperature, *(c.filtered[name] for name in used)))
         table.add_row(name_of(tokenizer, c.token), f"{c.logit:.3f}", *shares, mark if c.chosen else "")
@@ -113,7 +113,7 @@ def step_table(
 
 
 def score_table(tokenizer: Tokenizer, scored: Sequence[Scored]) -> Table:
-    """A text's tokens, and as the last row the mean that is the loss."""
+    """Table of a text's tokens; the footer is the mean log-probability, and the loss."""
     table = Table(show_footer=True)
     table.add_column("token", footer="mean")
     table.add_column("logit", justify="right")

@@ -14,8 +14,8 @@ class DecodeState(NamedTuple):
     """Decoding state per slot, arrays of shape (B,).
 
     `token_B`: last sampled token, not yet in the cache. `position_B`: its position, -1 if the slot is idle. `limit_B`:
-    last position that the slot may fill. `stops_BN` (B, N): tokens after which the device stops decoding the slot, -1
-    for none.
+    last position that the slot may fill. `stops_BN` (B, N): tokens after which the device stops decoding the slot,
+    padded with -1.
     """
 
     token_B: Any
@@ -38,7 +38,7 @@ class StepOutputs(NamedTuple):
 
 
 def unstack(transformer: Transformer, params: Params) -> Params:
-    """Parameters per layer in the compute type, with the shardings for decoding."""
+    """Parameters per layer in the compute dtype, with the shardings for decoding."""
     axes, pattern = transformer.axes(), transformer.config.pattern
     cut = [jax.tree.map(lambda names: names[1:], own, is_leaf=lambda x: isinstance(x, tuple)) for own in axes["layers"]]
     by_layer = {"ends": axes["ends"], "layer": tuple(cut[i % len(pattern)] for i in range(transformer.config.depth))}
@@ -64,7 +64,10 @@ def prefill(
     cache: Cache,
     logits_RV: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    """Processes one chunk of each prompt; returns the cache and the logits after it. A row of padding is unchanged."""
+    """Processes one chunk of each prompt; returns the cache and the logits after the chunk, (R, V).
+
+    Positions are -1 for padding. A row that is all padding keeps its cache and its `logits_RV`.
+    """
     hidden_RTM, cache_after, _, _ = transformer.apply(params, tokens_RT, positions_BT=positions_RT, cache=cache)
     assert cache_after is not None
     last_R11 = jnp.argmax(positions_RT, axis=1)[:, None, None]
@@ -87,7 +90,9 @@ def admit(
     top: bool,
     return_support: bool = False,
 ) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
-    """Copies prefilled rows `take_N` into slots `slot_N` (out of range: none) and samples the first token of each."""
+    """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each. A slot out of range marks
+    padding. `history` and `prompts` are for penalties only.
+    """
     logits_NV = logits_RV[take_N]
     position_N = source.length_B[take_N] - 1
     choice = choose(logits_NV, rows, position_N, level=level, history=prompts, return_support=return_support)
@@ -100,7 +105,7 @@ def admit(
 
 
 def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> Cache:
-    """The cache with rows `take_N` of `source` copied into slots `slot_N` (out of range: none)."""
+    """Copies rows `take_N` of `source` into slots `slot_N` of a cache; indices out of range are ignored."""
     rows = jax.tree.map(lambda x: x[take_N], source)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     layers = tuple(
@@ -123,8 +128,8 @@ def decode(
     top: bool,
     return_support: bool = False,
 ) -> tuple[Cache, History | None, StepOutputs]:
-    """Decodes K steps, K being the rows of `forced_KB`: each processes every slot's last token and samples the next,
-    or takes the forced one where it is not -1.
+    """Decodes K steps. Each step processes every slot's last token and samples the next one, unless `forced_KB` gives
+    it (-1: not forced).
 
     A slot that reaches a stop token or its limit pauses: its cache and token stay as they are until the next dispatch.
     """
@@ -139,7 +144,7 @@ def decode(
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
         if history is not None:
             history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))
-        given = StepOutputs(
+        outputs = StepOutputs(
             jnp.where(paused_B, -1, next_B),
             choice.logprob_B,
             choice.sampling_logprob_B,
@@ -149,7 +154,7 @@ def decode(
         token_B = jnp.where(paused_B, token_B, next_B)
         position_B = jnp.where(paused_B, position_B, position_B + 1)
         stopped_B = jnp.any(token_B[:, None] == running.stops_BN, axis=1) & (forced_B < 0)
-        return (token_B, position_B, paused_B | stopped_B | (position_B >= running.limit_B), cache, history), given
+        return (token_B, position_B, paused_B | stopped_B | (position_B >= running.limit_B), cache, history), outputs
 
     start = (running.token_B, running.position_B, running.position_B < 0, cache, history)
     (_, _, _, cache, history), steps = jax.lax.scan(step, start, forced_KB)
@@ -157,13 +162,13 @@ def decode(
 
 
 def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
-    """The cache with the first `length` positions of the single row of `source` copied into row `row`."""
+    """Copies the first `length` positions of a cache of one row into row `row`; `last` is the token at their end."""
     zero = jnp.zeros((1,), jnp.int32)
     return seat(cache, source._replace(length_B=length[None], last_B=last[None]), zero, row[None])
 
 
 def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:
-    """Rows `take_B` of a cache, copied into a new cache of another length."""
+    """Copies rows `take_B` into a new cache of `length` positions that takes up to `write` tokens per call."""
     shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
     rows = jax.tree.map(lambda x: x[take_B], cache)
     layers = tuple(row.resize(rows.length_B, shape) for row, shape in zip(rows.layers, shapes.layers, strict=True))
@@ -177,6 +182,6 @@ def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def place(cache: Cache) -> Cache:
-    """The cache with its sharding: rows over `data`, heads over `tensor`. Unchanged without a mesh."""
+    """Applies the cache's sharding: rows over `data`, heads over `tensor`. Does nothing without a mesh."""
     layers = tuple(type(layer)(*map(sharding.constrain, layer, layer.axes)) for layer in cache.layers)
     return cache._replace(layers=layers)

@@ -17,7 +17,7 @@ SHORTEST_ROW = 256
 
 
 def bucket(least: int, *, shortest: int, longest: int) -> int:
-    """The smallest of shortest, twice that, and so on, that is at least `least`; `longest` at most."""
+    """Rounds `least` up to a power of two, within `shortest` and `longest`."""
     return min(max(shortest, 1 << (least - 1).bit_length()), longest)
 
 
@@ -63,14 +63,13 @@ class Prefixes:
 
     @property
     def size(self) -> int:
-        """Bytes held."""
+        """Size of all stored caches in bytes."""
         return sum(leaf.nbytes for cache in self._held.values() for leaf in jax.tree.leaves(cache))
 
     def find(self, prompt: Sequence[int]) -> tuple[int, Cache] | None:
-        """The number of tokens of the longest usable prefix, and its cache. The last token is always computed.
+        """Returns the length of the longest usable prefix, and its cache. The last token is always computed.
 
-        A windowed layer has overwritten the positions before its window, so with one an entry is used whole or not at
-        all.
+        A windowed layer overwrites the positions before its window, so a windowed model can only use whole entries.
         """
         best: tuple[int, tuple[int, ...]] | None = None
         for held in self._held:

@@ -1,4 +1,4 @@
-"""What is asked of the engine and what comes back: requests, answers, and text that grows token by token."""
+"""Requests to the engine, completions that it returns, and incremental conversion of tokens to text."""
 
 import codecs
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Tool(Protocol):
-    """Something the model may call: from `begin` on until `end` the text is the call, answered between two tokens.
+    """A function that the model calls by writing the call between the special tokens `begin` and `end`.
 
-    Its answer is forced into the text, so the model reads what it did not write.
+    Its output is inserted into the answer between `answer_begin` and `answer_end`.
     """
 
     @property
@@ -30,41 +30,41 @@ class Tool(Protocol):
     def answer_end(self) -> str: ...
 
     def __call__(self, call: str) -> str | None:
-        """The answer to a call, or None for no answer."""
+        """Returns the output of a call, or None to insert nothing."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt in tokens, how many answers it gets, how they are sampled, and which tools they may call."""
+    """A prompt (token ids), sampling parameters, number of answers `n`, and the tools that the model may call."""
 
     prompt: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     tools: Sequence[Tool] = ()
     keep: bool = False
-    """Whether the engine remembers what it read, for a later prompt that begins with it."""
+    """Store the cache of prompt and answer in the prefix cache, for later prompts that begin with them."""
     return_support: bool = False
-    """Whether the answer says which tokens each of its own was drawn from, for training on it."""
+    """Return the set of tokens that each token was sampled from, for training with truncated sampling."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one sample of a request got.
+    """The answer of one sample of a request.
 
     Attributes:
         text: the answer, without special tokens and without the stop text.
-        tokens: its tokens, the end token included.
-        logprobs: the model's log-probability of each token.
-        sampling_logprobs: each token's log-probability under the distribution it was drawn from.
-        sampled: whether each token was chosen by the model; those of a tool's answer were not.
-        finish_reason: "stop" at an end token or stop text, "length" at max_tokens, "context" when the context is full,
+        tokens: its tokens, including the stop token.
+        logprobs: log-probability of each token under the model; 0 for tool output.
+        sampling_logprobs: log-probability of each token under the sampling distribution; 0 for tool output.
+        sampled: whether each token was sampled; false for tool output.
+        finish_reason: "stop" at a stop token or stop text, "length" at max_tokens, "context" when the context is full,
             "cancelled", or "error".
         seconds: from submission to the end.
         first_token_seconds: from submission to the first token.
-        top_logprobs: for each sampled token, the most likely tokens and their log-probabilities, where asked for.
-        error: what was wrong with the request.
+        top_logprobs: if requested, the most likely tokens and their log-probabilities; () for a token of tool output.
+        error: why the request or a tool failed.
         support: the tokens that each token was sampled from, (tokens, ceil(V / 8)) uint8, one bit per token, lowest bit
-            first; all bits are set for a token of a tool's answer. None if not requested, or if nothing was truncated.
+            first; all bits are set for tool output. None if not requested, or if nothing was truncated.
     """
 
     text: str
@@ -81,43 +81,43 @@ class Completion:
 
 
 class TextStream:
-    """Text from tokens as they come: never half a character, never a part of what may become a stop text.
+    """Converts tokens to text incrementally; holds back incomplete characters and text that may begin a stop text.
 
-    A character whose bytes never end is left out.
+    A character that is still incomplete at the end is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.text, self.stopped = "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""
 
     def add(self, token: int) -> str:
-        """The text that is certain now; `stopped` is set once a stop text is complete."""
+        """Adds a token; returns the new text that is certain. Sets `stopped` once a stop text is complete."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._tokenizer.decode_bytes([token]))
-        found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
-        if found:
-            self.stopped, certain = True, min(found)
-            self._held = self._held[:certain]
+        self._pending += self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        starts = [at for at in (self._pending.find(text) for text in self._stop) if at >= 0]
+        if starts:
+            self.stopped, certain = True, min(starts)
+            self._pending = self._pending[:certain]
         else:
-            certain = len(self._held) - self._undecided()
+            certain = len(self._pending) - self._partial_stop()
         return self._release(certain)
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        return self._release(len(self._held))
+        """Returns the text that was held back, at the end of the answer."""
+        return self._release(len(self._pending))
 
     def _release(self, certain: int) -> str:
-        new, self._held = self._held[:certain], self._held[certain:]
+        new, self._pending = self._pending[:certain], self._pending[certain:]
         self.text += new
         return new
 
-    def _undecided(self) -> int:
-        """How many of the last characters may begin a stop text."""
+    def _partial_stop(self) -> int:
+        """Number of characters at the end of the pending text that may begin a stop text."""
         most = max((len(text) for text in self._stop), default=1) - 1
-        for size in range(min(most, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-size:]) for text in self._stop):
+        for size in range(min(most, len(self._pending)), 0, -1):
+            if any(text.startswith(self._pending[-size:]) for text in self._stop):
                 return size
         return 0

@@ -1,4 +1,4 @@
-"""One answer on its way: its tokens, its text, its tool calls, and how it ended."""
+"""One sample of a request while it is decoded: tokens, text, tool calls and finish reason."""
 
 import time
 from collections import deque
@@ -12,7 +12,7 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Sample:
-    """Sample number `index` of a request, in the engine's hands until `finish_reason` is set."""
+    """Sample number `index` of a request. It is finished once `finish_reason` is not empty."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class Sample:
         self.error: str | None = None
         self.tokens: list[int] = []
         self.text = np.zeros(context, np.int32)
-        """Prompt and answer by position."""
+        """Tokens of prompt and answer by position."""
         self.text[: len(prompt)] = prompt
         self.surplus: list[int] = []
-        """Tokens that were decoded after the end, before the host saw it."""
+        """Tokens that the device decoded after the end of the answer; they are in the cache."""
         self.forced: deque[int] = deque()
-        """Tokens of a tool's answer that were not read yet."""
+        """Tokens of tool output that are still to be decoded."""
         self.limit = min(len(prompt) + sampling.max_tokens, context) - 1
         self._limit_reason = "length" if len(prompt) + sampling.max_tokens <= context else "context"
         self.stops = set(sampling.stop_tokens) | (set() if sampling.ignore_end else ends)
@@ -45,7 +45,7 @@ class Sample:
         self._stream = TextStream(tokenizer, sampling.stop)
         self._unread: list[str] = []
         self._logprobs: list[float] = []
-        self._drawn: list[float] = []
+        self._sampling_logprobs: list[float] = []
         self._sampled: list[bool] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
         self._support: list[np.ndarray] = []
@@ -54,28 +54,28 @@ class Sample:
 
     @property
     def position(self) -> int:
-        """The newest token's position."""
+        """Position of the last token."""
         return len(self.prompt) + len(self.tokens) - 1
 
     @property
     def pauses(self) -> set[int]:
-        """Tokens at which the device waits for the host."""
+        """Stop tokens and ends of tool calls: the device stops decoding the slot when it samples one."""
         return self.stops | {self._tokenizer.specials[tool.end] for tool in self.request.tools}
 
     @property
     def returns_support(self) -> bool:
-        """Whether the sets that tokens are drawn from are asked for, and are not simply all tokens."""
+        """Whether the support of the sampling distribution is requested, and can be less than all tokens."""
         return self.request.return_support and self.request.sampling.level == "full"
 
     def give(
         self,
         token: int,
         logprob: float,
-        drawn: float,
+        sampling_logprob: float,
         top: Sequence[tuple[int, float]] = (),
         support_C: np.ndarray | None = None,
     ) -> None:
-        """Takes the next token from the device; finishes the sample, or calls a tool, where it is time to."""
+        """Appends a token that the device decoded; then finishes the sample or calls a tool if due."""
         if self.finish_reason:
             self.surplus.append(token)
             return
@@ -88,7 +88,7 @@ class Sample:
         self.text[self.position] = token
         self._sampled.append(not forced)
         self._logprobs.append(0.0 if forced else logprob)
-        self._drawn.append(0.0 if forced else drawn)
+        self._sampling_logprobs.append(0.0 if forced else sampling_logprob)
         if count := self.request.sampling.top_logprobs:
             self._top.append(() if forced else tuple(top[:count]))
         if self.returns_support:
@@ -103,10 +103,10 @@ class Sample:
         elif self.position >= self.limit:
             self._finish(self._limit_reason)
         elif not forced:
-            self._listen(token)
+            self._follow_call(token)
 
-    def _listen(self, token: int) -> None:
-        """Follows a tool call from its begin token to its end token, then queues the answer."""
+    def _follow_call(self, token: int) -> None:
+        """Collects a tool call from its begin token to its end token, then runs the tool and queues its output."""
         specials = self._tokenizer.specials
         if token in self._tools:
             self._call = self._tools[token], []
@@ -117,23 +117,23 @@ class Sample:
                 return
             self._call = None
             try:
-                answer = tool(self._tokenizer.decode(call))
-                words = None if answer is None else self._tokenizer.encode(answer)
-            except Exception as error:  # Of somebody's tool: it ends this sample alone.
+                output = tool(self._tokenizer.decode(call))
+                output_tokens = None if output is None else self._tokenizer.encode(output)
+            except Exception as error:  # Tools are user code; an error ends this sample only.
                 self.error = f"the tool {type(tool).__name__} failed: {error}"
                 self._finish("error")
                 return
-            if words is not None:
-                self.forced.extend([specials[tool.answer_begin], *words, specials[tool.answer_end]])
+            if output_tokens is not None:
+                self.forced.extend([specials[tool.answer_begin], *output_tokens, specials[tool.answer_end]])
 
     def take_text(self) -> str:
-        """The text that came since the last call."""
+        """Returns the text that was added since the last call."""
         text = "".join(self._unread)
         self._unread.clear()
         return text
 
     def cancel(self) -> None:
-        """Ends the sample, if it has not ended; its slot is free at the engine's next step."""
+        """Ends an unfinished sample; the engine frees its slot at the next step."""
         if not self.finish_reason:
             self._finish("cancelled")
 
@@ -147,7 +147,7 @@ class Sample:
             text=self._stream.text,
             tokens=tuple(self.tokens),
             logprobs=tuple(self._logprobs),
-            sampling_logprobs=tuple(self._drawn),
+            sampling_logprobs=tuple(self._sampling_logprobs),
             sampled=tuple(self._sampled),
             finish_reason=self.finish_reason,
             seconds=self._end - self._start,
@@ -159,5 +159,5 @@ class Sample:
 
 
 def refused(error: UserError) -> Completion:
-    """The answer to a request that cannot be run."""
+    """Builds the completion of a request that is refused."""
     return Completion("", (), (), (), (), finish_reason="error", error=str(error))

@@ -1,4 +1,4 @@
-"""Choosing the next token: penalties, bias, temperature, filters, every parameter an array with an entry per row.
+"""Samples the next token. Every sampling parameter is an array with one entry per row of the batch.
 
 Order: logit bias, repetition penalty, presence and frequency penalties, temperature, then `FILTERS`. Thresholds are
 found by bisection over the bits of the logits, not by sorting the vocabulary.
@@ -16,11 +16,11 @@ import numpy as np
 
 from jaxchat.errors import UserError
 
-# What a compiled step does: the most likely token only; temperature as well; or everything, at a price.
+# What a compiled step supports: greedy decoding only; temperature as well; or also penalties and filters, the slowest.
 Level = Literal["greedy", "plain", "full"]
 LEVELS: tuple[Level, ...] = ("greedy", "plain", "full")
 
-TOP_LOGPROBS = 20  # The most that a request may ask for.
+TOP_LOGPROBS = 20  # Largest `top_logprobs` of a request.
 
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -28,12 +28,12 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
     "course": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
 }
 
-_TURN_BITS = {"cpu": 1}  # Bits of the threshold found by one pass over the vocabulary; elsewhere passes cost most.
+_BITS_PER_PASS = {"cpu": 1}  # Threshold bits found per pass over the vocabulary; 4 on accelerators to save passes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
-    """Restricts sampling to a part of the vocabulary; each field is a row of `FILTERS`."""
+    """Parameters of the filters that truncate the distribution; each field is a row of `FILTERS`."""
 
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
@@ -48,27 +48,27 @@ class Truncation:
 
     @property
     def truncation(self) -> dict[str, Any]:
-        """The filters' settings by name."""
+        """Filter parameters by name."""
         return {name: getattr(self, name) for name in FILTERS}
 
 
 @dataclass(frozen=True)
 class SamplingParams(Truncation):
-    """How a request samples and when it ends.
+    """Sampling parameters and stop conditions of a request.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer
-            (arXiv:1909.05858); 1 is none.
-        presence_penalty: subtracted from the logits of tokens of the answer.
-        frequency_penalty: subtracted once for each time a token is in the answer.
+            (arXiv:1909.05858); 1 turns it off.
+        presence_penalty: subtracted from the logits of tokens that occur in the answer.
+        frequency_penalty: subtracted from a token's logit once per occurrence in the answer.
         logit_bias: added to the logits, by token id.
         max_tokens: length limit of the answer.
-        seed: noise is a function of seed, sample and position alone.
-        stop: texts at which the answer ends, themselves left out.
-        stop_tokens: tokens at which the answer ends, beside the tokenizer's own.
-        ignore_end: go on after the tokenizer's end tokens.
-        top_logprobs: how many of the most likely tokens to report at each position.
+        seed: the noise is determined by seed, sample index and position alone.
+        stop: texts at which the answer ends; they are not part of it.
+        stop_tokens: tokens at which the answer ends, in addition to the tokenizer's end tokens.
+        ignore_end: do not stop at the tokenizer's end tokens.
+        top_logprobs: number of most likely tokens to report at each position.
     """
 
     temperature: float = 1.0
@@ -100,25 +100,25 @@ class SamplingParams(Truncation):
             if whole and not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}={value} must be a whole number, {meaning}")
         if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 is none")
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 turns it off")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         if not all(_whole(token) and _number(value) and math.isfinite(value) for token, value in biases):
             raise UserError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
         if not _listed(self.stop) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop={self.stop!r} must be a list of texts, none of them empty")
+            raise UserError(f"stop={self.stop!r} must be a list of non-empty texts")
         if not _listed(self.stop_tokens) or not all(map(_whole, self.stop_tokens)):
             raise UserError(f"stop_tokens={self.stop_tokens!r} must be a list of token ids")
 
     @property
     def penalised(self) -> bool:
-        """Whether the tokens so far, or a bias, change the logits."""
+        """Whether penalties or a logit bias change the logits."""
         return bool(
             self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or len(self.logit_bias)
         )
 
     @property
     def level(self) -> Level:
-        """What a compiled step needs to be able to do for this request."""
+        """The cheapest level of a compiled step that can serve this request."""
         if self.penalised or (self.temperature and self.truncates):
             return "full"
         return "plain" if self.temperature else "greedy"
@@ -140,7 +140,9 @@ def _listed(value: Any) -> bool:
 
 
 class Rows(NamedTuple):
-    """Sampling parameters by row, all (B,); the seed's halves and the number of the sample make a row's noise."""
+    """Sampling parameters per row, arrays of shape (B,). `biased`: whether the row has a logit bias. `seed_low` and
+    `seed_high`: the two halves of the seed. `sample`: sample index.
+    """
 
     temperature: Any
     repetition_penalty: Any
@@ -154,7 +156,7 @@ class Rows(NamedTuple):
 
 
 class History(NamedTuple):
-    """What penalties need, (B, V): whether a token is in the prompt, its count in the answer, its bias."""
+    """Inputs of the penalties, (B, V): whether a token is in the prompt, its count in the answer, its logit bias."""
 
     prompt_BV: Any
     counts_BV: Any
@@ -162,9 +164,9 @@ class History(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A token by row, (B,), its log-probability under the model and under the distribution it was drawn from.
+    """One token per row, (B,), and its log-probability under the model and under the sampling distribution.
 
-    Where asked for, also the tokens that it was drawn from: (B, ceil(V / 8)) uint8, a bit a token, the lowest first.
+    If requested, also the support of the distribution: (B, ceil(V / 8)) uint8, one bit per token, lowest bit first.
     """
 
     token_B: jax.Array
@@ -174,7 +176,7 @@ class Choice(NamedTuple):
 
 
 def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: int, vocab: int) -> History:
-    """What penalties need where nothing is answered yet, by prompt and parameters, in `rows` rows of NumPy arrays."""
+    """Inputs of the penalties at the start of an answer, as NumPy arrays with one row per request, padded to `rows`."""
     prompt_BV, bias_BV = np.zeros((rows, vocab), bool), np.zeros((rows, vocab), np.float32)
     for row, (prompt, params) in enumerate(asked):
         prompt_BV[row, list(prompt)] = True
@@ -184,7 +186,7 @@ def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: in
 
 
 def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
-    """Rows of NumPy arrays from the parameters and the sample number of each."""
+    """Converts (parameters, sample index) pairs to arrays, one row per pair."""
     params = [p for p, _ in requests]
     columns: dict[str, Any] = {
         name: np.array([getattr(p, name) for p in params], np.float32) for name in Rows._fields[:4]
@@ -200,7 +202,9 @@ def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
 
 
 def noise(rows: Rows, position_B: jax.Array, size: int) -> jax.Array:
-    """Uniform numbers (B, size), a function of seed, sample and position."""
+    """Uniform noise in (0, 1), float32 (B, size), determined by (seed, sample index, position) alone, so that a sample
+    does not depend on its neighbours.
+    """
 
     def of(low: jax.Array, high: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.key(0)
@@ -220,10 +224,10 @@ def choose(
     history: History | None = None,
     return_support: bool = False,
 ) -> Choice:
-    """One token a row: the most likely at temperature 0, otherwise drawn from what is kept.
+    """Chooses one token per row: the most likely one at temperature 0, otherwise a sample.
 
-    `position_B` is the position of the token before. `level` says what the rows ask for at most; a row's answer does
-    not depend on it. `return_support` asks for the sets that were drawn from, above level greedy.
+    `position_B` is the position of the previous token. `level` must cover every row; a row's token does not depend on
+    it. `return_support` has no effect at level "greedy". `history` is needed if a row has penalties.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if level == "greedy":
@@ -239,7 +243,7 @@ def choose(
 
 
 def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Array:
-    """A token a row, (B,), with probabilities softmax(z), by the Gumbel maximum."""
+    """Samples one token per row, (B,), from softmax(z) by the Gumbel-max trick."""
     gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))
     return jnp.argmax(z_BV + gumbel_BV, axis=-1).astype(jnp.int32)
 
@@ -247,7 +251,7 @@ def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Array:
 def process(
     logits_BV: jax.Array, rows: Rows, *, level: Level, history: History | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of the distribution that a row draws from, -inf where it draws nothing, and the most likely token (B,)."""
+    """Logits of the sampling distribution, -inf outside of its support, and the most likely token, (B,)."""
     if level == "full" and history is not None:
         logits_BV = penalise(logits_BV, rows, history)
     best_B = jnp.argmax(logits_BV, axis=-1)
@@ -256,7 +260,7 @@ def process(
 
 
 def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """log softmax(z) at one token a row, (B,)."""
+    """log softmax(z) of one token per row, (B,)."""
     at_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=-1)[:, 0]
     return at_B - jax.nn.logsumexp(z_BV, axis=-1)
 
@@ -264,15 +268,15 @@ def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
 def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
     """Logits after bias, repetition, presence and frequency penalties."""
     z_BV = jnp.where(rows.biased[:, None], logits_BV + history.bias_BV, logits_BV)
-    said_BV = history.counts_BV > 0
+    answered_BV = history.counts_BV > 0
     repetition_B1 = rows.repetition_penalty[:, None]
     repeated_BV = jnp.where(z_BV > 0, z_BV / repetition_B1, z_BV * repetition_B1)
-    z_BV = jnp.where(history.prompt_BV | said_BV, repeated_BV, z_BV)
-    return z_BV - rows.presence_penalty[:, None] * said_BV - rows.frequency_penalty[:, None] * history.counts_BV
+    z_BV = jnp.where(history.prompt_BV | answered_BV, repeated_BV, z_BV)
+    return z_BV - rows.presence_penalty[:, None] * answered_BV - rows.frequency_penalty[:, None] * history.counts_BV
 
 
 def truncate(z_BV: jax.Array, filters: Mapping[str, jax.Array]) -> jax.Array:
-    """Logits with -inf for every token that a filter removes; `filters` has each one's parameter by row, (B,)."""
+    """Sets the logits of tokens that a filter removes to -inf; `filters` has parameters per row, (B,), by name."""
     for name, row in FILTERS.items():  # Not in the order of `filters`: JAX sorts the keys of a dictionary.
         if name in filters:
             z_BV = row.apply(z_BV, filters[name])
@@ -280,29 +284,29 @@ def truncate(z_BV: jax.Array, filters: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def keep_top_k(z_BV: jax.Array, k_B: jax.Array) -> jax.Array:
-    """All but the k most likely tokens set to -inf; ties with the last of them are kept."""
+    """Sets all but the k most likely tokens to -inf. Ties with the k-th are kept; k = 0 keeps all."""
     order_BV, V = _order(z_BV), z_BV.shape[-1]
     k_B1 = jnp.where(k_B > 0, jnp.minimum(k_B, V), V)[:, None]
     return jnp.where(order_BV >= _largest(order_BV, jnp.ones_like(order_BV), k_B1), z_BV, -jnp.inf)
 
 
 def keep_top_p(z_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    """All but the smallest set of probability p set to -inf; the token that crosses p is kept."""
+    """Sets all but the smallest set of tokens with probability at least p to -inf; ties with the last are kept."""
     order_BV, p_B1 = _order(z_BV), p_B[:, None]
     least_B1 = jnp.where(p_B1 >= 1, 0, _largest(order_BV, jax.nn.softmax(z_BV, axis=-1), p_B1))
     return jnp.where(order_BV >= least_B1, z_BV, -jnp.inf)
 
 
 def keep_min_p(z_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    """Tokens less likely than p times the most likely one set to -inf."""
+    """Sets tokens less likely than p times the most likely one to -inf."""
     least_B1 = jnp.max(z_BV, axis=-1, keepdims=True) + jnp.log(p_B)[:, None]
     return jnp.where(z_BV >= least_B1, z_BV, -jnp.inf)
 
 
 class Filter(NamedTuple):
-    """A way to truncate the distribution: `apply` sets logits (B, V) to -inf by a parameter (B,).
+    """A way to truncate the distribution: `apply` sets logits (B, V) to -inf, given a parameter (B,).
 
-    `off` is the parameter that keeps every token, `limits` are the least and largest that are valid, `meaning` says so.
+    `off`: parameter that keeps every token. `limits`: valid range. `meaning`: the range in words, for error messages.
     """
 
     apply: Callable[[jax.Array, jax.Array], jax.Array]
@@ -312,30 +316,30 @@ class Filter(NamedTuple):
     dtype: Any = np.float32
 
 
-# In the order in which they are applied.
+# In order of application.
 FILTERS: Mapping[str, Filter] = {
-    "top_k": Filter(keep_top_k, 0, (0, math.inf), "0 (every token) or more", np.int32),
-    "top_p": Filter(keep_top_p, 1, (math.ulp(0.0), 1), "above 0 and at most 1 (every token)"),
+    "top_k": Filter(keep_top_k, 0, (0, math.inf), "at least 0 (0 keeps every token)", np.int32),
+    "top_p": Filter(keep_top_p, 1, (math.ulp(0.0), 1), "above 0 and at most 1 (1 keeps every token)"),
     "min_p": Filter(keep_min_p, 0, (0, 1), "from 0 to 1"),
 }
 
 
 def _order(x: jax.Array) -> jax.Array:
-    """uint32 that order as the float32 they stand for."""
+    """Maps float32 to uint32 and preserves the order."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _largest(order_BV: jax.Array, weight_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
-    """The largest threshold t, (B, 1), for which those with order >= t weigh at least `least_B1`."""
-    bits = _TURN_BITS.get(jax.default_backend(), 4)
+    """The largest threshold t, (B, 1), such that tokens with order >= t have a total weight of at least `least_B1`."""
+    bits = _BITS_PER_PASS.get(jax.default_backend(), 4)
     digit_J = jnp.arange(1, 1 << bits, dtype=jnp.uint32)
 
-    def turn(i: jax.Array, found_B1: jax.Array) -> jax.Array:
+    def refine(i: jax.Array, threshold_B1: jax.Array) -> jax.Array:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        tried_BJ = found_B1 + (digit_J[None] << shift)
-        seen_BJV = order_BV[:, None] >= tried_BJ[:, :, None]
-        weight_BJ = jnp.sum(jnp.where(seen_BJV, weight_BV[:, None], 0), axis=-1)
-        return found_B1 + (jnp.sum(weight_BJ >= least_B1, axis=1, keepdims=True).astype(jnp.uint32) << shift)
+        tried_BJ = threshold_B1 + (digit_J[None] << shift)
+        above_BJV = order_BV[:, None] >= tried_BJ[:, :, None]
+        weight_BJ = jnp.sum(jnp.where(above_BJV, weight_BV[:, None], 0), axis=-1)
+        return threshold_B1 + (jnp.sum(weight_BJ >= least_B1, axis=1, keepdims=True).astype(jnp.uint32) << shift)
 
-    return jax.lax.fori_loop(0, 32 // bits, turn, jnp.zeros((order_BV.shape[0], 1), jnp.uint32))
+    return jax.lax.fori_loop(0, 32 // bits, refine, jnp.zeros((order_BV.shape[0], 1), jnp.uint32))

@@ -1,4 +1,4 @@
-"""The slots that are decoded together: their cache on the device, and which sample is in which slot."""
+"""Slots: the batch of samples that are decoded together, and their cache on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _IDLE = (SamplingParams(temperature=0), 0)
 
 @dataclass
 class Stats:
-    """Decoded slot steps, those that produced a token for a sample, and dispatches."""
+    """Counts of decoded slot steps, of those that gave an unfinished sample a token, and of dispatches (`chunks`)."""
 
     slot_steps: int = 0
     useful_steps: int = 0
@@ -72,8 +72,8 @@ class Slots:
         self._cache: Cache | None = None
         self._history: History | None = None
         self._rows: Rows | None = None
-        """Sampling parameters on the device, sent when a sample enters: at every dispatch they would take 8 percent of
-        its time at batch 1."""
+        """Sampling parameters on the device. They are sent only when samples enter, because sending them at every
+        dispatch takes 8 percent of its time at batch 1."""
 
     @property
     def active(self) -> list[Sample]:
@@ -88,7 +88,7 @@ class Slots:
         self.samples = [None if sample is None or sample.finish_reason else sample for sample in self.samples]
 
     def fit(self, entering: Sequence[Sample] = ()) -> None:
-        """Resizes the batch and the cache to fit the active samples and their next chunk."""
+        """Resizes the batch and the cache to fit the active and entering samples and their next dispatch."""
         samples = [*self.active, *entering]
         slots, length = self._most, self._longest
         if self._adapt:
@@ -97,7 +97,7 @@ class Slots:
             length = bucket(need, shortest=SHORTEST_ROW, longest=self._longest)
         if (slots, length) == (len(self.samples), self._length):
             return
-        if entering and self.active:  # Others may follow: only grow.
+        if entering and self.active:  # More samples may enter before the next dispatch: only grow.
             slots, length = max(slots, len(self.samples)), max(length, self._length)
         if self._cache is None:
             self._cache = compiled.empty(self._transformer, slots, length, self._write)
@@ -106,7 +106,7 @@ class Slots:
             order = list(range(len(self.samples)))
             if slots < len(order):
                 order.sort(key=lambda slot: self.samples[slot] is None)
-            take = np.resize(np.array(order, np.int32), slots)  # New slots begin as copies of others, and idle.
+            take = np.resize(np.array(order, np.int32), slots)  # New slots start as idle copies of others.
             self.samples = ([self.samples[slot] for slot in order] + [None] * slots)[:slots]
             self._cache, self._length = (
                 compiled.move(self._transformer, self._cache, take, length=length, write=self._write),
@@ -119,9 +119,10 @@ class Slots:
     def enter(
         self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]], draft: Cache | None = None
     ) -> None:
-        """Puts samples into free slots, each with the row of `source` that holds its prompt, and its first token.
+        """Copies prefilled prompts into free slots and samples the first token of each.
 
-        `draft` is the draft model's cache of the same prompts, if there is one.
+        `entering` pairs each sample with the row of `source` and `logits_RV` that holds its prompt. `draft` is the
+        draft model's cache of the same prompts.
         """
         assert self._cache is not None
         free = [slot for slot, sample in enumerate(self.samples) if sample is None]
@@ -162,11 +163,11 @@ class Slots:
             one = StepOutputs(choice.token_B, choice.logprob_B, choice.sampling_logprob_B, likely, choice.support_BC)
             steps = jax.tree.map(lambda x: x[None], jax.device_get(one))
             for i, (_, sample) in enumerate(group):
-                _give(sample, steps, 0, i)
+                _append(sample, steps, 0, i)
         self._rows = None
 
     def decode(self, params: Params) -> None:
-        """One dispatch: every active sample gets up to `steps` tokens."""
+        """Runs one dispatch: every active sample gets up to `steps` tokens, or more if guesses are accepted."""
         assert self._cache is not None
         B, K = len(self.samples), self._steps
         position, token, limit = np.full(B, -1, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
@@ -184,8 +185,8 @@ class Slots:
             self._rows = jax.tree.map(jnp.asarray, pack(asked))
         level, top, return_support, penalised = _wanted(self.active)
         running = DecodeState(token, position, limit, stops)
-        guessing = not (top or return_support or penalised) and self._guesses()
-        if guessing:
+        speculates = not (top or return_support or penalised) and self._speculates()
+        if speculates:
             text_BL = np.zeros((B, self._longest), np.int32)
             for slot, sample in enumerate(self.samples):
                 if sample is not None:
@@ -206,21 +207,21 @@ class Slots:
             )
         else:
             history = self._history if penalised else None
-            wanted = {"level": level, "top": top, "return_support": return_support}
+            options = {"level": level, "top": top, "return_support": return_support}
             arguments = (self._transformer, params, self._cache, history, running, self._rows, forced)
-            self._cache, history, steps = compiled.decode(*arguments, **wanted)
+            self._cache, history, steps = compiled.decode(*arguments, **options)
             if penalised:
                 self._history = history
         steps = jax.device_get(steps)
-        if guessing:  # (rounds, B, tokens) to (rounds * tokens, B)
-            given = (steps.token_KB >= 0).sum(axis=2)
-            self._acceptance.note(float((given - 1)[given > 0].mean()))
+        if speculates:  # (rounds, B, tokens) to (rounds * tokens, B)
+            count = (steps.token_KB >= 0).sum(axis=2)
+            self._acceptance.note(float((count - 1)[count > 0].mean()))
             token_KB, logprob_KB, sampling_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
             steps = StepOutputs(token_KB, logprob_KB, sampling_KB)
-        self._tell(steps)
+        self._append_all(steps)
 
-    def _guesses(self) -> bool:
-        """Whether to decode speculatively: no tool output is queued, and recent guesses were accepted often enough."""
+    def _speculates(self) -> bool:
+        """Whether to speculate: no tool output is queued and, without a draft model, lookups are likely to succeed."""
         if self._speculation is None or any(sample.forced for sample in self.active):
             return False
         if self._draft is not None:
@@ -228,7 +229,7 @@ class Slots:
         ngram = self._speculation.ngram
         return self._acceptance.wants() and any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
 
-    def _tell(self, steps: StepOutputs) -> None:
+    def _append_all(self, steps: StepOutputs) -> None:
         """Appends the decoded tokens to their samples."""
         self.stats.chunks += 1
         self.stats.slot_steps += steps.token_KB.size
@@ -236,10 +237,10 @@ class Slots:
             sample = self.samples[slot]
             if sample is not None:
                 self.stats.useful_steps += not sample.finish_reason
-                _give(sample, steps, k, slot)
+                _append(sample, steps, k, slot)
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
-        """The tokens that were processed for a finished sample that still has its slot, and their cache, one row."""
+        """Returns the tokens in the cache of a finished sample that still has its slot, and the cache, one row."""
         assert self._cache is not None
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
         length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
@@ -257,9 +258,9 @@ def _wanted(samples: Sequence[Sample]) -> Wanted:
     )
 
 
-def _give(sample: Sample, steps: StepOutputs, k: int, slot: int) -> None:
-    """Appends the output of step k to a sample."""
-    logprob, drawn = float(steps.logprob_KB[k, slot]), float(steps.sampling_logprob_KB[k, slot])
+def _append(sample: Sample, steps: StepOutputs, k: int, slot: int) -> None:
+    """Appends the output of step k of a slot to its sample."""
+    logprob, sampling_logprob = float(steps.logprob_KB[k, slot]), float(steps.sampling_logprob_KB[k, slot])
     likely = [] if steps.top_KBN is None else list(zip(*(column[k, slot].tolist() for column in steps.top_KBN)))
     support_C = None if steps.support_KBC is None else np.asarray(steps.support_KBC[k, slot])
-    sample.give(int(steps.token_KB[k, slot]), logprob, drawn, likely, support_C)
+    sample.give(int(steps.token_KB[k, slot]), logprob, sampling_logprob, likely, support_C)

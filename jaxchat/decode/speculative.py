@@ -1,11 +1,11 @@
-"""Speculative decoding: guess several tokens, read them in one call, and take those that would have been chosen anyway.
+"""Speculative decoding: guess several tokens, process them in one call, and accept those that the model samples too.
 
-The target model chooses at every guessed position with the noise it would have used there; a guess stands when it is
-that choice. So a request gets the same tokens with or without speculation, from whatever guesser, greedy or drawn
-(drafter-invariant speculation, arXiv:2408.07978). For guesses without chance of their own, as those looked up, a guess
-stands with the probability that the target gives it, which no rule exceeds (arXiv:2211.17192); a draft model draws with
-the target's noise, and is accepted with probability at least (1 - d) / (1 + d) at total variation d, where the best is
-1 - d.
+The target model samples at every guessed position with the noise that it would use there without speculation; a guess
+is accepted if it equals that sample. So a request gets the same tokens with or without speculation, greedy or not,
+wherever the guesses come from (drafter-invariant speculation, arXiv:2408.07978). A deterministic guess, such as a
+lookup, is accepted with its probability under the target, which is optimal (arXiv:2211.17192). A draft model samples
+with the target's noise; its guess is accepted with probability at least (1 - d) / (1 + d), where d is the total
+variation distance of the two distributions. The optimum is 1 - d.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 
 @dataclass(frozen=True)
 class Speculation:
-    """How guesses are made, and when.
+    """Settings of speculative decoding.
 
     Attributes:
-        tokens: guesses a call.
-        ngram: the guess is what followed the last time that the newest `ngram` tokens stood in the text.
-        rounds: calls a dispatch.
-        least: guess on while this many guesses a call were right of late; else decode plainly, and try again later.
+        tokens: guessed tokens per call.
+        ngram: a lookup guesses the tokens that followed the latest earlier occurrence of the last `ngram` tokens.
+        rounds: calls per dispatch.
+        least: mean number of accepted guesses per call below which lookups are paused for some dispatches.
     """
 
     tokens: int = 7
@@ -43,7 +43,11 @@ class Speculation:
 
 
 class AcceptanceTracker:
-    """Whether guessing pays: how many guesses a call were right of late, and a pause after bad luck that doubles."""
+    """Pauses speculation while guesses are rarely accepted.
+
+    Averages accepted guesses per call over recent dispatches. If the average is below `least`, speculation pauses for
+    `FIRST_REST` dispatches, then twice as many each time that it fails again, up to `LONGEST_REST`.
+    """
 
     FIRST_REST, LONGEST_REST = 4, 64
 
@@ -51,13 +55,13 @@ class AcceptanceTracker:
         self._least, self._recent, self._rest, self._next_rest = least, least, 0, self.FIRST_REST
 
     def wants(self) -> bool:
-        """Whether to guess in this dispatch."""
+        """Whether to speculate in this dispatch; call it once per dispatch."""
         self._rest -= self._rest > 0
         return not self._rest
 
-    def note(self, right: float) -> None:
-        """Takes the mean number of right guesses a call of a dispatch."""
-        self._recent = (self._recent + right) / 2
+    def note(self, accepted: float) -> None:
+        """Records the mean number of accepted guesses per call of a dispatch."""
+        self._recent = (self._recent + accepted) / 2
         if self._recent >= self._least:
             self._next_rest = self.FIRST_REST
         else:
@@ -66,7 +70,7 @@ class AcceptanceTracker:
 
 
 def repeats(text: np.ndarray, ngram: int) -> bool:
-    """Whether the last `ngram` tokens of a text stood in it before."""
+    """Whether the last `ngram` tokens of a text also occur earlier in it."""
     if len(text) <= ngram:
         return False
     windows = np.lib.stride_tricks.sliding_window_view(text, ngram)
@@ -74,7 +78,7 @@ def repeats(text: np.ndarray, ngram: int) -> bool:
 
 
 class Round(NamedTuple):
-    """What changes from call to call: the newest token, its position, whether the row waits, the caches, the text."""
+    """State between calls: last token, its position, whether the row is paused, caches, tokens by position."""
 
     token_B: jax.Array
     position_B: jax.Array
@@ -85,26 +89,26 @@ class Round(NamedTuple):
 
 
 def lookup(text_BL: jax.Array, position_B: jax.Array, *, ngram: int, tokens: int) -> jax.Array:
-    """What followed the latest earlier occurrence of the newest `ngram` tokens, (B, D); -1 where there is none.
+    """Guesses the tokens that followed the latest earlier occurrence of the last `ngram` tokens, (B, D); -1 if none.
 
-    `text_BL` holds each row's tokens by position. Where the text ends before the guess does, the guess repeats.
+    `text_BL` holds each row's tokens by position. A guess that reaches the end of the text repeats from its start.
     """
     index_L = jnp.arange(text_BL.shape[1], dtype=jnp.int32)[None]
     position_B1 = position_B[:, None]
     same_BL = (index_L >= ngram - 1) & (index_L < position_B1)
     for back in range(ngram):
-        newest_B1 = jnp.take_along_axis(text_BL, jnp.maximum(position_B1 - back, 0), axis=1)
-        same_BL &= jnp.roll(text_BL, back, axis=1) == newest_B1
-    found_B1 = jnp.max(jnp.where(same_BL, index_L, -1), axis=1, keepdims=True)
-    step_D = jnp.arange(tokens, dtype=jnp.int32)[None] % jnp.maximum(position_B1 - found_B1, 1)
-    guess_BD = jnp.take_along_axis(text_BL, found_B1 + 1 + step_D, axis=1)
-    return jnp.where(found_B1 >= 0, guess_BD, -1)
+        last_B1 = jnp.take_along_axis(text_BL, jnp.maximum(position_B1 - back, 0), axis=1)
+        same_BL &= jnp.roll(text_BL, back, axis=1) == last_B1
+    match_B1 = jnp.max(jnp.where(same_BL, index_L, -1), axis=1, keepdims=True)
+    step_D = jnp.arange(tokens, dtype=jnp.int32)[None] % jnp.maximum(position_B1 - match_B1, 1)
+    guess_BD = jnp.take_along_axis(text_BL, match_B1 + 1 + step_D, axis=1)
+    return jnp.where(match_B1 >= 0, guess_BD, -1)
 
 
 def guess(
     transformer: Transformer, params: Params, rows: Rows, at: Round, *, tokens: int, level: Level
 ) -> tuple[jax.Array, Cache | None]:
-    """The draft model's next tokens, (B, D), drawn with the target's noise, and its cache with all of them read."""
+    """Guesses tokens with the draft model, (B, D), sampled with the target's noise; returns them and its cache."""
 
     def step(carry: Any, _: None) -> Any:
         token_B, position_B, cache = carry
@@ -114,7 +118,7 @@ def guess(
         return (choice.token_B, position_B + 1, forward.cache), choice.token_B
 
     start = (at.token_B, at.position_B, at.draft_cache)
-    (_, _, cache), guess_DB = jax.lax.scan(step, start, None, length=tokens + 1)  # The last is read, not used.
+    (_, _, cache), guess_DB = jax.lax.scan(step, start, None, length=tokens + 1)  # The last step only fills the cache.
     return guess_DB[:-1].T, cache
 
 
@@ -128,7 +132,7 @@ def verify(
     *,
     level: Level,
 ) -> tuple[Round, StepOutputs]:
-    """Reads the newest token and the guesses, and moves each row on past the guesses that stand, and one more."""
+    """Processes the last token and the guesses in one call; appends the accepted guesses and one more token per row."""
     B, T = guess_BD.shape[0], guess_BD.shape[1] + 1
     step_T = jnp.arange(T, dtype=jnp.int32)[None]
     tokens_BT = jnp.concatenate([at.token_B[:, None], guess_BD], axis=1)
@@ -141,28 +145,28 @@ def verify(
     logits_XV = transformer.logits(params, hidden_BTM).reshape(B * T, -1)
     rows_X = jax.tree.map(lambda column: jnp.repeat(column, T), rows)
     choice = choose(logits_XV, rows_X, positions_BT.reshape(B * T), level=level)
-    chosen_BT, logprob_BT, drawn_BT = (x.reshape(B, T) for x in choice[:3])
-    right_BD = jnp.cumprod((chosen_BT[:, :-1] == guess_BD) & read_BT[:, 1:], axis=1)
+    chosen_BT, logprob_BT, sampling_logprob_BT = (x.reshape(B, T) for x in choice[:3])
+    accepted_BD = jnp.cumprod((chosen_BT[:, :-1] == guess_BD) & read_BT[:, 1:], axis=1)
     stop_BT = jnp.any(chosen_BT[:, :, None] == running.stops_BN[:, None], axis=2)
     room_B = running.limit_B - at.position_B
-    count_B = jnp.minimum(jnp.minimum(jnp.sum(right_BD, axis=1) + 1, _first(stop_BT) + 1), room_B)
+    count_B = jnp.minimum(jnp.minimum(jnp.sum(accepted_BD, axis=1) + 1, _first(stop_BT) + 1), room_B)
     count_B = jnp.where(at.paused_B, 0, count_B).astype(jnp.int32)
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     token_B = jnp.where(at.paused_B, at.token_B, jnp.take_along_axis(chosen_BT, last_B1, axis=1)[:, 0])
     before_B = jnp.take_along_axis(tokens_BT, last_B1, axis=1)[:, 0]
     position_B = at.position_B + count_B
     stopped_B = jnp.any(stop_BT & (step_T < count_B[:, None]), axis=1) | (position_B >= running.limit_B)
-    given_BT = jnp.where(step_T < count_B[:, None], chosen_BT, -1)
-    slot_BT = jnp.where(given_BT >= 0, positions_BT + 1, at.text_BL.shape[1])
-    text_BL = at.text_BL.at[jnp.arange(B)[:, None], slot_BT].set(given_BT, mode="drop")
-    draft_cache = None if at.draft_cache is None else _take_back(at.draft_cache, at.paused_B, position_B, before_B)
-    cache = _take_back(cache, at.paused_B, position_B, before_B)
+    output_BT = jnp.where(step_T < count_B[:, None], chosen_BT, -1)
+    slot_BT = jnp.where(output_BT >= 0, positions_BT + 1, at.text_BL.shape[1])
+    text_BL = at.text_BL.at[jnp.arange(B)[:, None], slot_BT].set(output_BT, mode="drop")
+    draft_cache = None if at.draft_cache is None else _shorten(at.draft_cache, at.paused_B, position_B, before_B)
+    cache = _shorten(cache, at.paused_B, position_B, before_B)
     after = Round(token_B, position_B, at.paused_B | stopped_B, cache, draft_cache, text_BL)
-    return after, StepOutputs(given_BT, logprob_BT, drawn_BT)
+    return after, StepOutputs(output_BT, logprob_BT, sampling_logprob_BT)
 
 
-def _take_back(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax.Array) -> Cache:
-    """A cache without the guesses that did not stand: what it holds of them will be written again."""
+def _shorten(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax.Array) -> Cache:
+    """Sets the length of a cache back to the accepted tokens; the next call overwrites the rejected ones."""
     length_B, last_B = (jnp.where(paused_B, old, new) for old, new in zip(cache[1:], (length_B, last_B), strict=True))
     return cache._replace(length_B=length_B, last_B=last_B)
 
@@ -180,7 +184,7 @@ def speculate(
     settings: Speculation,
     level: Level,
 ) -> tuple[Cache, Cache | None, StepOutputs]:
-    """`rounds` calls, each with its guesses. Steps are (rounds, B, tokens + 1), -1 for no token."""
+    """Runs `rounds` calls of guessing and verification; returns outputs (rounds, B, tokens + 1), token -1 for none."""
 
     def turn(at: Round, _: None) -> tuple[Round, StepOutputs]:
         if draft is None:
@@ -196,6 +200,6 @@ def speculate(
 
 
 def _first(seen_BT: jax.Array) -> jax.Array:
-    """The first index that is true, (B,), or T where none is."""
+    """Index of the first true entry, (B,); T if there is none."""
     T = seen_BT.shape[1]
     return jnp.min(jnp.where(seen_BT, jnp.arange(T)[None], T), axis=1)

@@ -1,4 +1,4 @@
-"""Tools that a model may call: a calculator on a parsed expression, which evaluates no code."""
+"""Tools that a model may call: a calculator that evaluates a parsed expression and never runs code."""
 
 import ast
 import math
@@ -12,8 +12,8 @@ from jaxchat.errors import UserError
 
 MOST_CHARACTERS = 256
 MOST_DEPTH = 32
-MOST_BITS = 256  # of an integer on the way
-MOST_EXACT = 2**53  # a float beyond has digits that nobody calculated
+MOST_BITS = 256  # Of any intermediate integer.
+MOST_EXACT = 2**53  # Larger floats are not exact integers.
 
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -28,12 +28,11 @@ _UNARY: Mapping[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub:
 
 @dataclass(frozen=True)
 class Calculator:
-    """Arithmetic, and `"text".count("part")`, between the python tokens, as nanochat's calculator answers them.
+    """nanochat's calculator: arithmetic, and `"text".count("part")`, between the python tokens.
 
-    But a whole number has no point: 48 / 2 is 24, as in the solutions of GSM8K.
-
-    Numbers, + - * / // % ** with small exponents and parentheses; commas within numbers are read over. Anything else,
-    and anything too long, too deep or too large, gets no answer.
+    Supports numbers, + - * / // % **, and parentheses; commas in numbers are ignored. Returns None for anything else,
+    and for what is too long, too deep or too large. Unlike nanochat, a float that is an integer has no decimal point:
+    48 / 2 is 24, as in the solutions of GSM8K.
     """
 
     begin: str = "<|python_start|>"
@@ -49,7 +48,6 @@ class Calculator:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(expression, mode="eval")
             value = evaluate(tree.body, MOST_DEPTH)
-            # As people write it, and GSM8K's own marks do: 48 / 2 is 24, not 24.0.
             whole = isinstance(value, float) and value.is_integer() and abs(value) < MOST_EXACT
             return str(int(value) if whole else value)
         except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
@@ -57,7 +55,7 @@ class Calculator:
 
 
 def evaluate(node: ast.expr, depth: int) -> int | float:
-    """The value of an expression; raises ValueError for what is not arithmetic, or is too deep or too large."""
+    """Evaluates an expression; raises `ValueError` if it is not arithmetic, too deep or too large."""
     if depth == 0:
         raise ValueError("too deep")
     match node:
@@ -99,7 +97,7 @@ TOOLS = {"calculator": Calculator}
 
 
 def named_tools(names: Sequence[str]) -> list[Calculator]:
-    """The tools of these names; raises UserError for a name of none."""
+    """Creates the named tools; raises `UserError` for an unknown name."""
     if unknown := [name for name in names if name not in TOOLS]:
-        raise UserError(f"there is no tool {unknown[0]!r}: name {' or '.join(TOOLS)}, or none")
+        raise UserError(f"unknown tool {unknown[0]!r}; available tools: {', '.join(TOOLS)}")
     return [TOOLS[name]() for name in names]

@@ -1,6 +1,6 @@
-"""Sampled answers as the trainer reads them: arrays over positions, several answers to a row, rows in micro-batches.
+"""Converts sampled answers to training batches: arrays over positions, packed into rows, cut into micro-batches.
 
-R rows, T positions of a row or of one answer, C = ceil(vocab / 8) bytes of a set of tokens.
+R rows, T positions of a row or of one answer, C = ceil(vocab / 8) bytes of a bit set of tokens.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ Columns = dict[str, np.ndarray]
 
 @dataclass
 class Answer:
-    """One answer as the trainer sees it: arrays (T,) over the positions that predict, those of the prompt included.
+    """A prompt with one sampled answer, as arrays (T,) over all positions that have a next token.
 
     Attributes:
-        trained_T: where the target was sampled, the end of the answer too; not the prompt, nor what a tool said.
-        sampled_logprobs_T: the sampler's, in nats.
-        support_TC: bits of the tokens that the target was drawn from, where the sampler truncated.
-        logprobs_T: the trainer's, with the parameters that sampled; ratios are taken against these.
+        trained_T: loss mask: true where the target was sampled, stop token included; not for prompt and tool output.
+        sampled_logprobs_T: log-probabilities under the sampling distribution, in nats.
+        support_TC: tokens that the target was sampled from, one bit per token; None without truncation.
+        logprobs_T: log-probabilities by the trainer under the parameters that sampled; the base of policy ratios.
         weight, norm: see `advantages.token_weights`.
     """
 
@@ -38,7 +38,7 @@ class Answer:
 
 
 def answer_of(prompt: Sequence[int], completion: Completion, *, set_bytes: int) -> Answer:
-    """A completion after its prompt, not scored yet; `set_bytes` is C where the sampler truncated, otherwise 0."""
+    """Converts a completion to an `Answer` that is not scored yet; `set_bytes` is C, or 0 without truncation."""
     ids = np.array([*prompt, *completion.tokens], np.int32)
     first, T = len(prompt) - 1, len(ids) - 1
     trained_T, sampled_T = np.zeros(T, bool), np.zeros(T, np.float32)
@@ -55,9 +55,9 @@ def answer_of(prompt: Sequence[int], completion: Completion, *, set_bytes: int) 
 def lay_out(
     answers: Sequence[Answer], *, row_length: int, micro_rows: int, share_rows: bool, set_bytes: int
 ) -> tuple[Columns, list[tuple[int, int]]]:
-    """Columns (R, T) of answers side by side, and the row and position where each begins.
+    """Places answers in rows; returns columns (R, T), and the row and position where each answer begins.
 
-    R is a multiple of `micro_rows`. Answers share rows, each a segment of its own, only with `share_rows`.
+    R is a multiple of `micro_rows`. With `share_rows` several answers may share a row, each as its own segment.
     """
     lengths = [len(answer.tokens_T) for answer in answers]
     row_N = best_fit(lengths, row_length) if share_rows else np.arange(len(answers))
@@ -87,15 +87,15 @@ def lay_out(
                 columns[name][row, span] = values
         filled[row] += length
         places.append((row, at))
-    for row, end in enumerate(filled):  # What is left of a row is a segment of its own.
+    for row, end in enumerate(filled):  # The padding of a row is its own segment.
         columns["segments"][row, end:] += 1
     return columns, places
 
 
 def micro_batches(columns: Columns, *, micro_rows: int, most: int) -> tuple[Columns, int]:
-    """What a step reads, as (micro-batches, rows, T), and how many micro-batches are not empty.
+    """Cuts columns into micro-batches, (micro-batches, rows, T); returns them and the number that is not empty.
 
-    There are always `most`, as many as the worst case needs, so that the step is compiled once.
+    The result is padded to `most` micro-batches, enough for the worst case, so that the step is compiled once.
     """
     used = len(columns["tokens"]) // micro_rows
     cut: Columns = {}

@@ -1,4 +1,4 @@
-"""RL: batches of answers that the model gives itself, with the parameters of the step before."""
+"""The RL stage: trains on batches of answers that the model samples with its current parameters."""
 
 import functools
 import time
@@ -22,21 +22,21 @@ from jaxchat.train import State
 
 
 class Reinforcement:
-    """A stage that learns from the rewards of its own answers."""
+    """Stage that trains on rewards of sampled answers; see `stages.stage.Stage` for the methods."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         if e.rl is None:
-            raise UserError(f"stage {e.stage!r} needs the settings of --rl")
+            raise UserError(f"stage {e.stage!r} needs RL settings: use a configuration such as configs/tiny.py:rl")
         self._rl, self._tokenizer, self._log = e.rl, tokenizer, log
         self.steps = e.steps
         if e.steps % e.rl.updates:
             raise UserError(
                 f"steps={e.steps} is not a multiple of the {e.rl.updates} updates (rl.epochs x rl.minibatches) "
-                "that a rollout batch is trained on"
+                f"of one rollout batch: choose a multiple of {e.rl.updates}"
             )
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
-        """Makes sampler and scorer; a checkpoint's cursor says which problems come next."""
+        """Creates the engine that samples, the scorer and the evaluations; resumes the stream of problems."""
         e, rl = setup.experiment, self._rl
         self._setup, self._dispatched = setup, time.perf_counter()
         self._records: dict[int, dict[str, Any]] = {}
@@ -67,7 +67,7 @@ class Reinforcement:
         self._tasks = task_scores(setup, self._tokenizer, self._log)
 
     def batch_at(self, index: int, state: State) -> Any:
-        jax.block_until_ready(state.params)  # So that training is not counted as sampling.
+        jax.block_until_ready(state.params)  # So that training time is not counted as sampling time.
         start = time.perf_counter()
         if index in self._records:
             self._records[index]["train_seconds"] = start - self._dispatched
@@ -82,20 +82,20 @@ class Reinforcement:
         return batch
 
     def numbers(self, number: int, values: dict[str, float]) -> dict[str, Any]:
-        """What was sampled, how well sampler and trainer agree, and where the time went."""
+        """Metrics of the rollout batch, the gap between sampler and trainer, and seconds per phase."""
         record = self._records.pop(number)
         record.setdefault("train_seconds", time.perf_counter() - self._dispatched)
-        # The loop's clock would count the next step's sampling for this one.
+        # Replaces the loop's time, which would include the sampling for the next step.
         record["seconds"] = sum(record[f"{part}_seconds"] for part in ("sample", "score", "train"))
         return record
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:
-        """Problems solved, and bits per byte of the pretraining text."""
-        e, found = self._setup.experiment, dict[str, Any]()
+        """Task scores, and bits per byte of the pretraining text."""
+        e, scores = self._setup.experiment, dict[str, Any]()
         if self._text is not None:
-            found["val_rows"] = self._text.rows_in_all if last else min(e.eval_rows or 2**31, self._text.rows_in_all)
-            found["val_bpb"] = self._text(state.params, found["val_rows"])
-        return found | ({} if self._tasks is None else self._tasks(state.params))
+            scores["val_rows"] = self._text.rows_in_all if last else min(e.eval_rows or 2**31, self._text.rows_in_all)
+            scores["val_bpb"] = self._text(state.params, scores["val_rows"])
+        return scores | ({} if self._tasks is None else self._tasks(state.params))
 
     def facts(self, number: int) -> dict[str, Any]:
         return {"cursor": self._stream.cursor}
@@ -104,14 +104,14 @@ class Reinforcement:
         return {"problems": self._stream.cursor}
 
     def write_sources(self) -> None:
-        """Nothing: the experiment names the tasks."""
+        """Does nothing: the tasks are part of the experiment."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 def scorer(setup: Setup) -> Score:
-    """The trainer's log-probabilities and entropies of a micro-batch, as the training step computes them."""
+    """Compiles the trainer's log-probabilities and entropies of a micro-batch, computed as in the training step."""
     transformer, rl = setup.transformer, setup.experiment.rl
     assert rl is not None
 

@@ -1,8 +1,8 @@
-"""The stream that samples: problems to answers, answers to rewards, rewards to a batch.
+"""The rollout stream: draws problems, samples answers, computes rewards, and makes training batches.
 
-A rollout batch is drawn with the parameters that are handed in, and scored by the trainer's own forward pass, so that
-what sampler and trainer say of the same tokens can be compared. Which problems come, and the noise of their answers, is
-a function of (seed, rollout batch, problem, sample), so a run that is taken up again samples the same.
+A rollout batch is sampled with given parameters and scored by the trainer's forward pass, so that the log-probabilities
+of sampler and trainer can be compared. The order of the problems is determined by the seed, and the noise of an answer
+by (seed, rollout batch, round, problem, sample), so a resumed run samples the same answers.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ Log = Callable[[str], None]
 
 
 class Group(NamedTuple):
-    """A problem, its answers, and what each was rewarded: NaN where the reward could not be told."""
+    """A problem's prompt, its answers, the reward of each (NaN if it failed), and the parts of the rewards by name."""
 
     prompt: list[int]
     answers: list[Completion]
@@ -41,13 +41,13 @@ class Group(NamedTuple):
     parts: dict[str, list[float]]
 
 
-Drawn = tuple[Task, Problem, list[int], int]  # With the prompt's tokens and its seed.
+Drawn = tuple[Task, Problem, list[int], int]  # A problem with its prompt's token ids and its sampling seed.
 Score = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
-"""Log-probabilities and entropies (R, T) of a micro-batch's targets, under some parameters."""
+"""Computes log-probabilities and entropies, (R, T) each, of a micro-batch's targets, given parameters."""
 
 
 class RolloutStream:
-    """Batches for one optimizer step after another, from answers that are drawn when the last ones are used up."""
+    """Makes the batch of each optimizer step; samples new answers after every `rl.updates` steps."""
 
     def __init__(
         self,
@@ -68,31 +68,31 @@ class RolloutStream:
         self._reference, self._own_copy = reference, own_copy
         self._set_bytes = -(-engine.transformer.config.vocab // 8) if rl.truncates else 0
         tasks = [load_task(spec, downloads) for spec in rl.tasks]
-        self._problems = _readable(rl, tasks, engine.tokenizer, row_length, log)
+        self._problems = _usable_problems(rl, tasks, engine.tokenizer, row_length, log)
         self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()
         self._answers: list[Answer] = []
-        self._said: set[tuple[str, ...]] = set()
+        self._warned: set[tuple[str, ...]] = set()
         self._failure = ""
         self.cursor = 0
-        """How many problems were drawn so far; a part of the state of training."""
+        """Number of problems drawn so far; part of a checkpoint."""
         self.facts: dict[str, float] = {}
-        """What is worth knowing of the newest rollout batch."""
+        """Metrics of the latest rollout batch."""
 
     def batch(self, index: int, params: Any) -> tuple[Columns, int]:
-        """The columns (micro-batches, rows, T) of optimizer step `index`, and how many micro-batches are not empty."""
-        rl, turn = self._rl, index % self._rl.updates
-        if turn == 0:
+        """Columns (micro-batches, rows, T) of optimizer step `index`, and the number of micro-batches not empty."""
+        rl, update = self._rl, index % self._rl.updates
+        if update == 0:
             self._draw(index // rl.updates, params)
         elif not self._answers:
-            raise RuntimeError("a rollout batch is taken up at its first step")
-        pass_, part = divmod(turn, rl.minibatches)
+            raise RuntimeError(f"cannot resume at step {index}: it is not the first update of a rollout batch")
+        pass_, part = divmod(update, rl.minibatches)
         order = np.random.default_rng([self._seed, index // rl.updates, pass_]).permutation(len(self._answers))
         chosen = np.sort(order[part * rl.update_samples : (part + 1) * rl.update_samples])
         columns, _ = self._rows([self._answers[i] for i in chosen])
         return micro_batches(columns, micro_rows=self._micro_rows, most=rl.update_samples // self._micro_rows)
 
     def _draw(self, number: int, params: Any) -> None:
-        """Draws, rewards and scores rollout batch `number`."""
+        """Samples, rewards and scores rollout batch `number`."""
         rl, start = self._rl, time.perf_counter()
         self._engine.load(self._own_copy(params))
         groups, equal, drawn = self._groups(number)
@@ -104,7 +104,7 @@ class RolloutStream:
             for group in groups
             for completion in group.answers
         ]
-        advantages_PG = advantages.group_advantages(rewards_PG, rl.policy.advantage)  # NaN counts for nothing.
+        advantages_PG = advantages.group_advantages(rewards_PG, rl.policy.advantage)  # 0 where NaN.
         lengths_N = np.array([answer.trained_T.sum() for answer in self._answers])
         lengths_N[np.isnan(rewards_PG).ravel()] = 0
         weights_N, norms_N = advantages.token_weights(lengths_N, rl.policy.aggregate, longest=rl.max_tokens)
@@ -114,7 +114,7 @@ class RolloutStream:
             answer.advantages_T = answer.advantages_T + np.float32(advantage)
         done = time.perf_counter()
         self.facts = {
-            **_told(groups),
+            **_summary(groups),
             **scored,
             "groups": drawn,
             "equal_groups": equal,
@@ -123,29 +123,29 @@ class RolloutStream:
         }
 
     def _check(self, number: int, rewards_PG: np.ndarray, drawn: int) -> None:
-        """Refuses a rollout batch without any reward; says once when the answers to no problem differ."""
+        """Raises `UserError` if no answer has a reward; warns once if no problem has answers of different reward."""
         if np.isnan(rewards_PG).all():
             raise UserError(
                 f"none of the {rewards_PG.size} answers of rollout batch {number} could be rewarded "
-                f"({self._failure}): correct the task, or name other --rl.rewards, and start again to go on"
+                f"({self._failure}): correct the task or choose other --rl.rewards, then restart to resume"
             )
         if self._rl.policy.advantage != "none" and advantages.equal_groups(rewards_PG).all():
             self._warn(
                 ("alike",),
-                f"warning: rollout batch {number}: the answers to each of the {drawn} problems drawn are equally "
-                "good, so that nothing is learned from their comparison; metrics.jsonl counts such equal_groups",
+                f"warning: rollout batch {number}: for each of the {drawn} problems drawn all answers have the same "
+                "reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups",
             )
 
     def _warn(self, key: tuple[str, ...], text: str) -> None:
-        """Says a warning the first time."""
-        if key not in self._said:
-            self._said.add(key)
+        """Logs a warning once per key."""
+        if key not in self._warned:
+            self._warned.add(key)
             self._log(text)
 
     def _groups(self, number: int) -> tuple[list[Group], int, int]:
-        """Groups of answers; how many came whose answers were all equally good, and how many came at all."""
+        """Returns the groups of a rollout batch, the number of groups of equal rewards, and the number of all drawn."""
         rl, rounds, equal, start = self._rl, self._rl.rounds, 0, self.cursor
-        kept: list[Group] = []
+        groups: list[Group] = []
         spare: list[Group] = []
         for round_ in range(1 + rounds):
             drawn = [
@@ -154,19 +154,19 @@ class RolloutStream:
             ]
             self.cursor += rl.prompts
             for group in share_out(drawn, self._answered):
-                alike = bool(advantages.equal_groups(group.rewards_G[None])[0])
-                equal += alike
-                (spare if alike and rounds else kept).append(group)
-            if len(kept) >= rl.prompts:
+                is_equal = bool(advantages.equal_groups(group.rewards_G[None])[0])
+                equal += is_equal
+                (spare if is_equal and rounds else groups).append(group)
+            if len(groups) >= rl.prompts:
                 break
-        return (kept + spare)[: rl.prompts], equal, self.cursor - start
+        return (groups + spare)[: rl.prompts], equal, self.cursor - start
 
     def _answered(self, drawn: Sequence[Drawn]) -> list[Group]:
-        """Answers to some problems, and their rewards."""
+        """Samples answers to problems and computes their rewards."""
         rl, groups = self._rl, list[Group]()
         requests = [self._request(task, prompt, seed) for task, _, prompt, seed in drawn]
         for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
-            # A request that cannot be run has one answer, an error, for all its samples.
+            # A refused request has a single answer, which holds the error.
             answers = answers if len(answers) == rl.samples else answers * rl.samples
             groups.append(self._reward(task, problem, prompt, answers))
         return groups
@@ -182,7 +182,7 @@ class RolloutStream:
         parts: dict[str, list[float]] = {name: [] for name in dict.fromkeys((*rl.rewards, "correct", "lenient"))}
         for answer in answers:
             for name, values in parts.items():
-                values.append(self._told_reward(name, task, problem, answer))
+                values.append(self._reward_of(name, task, problem, answer))
         rewards_G = np.zeros(len(answers))
         for name, weight in zip(rl.rewards, rl.reward_weights):
             rewards_G += weight * np.array(parts[name])
@@ -193,27 +193,25 @@ class RolloutStream:
             parts["overlong"] = penalty_G.tolist()
         return Group(prompt, answers, rewards_G, parts)
 
-    def _told_reward(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
-        """One reward; NaN, said once, where its function fails or gives no number: such an answer trains nothing."""
+    def _reward_of(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
+        """One reward of an answer; NaN with a warning if it fails or is not finite."""
         try:
             if answer.error:
                 raise ValueError(answer.error)
             value = float(REWARDS[name](task, problem, answer.text, answer.finish_reason))
             if not math.isfinite(value):
-                raise ValueError(f"it gave {value}")
-        except Exception as error:  # A task is the user's code; an answer that it cannot score is left out.
-            failure, trained = (
-                f"reward {name!r} of task {task.name} failed: {first_line(error)}",
-                name in self._rl.rewards,
-            )
+                raise ValueError(f"it returned {value}")
+        except Exception as error:  # Tasks are user code.
+            failure = f"reward {name!r} of task {task.name} failed: {first_line(error)}"
+            trained = name in self._rl.rewards
             self._failure = failure if trained else self._failure
-            left_out = "such answers train nothing" if trained else "it is only measured, where it does not fail"
-            self._warn((name, task.name), f"warning: {failure}; {left_out}")
+            effect = "such answers are not trained on" if trained else "its mean in metrics.jsonl skips such answers"
+            self._warn((name, task.name), f"warning: {failure}; {effect}")
             return math.nan
         return value
 
     def _score_all(self, params: Any) -> dict[str, float]:
-        """Gives every answer the trainer's log-probabilities and its KL; tells how sampler and trainer differ."""
+        """Sets log-probabilities and KL advantages of all answers; returns entropy, KL and sampler-trainer gaps."""
         columns, places = self._rows(self._answers)
         logprobs_RT, entropy_RT = self._scored(params, columns)
         reference_RT = None if self._rl.kl is None else self._scored(self._reference, columns)[0]
@@ -250,36 +248,36 @@ class RolloutStream:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
-def _readable(
+def _usable_problems(
     rl: RL, tasks: Sequence[Task], tokenizer: Tokenizer, row_length: int, log: Log
 ) -> list[tuple[Task, Problem, list[int]]]:
-    """Every training problem with its prompt, but for those that leave no room for an answer."""
-    found, long = [], 0
+    """Training problems with their prompts; those that leave less than `rl.max_tokens` of a row are left out."""
+    usable, too_long = [], 0
     for task in tasks:
         for problem in problems_of(task, "train"):
             prompt = chat.render(problem.messages, tokenizer, complete=True).ids
             if len(prompt) + rl.max_tokens > row_length:
-                long += 1
+                too_long += 1
             else:
-                found.append((task, problem, prompt))
-    if not found:
+                usable.append((task, problem, prompt))
+    if not usable:
         raise UserError(
             f"no problem of {', '.join(rl.tasks)} leaves room for rl.max_tokens={rl.max_tokens} in a row of "
             f"{row_length}: raise --data.row_length or lower --rl.max_tokens"
         )
-    if long:
-        log(f"{long:,} problems are left out: with rl.max_tokens={rl.max_tokens} they do not fit a row of {row_length}")
-    return found
+    if too_long:
+        log(f"skipped {too_long:,} problems that do not fit a row of {row_length} with rl.max_tokens={rl.max_tokens}")
+    return usable
 
 
 def _seed(*key: int) -> int:
-    """63 bits out of whole numbers, the same in every process."""
+    """Hashes integers to a seed of 63 bits, the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8, person=b"rollouts").digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def _told(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a rollout batch; each reward apart, before its weight."""
+def _summary(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the answers of a rollout batch; `reward_NAME` is a single reward before its weight is applied."""
     answers = [answer for group in groups for answer in group.answers]
     rewards = np.concatenate([group.rewards_G for group in groups])
     record = {"reward": float(np.nanmean(rewards))}

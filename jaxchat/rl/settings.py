@@ -1,4 +1,4 @@
-"""What reinforcement learning is configured by."""
+"""Settings of reinforcement learning."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ else:
 
 @dataclass(frozen=True)
 class RL(Truncation):
-    """Reinforcement learning from answers to problems whose answers can be checked.
+    """Reinforcement learning from problems whose answers can be checked.
 
     Attributes:
-        tasks: where problems come from: arithmetic, spelling, gsm8k:DIRECTORY, my_task.py:Task.
-        objective: the loss; its numbers can be changed by `clip_low`, `clip_high` and `aggregate`.
-        prompts: problems of one rollout batch.
-        samples: answers to each.
-        max_tokens: longest answer.
-        epochs: how often a rollout batch is trained on.
-        minibatches: updates of one such pass; each takes its share of the samples.
-        rewards: what an answer is rewarded for: correct, lenient, ending, brevity.
-        reward_weights: what each is worth.
-        kl: weight of KL(policy || start) in the reward; 0 measures it only, None does not.
-        overlong_cushion: tokens before `max_tokens` over which the reward falls to -1 (arXiv:2503.14476, eq. 13).
-        dynamic_rounds: how often more problems are drawn for those whose answers are all equally good
-            (arXiv:2503.14476, section 3.2); 0 takes what comes, None is 4 for dapo and 0 for the others.
-        slots: answers decoded at once.
+        tasks: sources of problems: arithmetic, spelling, gsm8k:DIRECTORY, my_task.py:Task.
+        objective: the loss; `clip_low`, `clip_high` and `aggregate` override its parameters.
+        prompts: problems per rollout batch.
+        samples: answers per problem.
+        max_tokens: length limit of an answer.
+        epochs: passes over each rollout batch.
+        minibatches: optimizer steps per pass; the samples are divided among them.
+        rewards: rewards of an answer, which are added: correct, lenient, ending, brevity.
+        reward_weights: weight of each reward.
+        kl: weight of KL(policy || start) in the reward; 0 only measures it, None does not compute it.
+        overlong_cushion: tokens before `max_tokens` over which a penalty falls to -1 (arXiv:2503.14476, eq. 13).
+        dynamic_rounds: maximum number of times that more problems are drawn to replace those whose answers all have
+            the same reward (arXiv:2503.14476, section 3.2); 0 keeps such problems, None is 4 for dapo, otherwise 0.
+        slots: number of answers decoded at the same time.
     """
 
     tasks: tuple[str, ...] = ("arithmetic",)
@@ -59,19 +59,19 @@ class RL(Truncation):
             if getattr(self, name) < 1:
                 raise ValueError(f"rl.{name}={getattr(self, name)} must be at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"rl.temperature={self.temperature} must be positive: greedy answers are all the same")
+            raise ValueError(f"rl.temperature={self.temperature} must be positive, so that answers differ")
         if self.prompts * self.samples % self.minibatches:
             raise ValueError(
                 f"rl.minibatches={self.minibatches} does not divide {self.prompts} prompts x {self.samples} samples"
             )
         if self.policy.advantage != "none" and self.samples < 2:
             raise ValueError(
-                f"rl.objective={self.objective} compares answers: rl.samples={self.samples} must be 2 or more"
+                f"rl.objective={self.objective} compares answers: rl.samples={self.samples} must be at least 2"
             )
         if len(self.rewards) != len(self.reward_weights) or not all(map(math.isfinite, self.reward_weights)):
             raise ValueError(f"rl.reward_weights={self.reward_weights} must be one number for each of {self.rewards}")
         if unknown := [name for name in self.rewards if name not in REWARDS]:
-            raise ValueError(f"rl.rewards names {unknown[0]!r}: there are {', '.join(REWARDS)}")
+            raise ValueError(f"rl.rewards: unknown reward {unknown[0]!r}; expected one of: {', '.join(REWARDS)}")
         if not 0 <= self.overlong_cushion <= self.max_tokens:
             raise ValueError(f"rl.overlong_cushion={self.overlong_cushion} must lie between 0 and rl.max_tokens")
         if not ((self.kl or 0.0) >= 0 and (self.dynamic_rounds or 0) >= 0):
@@ -85,17 +85,17 @@ class RL(Truncation):
 
     @property
     def rounds(self) -> int:
-        """How often more problems are drawn."""
+        """Maximum number of extra rounds of problems per rollout batch."""
         if self.dynamic_rounds is None:
             return 4 if self.policy.drop_equal_groups else 0
         return self.dynamic_rounds
 
     @property
     def updates(self) -> int:
-        """Optimizer steps from one rollout batch."""
+        """Optimizer steps per rollout batch."""
         return self.epochs * self.minibatches
 
     @property
     def update_samples(self) -> int:
-        """Samples that one optimizer step trains on."""
+        """Samples per optimizer step."""
         return self.prompts * self.samples // self.minibatches

@@ -1,4 +1,4 @@
-"""Stages: which stream, which objective, which evaluations; everything between a configuration and the loop."""
+"""Stages (pretraining, SFT, RL): data stream, objective and evaluations of a run, and the phases around the loop."""
 
 from jaxchat.stages.running import run
 

@@ -1,4 +1,4 @@
-"""What is refused before a stage does anything that takes long, and what must hold at its end."""
+"""Checks of a stage: before it does anything slow, after a restore, and at its end."""
 
 import math
 from pathlib import Path
@@ -18,33 +18,33 @@ from jaxchat.train import Diverged, State, all_finite
 
 
 def check(e: Experiment) -> None:
-    """Raises `UserError` for everything that can be refused before documents are prepared or anything is written."""
+    """Raises `UserError` for mistakes that can be detected before data are prepared or anything is written."""
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
     check_ahead(e)
     check_tasks(e)
 
 
 def check_alike(e: Experiment) -> None:
-    """Raises `UserError` where processes were given different experiments: they would wait for each other for ever."""
-    others = processes.gather(e)
-    changed = [difference(others[0], other) for other in others]
-    for index, found in enumerate(changed):
-        if named := [name for name in found if name not in ("directory", "data.cache", "data.workers")]:
-            old, new = found[named[0]]
+    """Raises `UserError` if the processes of a run have different experiments, which would make them deadlock."""
+    experiments = processes.gather(e)
+    for index, other in enumerate(experiments):
+        changes = difference(experiments[0], other)
+        if names := [name for name in changes if name not in ("directory", "data.cache", "data.workers")]:
+            first, own = changes[names[0]]
             raise UserError(
-                f"{named[0]} is {old!r} in process 0 and {new!r} in process {index}: start all with the same command"
+                f"{names[0]} is {first!r} in process 0 and {own!r} in process {index}: start all with the same command"
             )
 
 
 def check_ahead(e: Experiment) -> None:
-    """Raises `UserError` where the run has taken more steps already than it is asked for."""
+    """Raises `UserError` if the run already has a checkpoint beyond `e.steps`."""
     newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
     if newest > e.steps > 0:
-        raise UserError(f"{e.stage_directory} is at step {newest} already: ask for at least --steps={newest}")
+        raise UserError(f"{e.stage_directory} is already at step {newest}: give at least --steps={newest}")
 
 
 def check_tasks(e: Experiment) -> None:
-    """Raises `UserError` for a task or a tool that there is not, and for answers as long as a row."""
+    """Raises `UserError` for an unknown task or tool, and if `rl.max_tokens` leaves no room for a prompt."""
     downloads = e.cache_directory / "downloads"
     scored = [job.task for job in jobs(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
     for task in (*scored, *(load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ()))):
@@ -57,29 +57,29 @@ def check_tasks(e: Experiment) -> None:
 
 
 def check_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
-    """Raises `UserError` where the run has checkpoints that were trained with another tokenizer."""
-    place = run_directory / "tokenizer"
-    trained = any(checkpoint.finished_steps(path) for path in run_directory.glob("*/"))
-    if trained and place.exists() and Tokenizer.load(place).hash != tokenizer.hash:
+    """Raises `UserError` if the run has checkpoints that were trained with another tokenizer."""
+    path = run_directory / "tokenizer"
+    trained = any(checkpoint.finished_steps(directory) for directory in run_directory.glob("*/"))
+    if trained and path.exists() and Tokenizer.load(path).hash != tokenizer.hash:
         raise UserError(
-            f"{place} is another tokenizer than this experiment's: its checkpoints would not fit; "
+            f"the run's checkpoints were trained with another tokenizer ({path}) than this experiment's: "
             "give the experiment its own --name"
         )
 
 
 def check_finite(state: State, what: str, remedy: str) -> None:
-    """Raises `UserError` where a parameter is not finite; no later step makes one so."""
+    """Raises `UserError` if a parameter is not finite, because training cannot repair it."""
     if not jax.jit(all_finite)(state.params):
         raise UserError(f"{what} are not finite: {remedy}")
 
 
 def check_end(e: Experiment, results: dict[str, Any]) -> None:
-    """Raises `Diverged` where a run ends with numbers that nobody can use; all its files are written by then."""
+    """Raises `Diverged` if a result is not finite; called after all files of the run are written."""
     bad = [
         f"{name}={value}" for name, value in results.items() if isinstance(value, float) and not math.isfinite(value)
     ]
     if bad:
         raise Diverged(
             f"the run ended at step {e.steps} with {' and '.join(bad)}: train with lower learning rates under another "
-            f"--name; {e.stage_directory} holds its last finite parameters"
+            f"--name; {e.stage_directory} has its last finite parameters"
         )

@@ -1,4 +1,4 @@
-"""What a stage tells: lines and records of its steps, the plan before, samples of its writing."""
+"""Reporting of a stage: the plan before it starts, a record per step, and samples of the model's text."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,10 @@ from jaxchat.train import STEP_METRICS, State
 
 
 class StepLog:
-    """Turns a step's metrics into a record with speed and utilisation, and remembers the median speed.
+    """Writes a record of each step, with speed and utilisation; an instability is logged once, counted in each record.
 
-    An instability is reported once, by `log`, and counted in every record.
-
-    `more` gives further numbers of a step; where a step trains on no fixed number of tokens, it tells no speed.
+    `peak` is in FLOP/s per device, None if unknown. `more` returns further numbers of a step; it is given for stages
+    without a fixed number of tokens per step, whose records then have no speed.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class StepLog:
         self.loss: float | None = None
 
     def __call__(self, number: int, values: dict[str, float], seconds: float) -> None:
-        taken = number - 1 - values["skipped"] + (values["skipped_in_row"] > 0)  # The optimizer counts no other steps.
+        taken = number - 1 - values["skipped"] + (values["skipped_in_row"] > 0)  # The optimizer ignores skipped steps.
         record: dict[str, Any] = {
             "step": number,
             "loss": values["loss"],
@@ -77,7 +76,7 @@ class StepLog:
             writer.write(record)
 
     def replay(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Takes up the records that a resumed run has written before."""
+        """Restores the state from the records that a resumed run wrote before."""
         for record in records:
             if "grad_norm" in record:
                 self.stability(record)
@@ -85,13 +84,13 @@ class StepLog:
                 self._seconds.append(record["seconds"])
 
     def finish(self) -> None:
-        """Reports an instability of the last steps."""
+        """Logs an instability of the last steps that is not reported yet."""
         if report := self.stability.finish():
             self._log(f"warning: {report}")
 
     @property
     def tokens_per_second(self) -> float | None:
-        """By the median step after the first."""
+        """Speed of the median step, without the first; None before any step and for stages without fixed tokens."""
         if not self._seconds or self._more is not None:
             return None
         return round(self._experiment.batch_tokens / float(np.median(self._seconds[1:] or self._seconds)), 1)
@@ -103,9 +102,9 @@ class StepLog:
 
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Callable[[str], None]) -> None:
-    """Answers each prompt greedily, a base model by going on with it, and adds the texts to samples.md.
+    """Answers each prompt greedily (a base model continues it) and appends the texts to samples.md.
 
-    What samples.md holds of this step and of later ones, from before a kill, is replaced.
+    Entries of this step and of later ones, left from before a restart, are replaced.
     """
     e = setup.experiment
     if not e.prompts:
@@ -126,7 +125,7 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     lines = [f"\n## Step {number}\n"]
     answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
     for prompt, (answer,) in zip(prompts, answers):
-        if answer.error:  # A run of hours does not fail for a sample.
+        if answer.error:  # Not worth stopping a long run.
             log(f"warning: no sample for {prompt!r}: {answer.error}")
             continue
         text = tokenizer.decode(answer.tokens, keep_specials=True) if chats else answer.text
@@ -134,9 +133,9 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
         log(f"  | {prompt}{' ' * chats}{text}")
     path = e.stage_directory / "samples.md"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    kept = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
+    earlier = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept + lines), encoding="utf-8")
+    temporary.write_text("".join(earlier + lines), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -146,7 +145,7 @@ def _sampled_step(part: str) -> int:
 
 
 def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[metrics.Writer]:
-    """Writers of the first process; others write nothing."""
+    """Creates the metrics writers; only the first process has any."""
     if jax.process_index():
         return []
     writers: list[metrics.Writer] = [terminal, metrics.JsonLines(e.stage_directory / "metrics.jsonl", start)]
@@ -163,23 +162,23 @@ def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[
 def describe(
     setup: Setup, micro_rows: int, compile_seconds: float, peak: float | None, log: Callable[[str], None]
 ) -> None:
-    """The plan of the run, before it starts."""
+    """Logs the plan of a run: sizes, batches, mesh, dtype, attention and peak."""
     e, counts = setup.experiment, parameter_counts(setup.experiment.model)
     flops = flops_per_token(e.model, e.data.row_length)["total"]
     mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
     device = setup.mesh.devices.flat[0]
-    log(f"{counts['total']:,} parameters  {flops:.3e} FLOPs a token (6 a matrix parameter + attention, not halved)")
+    log(f"{counts['total']:,} parameters  {flops:.3e} FLOPs per token (6 per matrix parameter + attention, not halved)")
     each = f"{e.batch_tokens:,} tokens = {e.steps * e.batch_tokens:,} tokens"
     if e.rl is not None:
         each = f"{e.rl.update_samples:,} of {e.rl.prompts} prompts x {e.rl.samples} answers, {e.rl.objective}"
     log(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
     isolated = "isolated" if e.model.isolate_documents else "not isolated"
-    peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s a device"
-    products = f"{setup.transformer.dtype}"
+    peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s per device"
+    dtypes = f"{setup.transformer.dtype}"
     if e.matmul is not None:
-        products += f", the layers' products in {e.matmul}; FLOPs and peak are counted as without"
+        dtypes += f", layer products in {e.matmul} (FLOPs and peak are those of {setup.transformer.dtype})"
     log(
-        f"{mesh} on {device.device_kind}  {products}  "
+        f"{mesh} on {device.device_kind}  {dtypes}  "
         f"attention {setup.transformer.attention}, documents {isolated}  "
         f"{peak_text}  compiled in {compile_seconds:.1f} s"
     )

@@ -1,4 +1,4 @@
-"""Pretraining and SFT: batches of rows on disk, scored by bits per byte, loss and problems solved."""
+"""Pretraining and SFT stages: batches of rows on disk, scored by bits per byte, loss and tasks."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from jaxchat.train import State
 
 
 class FromRows:
-    """A stage that learns the tokens of rows on disk."""
+    """Stage that trains on rows on disk; see `stages.stage.Stage` for the methods."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         self._tokenizer, self._log = tokenizer, log
@@ -28,8 +28,8 @@ class FromRows:
             split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=log)
             for split in ("train", "val")
         }
-        self._made_of = [part.directory.name for part in self._rows["train"]]  # Hashes of what decides their rows.
-        processes.check_same("what --data.train names", self._made_of, "give every host the same documents")
+        self._row_hashes = [part.directory.name for part in self._rows["train"]]  # They identify the rows' content.
+        processes.check_same("what --data.train names", self._row_hashes, "give every host the same documents")
         self._stream = streams.RowStream(
             self._rows["train"],
             e.data.weights,
@@ -41,53 +41,53 @@ class FromRows:
         self._batches: Iterator[Any] = iter(())
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
-        """Makes the stream ready for step `start`; raises `UserError` where a checkpoint was trained on other rows."""
+        """Starts the stream at step `start`; raises `UserError` if the checkpoint was trained on other rows."""
         e = self._experiment = setup.experiment
-        if facts.get("rows", self._made_of) != self._made_of:
+        if facts.get("rows", self._row_hashes) != self._row_hashes:
             raise UserError(
                 f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
-                "put those back, or give this run its own --name"
+                "restore those, or give this run its own --name"
             )
         self._batches = device_batches(setup, self._stream, start, micro_rows)
         self._text, self._loss = self._held_out(setup, micro_rows)
         self._tasks = task_scores(setup, self._tokenizer, self._log)
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
-        """Bits per byte of text, and the loss on held-out rows of another kind."""
+        """Evaluations on held-out data: bits per byte of text, and the loss on conversations; None for neither."""
         raise NotImplementedError
 
     def batch_at(self, index: int, state: State) -> Any:
         return next(self._batches)
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:
-        """Bits per byte of text; beside it, in SFT, the loss on conversations and the problems solved."""
-        e, found = self._experiment, dict[str, Any]()
+        """Bits per byte of text, the loss on held-out conversations (SFT), and the task scores."""
+        e, scores = self._experiment, dict[str, Any]()
         if self._text is not None:
-            # Never more tokens than the run trains on, so that a trial of a large model ends soon.
+            # Never more rows than the run trains on, so that a short trial of a large model ends soon.
             wanted = self._text.rows_in_all if last or not e.eval_rows else min(e.eval_rows, self._text.rows_in_all)
-            found["val_rows"] = min(wanted, e.steps * e.batch_rows)
-            found["val_bpb"] = self._text(state.params, found["val_rows"])
+            scores["val_rows"] = min(wanted, e.steps * e.batch_rows)
+            scores["val_bpb"] = self._text(state.params, scores["val_rows"])
         if self._loss is not None:
-            found["val_loss"] = self._loss(state.params)
-        return found | ({} if self._tasks is None else self._tasks(state.params))
+            scores["val_loss"] = self._loss(state.params)
+        return scores | ({} if self._tasks is None else self._tasks(state.params))
 
     numbers = None
 
     def facts(self, number: int) -> dict[str, Any]:
-        return {"tokens": number * self._experiment.batch_tokens, "rows": self._made_of}
+        return {"tokens": number * self._experiment.batch_tokens, "rows": self._row_hashes}
 
     def total(self) -> dict[str, Any]:
-        found = {"tokens": self._experiment.steps * self._experiment.batch_tokens}
-        return found | ({} if self._text is None else {"val_rows_in_all": self._text.rows_in_all})
+        total = {"tokens": self._experiment.steps * self._experiment.batch_tokens}
+        return total | ({} if self._text is None else {"val_rows_in_all": self._text.rows_in_all})
 
     def write_sources(self) -> None:
-        """What the run trained on and was scored on, beside its checkpoints."""
-        place = self._experiment.run_directory / "rows"
-        place.mkdir(parents=True, exist_ok=True)
+        """Writes the manifests of the training and held-out rows to the run directory."""
+        directory = self._experiment.run_directory / "rows"
+        directory.mkdir(parents=True, exist_ok=True)
         prefix = f"{self._experiment.stage}-" if self._experiment.chats else ""
         for split, parts in self._rows.items():
             manifests = [part.manifest for part in parts]
-            (place / f"{prefix}{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
+            (directory / f"{prefix}{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
 
     def close(self) -> None:
         if hasattr(self._batches, "close"):
@@ -95,7 +95,7 @@ class FromRows:
 
 
 class FromText(FromRows):
-    """Pretraining: rows of documents, scored by their held-out ones."""
+    """Pretraining on documents, scored by bits per byte of held-out documents."""
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
         text = BitsPerByte(
@@ -109,7 +109,7 @@ class FromText(FromRows):
 
 
 class FromConversations(FromRows):
-    """SFT: rows of conversations, scored by their held-out ones and by the pretraining text."""
+    """SFT on conversations, scored by the loss on held-out ones and by bits per byte of the pretraining text."""
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
         loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
@@ -119,7 +119,7 @@ class FromConversations(FromRows):
 def device_batches(
     setup: Setup, stream: streams.RowStream, start: int, micro_rows: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the devices as (micro-batches, rows, ...), read ahead in a thread."""
+    """Yields batches on the devices, (micro-batches, rows, ...); a thread prefetches them."""
     e = setup.experiment
     micro, own = e.batch_rows // micro_rows, sharding.own_rows(setup.mesh, micro_rows)
     places = [first + row for first in range(0, e.batch_rows, micro_rows) for row in own]

@@ -1,4 +1,4 @@
-"""One stage as a sequence of phases: resolve, check, prepare, build, train, report."""
+"""Runs one stage in phases: resolve, check, prepare, build, train, report."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     with run_lock(e, terminal.log):
         setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log, stopped)
         terminal.steps = stage.steps
-        peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Measured on a CPU, so outside of the mesh.
+        peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Outside of the mesh, because a CPU's is measured.
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
             built = build(setup, stage, tokenizer, peak, terminal.log, stopped)
             results, step_log = train(built, terminal, stopped)
@@ -49,16 +49,16 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
 
 
 def runner(stage: str) -> Callable[..., Stage]:
-    """The class that runs a stage."""
+    """Imports the class that runs a stage."""
     module, _, name = STAGES[stage].runner.partition(":")
-    found: Callable[..., Stage] = getattr(importlib.import_module(module), name)
-    return found
+    stage_class: Callable[..., Stage] = getattr(importlib.import_module(module), name)
+    return stage_class
 
 
 def prepared(
     setup: Setup, tokenizer: Tokenizer | None, log: Log, stopped: Callable[[], bool]
 ) -> tuple[Setup, Stage, Tokenizer]:
-    """The tokenizer and the rows, made or found in the cache; the setup with the number of steps that the rows give."""
+    """Makes the tokenizer and the rows, or takes them from the cache; sets `steps` if the rows determine it."""
     e = setup.experiment
     raise_if_interrupted(stopped)
     if tokenizer is None:
@@ -72,7 +72,7 @@ def prepared(
 
 
 class Built(NamedTuple):
-    """Everything that the loop needs: the compiled step, and the state and facts of the checkpoint at `start`."""
+    """Everything that the loop needs: the compiled step, and the state and metadata of the checkpoint at `start`."""
 
     setup: Setup
     stage: Stage
@@ -90,18 +90,18 @@ class Built(NamedTuple):
 def build(
     setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, log: Log, stopped: Callable[[], bool]
 ) -> Built:
-    """Compiles the step, restores or makes the state, and writes what describes the run."""
+    """Compiles the step, restores or initializes the state, and writes experiment, tokenizer and data manifests."""
     e = setup.experiment
     raise_if_interrupted(stopped)
     step, micro_rows, compile_seconds, _ = compile_step(setup, log)
     describe(setup, micro_rows, compile_seconds, peak, log)
     processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
-    with signals.noted() as interrupted:  # An error that a signal became must not be taken for damage.
+    with signals.noted() as interrupted:  # So that a signal during the restore is not mistaken for a damaged file.
         start, state, facts = _start(setup, checkpoints, log)
     raise_if_interrupted(lambda: stopped() or interrupted())
     stage.begin(setup, micro_rows, start, facts)
-    # The first that is written of a run: until here another experiment may take its name.
+    # The first files of the run; an experiment that was refused before this point does not occupy its name.
     if jax.process_index() == 0:
         tokenizer.save(e.run_directory / "tokenizer")
         checkpoint.write_experiment(e.stage_directory, e)
@@ -110,7 +110,7 @@ def build(
 
 
 def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> tuple[dict[str, Any], StepLog]:
-    """The loop with its checkpoints and evaluations; returns what the evaluations found, and the log of the steps."""
+    """Runs the loop with its checkpoints and evaluations; returns the latest scores and the log of the steps."""
     e, log = b.setup.experiment, terminal.log
     writers = make_writers(e, b.start, terminal)
     step_log = StepLog(b.setup, b.peak, writers, b.stage.numbers, log)
@@ -123,12 +123,13 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
 
     def score(number: int, state: State, last: bool) -> None:
         b.checkpoints.wait()
-        found = b.stage.score(state, last=last or number == 0)  # The first and the last are of the same rows.
-        results.update(found)
+        scores = b.stage.score(state, last=last or number == 0)  # The first and the last use the same rows.
+        results.update(scores)
         if number == 0:
-            results.update({f"{name}_before": value for name, value in found.items() if isinstance(value, int | float)})
+            numbers = {f"{name}_before": value for name, value in scores.items() if isinstance(value, int | float)}
+            results.update(numbers)
         for writer in writers:
-            writer.write({"step": number, **found})
+            writer.write({"step": number, **scores})
 
     def sample(number: int, state: State) -> None:
         write_samples(b.setup, b.tokenizer, state, number=number, log=log)
@@ -136,7 +137,7 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
     with signals.noted() as interrupted, contextlib.ExitStack() as stack:
         for close in (*(writer.close for writer in writers), b.checkpoints.close, step_log.finish):
             stack.callback(close)
-        # The run may have ended between a checkpoint and its evaluation; what a stage starts from is scored first.
+        # A resumed run may have stopped between a checkpoint and its evaluation; a new stage scores its start.
         due = e.eval_every and b.start % e.eval_every == 0 and b.start < e.steps if b.start else e.start_from
         if due:
             score(b.start, b.state, False)
@@ -151,7 +152,7 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
 
 
 def result(b: Built, results: dict[str, Any], step_log: StepLog) -> dict[str, Any]:
-    """What the launcher prints."""
+    """Builds the result that the launcher prints."""
     e = b.setup.experiment
     return {
         "stage": e.stage,
@@ -174,13 +175,13 @@ def result(b: Built, results: dict[str, Any], step_log: StepLog) -> dict[str, An
 def _start(
     setup: Setup, checkpoints: checkpoint.Checkpoints, log: Callable[[str], None]
 ) -> tuple[int, State, dict[str, Any]]:
-    """The newest checkpoint, or a fresh state made in its place on every device."""
+    """Restores the latest checkpoint, or initializes a state with its shardings; returns step, state and metadata."""
     e = setup.experiment
     restored = checkpoints.restore(setup.abstract, log)
     if restored is not None:
         number, state, facts = restored
         place = checkpoints.directory / str(number)
-        check_finite(state, f"the parameters of {place}", "remove it to go on from the one before")
+        check_finite(state, f"the parameters of {place}", "remove it to resume from the one before")
         log(f"continuing from step {number:,}")
         return number, state, facts
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
@@ -190,22 +191,22 @@ def _start(
         directory, step = locate_start(e)
         log(f"starting from {directory}@{step}")
         state = started(setup, state)
-    check_finite(state, "the first parameters", "correct the numbers of --model")
+    check_finite(state, "the first parameters", "correct the fields of --model")
     return 0, state, {}
 
 
 @contextlib.contextmanager
 def run_lock(e: Experiment, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the stage directory, so that no second process writes there; raises `UserError` where one does already."""
+    """Locks the stage directory against a second run; raises `UserError` if it is already locked."""
     if jax.process_index():
         yield
         return
-    refusal = f"another process trains in {e.stage_directory}: wait for its end, or give this run its own --name"
+    refusal = f"another process trains in {e.stage_directory}: wait until it ends, or give this run its own --name"
     with cache.locked(e.stage_directory, log, refusal=refusal):
         yield
 
 
 def raise_if_interrupted(stopped: Callable[[], bool]) -> None:
-    """Raises `Interrupted` after a signal that a library swallowed."""
+    """Raises `Interrupted` if a signal came, also if a library swallowed the exception."""
     if stopped():
         raise signals.Interrupted(signals.KEPT)

@@ -1,4 +1,4 @@
-"""What SFT and RL are scored on beside their own loss: pretraining text that may be forgotten, and problems."""
+"""Scores besides a stage's own loss: bits per byte of the pretraining text (forgetting), and tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from jaxchat.stages.stage import Log
 from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
-EVALUATION_SEED = 1_000_003  # Its noise is the same at every step, and not that of any rollout.
+EVALUATION_SEED = 1_000_003  # The same noise at every evaluation, and not that of a rollout.
 
 
 def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> BitsPerByte | None:
-    """Bits per byte on the held-out text of the pretraining that this stage goes back to, where that is at hand."""
+    """Evaluation on the held-out text of the pretraining run that this stage descends from; None if not available."""
     e = setup.experiment
     directory = Path(e.start.partition("@")[0])
     try:
@@ -37,7 +37,7 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
             base = checkpoint.read_experiment(directory, Experiment)
         rows = prepare.ensure_rows(base.data, tokenizer, "val", e.cache_directory, log=log)
     except UserError as error:
-        log(f"warning: what is forgotten of the pretraining text is not measured: {error}")
+        log(f"warning: the pretraining text is not scored, so forgetting is not measured: {error}")
         return None
     return BitsPerByte(
         setup.transformer, setup.mesh, rows=rows, bytes_per_token=tokenizer.bytes_per_token, batch_rows=micro_rows
@@ -45,16 +45,17 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
 
 
 def task_scores(setup: Setup, tokenizer: Tokenizer, log: Log) -> "TaskScores | None":
-    """What scores the tasks of an experiment, if it names any."""
+    """Evaluation on the tasks of an experiment; None if it has none."""
     e = setup.experiment
     style: Style = "chat" if e.chats else "text"
     return TaskScores(e, setup.transformer, tokenizer, log, style=style, mesh=setup.mesh) if e.tasks else None
 
 
 class TaskScores:
-    """The shares of test problems solved and of questions answered right, the same ones with the same noise always.
+    """Scores parameters on the tasks of an experiment, each time on the same problems with the same noise.
 
-    A base model is asked in the words of a text, a chat model in turns. Files are read, and may be refused, at once.
+    `style`: "text" prompts with plain text, for base models; "chat" with turns. The constructor reads the task files
+    and raises `UserError` for invalid ones.
     """
 
     def __init__(
@@ -80,20 +81,20 @@ class TaskScores:
         self._scorer: Scorer | None = None
 
     def __call__(self, params: Params) -> dict[str, float]:
-        """Scores by name: NAME_strict, NAME_lenient and pass@k of problems, NAME_accuracy of questions, core."""
-        found: dict[str, float] = {}
+        """Returns scores by name: NAME_strict and NAME_lenient of problems, NAME_accuracy of questions, bpb, core."""
+        scores: dict[str, float] = {}
         if self._global_mesh is not None:
             params = processes.own_copy(self._global_mesh, params)
         for job in self._jobs:
             if isinstance(job, Solving):
-                found |= self._solved(params, job.task)
+                scores |= self._solved(params, job.task)
         if any(not isinstance(job, Solving) for job in self._jobs):
-            found |= self._answered(params)
-        return found
+            scores |= self._answered(params)
+        return scores
 
     def _solved(self, params: Params, task: Task) -> dict[str, float]:
-        """Shares of a task's problems that are solved, and pass@k, each judged strictly and leniently."""
-        e, found = self._experiment, dict[str, float]()
+        """Share of a task's problems that are solved, and pass@k, each under the strict and the lenient judge."""
+        e, scores = self._experiment, dict[str, float]()
         if self._engine is None:
             shape = EngineConfig(length=e.data.row_length, slots=64, prefill_batch=8)
             self._engine = Engine(self._transformer, params, self._tokenizer, shape, mesh=self._mesh)
@@ -110,11 +111,11 @@ class TaskScores:
         )
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
-            found |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
-        return found
+            scores |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
+        return scores
 
     def _answered(self, params: Params) -> dict[str, float]:
-        """Shares of questions answered right; bits per byte of texts; CORE over those of its tasks that were asked."""
+        """Accuracy of questions, bits per byte of texts, and CORE over the CORE tasks of the experiment."""
         e, results = self._experiment, dict[str, dict[str, Any]]()
         if self._scorer is None:
             self._scorer = Scorer(self._transformer, params, mesh=self._mesh, length=e.data.row_length)
@@ -125,6 +126,6 @@ class TaskScores:
                 results[job.name] = share(answers, job.baselines)
             elif isinstance(job, Texts):
                 results[job.name] = bits_per_byte(self._scorer, self._tokenizer, job.spec, e.eval_problems)
-        found = {f"{name}_accuracy": result["accuracy"] for name, result in results.items() if "accuracy" in result}
-        found |= {name: result["bpb"] for name, result in results.items() if "bpb" in result}
-        return found | {name: result[name] for name, result in summaries(results).items()}
+        scores = {f"{name}_accuracy": result["accuracy"] for name, result in results.items() if "accuracy" in result}
+        scores |= {name: result["bpb"] for name, result in results.items() if "bpb" in result}
+        return scores | {name: result[name] for name, result in summaries(results).items()}

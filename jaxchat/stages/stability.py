@@ -1,4 +1,4 @@
-"""Recognises unstable training in the losses and gradient norms of a run."""
+"""Detects unstable training from the losses and gradient norms of a run."""
 
 import itertools
 import math
@@ -7,28 +7,29 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-WINDOW = 50  # Steps that define what is usual, and calm steps that end an episode.
-FIRST = 10  # Steps at the start that may be worse than guessing, by less than half.
-ENOUGH = 20  # Steps before anything can be called unusual.
-SPIKE = 8.0  # Rise of the loss, in median absolute changes from step to step.
-GRADIENT = 10.0  # Gradient norm, in medians.
-CONFIRM = 5  # Steps after the first unusual one that decide on the likely reason.
+WINDOW = 50  # Number of steps that define what is usual; so many usual steps end an episode.
+FIRST = 10  # Number of first steps whose loss may be up to 1.5 times that of uniform guessing.
+ENOUGH = 20  # Number of steps before spikes of loss and gradient norm are judged.
+SPIKE = 8.0  # Unusual rise of the loss, in median absolute changes between steps.
+GRADIENT = 10.0  # Unusual gradient norm, in medians.
+CONFIRM = 5  # Steps after the first unusual one before the likely reason is reported.
 
 RATES = "the learning rates are probably too high: lower --optimizer.scale"
-BATCH = "probably a batch unlike the others: --optimizer.clip limits the step that such a batch takes"
+BATCH = "probably an unusual batch: --optimizer.clip limits its effect"
 
 
 class Stability:
-    """Follows a run step by step.
+    """Counts unusual steps of a run and reports episodes of them.
 
-    A step is unusual if it is not finite, if its loss is above ln(vocab) (worse than uniform guessing) or far above the
-    losses before it, or if its gradient norm is far above the median. Unusual steps close to each other are one
-    episode. An episode is reported once, a few steps after its first; a second time only if it looked like a single
-    batch and was not. `vocab` is None where the loss is no likelihood, as in RL: then the loss is not judged.
+    A step is unusual if loss or gradient are not finite, if the loss is above ln(vocab) (uniform guessing) or far above
+    the losses before it, or if the gradient norm is far above the median. Unusual steps close to each other form one
+    episode. An episode is reported once, a few steps after its first step; a second time only if it was first blamed
+    on a single batch and then went on. `vocab` is None if the loss is not a likelihood, as in RL; then only its
+    finiteness and the gradient norm are judged.
 
     Attributes:
-        unstable_steps: how many steps were unusual.
-        reports: a sentence for each report: first step, what was seen, likely reason.
+        unstable_steps: number of unusual steps.
+        reports: one sentence per report: first step, symptom, likely reason.
     """
 
     def __init__(self, vocab: int | None) -> None:
@@ -37,22 +38,22 @@ class Stability:
         self._guessing = math.inf if vocab is None else math.log(vocab)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
-        self._episode: list[tuple[int, str, bool]] = []  # Unusual steps: what was seen, whether it blames the rates.
-        self._reason = ""  # That was reported for this episode.
+        self._episode: list[tuple[int, str, bool]] = []  # Unusual steps: number, symptom, whether rates are blamed.
+        self._reason = ""  # The reason reported for this episode, if any.
 
     def __call__(self, record: Mapping[str, Any]) -> str | None:
-        """Reads the `step`, `loss` and `grad_norm` of a record; returns a report when there is one."""
+        """Judges the `step`, `loss` and `grad_norm` of a record; returns a new report if there is one."""
         step = record["step"]
         if self._episode and step > self._episode[-1][0] + WINDOW:
             self._episode, self._reason = [], ""
-        seen, rates = self._unusual(step, record["loss"], record["grad_norm"])
-        if seen:
+        symptom, rates = self._symptom(step, record["loss"], record["grad_norm"])
+        if symptom:
             self.unstable_steps += 1
-            self._episode.append((step, seen, rates))
+            self._episode.append((step, symptom, rates))
         return self.finish() if self._episode and step >= self._episode[0][0] + CONFIRM else None
 
     def finish(self) -> str | None:
-        """The report of an episode, if it has none; for the last steps of a run."""
+        """Returns the report of the current episode unless it was made before; call it after the last step as well."""
         reason = RATES if len(self._episode) > 2 or any(rates for _, _, rates in self._episode) else BATCH
         if not self._episode or self._reason in (RATES, reason):
             return None
@@ -61,12 +62,12 @@ class Stability:
         self.reports.append(f"step {self._episode[0][0]}: {self._episode[0][1]}; {after}; {reason}")
         return self.reports[-1]
 
-    def _unusual(self, step: int, loss: float | None, norm: float | None) -> tuple[str, bool]:
-        """What is unusual about a step, "" where nothing is, and whether it blames the rates."""
+    def _symptom(self, step: int, loss: float | None, norm: float | None) -> tuple[str, bool]:
+        """Returns what is unusual about a step ("" for nothing), and whether the learning rates are to blame."""
         if loss is None or norm is None or not (math.isfinite(loss) and math.isfinite(norm)):
             return "loss or gradient are not finite", True
-        losses, norms, seen = list(self._losses), list(self._norms), ""
-        self._losses.append(loss)  # Only finite steps say what is usual.
+        losses, norms, symptom = list(self._losses), list(self._norms), ""
+        self._losses.append(loss)  # Only finite steps define what is usual.
         self._norms.append(norm)
         if loss > self._guessing * (1 if step > FIRST else 1.5):
             limit = f"ln({math.exp(self._guessing):.0f}) = {self._guessing:.3f}"
@@ -75,7 +76,7 @@ class Stability:
             before, usual_norm = statistics.median(losses[-10:]), max(statistics.median(norms), 1e-12)
             change = statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
             if self._guessing < math.inf and loss - before > SPIKE * max(change, 1e-6):
-                seen = f"the loss rose from {before:.3f} to {loss:.3f}"
+                symptom = f"the loss rose from {before:.3f} to {loss:.3f}"
             elif norm > GRADIENT * usual_norm:
-                seen = f"the gradient norm {norm:.3g} is {norm / usual_norm:.0f} times its median"
-        return seen, False
+                symptom = f"the gradient norm {norm:.3g} is {norm / usual_norm:.0f} times its median"
+        return symptom, False

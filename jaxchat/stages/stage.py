@@ -1,4 +1,4 @@
-"""What a stage is to the loop, and where it starts."""
+"""The interface between a stage and the training loop, and the checkpoint that a stage starts from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,37 +20,37 @@ Record = dict[str, Any]
 
 
 class Stage(Protocol):
-    """A stream of batches, and the evaluations that go with it."""
+    """A stream of batches with its evaluations. `steps` is the number of optimizer steps."""
 
     steps: int
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: Record) -> None:
-        """Makes everything ready for optimizer step `start`; `facts` are those of the checkpoint, empty without one."""
+        """Prepares for optimizer step `start`; `facts` is the metadata of the checkpoint, empty without one."""
 
     def batch_at(self, index: int, state: State) -> Any:
         """The batch of optimizer step `index`, on the devices."""
 
     @property
     def numbers(self) -> Callable[[int, dict[str, float]], Record] | None:
-        """What else a record holds, of a step's number and metrics; None where each step trains on as many tokens."""
+        """Computes further numbers of a step's record from its metrics; None if all steps have as many tokens."""
 
     def score(self, state: State, *, last: bool) -> Record:
-        """What an evaluation found."""
+        """Evaluates the state and returns scores by name; `last` evaluates all held-out rows."""
 
     def facts(self, number: int) -> Record:
-        """What a checkpoint keeps beside the state, so that the stream goes on."""
+        """Metadata for the checkpoint of step `number`, from which the stream can resume."""
 
     def total(self) -> Record:
-        """What the launcher's last line tells of the whole stage."""
+        """Totals of the whole stage, for the launcher's last line."""
 
     def write_sources(self) -> None:
-        """Writes what the stage learns from beside its checkpoints."""
+        """Writes a description of the training data to the run directory."""
 
     def close(self) -> None: ...
 
 
 def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
-    """The experiment with the model and vocabulary of the checkpoint that it starts from, and that one's tokenizer."""
+    """Returns the experiment with model and vocabulary of its starting checkpoint, and the tokenizer of that."""
     if not e.start_from:
         return e, None
     directory, _ = locate_start(e)
@@ -62,7 +62,7 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
 
 
 def locate_start(e: Experiment) -> tuple[Path, int]:
-    """Directory and step of the checkpoint that the experiment starts from."""
+    """Directory and step of the checkpoint that the experiment starts from; `UserError` if there is none."""
     try:
         return checkpoint.locate(e.start)
     except UserError as error:
@@ -73,14 +73,14 @@ def locate_start(e: Experiment) -> tuple[Path, int]:
 
 
 def started(setup: Setup, fresh: State) -> State:
-    """A fresh state with the parameters of the checkpoint that it starts from, and its optimizer's moments if asked."""
+    """A fresh state with the parameters of the starting checkpoint, and with `warm_optimizer` also its moments."""
     e = setup.experiment
     directory, step = locate_start(e)
     params = checkpoint.load_params(directory, step, setup.abstract.params)
     if not e.warm_optimizer:
         return fresh._replace(params=params)
     old = checkpoint.load_optimizer(directory, step, setup.abstract)
-    # Counters start again, so that schedules do; Adam's own count stays, for it says how warm its moments are.
+    # Counters restart, so that schedules do. Adam's own count is restored, because it corrects the bias of the moments.
     is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
 
     def warm(new: Any, before: Any) -> Any:
