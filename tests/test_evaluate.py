@@ -176,10 +176,10 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
 
 
 BAD_ROWS = {
-    '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1 is no question with choices",
-    '{"question": "q", "choices": "abcd", "answer": 1}': "line 1 is no question with choices",
-    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1 is no question",
-    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "number 2 of 2 choices",
+    '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1: not a question with text choices",
+    '{"question": "q", "choices": "abcd", "answer": 1}': "line 1: not a question with text choices",
+    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1: not a question",
+    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "index 2 of 2 choices",
     "": "has no questions",
 }
 
@@ -247,7 +247,7 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     assert (found["difference"], found["p"], found["questions"]) == (0.0, 1.0, 12)
     path = tmp_path / "b" / "mmlu.jsonl"
     path.write_text(path.read_text().replace('"gold":1', '"gold":2'))
-    with pytest.raises(UserError, match="asked other questions"):
+    with pytest.raises(UserError, match="the questions in .* differ"):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="no task in common"):
         compare(tmp_path / "a", tmp_path)
