@@ -247,7 +247,7 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     assert (found["difference"], found["p"], found["questions"]) == (0.0, 1.0, 12)
     path = tmp_path / "b" / "mmlu.jsonl"
     path.write_text(path.read_text().replace('"gold":1', '"gold":2'))
-    with pytest.raises(UserError, match="the questions in .* differ"):
+    with pytest.raises(UserError, match=r"the questions in .* differ"):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="no task in common"):
         compare(tmp_path / "a", tmp_path)
