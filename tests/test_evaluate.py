@@ -199,12 +199,12 @@ def test_a_row_that_is_no_question_is_named(row: str, tmp_path: Path) -> None:
 def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"task":"a"}}\n{line}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl line 2 is no record"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 2 is not a record"):
         Records(path, {"task": "a"})
-    with pytest.raises(UserError, match="no whole records"):
+    with pytest.raises(UserError, match="damaged or incomplete"):
         compare(tmp_path, tmp_path)
     path.write_text("5\n")
-    with pytest.raises(UserError, match="no whole records"):
+    with pytest.raises(UserError, match="damaged or incomplete"):
         compare(tmp_path, tmp_path)
     with pytest.raises(UserError, match="name another --out"):
         Records(path / "b.jsonl", {})
@@ -218,8 +218,8 @@ def test_a_mistake_in_the_last_task_is_told_before_the_first_is_asked(
         "class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): return 1 / 0\n"
     )
     for spec, said in {
-        f"{own}:Own": "the task own cannot give its test problems: division by zero",
-        f"gsm8k:{tmp_path}": "gsm8k:DIRECTORY names its files",
+        f"{own}:Own": "the task own failed to load its test problems: division by zero",
+        f"gsm8k:{tmp_path}": "gsm8k:DIRECTORY must name their directory",
         f"bpb:{tmp_path}/none.txt": "^bpb:.*none.txt does not exist",
     }.items():
         with pytest.raises(UserError, match=said):

@@ -33,14 +33,10 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
 
 @dataclass(frozen=True)
 class CoreTask:
-    """A task of CORE.
+    """A task of CORE: its file below eval_data/, its number of few-shot examples and the text before an answer.
 
-    Attributes:
-        path: the task's file below eval_data/.
-        shots: number of few-shot examples in a prompt.
-        baseline: accuracy of guessing in the first version of DCLM's table, used for centring by published scores.
-        baseline_v2: the value in the table of September 2025, if it differs.
-        delimiter: text between question and answer.
+    `baseline` is the accuracy of guessing in the first version of DCLM's table, used to centre published scores;
+    `baseline_v2` is that in the table of September 2025, if it differs.
     """
 
     label: str
@@ -180,8 +176,7 @@ def examples(mode: Mode, rows: int, shots: int) -> list[list[int]]:
 
 
 def question(mode: Mode, task: CoreTask, row: Row, shown: Sequence[Row], tokenizer: Tokenizer) -> Question:
-    """Builds the question of a row with the few-shot examples `shown`. Raises ValueError if its texts have no common
-    tokens to use as context or, in a schema task, as the scored ending."""
+    """Builds the question of a row with few-shot examples `shown`; raises ValueError if its choices share no tokens."""
     gold = int(row.get("gold", 0))
     if mode == "dclm":
         return _tokenized_separately(task, row, shown, gold, tokenizer)

@@ -18,10 +18,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError:
-            raise UserError(
-                f"{path} line {number} is not JSON, probably because the run was killed while writing; "
-                "restart the run once to repair the file"
-            ) from None
+            raise UserError(f"{path} line {number} is not JSON: restart the run once to repair the file") from None
     return records
 
 
@@ -38,10 +35,7 @@ def drawing() -> Any:
 
 
 def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Plots the curves of stage directories into one image with a panel per measure.
-
-    Returns the last bits per byte of each directory, None if it recorded none.
-    """
+    """Plots stage directories into one image; returns the last recorded bits per byte of each, or None."""
     runs = {str(directory): [read_metrics(directory)] for directory in directories}
     draw_groups(runs, out)
     scores = {label: [r["val_bpb"] for r in records if "val_bpb" in r] for label, (records,) in runs.items()}
