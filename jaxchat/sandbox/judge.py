@@ -117,7 +117,7 @@ def _program(job: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
                     raise NotLiteral("unexpected first message")
             except (OSError, EOFError, NotLiteral) as error:
                 raise _Broken(f"{wall}: the process did not become ready ({error})") from None
-        with _alarm(job["limits"]["wall_seconds"], _Ended("too late")):
+        with _alarm(job["limits"]["wall_seconds"], _Ended("the time limit is exceeded")):
             yield calls, answers
     finally:
         _end(process)
