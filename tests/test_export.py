@@ -121,9 +121,7 @@ REFUSED = {
     "SwiGLU layers": model(mlp=SwiGLU(24)),
     "queries and keys scaled by 1.2": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qk_scale=1.2),)),
     "norm of queries and keys that differs": model(norm=RMSNorm(1e-5)),
-    "position embeddings other than RoPE": model(
-        pattern=(GQA(heads=4, kv_heads=4, head_dim=4, rope=RoPE(direction=1)),)
-    ),
+    "embeddings other than RoPE": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, rope=RoPE(direction=1)),)),
 }
 
 
@@ -272,7 +270,7 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
         ({"model_type": "llama"}, "only 'nanochat'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"vocab_size": 300}, "a vocabulary of 300"),
-        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight is missing"),
         ({"num_hidden_layers": 1}, "unexpected parameters: model.layers.1"),
         ({"intermediate_size": 32}, ", expected ("),
         ({"hidden_size": None}, "does not describe a valid model"),
