@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxchat.data import sources
 from jaxchat.data.files import Reading, objects
-from jaxchat.data.files import place as stands
+from jaxchat.data.files import place as locate
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
@@ -39,8 +39,7 @@ class Choice(NamedTuple):
 
 
 def arc(place: str, name: str, downloads: Path) -> list[Choice]:
-    """Reads arc_easy or arc_challenge from `name`.jsonl[.gz] in a directory or CORE bundle; from the hub if `place` is
-    empty.
+    """Reads arc_easy or arc_challenge from `name`.jsonl[.gz] in `place`, a directory or CORE bundle, or from the hub.
 
     Raises:
         UserError: the file is missing, or a row is malformed.
@@ -144,11 +143,11 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
             try:
                 choice = _choice(row)
             except (AttributeError, KeyError, TypeError, ValueError):
-                where = stands(source, reading, number)
+                where = locate(source, reading, number)
                 raise UserError(f"{where}: not a question with text choices and the right choice's index") from None
             if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
                 raise UserError(
-                    f"{stands(source, reading, number)}: the answer has index {choice.gold} of "
+                    f"{locate(source, reading, number)}: the answer has index {choice.gold} of "
                     f"{len(choice.choices)} choices; expected an index from 0 and at most {len(LETTERS)} choices"
                 )
             yield choice
@@ -157,8 +156,7 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
 
 
 def _choice(row: Any) -> Choice:
-    """Parses a row of a CORE bundle, of MMLU or of the hub's ARC; a malformed row raises AttributeError, KeyError,
-    TypeError or ValueError."""
+    """Parses a row of a CORE bundle, of MMLU or of the hub's ARC; a malformed row raises a builtin exception."""
     if "query" in row:
         question, choices, gold = row["query"].removeprefix("Question: "), row["choices"], row["gold"]
     elif "answerKey" in row:

@@ -19,15 +19,15 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         raise UserError(f"{first} and {second} have no task in common: evaluate both on the same tasks first")
     results: dict[str, Any] = {}
     for name in names:
-        (about, mine), (other, theirs) = (read_records(place / name) for place in (first, second))
-        if about.get("settings") != other.get("settings"):
+        (about, records), (other_about, others) = (read_records(place / name) for place in (first, second))
+        if about.get("settings") != other_about.get("settings"):
             raise UserError(
                 f"{name}: the settings in {first} and {second} differ; evaluate both with the same settings"
             )
-        both = sorted(mine.keys() & theirs.keys())
-        if any(mine[i].get("gold") != theirs[i].get("gold") for i in both):
+        both = sorted(records.keys() & others.keys())
+        if any(records[i].get("gold") != others[i].get("gold") for i in both):
             raise UserError(f"{name}: the questions in {first} and {second} differ; evaluate both on the same files")
         if both:
-            sides = ([bool(records[i]["right"]) for i in both] for records in (mine, theirs))
+            sides = ([bool(side[i]["right"]) for i in both] for side in (records, others))
             results[about["task"]] = paired(*sides)._asdict()
     return results

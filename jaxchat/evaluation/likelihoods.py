@@ -29,12 +29,8 @@ class Item(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Scores of a continuation.
-
-    Attributes:
-        logprobs: log-probability of each remaining token of the continuation in nats, float32 (tokens,).
-        greedy: whether every token is the most likely one.
-        truncated: number of tokens of context and continuation that were cut from the left.
+    """Scores of a continuation: the log-probability of each remaining token in nats, float32 (tokens,); whether every
+    token is the most likely one; and the number of tokens of the item that were truncated from the left.
     """
 
     logprobs: np.ndarray

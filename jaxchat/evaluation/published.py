@@ -59,12 +59,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
     for name, result in results.items():
         others = [*GPT2_CORE.get(name, (None,) * 4), NANOCHAT_D20.get(name)]
-        mine = next((result[key] for key in ("accuracy", "core", "chatcore") if key in result), None)
+        own = next((result[key] for key in ("accuracy", "core", "chatcore") if key in result), None)
         if name == "core":
             labels = [label for label in results if label in BASELINES]
             others = [*_means(labels), NANOCHAT_D20[name] if len(labels) == len(CORE) else None]
-        if mine is not None and any(other is not None for other in others):
-            score = f"{mine:.4f}"
+        if own is not None and any(other is not None for other in others):
+            score = f"{own:.4f}"
             if result.get("low") is not None:
                 score += f" ({result['low']:.4f} to {result['high']:.4f})"
             cells = ("" if other is None else f"{other:.4f}" for other in others)
@@ -112,9 +112,9 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
         axis.plot(xs, range(len(labels)), marker, color=str(0.75 - 0.2 * size), markersize=4, label=model)
     for y, label in enumerate(labels):
         result, baseline = results[label], BASELINES[label]
-        low, mine, high = (centered(result[key], baseline) for key in ("low", "accuracy", "high"))
+        low, accuracy, high = (centered(result[key], baseline) for key in ("low", "accuracy", "high"))
         axis.plot([low, high], [y, y], color="C3", linewidth=1.5)
-        axis.plot(mine, y, "o", color="C3", markersize=5, label="this model" if y == 0 else None)
+        axis.plot(accuracy, y, "o", color="C3", markersize=5, label="this model" if y == 0 else None)
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set(yticks=range(len(labels)), yticklabels=[label.removeprefix("core/") for label in labels])
     axis.set_xlabel("centred accuracy: 0 is guessing, 1 is all right")

@@ -75,10 +75,10 @@ def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
         after = (progress[stage].get("base") or {}) | progress[stage]["result"]
         before = {name.removesuffix("_before"): x for name, x in after.items() if name.endswith("_before")}
         columns |= {f"before {stage}": before, f"after {stage}": after} if before else {f"after {stage}": after}
-    names = [name for name in dict.fromkeys(key for found in columns.values() for key in found) if _is_score(name)]
+    names = [name for name in dict.fromkeys(key for column in columns.values() for key in column) if _is_score(name)]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
-        cells = [found.get(name) for found in columns.values()]
+        cells = [column.get(name) for column in columns.values()]
         lines.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
     return lines
 
@@ -98,9 +98,9 @@ def asked(directory: Path) -> str:
 def published(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
     """Table of the last stage's scores and published scores; empty if there are none to compare."""
     last = progress[stages[-1]]["result"]
-    found = {name.removesuffix("_accuracy"): {"accuracy": x} for name, x in last.items() if name.endswith("_accuracy")}
-    found |= {name: {name: last[name]} for name in ("core", "chatcore") if name in last}
-    lines = table(found)
+    tasks = {name.removesuffix("_accuracy"): {"accuracy": x} for name, x in last.items() if name.endswith("_accuracy")}
+    tasks |= {name: {name: last[name]} for name in ("core", "chatcore") if name in last}
+    lines = table(tasks)
     return ["", "Beside published scores:", "", *lines] if lines else []
 
 

@@ -21,11 +21,7 @@ DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat
 
 @contextlib.contextmanager
 def whole(directory: Path) -> Iterator[Path]:
-    """Yields a temporary directory and renames it to `directory` on success; it is deleted after an exception.
-
-    Raises:
-        UserError: `directory` exists and is not empty, or cannot be created.
-    """
+    """Yields a temporary directory that becomes `directory` on success; raises `UserError` if that is not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} already exists: set --out to a new or empty directory")
     try:

@@ -13,10 +13,7 @@ GiB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Properties of a GPU that XLA's compiler needs, from data sheets and device queries.
-
-    `memory`, `l2` and the shared memory sizes are in bytes, `bandwidth` in bytes per second.
-    """
+    """Properties of a GPU for XLA's compiler, from data sheets and device queries; sizes are in bytes."""
 
     capability: int
     cores: int
@@ -122,20 +119,20 @@ class Topology:
         try:
             if gpu is not None:
                 target = gpu.target(self.chip.kind)
-                found = topologies.get_topology_desc(
+                description = topologies.get_topology_desc(
                     platform="cuda", target_config=target, topology=f"1x1x{self.chips}"
                 )
             else:
                 grid = (CUBES if self.chip.cores == 2 else FLAT)[self.chips]
                 more: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {}
                 more |= {"chip_config_name": "megacore"} if kind == "v4" else {}
-                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}", **more)
+                description = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}", **more)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             extra = "tpu" if gpu is None else "cuda"
             raise UserError(
                 f"no compiler for {self.name} is installed ({first_line(error)}): pip install 'jaxchat[{extra}]'"
             ) from None
-        return list(found.devices)
+        return list(description.devices)
 
 
 def topology(name: str) -> Topology:

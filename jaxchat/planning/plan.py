@@ -22,10 +22,7 @@ ROWS = "depends on rows"
 
 
 def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence[Topology] = ()) -> dict[str, Any]:
-    """Computes all quantities that need no compilation. `tokens` is 0 if it depends on the number of prepared rows.
-
-    `mfu` is the share of peak FLOPs that is reached; `price` in dollars per chip and hour overrides the chip's own.
-    """
+    """Computes what needs no compilation. `price` is in dollars per chip and hour; tokens are 0 if rows decide them."""
     flops = flops_per_token(e.model, e.data.row_length)
     tokens = stage_tokens(e)
     chips = [(there.name, there.chip, there.chips) for there in topologies] or [

@@ -12,9 +12,7 @@ from jaxchat.errors import UserError
 def read_rows(
     task: str, file: str, directory: str, downloads: Path | None, side: sources.Split
 ) -> Iterator[tuple[str, Any]]:
-    """Yields each row and its location for error messages, such as ("test.jsonl line 3", row).
-
-    Reads `file` or `file`.gz in `directory`, or the split `side` of hub:`task` if `directory` is empty.
+    """Yields (location, row) pairs from `file`[.gz] in `directory`; if that is empty, from split `side` of hub:`task`.
 
     Raises:
         UserError: the file is missing, or both `directory` and `downloads` are.
