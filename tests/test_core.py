@@ -76,13 +76,13 @@ def test_no_row_is_its_own_example() -> None:
 
 
 BAD = {
-    "[1]": "is no object",
-    '{"query": "a", "choices": ["b", "c"]}': "no gold",
-    '{"query": "a", "choices": ["b", "c"], "gold": true}': "no gold",
+    "[1]": "is not an object",
+    '{"query": "a", "choices": ["b", "c"]}': "field gold is missing",
+    '{"query": "a", "choices": ["b", "c"], "gold": true}': "field gold is missing",
     '{"query": "a", "choices": ["b", "c"], "gold": 2}': "gold=2",
     '{"query": "a", "choices": ["b"], "gold": 0}': "two choices",
     '{"query": "a", "choices": ["b", 3], "gold": 0}': "all of them text",
-    '{"query": 7, "choices": ["b", "c"], "gold": 0}': "no query that is text",
+    '{"query": 7, "choices": ["b", "c"], "gold": 0}': "field query is missing or not text",
     '{"query": "a", ': "line 2",
 }
 

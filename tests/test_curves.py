@@ -36,10 +36,10 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
     pyplot = pytest.importorskip("matplotlib.pyplot")
     run = write_run(tmp_path / "a", [3.0, 2.0])
     for name in ("curves.xyz", "curves"):
-        with pytest.raises(UserError, match=rf"--out=.*{name} is no kind of picture: let it end in one of .*png"):
+        with pytest.raises(UserError, match=rf"--out=.*{name} is not an image file: use one of the suffixes .*png"):
             draw([run], tmp_path / name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"x\.png cannot be written \(.*\): name another --out"):
+    with pytest.raises(UserError, match=r"x\.png cannot be written \(.*\): set another --out"):
         draw([run], tmp_path / "file/x.png")
     assert not pyplot.get_fignums()
 

@@ -176,10 +176,10 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
 
 
 BAD_ROWS = {
-    '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1 is no question with choices",
-    '{"question": "q", "choices": "abcd", "answer": 1}': "line 1 is no question with choices",
-    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1 is no question",
-    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "number 2 of 2 choices",
+    '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1: not a question with text choices",
+    '{"question": "q", "choices": "abcd", "answer": 1}': "line 1: not a question with text choices",
+    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1: not a question",
+    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "index 2 of 2 choices",
     "": "has no questions",
 }
 
@@ -199,12 +199,12 @@ def test_a_row_that_is_no_question_is_named(row: str, tmp_path: Path) -> None:
 def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"task":"a"}}\n{line}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl line 2 is no record"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 2 is not a record"):
         Records(path, {"task": "a"})
-    with pytest.raises(UserError, match="no whole records"):
+    with pytest.raises(UserError, match="damaged or incomplete"):
         compare(tmp_path, tmp_path)
     path.write_text("5\n")
-    with pytest.raises(UserError, match="no whole records"):
+    with pytest.raises(UserError, match="damaged or incomplete"):
         compare(tmp_path, tmp_path)
     with pytest.raises(UserError, match="name another --out"):
         Records(path / "b.jsonl", {})
@@ -218,8 +218,8 @@ def test_a_mistake_in_the_last_task_is_told_before_the_first_is_asked(
         "class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): return 1 / 0\n"
     )
     for spec, said in {
-        f"{own}:Own": "the task own cannot give its test problems: division by zero",
-        f"gsm8k:{tmp_path}": "gsm8k:DIRECTORY names its files",
+        f"{own}:Own": "the task own failed to load its test problems: division by zero",
+        f"gsm8k:{tmp_path}": "gsm8k:DIRECTORY must name their directory",
         f"bpb:{tmp_path}/none.txt": "^bpb:.*none.txt does not exist",
     }.items():
         with pytest.raises(UserError, match=said):
@@ -247,7 +247,7 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     assert (found["difference"], found["p"], found["questions"]) == (0.0, 1.0, 12)
     path = tmp_path / "b" / "mmlu.jsonl"
     path.write_text(path.read_text().replace('"gold":1', '"gold":2'))
-    with pytest.raises(UserError, match="asked other questions"):
+    with pytest.raises(UserError, match=r"the questions in .* differ"):
         compare(tmp_path / "a", tmp_path / "b")
     with pytest.raises(UserError, match="no task in common"):
         compare(tmp_path / "a", tmp_path)

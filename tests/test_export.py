@@ -117,11 +117,11 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
 
 REFUSED = {
     "windows, value embeddings, a smear, a backout, scales of": small.july2026(),
-    "know windows, which": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, window=3),)),
+    "support windows, which": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, window=3),)),
     "SwiGLU layers": model(mlp=SwiGLU(24)),
     "queries and keys scaled by 1.2": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qk_scale=1.2),)),
-    "not normalised as the rest": model(norm=RMSNorm(1e-5)),
-    "its kind of positions": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, rope=RoPE(direction=1)),)),
+    "norm of queries and keys that differs": model(norm=RMSNorm(1e-5)),
+    "embeddings other than RoPE": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, rope=RoPE(direction=1)),)),
 }
 
 
@@ -248,10 +248,10 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     there = export(tmp_path / "there", model(), small.parameters(model()))
     stage = f"--out={tmp_path / 'runs/x/sft'}"
     source = "--from=huggingface"
-    assert "say either --to" in refusal(f"--checkpoint={run}", out)
+    assert "set exactly one of --to" in refusal(f"--checkpoint={run}", out)
     assert "no checkpoint in" in refusal(f"--checkpoint={tmp_path}/none", out, "--to=huggingface")
-    assert "is there already" in refusal(f"--checkpoint={run}", f"--out={there}", "--to=huggingface")
-    assert "--rows is for" in refusal(f"--checkpoint={run}", out, "--to=huggingface", "--rows=2")
+    assert "already exists" in refusal(f"--checkpoint={run}", f"--out={there}", "--to=huggingface")
+    assert "--rows is only for" in refusal(f"--checkpoint={run}", out, "--to=huggingface", "--rows=2")
     assert "must be at least 1" in refusal(f"--checkpoint={run}", out, "--to=stablehlo", "--rows=-2")
     assert "must end in a stage" in refusal(f"--checkpoint={there}", source, out)
     assert "no directory" in refusal(f"--checkpoint={tmp_path}/none", source, stage)
@@ -264,16 +264,16 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(weights[:-9])
     assert "model.safetensors cannot be read" in refusal(f"--checkpoint={broken}", source, stage)
     (broken / "model.safetensors").unlink()
-    assert "only safetensors are read" in refusal(f"--checkpoint={broken}", source, stage)
+    assert "only safetensors files can be imported" in refusal(f"--checkpoint={broken}", source, stage)
     (broken / "model.safetensors").write_bytes(weights)
     for change, words in (
         ({"model_type": "llama"}, "only 'nanochat'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"vocab_size": 300}, "a vocabulary of 300"),
-        ({"num_hidden_layers": 3}, "there is no model.layers.2"),
-        ({"num_hidden_layers": 1}, "has no place in this model"),
-        ({"intermediate_size": 32}, "should have"),
-        ({"hidden_size": None}, "describes no model"),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight is missing"),
+        ({"num_hidden_layers": 1}, "unexpected parameters: model.layers.1"),
+        ({"intermediate_size": 32}, ", expected ("),
+        ({"hidden_size": None}, "does not describe a valid model"),
     ):
         config = json.loads((there / "config.json").read_text()) | change
         (broken / "config.json").write_text(json.dumps(config))

@@ -261,6 +261,6 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
             launch.harness.main([f"--checkpoint={run}", f"--include_path={tasks}", *arguments])
         return str(caught.value)
 
-    assert "knows no task quiz" in refusal("--tasks", "quiz")
+    assert "unknown lm-eval task quiz" in refusal("--tasks", "quiz")
     assert "no checkpoint in" in refusal("--checkpoint=nowhere", "--tasks", "choices")
-    assert "answers of 96 tokens and the context is 96" in refusal("--tasks", "answer", f"--max_tokens={LENGTH}")
+    assert "answers of 96 tokens but the context is 96" in refusal("--tasks", "answer", f"--max_tokens={LENGTH}")

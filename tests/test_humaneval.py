@@ -82,17 +82,17 @@ def test_solutions_pass_with_prompts_helpers_random_arguments_and_changed_ones(t
     answers += [(problem, f"Like this:\n```python\n{problem.answer}```\nDone.") for problem in problems]
     assert task.score_many(answers) == [(True, True)] * 9
     assert task.score(problems[0], "    return 3") == (False, False)
-    with pytest.raises(UserError, match="for testing"):
+    with pytest.raises(UserError, match="no training problems"):
         task.problems("train")
 
 
 def test_files_that_are_none_are_refused_by_name(tmp_path):
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"prompt": 3}\n')
-    with pytest.raises(UserError, match=r"HumanEval\.jsonl line 2 is no object with task_id, prompt"):
+    with pytest.raises(UserError, match=r"HumanEval\.jsonl line 2: not an object with task_id, prompt"):
         load_task(f"humaneval:{tmp_path}").problems("test")
     with pytest.raises(UserError, match=r"no HumanEval\.jsonl or HumanEval\.jsonl\.gz in"):
         load_task(f"humaneval:{tmp_path}/nowhere").problems("test")
-    with pytest.raises(UserError, match="which file"):
+    with pytest.raises(UserError, match="needs files"):
         load_task("humaneval").problems("test")
 
 
@@ -156,9 +156,9 @@ def test_answers_of_every_kind_are_wrong_where_they_are_no_values():
 
 
 def test_time_is_limited_twice():
-    assert "gone" in told("def f():\n    while True: pass", "candidate()")
+    assert "closed the pipe" in told("def f():\n    while True: pass", "candidate()")
     waits = "import time\ndef f(): time.sleep(1000)"
-    assert told(waits, "candidate()", limits=Limits(wall_seconds=1)) == "Ended: too late"
+    assert told(waits, "candidate()", limits=Limits(wall_seconds=1)) == "Ended: the time limit is exceeded"
 
 
 def test_a_test_that_calls_nothing_and_a_wall_that_is_none_break_and_are_not_wrong(task, monkeypatch):
@@ -218,8 +218,8 @@ def test_every_wall_that_works_here_holds(wall, tmp_path):
 
 def test_the_protection_is_told_in_one_sentence_with_what_it_does_not_hold():
     weak = run.Protection("limits", False, False, ("reach the network",))
-    assert weak.sentence.endswith("NOT held: a program can reach the network")
-    assert find_protection().sentence.startswith("answers run behind ")
+    assert weak.sentence.endswith("NOT protected: a program can reach the network")
+    assert find_protection().sentence.startswith("answers run in a sandbox: ")
 
 
 def test_attacks_fail_and_leave_nothing(task, tmp_path):

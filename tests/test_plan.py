@@ -76,11 +76,11 @@ def test_every_stage_is_planned_and_printed(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v9-8", "no topology 'v9-8'"),
-        ("v5e-7", "v5e comes in 1, 4, 8"),
-        ("v5p-3", "v5p comes in 8, 16"),
+        ("v9-8", "unknown topology 'v9-8'"),
+        ("v5e-7", "sizes of v5e are 1, 4, 8"),
+        ("v5p-3", "sizes of v5p are 8, 16"),
         ("h100x0", "has no chips"),
-        ("gpu", "no topology 'gpu'"),
+        ("gpu", "unknown topology 'gpu'"),
     ],
 )
 def test_topologies_that_do_not_exist_are_refused(name: str, said: str) -> None:
@@ -147,11 +147,11 @@ def test_what_does_not_fit_is_refused_with_the_smallest_change_that_does(compile
     assert refused(experiment(micro_rows=16), "v5e-1").endswith("set --micro_rows=2 --model.remat=full")
     compiler(3)
     assert refused(experiment(2), "v5e-1").endswith(
-        "set --depth=1 --micro_rows=1 --model.remat=full, or name more chips"
+        "set --depth=1 --micro_rows=1 --model.remat=full, or use more chips"
     )
     assert refused(experiment(2), "v5e-8").endswith("set --mesh.fsdp=8 --micro_rows=8 --model.remat=none")
     compiler(99)
-    assert "not in any depth: name more chips" in refused(experiment(2), "v5e-1")
+    assert "no depth fits; use more chips" in refused(experiment(2), "v5e-1")
     compiler(1 / 16)
     assert ahead.fit(experiment(), topology("v5e-1"), print, shallower=experiment)["micro_rows"] == 8
 

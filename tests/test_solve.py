@@ -95,7 +95,7 @@ def test_what_is_no_score_counts_as_an_error_and_not_as_right(engine, gives):
     said = []
     solved = solve(engine, Odd(), PROBLEMS[:1], sampling=WARM, log=said.append)
     assert (solved.errors, solved.strict, solved.lenient, len(said)) == (1, 0, 0, 1)
-    assert f"it gave {gives!r}, and no Score" in solved.records[0].error
+    assert f"it returned {gives!r} instead of a Score" in solved.records[0].error
 
 
 def test_a_tool_that_there_is_not_and_no_answers_are_refused(engine):

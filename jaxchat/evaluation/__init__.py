@@ -1,1 +1,1 @@
-"""Scores of a model; nothing here changes it."""
+"""Evaluation of models: likelihood questions, solved problems, bits per byte, comparisons and reports."""

@@ -1,4 +1,4 @@
-"""What launch.evaluate does: scores a checkpoint, with records that an interrupted evaluation resumes from."""
+"""Implements launch.evaluate: scores a checkpoint and keeps records from which an interrupted evaluation resumes."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,8 @@ from jaxchat.sharding import decoding_mesh
 
 
 def run(options: Any) -> Mapping[str, object]:
-    """Asks a checkpoint what the options of launch.evaluate say, and writes results, records and comparisons."""
+    """Evaluates a checkpoint with the options of launch.evaluate; writes records, results and a comparison with
+    published scores. Returns the output directory and the result of every task."""
     directory, step = checkpoint.locate(options.checkpoint)
     runs = directory.parent.parent
     jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
@@ -31,7 +32,7 @@ def run(options: Any) -> Mapping[str, object]:
     chats = checkpoint.read_experiment(directory, Experiment).chats
     style = options.style if options.style != "auto" else ("chat" if chats else "text")
     if style == "chat" and not chats:
-        log(f"warning: {directory} never saw a conversation: --style=text asks it in the words of a text")
+        log(f"warning: {directory} was not trained on conversations; use --style=text to prompt it as a base model")
     settings = evaluate.Settings(
         style=style,  # type: ignore[arg-type]
         limit=options.limit or None,
@@ -41,25 +42,25 @@ def run(options: Any) -> Mapping[str, object]:
         seed=options.seed,
         mode=options.mode,
     )
-    processes.check_same("what is asked", (options, step), "start all with the same command")
-    found = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
+    processes.check_same("the evaluation", (options, step), "start every process with the same command")
+    jobs = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
     engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))
     about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
-    mark = hashlib.sha256(json.dumps(to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
-    out = Path(options.out) if options.out else directory / "eval" / f"{step}-{mark}"
+    settings_hash = hashlib.sha256(json.dumps(to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
+    out = Path(options.out) if options.out else directory / "eval" / f"{step}-{settings_hash}"
     if jax.process_index():
-        return evaluate.evaluate(engine, found, settings, out, about, log=lambda _: None)
-    refusal = f"another process evaluates into {out}: wait for its end, or give this one its own --out"
+        return evaluate.evaluate(engine, jobs, settings, out, about, log=lambda _: None)
+    refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"
     new = not out.exists()
     try:
         with locked(out, log, refusal=refusal):
-            results = evaluate.evaluate(engine, found, settings, out, about, log=log)
+            results = evaluate.evaluate(engine, jobs, settings, out, about, log=log)
     finally:
         if new:
             with contextlib.suppress(OSError):
-                out.rmdir()  # Where nothing was written.
-    everything = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
+                out.rmdir()  # Fails, as it should, if anything was written.
+    all_results = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
     score_table(results, sys.stderr)
-    if options.mode == "nanochat":  # As those that are published were asked.
-        report(out, everything, log)
+    if options.mode == "nanochat":  # The published scores use nanochat's prompts.
+        report(out, all_results, log)
     return {"out": str(out), **results}

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, which does not depend on the tokenizer."""
+"""Bits per byte of held-out text, a loss that is comparable between tokenizers."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jaxchat.objectives.logprobs import weighted_nll
 
 
 class BitsPerByte:
-    """Nats over ln 2 times the bytes of the targets, on held-out rows; special tokens count for neither."""
+    """Loss on held-out rows in nats, divided by ln 2 times the bytes of the targets. Special tokens are excluded."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class BitsPerByte:
         self.rows_in_all = sum(map(len, rows))
 
     def __call__(self, params: Any, limit: int) -> float:
-        """Over `limit` rows, spread evenly."""
+        """Bits per byte of `limit` rows, spread evenly over all held-out rows."""
         nats = length = 0.0
         own = sharding.own_rows(self._mesh, self._batch_rows)
         for batch in streams.every_row_once(self._rows, self._batch_rows, places=own, limit=limit):

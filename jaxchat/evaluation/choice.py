@@ -1,8 +1,8 @@
-"""Questions with choices for chat models and base models: ARC (arXiv:1803.05457) and MMLU (arXiv:2009.03300).
+"""Multiple-choice questions for chat and base models: ARC (arXiv:1803.05457) and MMLU (arXiv:2009.03300).
 
-A chat model is asked as nanochat asks it, and the letter with the highest probability right after `<|assistant_start|>`
-is its answer. A base model is asked as lm-evaluation-harness asks it: for ARC the answer's text with the highest
-log-probability, for MMLU the letter, after five examples of the same subject.
+A chat model gets nanochat's prompt; its answer is the letter with the highest probability after `<|assistant_start|>`.
+A base model gets lm-evaluation-harness's prompt; its answer is the choice with the highest log-probability: in ARC the
+text of the choice, in MMLU its letter, after five examples of the same subject.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxchat.data import sources
 from jaxchat.data.files import Reading, objects
-from jaxchat.data.files import place as stands
+from jaxchat.data.files import place as locate
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
@@ -30,7 +30,7 @@ SHOTS = 5
 
 
 class Choice(NamedTuple):
-    """A question, its choices, the right one's number, and its subject."""
+    """A multiple-choice question. `gold` is the index of the right choice; `subject` is empty in ARC."""
 
     question: str
     choices: tuple[str, ...]
@@ -39,124 +39,124 @@ class Choice(NamedTuple):
 
 
 def arc(place: str, name: str, downloads: Path) -> list[Choice]:
-    """The questions of arc_easy or arc_challenge: NAME.jsonl[.gz] in a directory or a CORE bundle, else the hub's.
+    """Reads arc_easy or arc_challenge from `name`.jsonl[.gz] in `place`, a directory or CORE bundle, or from the hub.
 
     Raises:
-        UserError: there is no such file, or a row is no question.
+        UserError: the file is missing, or a row is malformed.
     """
     return list(_read(name, (place, f"{place}/eval_data/world_knowledge") if place else (), downloads))
 
 
 def mmlu(place: str, split: str, downloads: Path) -> list[Choice]:
-    """The questions of MMLU, test or dev: SPLIT.jsonl[.gz] in a directory, else the hub's.
+    """Reads MMLU's test or dev questions from `split`.jsonl[.gz] in a directory; from the hub if `place` is empty.
 
     Raises:
-        UserError: there is no such file, or a row is no question.
+        UserError: the file is missing, or a row is malformed.
     """
     return list(_read(split, (place,) if place else (), downloads))
 
 
 def in_turns(choice: Choice, tokenizer: Tokenizer) -> Question:
-    """The question for a chat model.
+    """Builds the question for a chat model.
 
     Raises:
-        UserError: the tokenizer cannot say a letter with one token, or knows no turns.
+        UserError: the tokenizer encodes a letter as more than one token.
     """
     letters = LETTERS[: len(choice.choices)]
     listed = "".join(f"- {text}={letter}\n" for letter, text in zip(letters, choice.choices))
-    asked = (
+    content = (
         f"Multiple Choice question: {choice.question}\n{listed}\nRespond only with the letter of the correct answer."
     )
-    ids = chat.render([{"role": "user", "content": asked}], tokenizer, complete=True).ids
+    ids = chat.render([{"role": "user", "content": content}], tokenizer, complete=True).ids
     answers = [tokenizer.encode(letter) for letter in letters]
     if any(len(answer) != 1 for answer in answers):
-        raise UserError("the tokenizer has no token for a letter alone: ask this model as --style=text")
+        raise UserError("the tokenizer has no single token for some answer letter: evaluate with --style=text")
     return Question(tuple(Item(ids, answer) for answer in answers), choice.gold, "sum")
 
 
 def arc_in_text(choice: Choice, tokenizer: Tokenizer) -> Question:
-    """The question for a base model: which answer's text follows."""
+    """Builds the question for a base model, which scores the text of each choice."""
     return _in_text(f"Question: {choice.question}\nAnswer:", choice.choices, choice.gold, tokenizer)
 
 
 def mmlu_in_text(choice: Choice, tokenizer: Tokenizer, examples: Sequence[Choice]) -> Question:
-    """The question for a base model: which letter follows, after solved examples of the same subject."""
+    """Builds the question for a base model, which scores each choice's letter after few-shot `examples`."""
     head = "The following are multiple choice questions (with answers) about "
     head += f"{choice.subject.replace('_', ' ')}.\n\n"
-    shown = "".join(f"{_listed(one)} {LETTERS[one.gold]}\n\n" for one in examples)
-    return _in_text(head + shown + _listed(choice), LETTERS[: len(choice.choices)], choice.gold, tokenizer)
+    shots = "".join(f"{_with_letters(one)} {LETTERS[one.gold]}\n\n" for one in examples)
+    return _in_text(head + shots + _with_letters(choice), LETTERS[: len(choice.choices)], choice.gold, tokenizer)
 
 
 def mmlu_questions(
     place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
 ) -> list[Question]:
-    """MMLU's test questions, the first `limit` of them."""
-    asked = mmlu(place, "test", downloads)[:limit]
+    """Builds MMLU's test questions, at most `limit`; base models get `SHOTS` dev examples of the same subject."""
+    tests = mmlu(place, "test", downloads)[:limit]
     if style == "chat":
-        return [in_turns(choice, tokenizer) for choice in asked]
-    shown: dict[str, list[Choice]] = {}
+        return [in_turns(choice, tokenizer) for choice in tests]
+    examples: dict[str, list[Choice]] = {}
     for one in mmlu(place, "dev", downloads):
-        shown.setdefault(one.subject, []).append(one)
-    if bare := [choice for choice in asked if choice.subject not in shown]:
+        examples.setdefault(one.subject, []).append(one)
+    if zero_shot := [choice for choice in tests if choice.subject not in examples]:
         log(
-            f"warning: mmlu: {len(bare)} of {len(asked)} questions are asked without examples, for the dev file has "
-            f"none of {bare[0].subject or 'their subject'}"
+            f"warning: mmlu: {len(zero_shot)} of {len(tests)} questions are asked without examples, because the dev "
+            f"file has none for {zero_shot[0].subject or 'their subject'}"
         )
-    return [mmlu_in_text(choice, tokenizer, shown.get(choice.subject, [])[:SHOTS]) for choice in asked]
+    return [mmlu_in_text(choice, tokenizer, examples.get(choice.subject, [])[:SHOTS]) for choice in tests]
 
 
 def arc_questions(
     name: str, place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
 ) -> list[Question]:
-    """The questions of arc_easy or arc_challenge, the first `limit` of them."""
+    """Builds the questions of arc_easy or arc_challenge, at most `limit`."""
     make: Callable[[Choice, Tokenizer], Question] = in_turns if style == "chat" else arc_in_text
     return [make(choice, tokenizer) for choice in arc(place, name, downloads)[:limit]]
 
 
-def _listed(choice: Choice) -> str:
+def _with_letters(choice: Choice) -> str:
     lines = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, choice.choices))
     return f"{choice.question.strip()}\n{lines}Answer:"
 
 
 def _in_text(prompt: str, answers: Sequence[str], gold: int, tokenizer: Tokenizer) -> Question:
-    """Each answer after a space, tokenized with the prompt before it."""
+    """Builds a question whose items are prompt, space and answer, tokenized as one text."""
     start = [tokenizer.bos, *tokenizer.encode(prompt)]
     items = []
     for answer in answers:
         whole = [tokenizer.bos, *tokenizer.encode(f"{prompt} {answer}")]
-        cut = min(len(start), len(whole) - 1)  # lm-evaluation-harness cuts where the prompt alone would end.
+        cut = min(len(start), len(whole) - 1)  # lm-evaluation-harness splits at the length of the prompt's own tokens.
         items.append(Item(whole[:cut], whole[cut:]))
     return Question(tuple(items), gold, "sum")
 
 
 def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]:
-    """The rows of a file in the first of some directories that has it; of the hub's, where no directory is named."""
-    names = [Path(place) / f"{name}{suffix}" for place in places for suffix in (".jsonl", ".jsonl.gz")]
-    if places and not any(path.is_file() for path in names):
-        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that has it")
+    """Reads `name`.jsonl[.gz] from the first of `places` that has it, or from the hub if there are no places."""
+    paths = [Path(place) / f"{name}{suffix}" for place in places for suffix in (".jsonl", ".jsonl.gz")]
+    if places and not any(path.is_file() for path in paths):
+        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that contains it")
     data_set, split = HUB[name]
-    spec = str(next(path for path in names if path.is_file())) if places else data_set
-    reading, found = Reading(), 0
+    spec = str(next(path for path in paths if path.is_file())) if places else data_set
+    reading, count = Reading(), 0
     for source in sources.find(spec, split, hub_directory=downloads):
         for number, row in objects(source, reading):
-            found += 1
+            count += 1
             try:
                 choice = _choice(row)
             except (AttributeError, KeyError, TypeError, ValueError):
-                where = stands(source, reading, number)
-                raise UserError(f"{where} is no question with choices, all of them text, and the right one's") from None
+                where = locate(source, reading, number)
+                raise UserError(f"{where}: not a question with text choices and the right choice's index") from None
             if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
                 raise UserError(
-                    f"{stands(source, reading, number)}: its answer is number {choice.gold} of "
-                    f"{len(choice.choices)} choices, counted from 0"
+                    f"{locate(source, reading, number)}: the answer has index {choice.gold} of "
+                    f"{len(choice.choices)} choices; expected an index from 0 and at most {len(LETTERS)} choices"
                 )
             yield choice
-    if not found:
-        raise UserError(f"{spec} has no questions: fetch it again")
+    if not count:
+        raise UserError(f"{spec} has no questions: check the file, or download it again")
 
 
 def _choice(row: Any) -> Choice:
-    """A row of a CORE bundle, of MMLU, or of the hub's ARC; another raises one of Python's own errors."""
+    """Parses a row of a CORE bundle, of MMLU or of the hub's ARC; a malformed row raises a builtin exception."""
     if "query" in row:
         question, choices, gold = row["query"].removeprefix("Question: "), row["choices"], row["gold"]
     elif "answerKey" in row:

@@ -1,4 +1,4 @@
-"""Two evaluations, question by question."""
+"""Compares two evaluations question by question."""
 
 from pathlib import Path
 from typing import Any
@@ -9,25 +9,25 @@ from jaxchat.evaluation.statistics import paired
 
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
-    """The paired test of every task that both directories have records of.
+    """Runs the paired test on every task for which both directories have records.
 
     Raises:
-        UserError: they have no task in common, or a task was asked in another way or other questions.
+        UserError: no task is in both, or the settings or questions of a task differ.
     """
     names = sorted({path.name for path in first.glob("*.jsonl")} & {path.name for path in second.glob("*.jsonl")})
     if not names:
         raise UserError(f"{first} and {second} have no task in common: evaluate both on the same tasks first")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in names:
-        (about, mine), (other, theirs) = (read_records(place / name) for place in (first, second))
-        if about.get("settings") != other.get("settings"):
-            raise UserError(f"{name} was asked in another way in {first} than in {second}: evaluate both alike")
-        both = sorted(mine.keys() & theirs.keys())
-        if any(mine[i].get("gold") != theirs[i].get("gold") for i in both):
+        (about, records), (other_about, others) = (read_records(place / name) for place in (first, second))
+        if about.get("settings") != other_about.get("settings"):
             raise UserError(
-                f"{name} asked other questions in {first} than in {second}: evaluate both on the same files"
+                f"{name}: the settings in {first} and {second} differ; evaluate both with the same settings"
             )
+        both = sorted(records.keys() & others.keys())
+        if any(records[i].get("gold") != others[i].get("gold") for i in both):
+            raise UserError(f"{name}: the questions in {first} and {second} differ; evaluate both on the same files")
         if both:
-            sides = ([bool(records[i]["right"]) for i in both] for records in (mine, theirs))
-            found[about["task"]] = paired(*sides)._asdict()
-    return found
+            sides = ([bool(side[i]["right"]) for i in both] for side in (records, others))
+            results[about["task"]] = paired(*sides)._asdict()
+    return results

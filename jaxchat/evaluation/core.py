@@ -1,9 +1,9 @@
 """CORE: the mean of centred accuracies over 22 tasks (DCLM, arXiv:2406.11794, section 3.5 and appendix G).
 
-Two ways of writing the prompts. "nanochat" is that of karpathy/nanochat's core_eval: tasks shuffled with seed 1337, the
-examples of row i drawn with seed 1234 + i, the prompt tokenized whole. "dclm" is that of llm-foundry, which DCLM's own
-numbers come from: rows in the file's order, all examples of a task drawn from one generator of seed 1234, texts
-stripped, and the answer tokenized apart from the prompt. Scores under the two differ, SQuAD's most.
+There are two prompt modes. "nanochat" follows karpathy/nanochat's core_eval: rows are shuffled with seed 1337, the
+few-shot examples of row i are drawn with seed 1234 + i, and prompt and answer are tokenized as one text. "dclm" follows
+llm-foundry, which produced DCLM's own numbers: rows stay in file order, one generator with seed 1234 draws all examples
+of a task, texts are stripped, and the answer is tokenized separately. The scores differ, most of all on SQuAD.
 """
 
 import random
@@ -33,10 +33,10 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One of the tasks: its file below eval_data/, how many examples a prompt has, and what stands before an answer.
+    """A task of CORE: its file below eval_data/, its number of few-shot examples and the text before an answer.
 
-    `baseline` is the accuracy of guessing, by the first version of DCLM's table, which published scores are centred
-    with; `baseline_v2` is that of September 2025, where it differs.
+    `baseline` is the accuracy of guessing in the first version of DCLM's table, used to centre published scores;
+    `baseline_v2` is that in the table of September 2025, if it differs.
     """
 
     label: str
@@ -90,13 +90,13 @@ CORE: tuple[CoreTask, ...] = (
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """0 for guessing, 1 for all right."""
+    """Rescales an accuracy so that guessing gives 0 and a perfect score 1."""
     return (accuracy - baseline) / (1 - baseline)
 
 
 @dataclass(frozen=True)
 class CoreRows:
-    """The rows of one task in a bundle's directory, and the questions they make."""
+    """Rows of one task, read from the directory of a CORE bundle, and the questions built from them."""
 
     task: CoreTask
     directory: Path
@@ -104,16 +104,16 @@ class CoreRows:
 
     @property
     def file(self) -> Path | None:
-        """Where the task's rows lie, if they do."""
+        """Path of the task's file, plain or gzipped; None if the bundle lacks it."""
         base = self.directory / "eval_data" / self.task.path
         return next((path for path in (base, base.with_name(base.name + ".gz")) if path.is_file()), None)
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Every row in the order in which it is asked.
+        """All rows in evaluation order.
 
         Raises:
-            UserError: there is no file, or a row in it is not of the task's kind.
+            UserError: the file is missing or empty, or a row is malformed.
         """
         if self.file is None:
             raise UserError(f"no {self.task.path}[.gz] in {self.directory / 'eval_data'}: is this the CORE bundle?")
@@ -121,11 +121,11 @@ class CoreRows:
         source = Source(kind, str(self.file), self.file.stat().st_size)
         reading, rows = Reading(), []
         for number, row in objects(source, reading):
-            if wrong := _mistake(self.task.kind, row):
-                raise UserError(f"{place(source, reading, number)} is no row of {self.task.label}: {wrong}")
+            if reason := _invalid(self.task.kind, row):
+                raise UserError(f"{place(source, reading, number)}: not a valid {self.task.label} row: {reason}")
             rows.append(row)
         if not rows:
-            raise UserError(f"{self.file} has no rows: fetch it again")
+            raise UserError(f"{self.file} has no rows: download the bundle again")
         if self.mode == "nanochat":
             random.Random(SHUFFLE_SEED).shuffle(rows)
             return rows
@@ -134,29 +134,29 @@ class CoreRows:
         ]
 
     def questions(self, tokenizer: Tokenizer, limit: int | None = None) -> list[Question]:
-        """The questions of the first `limit` rows. As in nanochat, a limit also limits where examples come from.
+        """Builds the questions of the first `limit` rows. As in nanochat, examples come from these rows only.
 
         Raises:
-            UserError: a row's choices are the same tokens, or there are too few rows for the examples.
+            UserError: a row's choices share no text, or there are too few rows for the examples.
         """
         rows = self.rows if limit is None else self.rows[:limit]
         if len(rows) <= self.task.shots:
             raise UserError(
-                f"{self.task.label} shows {self.task.shots} examples before each question, of other rows: "
-                f"{len(rows)} rows are too few, raise --limit"
+                f"{self.task.label} takes {self.task.shots} examples per question from other rows, so {len(rows)} rows "
+                "are too few: raise --limit"
             )
         shown = examples(self.mode, len(rows), self.task.shots)
-        found = []
+        questions = []
         for i, row in enumerate(rows):
             try:
-                found.append(question(self.mode, self.task, row, [rows[j] for j in shown[i]], tokenizer))
+                questions.append(question(self.mode, self.task, row, [rows[j] for j in shown[i]], tokenizer))
             except ValueError as error:
                 raise UserError(f"{self.task.label}: question {i + 1} cannot be asked: {error}") from None
-        return found
+        return questions
 
 
 def examples(mode: Mode, rows: int, shots: int) -> list[list[int]]:
-    """For each row, which others are shown before it."""
+    """Draws the few-shot examples of each of `rows` rows: the indices of `shots` other rows."""
     if mode == "nanochat":
         return [
             random.Random(EXAMPLE_SEED + i).sample([j for j in range(rows) if j != i], shots) if shots else []
@@ -176,28 +176,28 @@ def examples(mode: Mode, rows: int, shots: int) -> list[list[int]]:
 
 
 def question(mode: Mode, task: CoreTask, row: Row, shown: Sequence[Row], tokenizer: Tokenizer) -> Question:
-    """A row as a question; raises ValueError where its choices cannot be told apart."""
+    """Builds the question of a row with few-shot examples `shown`; raises ValueError if its choices share no tokens."""
     gold = int(row.get("gold", 0))
     if mode == "dclm":
-        return _apart(task, row, shown, gold, tokenizer)
-    before = "".join(f"{_left(task, one)}{task.delimiter}{_right(task, one)}\n\n" for one in shown)
+        return _tokenized_separately(task, row, shown, gold, tokenizer)
+    before = "".join(f"{_before_answer(task, one)}{task.delimiter}{_answer(task, one)}\n\n" for one in shown)
     encode = lambda text: [tokenizer.bos, *tokenizer.encode(text)]  # noqa: E731
     if task.kind == "multiple_choice":
         return choices([encode(f"{before}{row['query']}{task.delimiter}{c}") for c in row["choices"]], gold)
     if task.kind == "schema":
         end = task.delimiter + row["continuation"]
         return schema([encode(f"{before}{context}{end}") for context in row["context_options"]], gold)
-    asked = before + row["context"].strip() + task.delimiter
+    text = before + row["context"].strip() + task.delimiter
     # A space at the end of the prompt belongs to the answer's first token.
-    prompt, whole = encode(asked.strip()), encode(asked + row["continuation"])
-    if whole[: len(prompt)] != prompt:  # nanochat stops here; the tokens that both share are the context.
+    prompt, whole = encode(text.strip()), encode(text + row["continuation"])
+    if whole[: len(prompt)] != prompt:  # nanochat raises an error here; we use the shared tokens as the context.
         prompt = whole[: min(common([prompt, whole]), len(whole) - 1)]
     return Question((Item(prompt, whole[len(prompt) :]),), 0, "greedy")
 
 
-def _apart(task: CoreTask, row: Row, shown: Sequence[Row], gold: int, tokenizer: Tokenizer) -> Question:
-    """The question with its answer tokenized apart, after a space."""
-    before = "\n\n".join(f"{_left(task, one)}{task.delimiter}{_right(task, one)}" for one in shown)
+def _tokenized_separately(task: CoreTask, row: Row, shown: Sequence[Row], gold: int, tokenizer: Tokenizer) -> Question:
+    """Builds the question in mode "dclm": the answer begins with a space and is tokenized separately."""
+    before = "\n\n".join(f"{_before_answer(task, one)}{task.delimiter}{_answer(task, one)}" for one in shown)
     gap = "\n\n" if shown else ""
 
     def item(left: str, right: str) -> Item:
@@ -211,27 +211,29 @@ def _apart(task: CoreTask, row: Row, shown: Sequence[Row], gold: int, tokenizer:
     return Question((item(row["context"], row["continuation"]),), 0, "greedy")
 
 
-def _left(task: CoreTask, row: Row) -> str:
-    """What a row shown as an example has before its answer."""
+def _before_answer(task: CoreTask, row: Row) -> str:
+    """Text of a few-shot example before its answer."""
     if task.kind == "multiple_choice":
         return str(row["query"])
     return str(row["context_options"][row["gold"]]) if task.kind == "schema" else str(row["context"]).strip()
 
 
-def _right(task: CoreTask, row: Row) -> str:
+def _answer(task: CoreTask, row: Row) -> str:
     return str(row["choices"][row["gold"]] if task.kind == "multiple_choice" else row["continuation"])
 
 
-def _mistake(kind: Kind, row: Any) -> str:
-    """What is wrong with a row, or nothing."""
+def _invalid(kind: Kind, row: Any) -> str:
+    """Returns why a row is invalid; an empty string if it is valid."""
     if not isinstance(row, dict):
-        return "it is no object"
+        return "it is not an object"
     for name, kind_of in FIELDS[kind].items():
         if not isinstance(row.get(name), kind_of) or isinstance(row.get(name), bool):
-            return f"it has no {name} that is {'text' if kind_of is str else f'a {kind_of.__name__}'}"
+            return f"field {name} is missing or not {'text' if kind_of is str else f'of type {kind_of.__name__}'}"
     options = row.get("choices") or row.get("context_options") or []
     if kind == "language_modeling":
         return "" if row["continuation"].strip() else "its continuation is empty"
     if len(options) < 2 or not all(isinstance(option, str) for option in options):
-        return "it needs two choices or more, all of them text"
-    return "" if 0 <= row["gold"] < len(options) else f"gold={row['gold']} names none of its {len(options)} choices"
+        return "it needs at least two choices, all of them text"
+    return (
+        "" if 0 <= row["gold"] < len(options) else f"gold={row['gold']} is not an index of its {len(options)} choices"
+    )

@@ -1,4 +1,4 @@
-"""Pictures of runs: losses, rewards and scores over tokens or steps, out of metrics.jsonl."""
+"""Plots of training runs: losses, rewards and scores over tokens or steps, read from metrics.jsonl."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from jaxchat.errors import UserError
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of a stage directory's metrics.jsonl."""
+    """Reads metrics.jsonl of a stage directory. Raises `UserError` if it is missing or a line is not JSON."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no metrics.jsonl in {directory}: name a stage directory such as runs/tiny/pretrain")
@@ -18,12 +18,12 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{path} line {number} is not JSON: was the run killed? start it again once") from None
+            raise UserError(f"{path} line {number} is not JSON: restart the run once to repair the file") from None
     return records
 
 
 def drawing() -> Any:
-    """matplotlib's pyplot, drawing into files; raises `UserError` where it is not installed."""
+    """Returns matplotlib's pyplot with the file-only Agg backend; raises `UserError` if it is not installed."""
     try:
         import matplotlib
 
@@ -35,24 +35,28 @@ def drawing() -> Any:
 
 
 def draw(directories: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Draws every run's curves into one picture, a panel for each measure; returns the last bits per byte of each."""
+    """Plots stage directories into one image; returns the last recorded bits per byte of each, or None."""
     runs = {str(directory): [read_metrics(directory)] for directory in directories}
     draw_groups(runs, out)
     scores = {label: [r["val_bpb"] for r in records if "val_bpb" in r] for label, (records,) in runs.items()}
-    return {label: found[-1] if found else None for label, found in scores.items()}
+    return {label: values[-1] if values else None for label, values in scores.items()}
 
 
 def draw_groups(groups: Mapping[str, Sequence[list[dict[str, Any]]]], out: Path) -> None:
-    """Draws groups of runs, each run a list of records, into one picture: a panel per measure, a colour per group."""
+    """Plots groups of runs into one image: a panel per measure, a colour per group. A run is a list of records.
+
+    Raises:
+        UserError: matplotlib is missing, `out` has an unknown suffix or cannot be written, or there is nothing to plot.
+    """
     pyplot = drawing()
     from matplotlib.backend_bases import FigureCanvasBase
 
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix[1:].lower() not in endings:
-        raise UserError(f"--out={out} is no kind of picture: let it end in one of {', '.join(sorted(endings))}")
+    suffixes = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:].lower() not in suffixes:
+        raise UserError(f"--out={out} is not an image file: use one of the suffixes {', '.join(sorted(suffixes))}")
     names = measures([record for runs in groups.values() for records in runs for record in records])
     if not names:
-        raise UserError("there is nothing to draw: no run has recorded a step")
+        raise UserError("nothing to plot: no run has recorded a step yet")
     columns = min(3, len(names))
     size = (5.5 * columns, 4 * -(-len(names) // columns))
     figure, axes = pyplot.subplots(
@@ -60,12 +64,12 @@ def draw_groups(groups: Mapping[str, Sequence[list[dict[str, Any]]]], out: Path)
     )
     for axis, name in zip(axes.flat, names):
         for number, (label, runs) in enumerate(groups.items()):
-            for again, records in enumerate(runs):
-                xs, ys, of = curve(records, name)
+            for repeat, records in enumerate(runs):
+                xs, ys, x_label = curve(records, name)
                 style = {"marker": "o" if len(xs) < 50 else None, "linestyle": ("-", "--", ":")[number // 10 % 3]}
-                style |= {"color": f"C{number}", "label": None if again else label}
+                style |= {"color": f"C{number}", "label": None if repeat else label}
                 axis.plot(xs, ys, linewidth=0.8, markersize=3, **style)
-                axis.set(xlabel=of, ylabel=MEASURES.get(name, name))
+                axis.set(xlabel=x_label, ylabel=MEASURES.get(name, name))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -74,7 +78,7 @@ def draw_groups(groups: Mapping[str, Sequence[list[dict[str, Any]]]], out: Path)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): name another --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror}): set another --out") from None
     finally:
         pyplot.close(figure)
 
@@ -92,14 +96,14 @@ MEASURES = {
 
 
 def measures(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What there is to draw: the loss of training unless answers were rewarded, and what evaluations found."""
-    found = {name for record in records for name in record}
-    known = [name for name in MEASURES if name in found and (name != "loss" or "reward" not in found)]
-    return known + sorted(name for name in found if name.endswith(("_strict", "_accuracy")))
+    """Names of the recorded measures to plot: known ones, without the loss if there are rewards, and task scores."""
+    recorded = {name for record in records for name in record}
+    known = [name for name in MEASURES if name in recorded and (name != "loss" or "reward" not in recorded)]
+    return known + sorted(name for name in recorded if name.endswith(("_strict", "_accuracy")))
 
 
 def curve(records: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[Any], str]:
-    """A measure over training tokens, or over steps where those are not counted; and which of the two."""
+    """Returns x and y values of a measure and the label of x: training tokens if every point has them, else steps."""
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
     points = [(record["step"], record[name]) for record in records if name in record]
     if tokens and all(step in tokens or step == 0 for step, _ in points):

@@ -1,4 +1,4 @@
-"""Any checkpoint on any tasks: questions by likelihood, problems by answering, texts by bits per byte; resumable."""
+"""Evaluates a checkpoint on tasks: questions by likelihood, problems by generation, texts by bits per byte."""
 
 import difflib
 import hashlib
@@ -33,21 +33,21 @@ from jaxchat.tasks import TASKS, Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
-TOGETHER = 256  # Problems answered between two writings of their records.
-OWN = ("core", "arc_easy", "arc_challenge", "mmlu", "bpb")  # Named here alone; the others are those of load_task.
+TOGETHER = 256  # Number of problems solved before their records are written.
+OWN = ("core", "arc_easy", "arc_challenge", "mmlu", "bpb")  # Tasks that jobs() knows in addition to load_task's.
 CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How tasks are asked.
+    """Settings of an evaluation.
 
     Attributes:
-        style: in turns, or as texts to go on with.
-        limit: questions of each task; None for all.
-        samples: answers to each problem.
-        max_tokens: longest answer.
-        mode: how CORE's prompts are written.
+        style: prompt format: chat turns, or plain text for base models.
+        limit: maximum number of questions, problems or documents per task; None for all.
+        samples: answers sampled per problem.
+        max_tokens: maximum length of an answer.
+        mode: prompt format of CORE, see `evaluation.core`.
     """
 
     style: Style
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Asked:
-    """A task of questions: its baseline is the share that guessing gets right, by version of the table."""
+    """A task of likelihood questions. `baselines` are the accuracies of guessing by name, such as "chance" or "v1"."""
 
     name: str
     questions: Callable[[Any, int | None], Sequence[Question]]
@@ -70,7 +70,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Solving:
-    """A task of problems to be answered."""
+    """A task whose problems are answered by generation."""
 
     name: str
     task: Task
@@ -88,48 +88,48 @@ Job = Asked | Solving | Texts
 
 
 def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]:
-    """What the specs name: core:DIR, core/LABEL:DIR, arc_easy:DIR, arc_challenge:DIR, mmlu:DIR, bpb:FILES, and every
-    task of `load_task`. What names no directory is downloaded.
+    """Parses specs: core:DIR, core/LABEL:DIR, arc_easy:DIR, arc_challenge:DIR, mmlu:DIR, bpb:FILES, and every task of
+    `load_task`. Benchmarks without a directory are downloaded.
 
     Raises:
-        UserError: a spec names nothing, a file is missing, or a task is named twice.
+        UserError: a task is unknown or named twice, or a file is missing.
     """
-    found: list[Job] = []
+    parsed: list[Job] = []
     for spec in specs:
         name, _, place = spec.partition(":")
         if name == "core" or name.startswith("core/"):
-            found += _core_jobs(name, place, settings.mode, downloads)
+            parsed += _core_jobs(name, place, settings.mode, downloads)
         elif name in ("arc_easy", "arc_challenge", "mmlu"):
             make = mmlu_questions if name == "mmlu" else partial(arc_questions, name)
-            found.append(Asked(name, partial(make, place, downloads, settings.style), {"chance": 0.25}))
+            parsed.append(Asked(name, partial(make, place, downloads, settings.style), {"chance": 0.25}))
         elif name == "bpb":
             texts = place or "tinyworld:val"
             try:
                 sources.find(texts, "val")
             except UserError as error:
                 raise UserError(str(error).replace("--data.val ", "bpb:")) from None
-            found.append(Texts("bpb", texts))
+            parsed.append(Texts("bpb", texts))
         else:
             if not name.endswith(".py") and (near := difflib.get_close_matches(name, OWN, n=1)) and name not in TASKS:
-                raise UserError(f"there is no task {name!r}: did you mean {near[0]}?")
+                raise UserError(f"unknown task {name!r}: did you mean {near[0]}?")
             task = load_task(spec, downloads)
-            found.append(Solving(task.name, task))
-    names = [job.name for job in found]
+            parsed.append(Solving(task.name, task))
+    names = [job.name for job in parsed]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"the task {twice[0]} is named twice: name it once")
-    return found
+    return parsed
 
 
 def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
-        raise UserError(f"CORE has no task {name[5:]!r}: there are {', '.join(task.label for task in CORE)}")
+        raise UserError(f"CORE has no task {name[5:]!r}: choose one of {', '.join(task.label for task in CORE)}")
     directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=log) / "eval_bundle"
     rows = [CoreRows(task, directory, mode) for task in wanted]
-    there = [one for one in rows if one.file is not None]
-    if not there:
+    available = [one for one in rows if one.file is not None]
+    if not available:
         raise UserError(f"no file of CORE in {directory / 'eval_data'}: is this the CORE bundle?")
-    return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in there]
+    return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in available]
 
 
 def evaluate(
@@ -141,14 +141,14 @@ def evaluate(
     *,
     log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Every task's result by name, and CORE and ChatCORE where their tasks were asked.
+    """Runs all jobs; returns results by task name, with CORE and ChatCORE if their tasks are among the jobs.
 
-    Records of single answers are kept in `out`; what is there already is not asked again.
+    Answers are recorded in `out`; those already recorded are not computed again.
 
     Raises:
         UserError: a file is missing or malformed, or `out` holds another evaluation.
     """
-    for job in found:  # A mistake in the last task is told before the first is asked.
+    for job in found:  # Errors in any task's problems are reported before the first task runs.
         if isinstance(job, Solving):
             problems_of(job.task, "test")
     results: dict[str, dict[str, Any]] = {}
@@ -176,15 +176,15 @@ def _ask(
     about: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """All questions of all tasks at once, so that their items share batches."""
+    """Answers the questions of all tasks together, so that their items share batches."""
     questions, owners, records = [], [], {}
     try:
         for job in asked:
-            mine = job.questions(engine.tokenizer, settings.limit)
-            told_of = {**about, "task": job.name, "questions": fingerprint(mine)}
-            records[job.name] = kept = _records(out, job.name, told_of)
-            log(f"{job.name}: {len(mine)} questions" + (f", {len(kept.done)} answered before" if kept.done else ""))
-            for index, question in enumerate(mine):
+            own = job.questions(engine.tokenizer, settings.limit)
+            header = {**about, "task": job.name, "questions": fingerprint(own)}
+            records[job.name] = kept = _records(out, job.name, header)
+            log(f"{job.name}: {len(own)} questions" + (f", {len(kept.done)} already answered" if kept.done else ""))
+            for index, question in enumerate(own):
                 if index not in kept.done:
                     questions.append(question)
                     owners.append((job.name, index))
@@ -207,7 +207,7 @@ def _record(question: Question, answer: Answer) -> dict[str, Any]:
 
 
 def fingerprint(questions: Iterable[Any]) -> str:
-    """A name for what is asked; records under another name answer other questions."""
+    """Hash of a task's questions (16 hex digits), which tells whether records belong to the same questions."""
     digest = hashlib.blake2b(digest_size=8)
     for question in questions:
         digest.update(repr(question).encode(errors="replace"))
@@ -215,7 +215,7 @@ def fingerprint(questions: Iterable[Any]) -> str:
 
 
 def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
-    """How many of a task's answers are right, with a 95 percent interval, and beside what guessing gets."""
+    """Accuracy of a task with its 95 percent interval, and the accuracy centred with each baseline."""
     right, count = sum(record["right"] for record in records), len(records)
     low, high = wilson(right, count)
     accuracy = right / max(count, 1)
@@ -227,42 +227,43 @@ def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) 
 def _solve(
     engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Answers the test problems, `TOGETHER` of them at a time, and judges them."""
+    """Solves the test problems in batches of `TOGETHER` and scores the answers."""
     problems = list(problems_of(job.task, "test"))[: s.limit]
-    asked = fingerprint((problem.messages, problem.answer) for problem in problems)
-    with _records(out, job.name, {**about, "task": job.name, "questions": asked}) as records:
-        todo = [i for i in range(len(problems)) if i not in records.done]
+    questions_hash = fingerprint((problem.messages, problem.answer) for problem in problems)
+    with _records(out, job.name, {**about, "task": job.name, "questions": questions_hash}) as records:
+        unsolved = [i for i in range(len(problems)) if i not in records.done]
         for start in range(0, len(problems), TOGETHER):
-            mine = [i for i in todo if start <= i < start + TOGETHER]
-            if not mine:
+            missing = [i for i in unsolved if start <= i < start + TOGETHER]
+            if not missing:
                 continue
-            # A problem's noise is that of its number, whoever else is asked.
-            first = min(mine)
+            # Problem i is sampled with seed + i, so a resumed evaluation gives the same answers.
+            first = min(missing)
             sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + first)
             batch = problems[first : start + TOGETHER]
             solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=log)
             for i in range(first, min(start + TOGETHER, len(problems))):
                 answers = [record for record in solved.records if record.problem == i - first]
-                if i in mine:
-                    told_of = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
+                if i in missing:
+                    verdicts = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
                     texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
-                    records.add(i, {"right": answers[0].strict, **told_of, **texts})
+                    records.add(i, {"right": answers[0].strict, **verdicts, **texts})
             log(f"{job.name}: {min(start + TOGETHER, len(problems)):,} of {len(problems):,} problems")
-        made = [records.done[i] for i in range(len(problems))]
-    strict, lenient = ([answer for record in made for answer in record[how]] for how in ("strict", "lenient"))
+        done = [records.done[i] for i in range(len(problems))]
+    strict, lenient = ([answer for record in done for answer in record[how]] for how in ("strict", "lenient"))
     low, high = wilson(sum(strict), len(strict)) if s.samples == 1 else (None, None)
     return {
         "accuracy": sum(strict) / max(len(strict), 1),
         "low": low,
         "high": high,
         "lenient": sum(lenient) / max(len(lenient), 1),
-        "count": len(made),
-        "errors": sum(len(record["errors"]) for record in made),
+        "count": len(done),
+        "errors": sum(len(record["errors"]) for record in done),
     }
 
 
 def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | None) -> dict[str, Any]:
-    """Bits per byte of the first `limit` documents, every token scored once after up to a row of its document."""
+    """Bits per byte of the first `limit` documents. Documents are cut into chunks of `scorer.length` tokens, and every
+    token is scored once, given the tokens before it in its chunk and one more."""
     items, size = [], 0
     length = scorer.length
     texts = (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
@@ -273,18 +274,18 @@ def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | 
         size += len(text.encode("utf-8", errors="replace"))
         items += [Item(ids[i : i + 1], ids[i + 1 : i + 1 + length]) for i in range(0, len(ids) - 1, length)]
     if not items:
-        raise UserError(f"bpb:{spec} has no text")
+        raise UserError(f"bpb:{spec} has no text: name files with documents")
     nats = -sum(float(scored.logprobs.astype("float64").sum()) for scored in scorer(items))
     return {"bpb": nats / math.log(2) / size, "bytes": size, "tokens": sum(len(item.continuation) for item in items)}
 
 
 def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """CORE over the tasks of it that were asked, and ChatCORE where all five of its tasks were."""
-    made: dict[str, dict[str, Any]] = {}
+    """CORE, averaged over the results of its tasks if there are at least two, and ChatCORE if it has all five tasks."""
+    means: dict[str, dict[str, Any]] = {}
     core = {name: result for name, result in results.items() if name.startswith("core/")}
     if len(core) > 1:
         mean = lambda key: sum(result[key] for result in core.values()) / len(core)  # noqa: E731
-        made["core"] = {
+        means["core"] = {
             "core": mean("centered_v1"),
             "core_v2": mean("centered_v2"),
             "tasks": len(core),
@@ -292,12 +293,12 @@ def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
         }
     if CHATCORE.keys() <= results.keys():
         shares = [centered(results[name]["accuracy"], chance) for name, chance in CHATCORE.items()]
-        made["chatcore"] = {"chatcore": sum(shares) / len(shares)}
-    return made
+        means["chatcore"] = {"chatcore": sum(shares) / len(shares)}
+    return means
 
 
 def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Writes results to a file beside those of other tasks of the same evaluation; returns them all."""
+    """Adds results to the file's, if `about` is the same, else replaces them; returns all results of the file."""
     known = read_json(path)
     same = isinstance(known, dict) and {**known, "results": None} == {**about, "results": None}
     everything = {**((known.get("results") or {}) if same else {}), **json.loads(json_line(results))}
@@ -307,7 +308,7 @@ def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, A
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """A result in a few words."""
+    """Formats a result for the log."""
     if "bpb" in result:
         return f"{result['bpb']:.4f} bits per byte of {result['bytes']:,} bytes"
     interval = "" if result["low"] is None else f" ({100 * result['low']:.2f} to {100 * result['high']:.2f})"
@@ -316,7 +317,7 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _records(out: Path, name: str, about: Mapping[str, Any]) -> Records:
-    """Of several processes the first keeps the records, and the others know of them."""
+    """Opens a task's records: process 0 reads and writes the file, and shares the finished records with the others."""
     kept = Records(out / f"{name.replace('/', '-')}.jsonl" if jax.process_index() == 0 else None, about)
     kept.done = gather(kept.done)[0]
     return kept

@@ -1,7 +1,7 @@
-"""A checkpoint as a model of lm-evaluation-harness, whose tasks then run on it: likelihoods, perplexities, generation.
+"""Adapter that runs tasks of lm-evaluation-harness on a checkpoint: likelihoods, perplexities and generation.
 
-Contexts begin with <|bos|>, as every text did in training. What does not fit the context is cut at its beginning, as
-lm-eval's own adapter for transformers does it, and counted.
+Contexts begin with <|bos|>, as every text did in training. Like lm-eval's adapter for transformers, it truncates what
+does not fit the context from the left; it also counts the truncated tokens.
 """
 
 import json
@@ -26,7 +26,8 @@ CHOOSING = frozenset({"temperature", *FILTERS, "repetition_penalty", "seed"})
 
 
 def load(path: str, *, length: int | None = None) -> Any:
-    """An `lm_eval.api.model.LM` of a checkpoint such as runs/d4/sft; `length` is the context, by default the row's.
+    """Loads a checkpoint such as runs/d4/sft as an `lm_eval.api.model.LM` with a context of `length` tokens, by default
+    the row length of its training.
 
     Raises:
         UserError: lm-eval is not installed, or there is no such checkpoint.
@@ -37,7 +38,7 @@ def load(path: str, *, length: int | None = None) -> Any:
         raise UserError("this needs lm-evaluation-harness: pip install -e '.[harness]'") from None
 
     class Jaxchat(Adapter, TemplateLM):
-        """lm-eval asks for a class of its own."""
+        """Derives from lm-eval's base class, which is importable only with lm-eval."""
 
         def __init__(self, loaded: Loaded, length: int) -> None:
             TemplateLM.__init__(self)
@@ -48,20 +49,20 @@ def load(path: str, *, length: int | None = None) -> Any:
 
 
 class Adapter:
-    """What lm-eval asks of a model, without lm-eval's base class, which `load` adds.
+    """Implements lm-eval's model interface; `load` adds lm-eval's base class.
 
     Attributes:
-        truncated: tokens that were cut from the beginnings of contexts so far.
+        truncated: number of context tokens truncated so far.
     """
 
     cache_hook: Any
 
     def __init__(self, loaded: Loaded, length: int) -> None:
         if length < 2:
-            raise UserError(f"length={length} must be at least 2")
+            raise UserError(f"length={length} is too short: use at least 2 tokens")
         self.loaded, self.length, self.truncated = loaded, length, 0
-        self._words = loaded.tokenizer
-        self._names = re.compile("(" + "|".join(map(re.escape, self._words.specials)) + ")")
+        self._tokenizer = loaded.tokenizer
+        self._special_names = re.compile("(" + "|".join(map(re.escape, self._tokenizer.specials)) + ")")
         self._transformer = loaded.transformer()
         self._params = loaded.params()
         self._scorer = Scorer(self._transformer, self._params, length=length)
@@ -69,41 +70,42 @@ class Adapter:
 
     @property
     def eot_token_id(self) -> int:
-        return self._words.specials[END]
+        return self._tokenizer.specials[END]
 
     @property
     def prefix_token_id(self) -> int:
-        return self._words.bos
+        return self._tokenizer.bos
 
     @property
     def tokenizer_name(self) -> str:
-        return f"jaxchat-{self._words.hash}"
+        return f"jaxchat-{self._tokenizer.hash}"
 
     @property
     def max_length(self) -> int:
         return self.length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids, <|bos|> first unless told otherwise.
+        """Encodes a text, with <|bos|> first unless `add_special_tokens` is False.
 
-        The names of special tokens mean them in what the chat template made, which begins with one, and nowhere else.
+        Names of special tokens become special tokens only if the text begins with <|bos|>, as rendered chats do.
         """
         if not string.startswith("<|bos|>"):
-            return [self._words.bos] * (add_special_tokens is not False) + self._words.encode(string)
-        specials = self._words.specials
+            return [self._tokenizer.bos] * (add_special_tokens is not False) + self._tokenizer.encode(string)
+        specials = self._tokenizer.specials
         ids: list[int] = []
-        for part in self._names.split(string):
-            ids += [specials[part]] if part in specials else self._words.encode(part)
+        for part in self._special_names.split(string):
+            ids += [specials[part]] if part in specials else self._tokenizer.encode(part)
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return CHAT_TEMPLATE if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text with the names of special tokens; without a generation prompt its last turn is open.
+        """Renders a conversation as text with names of special tokens; the last turn has no end token unless
+        `add_generation_prompt` is set.
 
         Raises:
-            UserError: turns in an order that the model was not trained on.
+            UserError: the order of turns does not occur in training.
         """
         import jinja2  # Comes with lm-eval.
 
@@ -115,11 +117,11 @@ class Adapter:
         return text if add_generation_prompt else text.removesuffix(END)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts: every token once, after <|bos|> or as many tokens as the context holds."""
+        """Log-likelihoods of whole texts in nats. Every token is scored once, see `windows`."""
         texts = [request.args[0] for request in requests]
         owner, items = [], []
         for i, text in enumerate(texts):
-            for item in windows(self.tok_encode(text, add_special_tokens=False), self._words.bos, self.length):
+            for item in windows(self.tok_encode(text, add_special_tokens=False), self._tokenizer.bos, self.length):
                 owner.append(i)
                 items.append(item)
         totals = [0.0] * len(texts)
@@ -134,7 +136,7 @@ class Adapter:
     ) -> list[tuple[float, bool]]:
         answers = []
         if empty := [texts for texts, _, continuation in requests if not continuation]:
-            raise UserError(f"a task asks for the likelihood of nothing after {empty[0][0]!r}")
+            raise UserError(f"a task requests the likelihood of an empty continuation after {empty[0][0]!r}")
         items = [Item(context, continuation) for _, context, continuation in requests]
         for (texts, _, _), scored in zip(requests, self._scorer(items), strict=True):
             self.truncated += scored.truncated
@@ -143,13 +145,13 @@ class Adapter:
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, all in flight together; a prompt leaves room for the longest answer that its task asks for."""
+        """Generates all answers in one batch; prompts are truncated to leave room for the task's longest answer."""
         if self._engine is None:
             shape = EngineConfig(self.length, slots=SLOTS, prefill_batch=4, prefill_chunk=min(self.length, 512))
-            self._engine = Engine(self._transformer, self._params, self._words, shape)
-        asked = [self._request(*request.args) for request in requests]
+            self._engine = Engine(self._transformer, self._params, self._tokenizer, shape)
+        engine_requests = [self._request(*request.args) for request in requests]
         answers = []
-        for request, (answer,) in zip(requests, self._engine.generate(asked), strict=True):
+        for request, (answer,) in zip(requests, self._engine.generate(engine_requests), strict=True):
             if answer.error:
                 raise UserError(answer.error)
             answers.append(answer.text)
@@ -159,23 +161,24 @@ class Adapter:
     def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), ANSWER_TOKENS))
-        if strange := [name for name in asked if name not in READ | CHOOSING]:
-            raise UserError(f"a task asks to generate with {strange[0]}={asked[strange[0]]!r}, which is not known here")
-        room = asked["max_gen_toks"]
+        options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), ANSWER_TOKENS))
+        if unknown := [name for name in options if name not in READ | CHOOSING]:
+            supported = ", ".join(sorted(READ | CHOOSING))
+            raise UserError(f"unsupported generation option {unknown[0]} in a task; supported: {supported}")
+        room = options["max_gen_toks"]
         if not 0 < room < self.length:
             raise UserError(
-                f"a task asks for answers of {room} tokens and the context is {self.length}: give --max_tokens"
+                f"a task requests answers of {room} tokens but the context is {self.length}: set --max_tokens"
             )
         prompt = self.tok_encode(context)
         excess = max(0, len(prompt) - (self.length - room))
         self.truncated += excess
-        chosen = {"temperature": 0.0} | {name: value for name, value in asked.items() if name not in READ}
-        stop = tuple(text for text in asked["until"] if text)
-        return Request(prompt[excess:], SamplingParams(**chosen, max_tokens=room, stop=stop))
+        sampling = {"temperature": 0.0} | {name: value for name, value in options.items() if name not in READ}
+        stop = tuple(text for text in options["until"] if text)
+        return Request(prompt[excess:], SamplingParams(**sampling, max_tokens=room, stop=stop))
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results."""
+        """Model description that lm-eval writes next to its results."""
         loaded = self.loaded
         return {
             "checkpoint": f"{loaded.directory}@{loaded.step}",
@@ -185,10 +188,10 @@ class Adapter:
 
 
 def windows(tokens: list[int], first: int, length: int) -> list[Item]:
-    """The tokens in pieces that a context of `length` can score, each token once, with all the context that fits.
+    """Cuts a text into chunks of `length` tokens so that every token is scored exactly once.
 
-    The first piece comes after the token `first`; every later one scores `length` tokens, or the last few after as
-    much of what stands before them as there is room for.
+    The context of the first chunk is the token `first`, that of every later chunk as many preceding tokens as fit:
+    context and chunk together have at most `length` + 1 tokens.
     """
     items = []
     for start in range(0, len(tokens), length):
@@ -199,10 +202,10 @@ def windows(tokens: list[int], first: int, length: int) -> list[Item]:
 
 
 def run(options: Any) -> dict[str, Any]:
-    """Does what the options of launch.harness say; returns the metrics of every task by its name.
+    """Runs launch.harness; returns the metrics of every task by name, the truncated tokens and the checkpoint.
 
     Raises:
-        UserError: no such task, or no such checkpoint.
+        UserError: a task or the checkpoint does not exist.
     """
     model = load(options.checkpoint, length=options.length or None)
     import lm_eval
@@ -210,8 +213,8 @@ def run(options: Any) -> dict[str, Any]:
 
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in options.tasks if not manager.match_tasks([name]) and not Path(name).is_file()]:
-        raise UserError(f"lm-eval knows no task {unknown[0]}: --include_path names a directory of more, in YAML")
-    found = lm_eval.simple_evaluate(
+        raise UserError(f"unknown lm-eval task {unknown[0]}: set --include_path to the directory of its YAML file")
+    results = lm_eval.simple_evaluate(
         model=model,
         tasks=list(options.tasks),
         num_fewshot=options.num_fewshot,
@@ -224,20 +227,20 @@ def run(options: Any) -> dict[str, Any]:
         log_samples=options.out is not None,
     )
     if options.out is not None:
-        _write(Path(options.out), found)
-    # lm-eval writes metric and filter as "acc,none"; its own alias repeats the task's name.
+        _write(Path(options.out), results)
+    # lm-eval names metrics "acc,none" (metric, filter); "alias" only repeats the task's name.
     metrics = {
         task: {name.removesuffix(",none"): value for name, value in values.items() if name != "alias"}
-        for task, values in found["results"].items()
+        for task, values in results["results"].items()
     }
     return metrics | {"truncated_tokens": model.truncated, "checkpoint": model.get_model_info()["checkpoint"]}
 
 
-def _write(directory: Path, found: Mapping[str, Any]) -> None:
-    """results.json, and what each example of a task was asked and scored in samples_TASK.jsonl."""
+def _write(directory: Path, results: Mapping[str, Any]) -> None:
+    """Writes results.json, and the prompts and scores of single examples to samples_TASK.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
-    rest = {name: value for name, value in found.items() if name != "samples"}
+    rest = {name: value for name, value in results.items() if name != "samples"}
     (directory / "results.json").write_text(json.dumps(rest, indent=1, default=str) + "\n", encoding="utf-8")
-    for task, samples in found.get("samples", {}).items():
+    for task, samples in results.get("samples", {}).items():
         lines = (json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
         (directory / f"samples_{task}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How likely continuations are after their contexts: batched by length, what several share computed once."""
+"""Log-likelihoods of continuations given their contexts, batched by length; shared contexts are computed once."""
 
 import functools
 from collections import deque
@@ -17,20 +17,20 @@ from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.logprobs import score_tokens
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 65536, "tpu": 65536}
-SHORTEST = 32  # The shortest row; there is no gain in shorter ones.
+SHORTEST = 32  # Minimum row length; shorter rows are not faster.
 IN_FLIGHT = 2
 
 
 class Item(NamedTuple):
-    """Tokens that are given, one at least, and those whose probability is asked for, one at least."""
+    """Context tokens and the continuation to score, at least one token each."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Scored(NamedTuple):
-    """Of a continuation: the log-probability of each token in nats, (tokens,) in float32; whether each is the most
-    likely one; and how many tokens of context and continuation did not fit and were not read, from the first.
+    """Scores of a continuation: the log-probability of each remaining token in nats, float32 (tokens,); whether every
+    token is the most likely one; and the number of tokens of the item that were truncated from the left.
     """
 
     logprobs: np.ndarray
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class _Row:
-    """Tokens to read, where a prediction is wanted and of what, and whose it is: item, and where in its answer."""
+    """Input tokens, positions `at` after which `targets` are scored, and each target's (item, place) in `owners`."""
 
     tokens: list[int]
     at: list[int] = field(default_factory=list)
@@ -49,19 +49,18 @@ class _Row:
 
 
 class _Tree(NamedTuple):
-    """A context that several items share, and those items' numbers."""
+    """A context and the numbers of the items that share it."""
 
     context: list[int]
     items: list[int]
 
 
 class Scorer:
-    """Scores items in batches of one compiled shape for each length; a score does not depend on its company.
+    """Scores items in batches with one compiled shape per row size; a score does not depend on the rest of its batch.
 
-    Of a context and continuation of more than `length` + 1 tokens, the last `length` + 1 are taken. Items whose context
-    is equal share its reading: where the continuations are single tokens (letters), one row answers all of them;
-    otherwise the context's keys and values are computed once and each continuation is read after a copy of them. With a
-    mesh, rows are split over its batch axes.
+    An item of more than `length` + 1 tokens is truncated from the left. Items with equal contexts share computation: if
+    all continuations are single tokens (letters), one row scores them all; otherwise the keys and values of the context
+    are computed once and copied for each continuation. A mesh shards the rows over its batch axes.
     """
 
     def __init__(
@@ -77,70 +76,72 @@ class Scorer:
             raise ValueError(f"length={length} and batch_tokens={batch_tokens} must be at least 1")
         self.transformer, self.length, self._mesh = transformer, length, mesh
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), 2048)
-        whole = None if mesh is None else sharding.replicated(mesh)
-        self._rows = jax.jit(functools.partial(score_rows, transformer), out_shardings=whole)
-        self._trees = jax.jit(functools.partial(score_trees, transformer), out_shardings=whole)
+        replicated = None if mesh is None else sharding.replicated(mesh)
+        self._rows = jax.jit(functools.partial(score_rows, transformer), out_shardings=replicated)
+        self._trees = jax.jit(functools.partial(score_trees, transformer), out_shardings=replicated)
         self.load(params)
 
     def load(self, params: Params) -> None:
-        """Scores with these parameters from now on."""
+        """Replaces the parameters."""
         with self._on_mesh():
             self._params = compiled.unstack(self.transformer, params)
 
     def __call__(self, items: Sequence[Item]) -> list[Scored]:
-        """The items' scores, in their order."""
-        found = dict(self.stream(items))
-        return [found[i] for i in range(len(items))]
+        """Scores of the items, in the same order."""
+        scores = dict(self.stream(items))
+        return [scores[i] for i in range(len(items))]
 
     def stream(self, items: Sequence[Item]) -> Iterator[tuple[int, Scored]]:
-        """Each item's number and score, as they become known.
+        """Yields the number and score of each item as soon as they are computed.
 
         Raises:
-            ValueError: an item has no context, or no continuation.
+            ValueError: a context or continuation is empty.
         """
-        cut = [self._fit(item) for item in items]
-        rows, trees = _share([item for item, _ in cut])
-        answers = [np.zeros(len(item.continuation), np.float32) for item, _ in cut]
-        missing, greedy = [len(item.continuation) for item, _ in cut], [True] * len(cut)
-        batches = self._row_batches(rows), self._tree_batches(trees, [item for item, _ in cut])
+        fitted = [self._fit(item) for item in items]
+        rows, trees = _group([item for item, _ in fitted])
+        answers = [np.zeros(len(item.continuation), np.float32) for item, _ in fitted]
+        missing, greedy = [len(item.continuation) for item, _ in fitted], [True] * len(fitted)
+        batches = self._row_batches(rows), self._tree_batches(trees, [item for item, _ in fitted])
         for owners, logprobs, most_likely in self._run(batches):
             for (number, place), logprob, likeliest in zip(owners, logprobs, most_likely):
                 answers[number][place] = logprob
                 greedy[number] &= bool(likeliest)
                 missing[number] -= 1
                 if not missing[number]:
-                    yield number, Scored(answers[number], greedy[number], cut[number][1])
+                    yield number, Scored(answers[number], greedy[number], fitted[number][1])
 
     def _fit(self, item: Item) -> tuple[Item, int]:
-        """What is read of an item, and how many tokens are not."""
+        """Truncates an item from the left to `length` + 1 tokens; returns it and the number of tokens cut."""
         context, continuation = list(item.context), list(item.continuation)
         if not context or not continuation:
             raise ValueError("an item needs a context and a continuation of at least one token each")
         over = max(len(context) + len(continuation) - self.length - 1, 0)
         if over < len(context):
             return Item(context[over:], continuation), over
-        beyond = over - len(context) + 1  # One token stays as the context of the rest.
+        beyond = (
+            over - len(context) + 1
+        )  # The context is cut; the first remaining token of the continuation is context.
         return Item(continuation[beyond - 1 : beyond], continuation[beyond:]), over
 
     def _run(self, batches: Iterable[Iterator[Any]]) -> Iterator[tuple[list[Any], np.ndarray, np.ndarray]]:
-        """Results in order, the device always a batch ahead."""
-        flying: deque[Any] = deque()
+        """Yields owners, log-probabilities and greedy flags per batch; `IN_FLIGHT` batches are dispatched ahead."""
+        in_flight: deque[Any] = deque()
         for kind in batches:
             for program, owners, arrays in kind:
                 with self._on_mesh():
-                    flying.append((owners, program(self._params, *map(self._put, arrays))))
-                if len(flying) > IN_FLIGHT:
-                    yield _landed(*flying.popleft())
-        while flying:
-            yield _landed(*flying.popleft())
+                    in_flight.append((owners, program(self._params, *map(self._put, arrays))))
+                if len(in_flight) > IN_FLIGHT:
+                    yield _fetch(*in_flight.popleft())
+        while in_flight:
+            yield _fetch(*in_flight.popleft())
 
     def _row_batches(self, rows: list[_Row]) -> Iterator[Any]:
         shape = lambda row: (row_size(len(row.tokens), self.length), answer_size(len(row.at)))  # noqa: E731
-        for (T, N), some in _grouped(sorted(rows, key=shape, reverse=True), shape, lambda T, N: self._count(T)):
+        for (T, N), batch in _batches(sorted(rows, key=shape, reverse=True), shape, lambda T, N: self._count(T)):
             B = self._count(T)
             tokens_BT, at_BN, targets_BN = (np.zeros((B, n), np.int32) for n in (T, N, N))
             owners = []
-            for b, row in enumerate(some):
+            for b, row in enumerate(batch):
                 tokens_BT[b, : len(row.tokens)] = row.tokens
                 at_BN[b, : len(row.at)], targets_BN[b, : len(row.at)] = row.at, row.targets
                 owners += [(b, n, owner) for n, owner in enumerate(row.owners)]
@@ -151,12 +152,12 @@ class Scorer:
             longest = max(len(items[i].continuation) for i in tree.items)
             return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), _power(longest, 4)
 
-        for (T, K, C), some in _grouped(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
+        for (T, K, C), batch in _batches(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
             B = self._tree_count(T, K, C)
             context_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
             read_BKC, targets_BKC = (np.zeros((B, K, C), np.int32) for _ in range(2))
             owners = []
-            for b, tree in enumerate(some):
+            for b, tree in enumerate(batch):
                 length_B[b] = len(tree.context) - 1
                 context_BT[b, : length_B[b]] = tree.context[:-1]
                 for k, number in enumerate(tree.items):
@@ -167,13 +168,13 @@ class Scorer:
             yield self._trees, owners, (context_BT, length_B, read_BKC, targets_BKC)
 
     def _count(self, T: int) -> int:
-        """Rows of a batch: as many as its tokens allow, in equal shares for the mesh."""
+        """Rows per batch of length T within the token budget: a multiple of the mesh's batch shards."""
         shards = 1 if self._mesh is None else sharding.shards(self._mesh)
         return max(self._batch_tokens // T // shards, 1) * shards
 
     def _tree_count(self, T: int, K: int, C: int) -> int:
-        # Copies of a context cost memory and time, but less than reading it again. There are many shapes and few trees
-        # of each, so large batches would be half empty.
+        # Copying a context costs memory and time, but less than recomputing it. There are many shapes with few trees
+        # each, so large batches would be half empty.
         return self._count(2 * max(T, K * (T + C) // 4))
 
     def _put(self, array: np.ndarray) -> jax.Array:
@@ -189,7 +190,7 @@ class Scorer:
 def score_rows(
     transformer: Transformer, params: Params, tokens_BT: jax.Array, at_BN: jax.Array, targets_BN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities (B, N) of targets after positions `at_BN` of rows, and whether no token is more likely."""
+    """Log-probabilities (B, N) of targets after positions `at_BN`, and whether each target is the most likely token."""
     hidden_BTM = transformer.apply(params, tokens_BT).hidden
     hidden_BNM = jnp.take_along_axis(hidden_BTM, at_BN[..., None], axis=1)
     return _scores(transformer, params, hidden_BNM, targets_BN)
@@ -203,9 +204,10 @@ def score_trees(
     read_BKC: jax.Array,
     targets_BKC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same, (B, K * C), of K continuations of each of B contexts, whose `length_B` tokens are read once.
+    """Like `score_rows` for K continuations of each of B contexts, which are computed once; results are (B, K * C).
 
-    `read_BKC` holds what is read after the context: its last token and the continuation without its last.
+    `context_BT` holds `length_B` tokens each, the contexts without their last token. `read_BKC` holds the last token of
+    the context and the continuation without its last token.
     """
     (B, T), (_, K, C) = context_BT.shape, read_BKC.shape
     positions_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], jnp.arange(T)[None], -1)
@@ -224,8 +226,8 @@ def _scores(transformer: Transformer, params: Params, hidden_BNM: jax.Array, tar
     return scores.logprob_BT, scores.greedy_BT
 
 
-def _share(items: Sequence[Item]) -> tuple[list[_Row], list[_Tree]]:
-    """Which items are read alone or together in one row, and which after a common context."""
+def _group(items: Sequence[Item]) -> tuple[list[_Row], list[_Tree]]:
+    """Groups items by context: into rows, of one item or of single-token continuations, and into trees."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, item in enumerate(items):
         groups.setdefault(tuple(item.context), []).append(number)
@@ -248,38 +250,38 @@ def _row(item: Item, number: int) -> _Row:
     return _Row([*item.context, *answer[:-1]], [start + i for i in places], answer, [(number, i) for i in places])
 
 
-def _grouped(things: list[Any], shape: Any, most: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Runs of things of one shape, none longer than `most` of it."""
+def _batches(inputs: list[Any], shape: Any, limit: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Splits sorted inputs into batches of equal shape with at most `limit(*shape)` inputs."""
     start = 0
-    while start < len(things):
-        same = shape(things[start])
+    while start < len(inputs):
+        same = shape(inputs[start])
         end = start + 1
-        while end < len(things) and end - start < most(*same) and shape(things[end]) == same:
+        while end < len(inputs) and end - start < limit(*same) and shape(inputs[end]) == same:
             end += 1
-        yield same, things[start:end]
+        yield same, inputs[start:end]
         start = end
 
 
-def _landed(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
+def _fetch(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
     logprobs_BN, greedy_BN = jax.device_get(arrays)
     rows, columns = np.asarray([b for b, _, _ in owners]), np.asarray([n for _, n, _ in owners])
     return [owner for _, _, owner in owners], logprobs_BN[rows, columns], greedy_BN[rows, columns]
 
 
 def _power(least: int, shortest: int) -> int:
-    """The smallest of shortest, twice that, and so on, that is at least `least`."""
+    """The next power of two from `least`, but at least `shortest`."""
     return max(shortest, 1 << (least - 1).bit_length())
 
 
 def row_size(tokens: int, length: int) -> int:
-    """The length of the row that `tokens` are read in: a power of two, or one and a half of it, up to `length`."""
+    """Padded length of a row of `tokens`: a power of two or 3/4 of one, at least `SHORTEST` and at most `length`."""
     power = _power(tokens, SHORTEST)
     return min(power * 3 // 4 if tokens <= power * 3 // 4 and power > SHORTEST else power, length)
 
 
 def answer_size(tokens: int) -> int:
-    """Room for `tokens` of an answer: 4, 16, 64 and so on."""
-    wide = 4
-    while wide < tokens:
-        wide *= 4
-    return wide
+    """Padded number of predictions per row: the smallest of 4, 16, 64, ... that is at least `tokens`."""
+    size = 4
+    while size < tokens:
+        size *= 4
+    return size

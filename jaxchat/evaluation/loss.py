@@ -1,4 +1,4 @@
-"""The mean loss of what is trained on, on held-out rows."""
+"""Held-out loss of conversations, averaged over the tokens of the loss mask."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxchat.objectives.likelihood import Likelihood
 
 
 class HeldOutLoss:
-    """Nats a trained token over every row, every row once."""
+    """Mean loss in nats per trained token over all held-out rows."""
 
     def __init__(
         self, transformer: Transformer, mesh: jax.sharding.Mesh, *, rows: Sequence[Rows], batch_rows: int
@@ -27,6 +27,6 @@ class HeldOutLoss:
         own = sharding.own_rows(self._mesh, self._batch_rows)
         for batch in streams.every_row_once(self._rows, self._batch_rows, places=own):
             placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
-            found = self._sum(params, {name: column[0] for name, column in placed.items()})
-            total, weight = total + float(found.total), weight + float(found.weight)
+            loss = self._sum(params, {name: column[0] for name, column in placed.items()})
+            total, weight = total + float(loss.total), weight + float(loss.weight)
         return total / max(weight, 1.0)

@@ -1,4 +1,4 @@
-"""Scores that others have published, to stand beside one's own: a table, and a picture."""
+"""Compares results with published scores of GPT-2 and nanochat, in a table and a plot."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from jaxchat.evaluation.curves import drawing
 GPT2 = ("GPT-2 124M", "GPT-2 355M", "GPT-2 774M", "GPT-2 1.6B")
 NANOCHAT = "nanochat d20"
 
-# Accuracies of OpenAI's checkpoints, scored with nanochat's way of asking (eval_bundle of Milpo1/nanochat-pl, MIT); the
-# three larger ones on at most 1,000 rows of a task.
+# Accuracies of OpenAI's checkpoints with nanochat's prompts (eval_bundle of Milpo1/nanochat-pl, MIT); the three larger
+# models were scored on at most 1,000 rows per task.
 GPT2_CORE: Mapping[str, tuple[float, float, float, float]] = {
     "core/hellaswag_zeroshot": (0.308504, 0.39, 0.44, 0.502),
     "core/jeopardy": (0.001889, 0.044, 0.045, 0.092),
@@ -37,7 +37,7 @@ GPT2_CORE: Mapping[str, tuple[float, float, float, float]] = {
     "core/boolq": (0.552294, 0.606, 0.567, 0.619),
     "core/bigbench_language_identification": (0.2566, 0.269, 0.261, 0.25),
 }
-# karpathy/nanochat's report of October 2025, d20, after SFT; base model for CORE.
+# karpathy/nanochat's report of October 2025, d20: CORE of the base model, the other scores after SFT.
 NANOCHAT_D20 = {
     "core": 0.2219,
     "arc_easy": 0.3876,
@@ -51,20 +51,20 @@ BASELINES = {f"core/{task.label}": task.baseline for task in CORE}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Rows of a Markdown table for whatever of one's results others have published, or nothing.
+    """Lines of a Markdown table of the results that have published counterparts; empty if there are none.
 
-    CORE is the mean over the tasks that one's own is taken over, for the others too, so that they compare; nanochat
-    published theirs over all 22 alone.
+    CORE of GPT-2 is averaged over the same tasks as `results`. nanochat published CORE over all 22 tasks only, so its
+    column is empty for fewer.
     """
     rows = []
     for name, result in results.items():
         others = [*GPT2_CORE.get(name, (None,) * 4), NANOCHAT_D20.get(name)]
-        mine = next((result[key] for key in ("accuracy", "core", "chatcore") if key in result), None)
+        own = next((result[key] for key in ("accuracy", "core", "chatcore") if key in result), None)
         if name == "core":
-            asked = [label for label in results if label in BASELINES]
-            others = [*_means(asked), NANOCHAT_D20[name] if len(asked) == len(CORE) else None]
-        if mine is not None and any(other is not None for other in others):
-            score = f"{mine:.4f}"
+            labels = [label for label in results if label in BASELINES]
+            others = [*_means(labels), NANOCHAT_D20[name] if len(labels) == len(CORE) else None]
+        if own is not None and any(other is not None for other in others):
+            score = f"{own:.4f}"
             if result.get("low") is not None:
                 score += f" ({result['low']:.4f} to {result['high']:.4f})"
             cells = ("" if other is None else f"{other:.4f}" for other in others)
@@ -75,7 +75,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def report(directory: Path, results: Mapping[str, Mapping[str, Any]], log: Callable[[str], None]) -> None:
-    """Writes published.md and, of CORE, published.png into a directory, where there is anything to compare."""
+    """Writes published.md, with published.png if there are CORE results, unless there is nothing to compare."""
     lines = table(results)
     if not lines:
         return
@@ -84,14 +84,14 @@ def report(directory: Path, results: Mapping[str, Mapping[str, Any]], log: Calla
             draw(results, directory / "published.png")
             lines += ["", "![beside published scores](published.png)"]
         except UserError as error:
-            log(f"no picture: {error}")
+            log(f"published.png was not drawn: {error}")
     path = directory / "published.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    log(f"beside published scores: {path}")
+    log(f"comparison with published scores: {path}")
 
 
 def _means(labels: Sequence[str]) -> list[float]:
-    """CORE of each GPT-2 over some of its tasks."""
+    """CORE of each GPT-2 model, averaged over the tasks `labels`."""
     return [
         sum(centered(GPT2_CORE[label][size], BASELINES[label]) for label in labels) / len(labels)
         for size in range(len(GPT2))
@@ -99,7 +99,7 @@ def _means(labels: Sequence[str]) -> list[float]:
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Centred accuracies of CORE's tasks with their intervals, and those of GPT-2 beside them.
+    """Plots centred accuracies of CORE's tasks with 95 percent intervals, and those of GPT-2 for comparison.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -111,10 +111,10 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
         xs = [centered(GPT2_CORE[label][size], BASELINES[label]) for label in labels]
         axis.plot(xs, range(len(labels)), marker, color=str(0.75 - 0.2 * size), markersize=4, label=model)
     for y, label in enumerate(labels):
-        result, share = results[label], BASELINES[label]
-        low, mine, high = (centered(result[key], share) for key in ("low", "accuracy", "high"))
+        result, baseline = results[label], BASELINES[label]
+        low, accuracy, high = (centered(result[key], baseline) for key in ("low", "accuracy", "high"))
         axis.plot([low, high], [y, y], color="C3", linewidth=1.5)
-        axis.plot(mine, y, "o", color="C3", markersize=5, label="this model" if y == 0 else None)
+        axis.plot(accuracy, y, "o", color="C3", markersize=5, label="this model" if y == 0 else None)
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set(yticks=range(len(labels)), yticklabels=[label.removeprefix("core/") for label in labels])
     axis.set_xlabel("centred accuracy: 0 is guessing, 1 is all right")

@@ -1,4 +1,4 @@
-"""Questions whose answer is read off likelihoods: choices after a prompt, contexts before an end, one continuation."""
+"""Questions answered by likelihood: choices after a prompt, contexts before a common ending, or one continuation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -10,14 +10,14 @@ from jaxchat.processes import share_out
 
 By = Literal["mean", "sum", "greedy"]
 
-SHARED = 4096  # Questions that processes ask between two exchanges of their answers.
+SHARED = 4096  # Number of questions after which processes exchange their answers.
 
 
 class Question(NamedTuple):
-    """Items to score, and how the answer is read off them.
+    """Items to score, and the rule that chooses the answer.
 
-    "mean" takes the item with the highest mean log-probability of a token, "sum" that with the highest sum; "greedy"
-    has one item, right where every token of it is the most likely one. `gold` is the right item's number.
+    "mean" chooses the item with the highest mean log-probability per token, "sum" the one with the highest sum.
+    "greedy" has one item, right if each of its tokens is the most likely one. `gold` is the index of the right item.
     """
 
     items: tuple[Item, ...]
@@ -26,12 +26,12 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Whether a question was answered right, with which item, and how its items were scored.
+    """The model's answer to a question.
 
     Attributes:
-        predicted: number of the chosen item; for a single continuation 0 where it is right and -1 where not.
+        predicted: index of the chosen item; for "greedy" 0 if the continuation is right, else -1.
         scores: mean or sum of each item's log-probabilities, in nats.
-        truncated: tokens of the question's longest item that did not fit and were not read.
+        truncated: number of tokens cut from each item.
     """
 
     right: bool
@@ -41,10 +41,10 @@ class Answer(NamedTuple):
 
 
 def fit(question: Question, length: int) -> tuple[Question, int]:
-    """The question as a model reads it, and how many tokens it does not: as many are cut from the beginning of every
-    item as its longest has more than `length` + 1, so that all choices follow the same text.
+    """Truncates a question to a context of `length` tokens; returns it and the number of tokens cut.
 
-    Where that would leave an item no context, its last token stays, and what is still too long is the scorer's to cut.
+    Every item loses as many tokens from the left as the longest item exceeds `length` + 1, so that all choices follow
+    the same text. The last context token always stays; the scorer truncates an item that is still too long.
     """
     over = max(len(item.context) + len(item.continuation) for item in question.items) - length - 1
     if over <= 0:
@@ -54,7 +54,7 @@ def fit(question: Question, length: int) -> tuple[Question, int]:
 
 
 def answer(question: Question, scored: Sequence[Scored], truncated: int = 0) -> Answer:
-    """Reads the answer off the scores of a question's items; of equal scores the first counts."""
+    """Chooses the answer from the scores of a question's items; the first of equal scores wins."""
     reduce = {"mean": "mean", "sum": "sum", "greedy": "sum"}[question.by]
     scores = tuple(float(getattr(one.logprobs.astype("float64"), reduce)()) for one in scored)
     if question.by == "greedy":
@@ -64,22 +64,22 @@ def answer(question: Question, scored: Sequence[Scored], truncated: int = 0) -> 
 
 
 def ask(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-    """Each question's number and answer, as they become known; items of all questions share batches."""
+    """Yields the number and answer of each question as soon as they are computed; all questions share batches."""
     fitted = [fit(question, scorer.length) for question in questions]
     owners = [(number, place) for number, (question, _) in enumerate(fitted) for place in range(len(question.items))]
-    found: dict[int, dict[int, Scored]] = {}
+    pending: dict[int, dict[int, Scored]] = {}
     for index, scored in scorer.stream([item for question, _ in fitted for item in question.items]):
         number, place = owners[index]
-        mine = found.setdefault(number, {})
-        mine[place] = scored
+        by_place = pending.setdefault(number, {})
+        by_place[place] = scored
         question, truncated = fitted[number]
-        if len(mine) == len(question.items):
-            del found[number]
-            yield number, answer(question, [mine[i] for i in range(len(mine))], truncated)
+        if len(by_place) == len(question.items):
+            del pending[number]
+            yield number, answer(question, [by_place[i] for i in range(len(by_place))], truncated)
 
 
 def ask_together(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-    """`ask`, every process of the run asking a part of them; each is told all the answers."""
+    """Like `ask`, with the questions divided among processes; every process yields all answers."""
     if jax.process_count() == 1:
         yield from ask(scorer, questions)
         return
@@ -89,10 +89,12 @@ def ask_together(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tupl
 
 
 def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Question:
-    """Whole texts that differ in their ends: what they have in common is the context, but a token is left of each.
+    """Builds a question from tokenized texts that share a beginning, which becomes the context.
+
+    At least one token of each text is scored.
 
     Raises:
-        ValueError: a text is shorter than two tokens.
+        ValueError: the texts have no common beginning, or one of them has fewer than two tokens.
     """
     start = min(common(texts), min(map(len, texts)) - 1)
     if start < 1:
@@ -101,19 +103,19 @@ def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Quest
 
 
 def schema(texts: Sequence[Sequence[int]], gold: int) -> Question:
-    """Whole texts that differ in their beginnings: what they have in common at the end is scored.
+    """Builds a question from tokenized texts that share an ending, which is scored after each beginning.
 
     Raises:
-        ValueError: they have no common end.
+        ValueError: the texts have no common ending, or one of them has fewer than two tokens.
     """
     end = min(common([text[::-1] for text in texts]), min(map(len, texts)) - 1)
     if end < 1:
-        raise ValueError("its contexts are followed by nothing in common")
+        raise ValueError("its contexts have no ending in common")
     return Question(tuple(Item(text[:-end], text[-end:]) for text in texts), gold, "mean")
 
 
 def common(texts: Iterable[Sequence[int]]) -> int:
-    """How many first tokens all texts share."""
+    """Length of the common prefix of tokenized texts."""
     count = 0
     for tokens in zip(*texts):
         if len(set(tokens)) > 1:

@@ -1,4 +1,4 @@
-"""Records of single answers, a JSON line each: what an evaluation that was stopped goes on from."""
+"""Records of single answers as JSON lines, from which an interrupted evaluation resumes."""
 
 import io
 import json
@@ -13,13 +13,13 @@ from jaxchat.serialization import json_line
 
 
 class Records:
-    """The records of one task, by the question's number; a question is answered once, however often it is started.
+    """Records of one task by question number, appended to a file; `done` holds those already in the file.
 
-    The first line says what is evaluated, and how. A last line that was cut off is written again. Without a path
-    nothing is written.
+    The first line is `about`: the task and the settings. An incomplete last line is removed. Without a path nothing is
+    written.
 
     Raises:
-        UserError: the file is that of another evaluation, or is damaged.
+        UserError: the file belongs to another evaluation, or is damaged.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
@@ -29,19 +29,19 @@ class Records:
         if path is None:
             return
         self.path = path
-        whole = self._read() if path.exists() else 0
+        size = self._read() if path.exists() else 0
         make_directory(path.parent, "--out")
         self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        self._file.truncate(whole)
-        self._file.seek(whole)
-        if not whole:
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
             self._write(self.about)
 
     def add(self, index: int, record: Mapping[str, Any]) -> None:
-        """Keeps what came of a question."""
-        made = json.loads(json_line({"index": index, **record}))
-        self.done[index] = made
-        self._write(made)
+        """Adds the record of question `index` and appends it to the file."""
+        value = json.loads(json_line({"index": index, **record}))
+        self.done[index] = value
+        self._write(value)
 
     def close(self) -> None:
         self._file.close()
@@ -57,7 +57,7 @@ class Records:
         self._file.flush()
 
     def _read(self) -> int:
-        """Reads what is there; returns how many bytes of it are whole lines."""
+        """Reads the file into `done`; returns the size of its complete lines in bytes."""
         *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
@@ -65,17 +65,17 @@ class Records:
                 if number > 1:
                     self.done[_index(value)] = value
             except ValueError:
-                raise UserError(f"{self.path} line {number} is no record: remove the file to evaluate anew") from None
+                raise UserError(f"{self.path} line {number} is not a record: remove the file to start over") from None
             if number == 1 and value != self.about:
-                raise UserError(f"{self.path} is of another evaluation: remove it, or give this one its own --out")
+                raise UserError(f"{self.path} belongs to another evaluation: remove it, or set another --out")
         return sum(len(line) + 1 for line in lines)
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """What was evaluated, and each question's record.
+    """Reads a records file: its first line and the records by question number.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: the file is missing, incomplete or damaged.
     """
     try:
         about, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -83,13 +83,13 @@ def read_records(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]
             raise ValueError
         return about, {_index(record): record for record in records}
     except FileNotFoundError:
-        raise UserError(f"there is no {path}: evaluate first") from None
+        raise UserError(f"{path} does not exist: run the evaluation first") from None
     except (ValueError, TypeError):
-        raise UserError(f"{path} holds no whole records of an evaluation: finish it first") from None
+        raise UserError(f"{path} is damaged or incomplete: finish the evaluation first") from None
 
 
 def _index(record: Any) -> int:
-    """A record's number; raises ValueError for what is no record."""
+    """Question number of a record; raises ValueError if it is malformed."""
     match record:
         case {"index": int(index), "right": bool()}:
             return index

@@ -1,4 +1,4 @@
-"""report.md: the plan, the scores before and after each stage, curves, samples, time and cost of a whole road."""
+"""Writes report.md of a full pipeline: plan, scores before and after each stage, curves, samples, time and cost."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw
 from jaxchat.evaluation.published import table
 
-SCORES = ("val_bpb", "val_rows", "val_loss", "bpb", "core", "chatcore")  # And those of tasks, by their endings.
+SCORES = ("val_bpb", "val_rows", "val_loss", "bpb", "core", "chatcore")  # Task scores are recognized by suffix.
 
 
 def write(
@@ -22,7 +22,7 @@ def write(
     log: Callable[[str], None],
     dollars_per_hour: float | None = None,
 ) -> Path:
-    """Writes report.md and its pictures into a run directory; returns the report's path."""
+    """Writes report.md and its plots into the run directory `place`; returns the path of the report."""
     lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
     lines += ["", asked(place / stages[-1]), *published(stages, progress)]
     lines += [
@@ -42,7 +42,7 @@ def write(
             draw([place / stage], picture)
             lines += [f"![curves of {stage}](pictures/{picture.name})", ""]
         except UserError as error:
-            log(f"no picture of {stage}: {error}")
+            log(f"the curves of {stage} were not drawn: {error}")
             lines += [f"No picture: {error}.", ""]
         lines += last_samples(place / stage / "samples.md")
     path = place / "report.md"
@@ -52,7 +52,7 @@ def write(
 
 
 def plan(place: Path, stages: Sequence[str]) -> list[str]:
-    """What each stage was asked to do, out of its experiment.json."""
+    """Table of each stage's model, steps, batch and data, read from its experiment.json."""
     lines = ["## Plan", "", "| stage | model | steps | a step | learns from |", "|---|---|---|---|---|"]
     for stage in stages:
         e = json.loads((place / stage / "experiment.json").read_text(encoding="utf-8"))
@@ -69,22 +69,22 @@ def plan(place: Path, stages: Sequence[str]) -> list[str]:
 
 
 def scores(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """Columns before and after each stage, a row a measure; of the base model what it scores when asked in text."""
+    """Table of scores: a row per measure, columns before and after each stage. The base model is prompted as text."""
     columns: dict[str, Mapping[str, Any]] = {}
     for stage in stages:
         after = (progress[stage].get("base") or {}) | progress[stage]["result"]
         before = {name.removesuffix("_before"): x for name, x in after.items() if name.endswith("_before")}
         columns |= {f"before {stage}": before, f"after {stage}": after} if before else {f"after {stage}": after}
-    names = [name for name in dict.fromkeys(key for found in columns.values() for key in found) if _is_score(name)]
+    names = [name for name in dict.fromkeys(key for column in columns.values() for key in column) if _is_score(name)]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
-        cells = [found.get(name) for found in columns.values()]
+        cells = [column.get(name) for column in columns.values()]
         lines.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
     return lines
 
 
 def asked(directory: Path) -> str:
-    """How the problems of the scores were asked, out of the last stage's experiment.json."""
+    """Sentence on the problems behind the scores and their prompts, from the last stage's experiment.json."""
     e = json.loads((directory / "experiment.json").read_text(encoding="utf-8"))
     if not e["tasks"]:
         return "No problems were asked: name some with --tasks."
@@ -96,16 +96,16 @@ def asked(directory: Path) -> str:
 
 
 def published(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """The last stage's scores of tasks that others have published, beside theirs."""
+    """Table of the last stage's scores and published scores; empty if there are none to compare."""
     last = progress[stages[-1]]["result"]
-    found = {name.removesuffix("_accuracy"): {"accuracy": x} for name, x in last.items() if name.endswith("_accuracy")}
-    found |= {name: {name: last[name]} for name in ("core", "chatcore") if name in last}
-    lines = table(found)
+    tasks = {name.removesuffix("_accuracy"): {"accuracy": x} for name, x in last.items() if name.endswith("_accuracy")}
+    tasks |= {name: {name: last[name]} for name in ("core", "chatcore") if name in last}
+    lines = table(tasks)
     return ["", "Beside published scores:", "", *lines] if lines else []
 
 
 def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """What happened to the bits per byte of the pretraining text."""
+    """Sentence on the change of bits per byte of the pretraining text from the first to the last stage."""
     base, last = (progress[stage]["result"].get("val_bpb") for stage in (stages[0], stages[-1]))
     if not base or not last:
         return ["The bits per byte of the pretraining text were not measured after the last stage."]
@@ -129,7 +129,7 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
 
 
 def stability(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
-    """Each stage's unstable steps and the reports of their episodes."""
+    """List of unstable steps per stage, with a description of each episode."""
     lines = []
     for stage in stages:
         result = progress[stage]["result"]
@@ -139,7 +139,7 @@ def stability(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
 
 
 def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[str]:
-    """Wall time of every stage over all its starts, within seconds where one was killed, and what it cost."""
+    """Table of each stage's wall time, summed over restarts, and its cost. A killed run may lack its last seconds."""
     priced = dollars_per_hour is not None
     lines = [f"| stage | minutes |{' dollars |' * priced}", f"|---|---|{'---|' * priced}"]
     seconds = {part: known["seconds"] for part, known in progress.items() if "seconds" in known}
@@ -150,7 +150,7 @@ def times(stages: Sequence[str], progress: Mapping[str, Any], dollars_per_hour: 
 
 
 def last_samples(path: Path) -> list[str]:
-    """The newest samples of a stage."""
+    """Lines of the last section of a samples.md file; empty if the file does not exist."""
     if not path.is_file():
         return []
     parts = re.split(r"^## ", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)
@@ -158,7 +158,7 @@ def last_samples(path: Path) -> list[str]:
 
 
 def _cell(x: float | None) -> str:
-    """A score, or a number of rows."""
+    """Formats a score, or an integer count; None becomes an empty cell."""
     if x is None:
         return ""
     return f"{x:,}" if isinstance(x, int) else f"{x:.4f}"

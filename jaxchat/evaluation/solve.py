@@ -1,4 +1,4 @@
-"""Problems solved: all in flight together through the engine, judged by their task."""
+"""Solves problems by generating all answers in one batch and scoring them with their task."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ Style = Literal["chat", "text"]
 
 @dataclass(frozen=True)
 class Record:
-    """One answer and what its task says of it; an answer that could not be judged has an error, and counts as wrong."""
+    """An answer and its scores. An answer that could not be judged has an `error` and counts as wrong."""
 
     problem: int
     sample: int
@@ -36,11 +36,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Solved:
-    """Shares of right answers, strictly and leniently judged.
+    """Results of a task.
 
     Attributes:
-        pass_at: for k = 1, 2, 4, ... up to the number of answers, how probable it is that one of k is right.
-        by_kind: strict share of each kind of problem.
+        strict, lenient: shares of right answers by strict and lenient scoring.
+        pass_at: strict and lenient pass@k for k = 1, 2, 4, ... up to the number of answers per problem.
+        by_kind: strict share per kind of problem.
     """
 
     strict: float
@@ -54,7 +55,7 @@ class Solved:
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
-    """The unbiased estimate of the probability that one of k answers is right (arXiv:2107.03374, eq. 1)."""
+    """Unbiased estimate of the probability that at least one of k answers is right (arXiv:2107.03374, eq. 1)."""
     if answers - right < k:
         return 1.0
     return 1.0 - math.prod(1 - k / i for i in range(answers - right + 1, answers + 1))
@@ -70,30 +71,30 @@ def solve(
     style: Style = "chat",
     log: Callable[[str], None] = log,
 ) -> Solved:
-    """Asks every problem `n` times. As "text", a base model goes on after the question to the end of the line, or to
-    the task's own `stop`.
+    """Samples `n` answers to every problem and scores them.
 
-    Problem i is asked with seed + i, so its answers depend on no other problem. A problem that cannot be asked, and an
-    answer that cannot be judged, count as wrong, and how many there are is said.
+    With style "text" a base model continues the question up to the end of the line, or to the task's `stop` texts.
+    Problem i is sampled with seed + i, so its answers do not depend on other problems. Problems that cannot be rendered
+    and answers that cannot be judged count as wrong; a warning gives their number.
 
     Raises:
-        UserError: n is less than 1, or the task calls a tool that there is not.
+        UserError: n is less than 1, or the task uses an unknown tool.
     """
     if n < 1:
-        raise UserError(f"n={n} answers to a problem are too few: ask for 1 or more")
+        raise UserError(f"n={n} answers per problem are too few: sample 1 or more")
     if notice := getattr(task, "notice", ""):
         log(notice)
 
-    def judged(part: Sequence[tuple[int, Problem]]) -> list[list[Record]]:
-        return _judged(engine, task, part, n, sampling, style)
+    def answer(part: Sequence[tuple[int, Problem]]) -> list[list[Record]]:
+        return _answer(engine, task, part, n, sampling, style)
 
-    records = [record for own in share_out(list(enumerate(problems)), judged) for record in own]
+    records = [record for own in share_out(list(enumerate(problems)), answer) for record in own]
     if failed := [record for record in records if record.error]:
         log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
     return _summary(problems, records, n)
 
 
-def _judged(
+def _answer(
     engine: Engine,
     task: Task,
     problems: Sequence[tuple[int, Problem]],
@@ -101,31 +102,29 @@ def _judged(
     sampling: SamplingParams,
     style: Style,
 ) -> list[list[Record]]:
-    """The records of some problems, by their numbers."""
+    """Answers numbered problems; returns `n` records for each."""
     tools = named_tools(task.tools)
-    asked: list[Request | UserError] = []
+    requests: list[Request | UserError] = []
     for number, problem in problems:
         try:
             seeded = replace(sampling, seed=sampling.seed + number)
-            asked.append(_request(engine, task, problem, n, seeded, style, tools))
+            requests.append(_request(engine, task, problem, n, seeded, style, tools))
         except UserError as error:
-            asked.append(error)
-    answered = iter(engine.generate([request for request in asked if isinstance(request, Request)]))
-    given: list[list[Completion]] = []
-    for request in asked:
-        answers = next(answered) if isinstance(request, Request) else [refused(request)]
-        # A request that cannot be run has one answer, an error, for all its samples.
+            requests.append(error)
+    generated = iter(engine.generate([request for request in requests if isinstance(request, Request)]))
+    completions: list[list[Completion]] = []
+    for request in requests:
+        answers = next(generated) if isinstance(request, Request) else [refused(request)]
+        # A request that cannot be run has a single completion, an error, instead of n.
         answers = answers if len(answers) == n else answers * n
         if style == "text" and not hasattr(task, "stop"):
             answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]
-        given.append(answers)
-    texts = [
-        (problem, answer.text) for (_, problem), own in zip(problems, given) for answer in own if answer.error is None
-    ]
-    said = iter(_said(task, texts))
+        completions.append(answers)
+    pairs = [(problem, answer) for (_, problem), own in zip(problems, completions) for answer in own]
+    scores = iter(_scores(task, [(problem, answer.text) for problem, answer in pairs if answer.error is None]))
     return [
-        [_judge(task, None if answer.error else next(said), answer, number, i) for i, answer in enumerate(own)]
-        for (number, _), own in zip(problems, given)
+        [_record(task, None if answer.error else next(scores), answer, number, i) for i, answer in enumerate(own)]
+        for (number, _), own in zip(problems, completions)
     ]
 
 
@@ -135,38 +134,38 @@ def _request(
     if style == "chat":
         prompt = chat.render(problem.messages, engine.tokenizer, complete=True).ids
         return Request(prompt, sampling, n=n, tools=tools)
-    # No space at the end: a token that begins a word holds the space before it.
+    # The prompt has no trailing space, because the first token of a word includes the space before it.
     prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question)]
     return Request(prompt, replace(sampling, stop=tuple(getattr(task, "stop", ("\n",)))), n=n)
 
 
-def _said(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
-    """What a task says of each answer, or the error that it raised: a task is the user's code."""
+def _scores(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
+    """What the task returns for each answer, or the exception it raises. Tasks are user code, so any may occur."""
     if hasattr(task, "score_many"):
         try:
-            found = list(task.score_many(answers))
+            scores = list(task.score_many(answers))
         except Exception as failure:
             return [failure] * len(answers)
-        short = ValueError(f"it scored {len(found)} of {len(answers)} answers")
-        return found if len(found) == len(answers) else [short] * len(answers)
-    found = []
+        mismatch = ValueError(f"it scored {len(scores)} of {len(answers)} answers")
+        return scores if len(scores) == len(answers) else [mismatch] * len(answers)
+    scores = []
     for problem, text in answers:
         try:
-            found.append(task.score(problem, text))
+            scores.append(task.score(problem, text))
         except Exception as failure:
-            found.append(failure)
-    return found
+            scores.append(failure)
+    return scores
 
 
-def _judge(task: Task, said: Any, answer: Completion, number: int, sample: int) -> Record:
-    """The record of an answer; one that could not be judged is not right."""
+def _record(task: Task, verdict: Any, answer: Completion, number: int, sample: int) -> Record:
+    """Builds the record of an answer from what `_scores` returned for it; anything but a Score is an error."""
     error, score = answer.error, Score(False, False)
     if error is None:
-        if isinstance(said, tuple) and len(said) == 2 and all(part in (False, True) for part in said):
-            score = Score(*map(bool, said))
+        if isinstance(verdict, tuple) and len(verdict) == 2 and all(part in (False, True) for part in verdict):
+            score = Score(*map(bool, verdict))
         else:
-            what = said if isinstance(said, Exception) else f"it gave {said!r}, and no Score"
-            error = f"the task {task.name} failed on {answer.text[:80]!r}: {what}"
+            reason = verdict if isinstance(verdict, Exception) else f"it returned {verdict!r} instead of a Score"
+            error = f"the task {task.name} failed on {answer.text[:80]!r}: {reason}"
     return Record(number, sample, answer.text, *score, len(answer.tokens), answer.finish_reason, error)
 
 
@@ -180,13 +179,13 @@ def _summary(problems: Sequence[Problem], records: Sequence[Record], n: int) -> 
     count = max(len(problems), 1)
     ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
     pass_at = {
-        k: tuple(sum(pass_at_k(n, right, k) for right in found) / count for found in (strict, lenient)) for k in ks
+        k: tuple(sum(pass_at_k(n, right, k) for right in counts) / count for counts in (strict, lenient)) for k in ks
     }
     return Solved(
         strict=sum(strict) / (count * n),
         lenient=sum(lenient) / (count * n),
         pass_at=pass_at,  # type: ignore[arg-type]
-        by_kind={kind: sum(found) / len(found) for kind, found in kinds.items()},
+        by_kind={kind: sum(right) / len(right) for kind, right in kinds.items()},
         mean_tokens=sum(record.tokens for record in records) / max(len(records), 1),
         finish_reasons=Counter(record.finish_reason for record in records),
         errors=sum(record.error is not None for record in records),

@@ -1,4 +1,4 @@
-"""How sure a share is, and a difference of shares on the same questions."""
+"""Confidence intervals of shares and of paired differences."""
 
 import math
 import statistics
@@ -11,19 +11,23 @@ Z95 = 1.959963984540054  # The normal distribution's 97.5 percent quantile.
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 percent interval of a share, which stays within 0 and 1 (Wilson 1927, eq. 1)."""
+    """Wilson's 95 percent score interval of the share right / count, within [0, 1] (Wilson 1927, eq. 1)."""
     if count == 0:
         return 0.0, 1.0
     share, z2 = right / count, Z95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    # At the ends the formula gives 0 and 1 but for rounding.
+    # At shares of 0 and 1 the formula gives exactly 0 and 1, apart from rounding.
     return (0.0 if right == 0 else middle - half), (1.0 if right == count else middle + half)
 
 
 class Paired(NamedTuple):
-    """Two models on the same questions: how many either alone got right, the difference of their shares (the second's
-    less the first's) with its 95 percent interval, and the probability of so uneven a split if they were equally good.
+    """Comparison of two models on the same questions.
+
+    Attributes:
+        only_first, only_second: number of questions that only one of the models answered right.
+        difference, low, high: accuracy of the second minus that of the first, and its 95 percent interval.
+        p: p-value of the exact McNemar test.
     """
 
     questions: int
@@ -36,13 +40,13 @@ class Paired(NamedTuple):
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """The exact two-sided McNemar test (1947) and the interval of the paired difference by its standard error.
+    """Exact two-sided McNemar test (McNemar 1947), with the interval of the paired difference from its standard error.
 
     Raises:
-        ValueError: the two are not of the same questions, or there are none.
+        ValueError: the numbers of answers differ or are zero.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} and {len(second)} answers are not those of the same questions")
+        raise ValueError(f"cannot pair {len(first)} answers with {len(second)}: both must answer the same questions")
     n = len(first)
     a = sum(x and not y for x, y in zip(first, second))
     b = sum(y and not x for x, y in zip(first, second))
@@ -54,17 +58,14 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 
 class MeanDifference(NamedTuple):
-    """Mean of paired differences (the second's less the first's), with its 95 percent interval.
-
-    The interval is None with fewer than two pairs.
-    """
+    """Mean of paired differences (second minus first) and its 95 percent interval, None with fewer than two pairs."""
 
     difference: float
     interval: tuple[float, float] | None
 
 
 def paired_means(first: Sequence[float], second: Sequence[float]) -> MeanDifference:
-    """Student's t interval of the mean of paired differences (Student 1908); at least one pair."""
+    """Mean of paired differences with Student's t interval (Student 1908); needs at least one pair."""
     differences = [y - x for x, y in zip(first, second, strict=True)]
     n, mean = len(differences), statistics.fmean(differences)
     if n < 2:

@@ -1,4 +1,4 @@
-"""The results of an evaluation as a table in the terminal."""
+"""Prints the results of an evaluation as a table in the terminal."""
 
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def score_table(results: Mapping[str, Mapping[str, Any]], file: TextIO) -> None:
-    """A row for each task, with its interval and what was cut."""
+    """Prints a row per task: score, interval, centred score, number of questions and number truncated."""
     table = Table()
     for name in ("task", "score", "95 percent interval", "centred", "questions", "truncated"):
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
@@ -16,7 +16,7 @@ def score_table(results: Mapping[str, Mapping[str, Any]], file: TextIO) -> None:
         value = next(result[key] for key in ("accuracy", "bpb", "core", "chatcore") if key in result)
         low, high = result.get("low"), result.get("high")
         interval = "" if low is None else f"{low:.4f} to {high:.4f}"
-        middle = next((f"{result[key]:.4f}" for key in ("centered_v1", "centered_chance") if key in result), "")
+        centred = next((f"{result[key]:.4f}" for key in ("centered_v1", "centered_chance") if key in result), "")
         count = f"{result['tasks']} of {result['of']} tasks" if "tasks" in result else str(result.get("count", ""))
-        table.add_row(name, f"{value:.4f}", interval, middle, count, str(result.get("truncated", "")))
+        table.add_row(name, f"{value:.4f}", interval, centred, count, str(result.get("truncated", "")))
     Console(file=file, width=None if file.isatty() else 120).print(table)

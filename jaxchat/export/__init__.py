@@ -1,1 +1,1 @@
-"""Models for other programs, and from them: transformers' safetensors, and StableHLO."""
+"""Exports models to transformers (safetensors) and StableHLO, and imports them from transformers."""

@@ -1,4 +1,4 @@
-"""What launch.convert does: a checkpoint to another program's files, or such files to a checkpoint."""
+"""Implements launch.convert: exports a checkpoint to another format, or imports one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,36 +18,36 @@ from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
-STAGES = ("pretrain", "sft")  # What an imported checkpoint may be taken for: RL has settings that no file tells.
+STAGES = ("pretrain", "sft")  # Stages of imported checkpoints; files of other programs lack the settings of RL.
 
 
 class Imported(NamedTuple):
-    """What a checkpoint holds of a model that was trained elsewhere."""
+    """Training state of an imported checkpoint, which has no optimizer state."""
 
     params: Any
     step: Any
 
 
 def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) -> dict[str, object]:
-    """Does what the options of launch.convert say; returns what its last line reports.
+    """Runs launch.convert; returns the result that the launcher prints.
 
-    `make_experiment` gives an imported model, with its longest text and stage, the rest of an experiment.
+    `make_experiment(model, length, stage)` builds the experiment of an imported model with context length `length`.
     """
     out = Path(options.out)
     if (options.to is None) == (options.source is None):
-        raise UserError("say either --to=huggingface, --to=stablehlo or --from=huggingface")
+        raise UserError("set exactly one of --to=huggingface, --to=stablehlo and --from=huggingface")
     if options.tokenizer is not None and options.source is None:
-        raise UserError("--tokenizer goes with --from: an export takes the run's own")
+        raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
     if options.source is not None:
         return _import(Path(options.checkpoint), out, options.tokenizer, make_experiment)
-    given = {name: getattr(options, name) for name in ("rows", "length", "piece")}
-    if options.to == "huggingface" and (odd := [name for name, value in given.items() if value]):
-        raise UserError(f"--{odd[0]} is for --to=stablehlo, whose programs have fixed shapes")
+    sizes = {name: getattr(options, name) for name in ("rows", "length", "piece")}
+    if options.to == "huggingface" and (unused := [name for name, value in sizes.items() if value]):
+        raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
     loaded = load_checkpoint(options.checkpoint)
     if options.to == "huggingface":
         _to_huggingface(loaded, out, options.dtype)
     else:
-        _to_stablehlo(loaded, out, options.dtype, **given)
+        _to_stablehlo(loaded, out, options.dtype, **sizes)
     return {
         "out": str(out),
         "parameters": parameter_counts(loaded.experiment.model)["total"],
@@ -79,19 +79,19 @@ def _import(
     if out.name not in STAGES:
         raise UserError(f"--out={out} must end in a stage, such as runs/imported/pretrain, or .../sft for a chat model")
     if not source.is_dir():
-        raise UserError(f"no directory {source}: --checkpoint names the one that has config.json and *.safetensors")
+        raise UserError(f"no directory {source}: --checkpoint must name one with config.json and *.safetensors")
     own = None if tokenizer is None else Tokenizer.load(tokenizer)
-    model, length, params, found = huggingface.read(source, own)
+    model, length, params, model_tokenizer = huggingface.read(source, own)
     try:
         experiment = make_experiment(model, length, out.name)
     except ValueError as error:
-        raise UserError(f"{source} makes no experiment: {error}") from None
+        raise UserError(f"the model in {source} cannot be trained: {error}") from None
     place = out.parent / "tokenizer"
-    if place.exists() and Tokenizer.load(place).hash != found.hash:
-        raise UserError(f"{place} is another tokenizer: give --out a run of its own")
+    if place.exists() and Tokenizer.load(place).hash != model_tokenizer.hash:
+        raise UserError(f"{place} contains another tokenizer: set --out to a new run")
     with whole(out) as directory:
         write_checkpoint(directory, experiment, params)
-        found.save(place)
+        model_tokenizer.save(place)
     return {
         "out": str(out),
         "parameters": parameter_counts(model)["total"],
@@ -101,7 +101,7 @@ def _import(
 
 
 def write_checkpoint(directory: Path, experiment: Experiment, params: Params) -> None:
-    """Checkpoint 0 of a stage directory: parameters that others start from, without an optimizer."""
+    """Writes checkpoint 0 of a stage directory: parameters without optimizer state, from which other stages start."""
     checkpoint.write_experiment(directory, experiment)
     checkpoints = checkpoint.Checkpoints(directory, keep=1)
     try:

@@ -1,8 +1,8 @@
-"""The October 2025 family as transformers' NanoChatForCausalLM, both ways.
+"""Exports the October 2025 family to transformers' NanoChatForCausalLM, and imports it.
 
-transformers normalises the embedding once more before the first layer, rotates by -theta and normalises queries and
-keys after that, as this family does here; its configuration's defaults are those of one published model, so every size
-and every special id is written out.
+Like this family, transformers normalises the embedding before the first layer, rotates by -theta, and normalises
+queries and keys after the rotation. Its configuration defaults are those of one published model, so config.json states
+all sizes and special ids.
 """
 
 from collections.abc import Mapping
@@ -42,12 +42,12 @@ def write(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Writes weights, configuration, tokenizer and chat template into a new directory; returns how many parameters.
+    """Writes weights, configuration, tokenizer and chat template to a new directory; returns the number of parameters.
 
-    `length` is the longest text that the model was trained on, `dtype` that of the weights.
+    `length` is the row length of training, `dtype` the type of the weights.
 
     Raises:
-        UserError: transformers lacks something that the model has, or the directory has something in it.
+        UserError: the model has a feature that transformers lacks, or the directory is not empty.
     """
     check_exportable(model)
     with whole(directory) as place:
@@ -59,18 +59,18 @@ def write(
 
 
 def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
-    """Model, its longest text, float32 parameters and tokenizer of a NanoChatForCausalLM in a directory.
+    """Reads a NanoChatForCausalLM: model, maximum number of positions, float32 parameters and tokenizer.
 
     Raises:
-        UserError: there is none, it is of another kind, or its files do not fit each other.
+        UserError: files are missing, describe another architecture or do not match each other.
     """
     config = read_json(directory / "config.json")
     model = read_config(config)
     tokenizer = tokenizer or read_tokenizer(directory)
     if tokenizer.vocab_size != model.vocab:
         raise UserError(
-            f"{directory} has a vocabulary of {model.vocab} and its tokenizer {tokenizer.vocab_size} ids: name the "
-            "tokenizer that it was trained with by --tokenizer=DIR"
+            f"{directory} has a vocabulary of {model.vocab} but its tokenizer has {tokenizer.vocab_size} ids: name the "
+            "tokenizer of its training with --tokenizer=DIR"
         )
     weights = read_weights(directory)
     if model.tied:
@@ -78,37 +78,37 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
     try:
         params = to_params(model, weights, LAYERS, ENDS)
     except ValueError as error:
-        raise UserError(f"the weights in {directory} do not fit its config.json: {first_line(error)}") from None
+        raise UserError(f"the weights in {directory} do not match its config.json: {first_line(error)}") from None
     return model, int(config["max_position_embeddings"]), params, tokenizer
 
 
 def check_exportable(model: Model) -> None:
-    """Raises `UserError` naming everything that NanoChatForCausalLM lacks."""
+    """Raises `UserError` with all features of the model that NanoChatForCausalLM lacks."""
     layer, mixers = model.pattern[0], [layer.mixer for layer in model.pattern]
     mixer = mixers[0]
     lacking = {
-        "layers that differ": len(set(model.pattern)) > 1,
-        "norms elsewhere than before each part": (layer.placement, layer.norm) != ("before", model.norm),
+        "layers of different kinds": len(set(model.pattern)) > 1,
+        "norms other than before each mixer and MLP": (layer.placement, layer.norm) != ("before", model.norm),
         "windows": any(m.window is not None for m in mixers),
         "value embeddings": any(m.value_embedding is not None for m in mixers),
         "a smear": model.smear is not None,
         "a backout": model.backout is not None,
         "scales of the residual stream": model.residual_scales is not None,
         f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
-        "queries and keys that are not normalised as the rest is": mixer.qk_norm != model.norm,
-        "its kind of positions": mixer.rope is None or mixer.rope.direction != -1,
+        "a norm of queries and keys that differs from the other norms": mixer.qk_norm != model.norm,
+        "position embeddings other than RoPE by -theta": mixer.rope is None or mixer.rope.direction != -1,
         f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
     }
-    if found := [name for name, there in lacking.items() if there]:
-        listed = ", ".join(found[:-1]) + " and " * (len(found) > 1) + found[-1]
+    if used := [name for name, is_used in lacking.items() if is_used]:
+        listed = ", ".join(used[:-1]) + " and " * (len(used) > 1) + used[-1]
         raise UserError(
-            f"transformers' {ARCHITECTURE} does not know {listed}, which this model has: score it where it is with "
-            "python -m launch.harness, or take --to=stablehlo"
+            f"transformers' {ARCHITECTURE} does not support {listed}, which this model uses: evaluate the checkpoint "
+            "with python -m launch.harness, or export it with --to=stablehlo"
         )
 
 
 def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) -> dict[str, Any]:
-    """The content of config.json. There is no padding id: torch would take the gradient of its embedding away."""
+    """Content of config.json. There is no padding id, because torch would zero the gradient of its embedding."""
     mixer = model.pattern[0].mixer
     assert mixer.rope is not None
     return {
@@ -138,23 +138,23 @@ def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) 
 
 
 def generation_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of generation_config.json: an answer ends where a turn ends, a text where the next would begin."""
+    """Content of generation_config.json. Stop tokens are the end of the assistant's turn and <|bos|>."""
     bos = tokenizer.specials[BOS]
     return {"bos_token_id": bos, "eos_token_id": [tokenizer.specials[END], bos], "pad_token_id": bos}
 
 
 def read_config(config: Mapping[str, Any]) -> Model:
-    """The model that a config.json describes; `UserError` where it is no NanoChatForCausalLM or of an unknown kind."""
+    """Builds the model of a config.json; raises `UserError` for other architectures or unsupported settings."""
     if config.get("model_type") != "nanochat":
         kind = config.get("model_type")
-        raise UserError(f"config.json is of the model type {kind!r}: only 'nanochat' ({ARCHITECTURE}) can be read")
+        raise UserError(f"config.json has model type {kind!r}: only 'nanochat' ({ARCHITECTURE}) can be imported")
     rope = config.get("rope_parameters") or {}
     expected = {"hidden_act": "relu2", "attention_bias": False}
-    strange = [f"{name}={config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
+    unsupported = [f"{name}={config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
     if rope.get("rope_type", "default") != "default":
-        strange.append(f"rope_type={rope['rope_type']!r}")
-    if strange:
-        raise UserError(f"config.json has {strange[0]}, which jaxchat's models do not have")
+        unsupported.append(f"rope_type={rope['rope_type']!r}")
+    if unsupported:
+        raise UserError(f"config.json has {unsupported[0]}, which jaxchat does not support")
     try:
         heads, norm = config["num_attention_heads"], RMSNorm(config.get("rms_norm_eps", 1e-6))
         mixer = GQA(
@@ -178,6 +178,6 @@ def read_config(config: Mapping[str, Any]) -> Model:
             isolate_documents=False,
         )
     except KeyError as error:
-        raise UserError(f"config.json has no {error.args[0]}: is it whole?") from None
+        raise UserError(f"config.json has no {error.args[0]}: check that the file is complete") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"config.json describes no model: {first_line(error)}") from None
+        raise UserError(f"config.json does not describe a valid model: {first_line(error)}") from None

@@ -1,6 +1,6 @@
-"""A parameter tree and a state dict of another project: which parameter is found under which name, laid out how.
+"""Maps parameter trees to state dicts of other projects: the name of each parameter, and its layout.
 
-State dicts hold matrices as torch's Linear does, outputs before inputs; ours have inputs first and heads apart.
+State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inputs, outputs) with a separate head axis.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +16,14 @@ Array = np.ndarray
 
 
 class Layout(NamedTuple):
-    """How a matrix of a state dict becomes ours, and ours becomes that."""
+    """Conversions of a matrix from the state dict (`read`) and to it (`write`)."""
 
     read: Callable[[Array, GQA], Array]
     write: Callable[[Array], Array]
 
 
 class Place(NamedTuple):
-    """The name that a layer's parameter has in a state dict, `{}` standing for the layer's number, and its layout."""
+    """Name of a layer's parameter in a state dict, with `{}` for the layer index, and its layout."""
 
     name: str
     layout: Layout
@@ -44,24 +44,24 @@ Ends = Mapping[str, str]
 
 
 def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: Ends) -> Params:
-    """Our parameter tree (of weights or of gradients) from a state dict; the padded vocabulary is filled with zeros.
+    """Converts a state dict (of weights or gradients) to our parameter tree; vocabulary padding is zero.
 
     Raises:
-        ValueError: a parameter is missing, has another shape, or is left over.
+        ValueError: a parameter is missing, has a wrong shape, or is unknown to the model.
     """
     used = set()
 
     def take(name: str) -> Array:
         used.add(name)
         if name not in state:
-            raise ValueError(f"there is no {name}")
+            raise ValueError(f"{name} is missing")
         return np.asarray(state[name])
 
     def end(path: Any, shape: Any) -> Array:
         name = path[-1].key
         value = take(ends[name])
         value = value.T if name == "head" else value
-        # Scalars and gates may carry axes of size one.
+        # State dicts may hold scalars and gates with extra axes of size one.
         value = value.reshape(()) if shape.ndim == 0 else value[0] if value.ndim > shape.ndim else value
         return _padded(value, shape, config, ends[name])
 
@@ -83,14 +83,13 @@ def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: E
         "layers": tuple(layer(i, tree) for i, tree in enumerate(shapes["layers"])),
     }
     if left := sorted(set(state) - used):
-        raise ValueError(
-            f"{left[0]} has no place in this model" + (f", nor have {len(left) - 1} others" * (left[1:] != []))
-        )
+        others = f" and {len(left) - 1} more" * (left[1:] != [])
+        raise ValueError(f"unexpected parameters: {left[0]}{others}")
     return params
 
 
 def to_state(config: Model, params: Params, layers: Layers, ends: Ends) -> Iterator[tuple[str, Array]]:
-    """The entries of a state dict, one at a time, without the vocabulary's padding; embedding and head are all ends."""
+    """Yields the entries of a state dict without vocabulary padding; of `ends`, it writes only embedding and head."""
     embed_VM = np.asarray(params["ends"]["embed"])
     yield ends["embed"], embed_VM[: config.vocab]
     if not config.tied:
@@ -104,11 +103,11 @@ def to_state(config: Model, params: Params, layers: Layers, ends: Ends) -> Itera
 
 
 def _padded(value: Array, shape: Any, config: Model, name: str) -> Array:
-    """The value with zeros behind its end along the vocabulary; every other size must be right."""
+    """Pads a value with zeros along the vocabulary axis; raises ValueError if another size differs from `shape`."""
     vocab = (config.vocab, config.padded_vocab)
     pairs = zip(value.shape, shape.shape)
     if value.ndim != len(shape.shape) or any(have != want and (have, want) != vocab for have, want in pairs):
-        raise ValueError(f"{name} has the shape {value.shape} and should have {shape.shape}")
+        raise ValueError(f"{name} has shape {value.shape}, expected {shape.shape}")
     out = np.zeros(shape.shape, value.dtype)
     out[tuple(slice(size) for size in value.shape)] = value
     return out

@@ -1,7 +1,7 @@
-"""Prefill and decode as StableHLO programs (jax.export) that run without jaxchat, with their weights beside them.
+"""Exports prefill and decode as StableHLO programs (jax.export), with weights, that run without jaxchat.
 
-Both are one function at two lengths: it reads tokens into a cache and gives the logits after the last. Arguments are a
-dictionary of arrays and tuples of arrays, so that a reader needs JAX alone.
+Both are the same function at two lengths: it adds tokens to a cache and returns the logits after the last token.
+Arguments are a dictionary and tuples of arrays, so that a caller needs only JAX.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ def write(
     length: int,
     piece: int,
 ) -> int:
-    """Writes prefill.bin, decode.bin, weights, signature, tokenizer and a README; returns how many parameters.
+    """Writes prefill.bin, decode.bin, weights, signature, tokenizer and a README; returns the number of parameters.
 
-    `rows` texts are decoded at once, in a context of `length`; a call of prefill reads `piece` tokens of each.
+    The programs decode `rows` sequences at once in a context of `length` tokens, with prefill chunks of `piece` tokens.
     """
     unstacked = jax.jit(transformer.unstack)(params)
     cache = jax.eval_shape(lambda: transformer.empty_cache(rows, length, write=piece))
@@ -54,8 +54,8 @@ def write(
     with whole(directory) as place:
         for name, tokens in (("prefill", piece), ("decode", 1)):
             ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
-            made = export.export(jax.jit(step), platforms=PLATFORMS)(shapes, ids, ids, tuple(leaves))
-            (place / f"{name}.bin").write_bytes(_serialized(made))
+            exported = export.export(jax.jit(step), platforms=PLATFORMS)(shapes, ids, ids, tuple(leaves))
+            (place / f"{name}.bin").write_bytes(_serialize(exported))
         signature = {
             "rows": rows,
             "length": length,
@@ -71,30 +71,30 @@ def write(
         return write_weights(place, ((name, np.asarray(leaf)) for name, leaf in named.items()), shard_bytes=1 << 62)
 
 
-def _serialized(made: export.Exported) -> bytes:
+def _serialize(exported: export.Exported) -> bytes:
     try:
-        return bytes(made.serialize())
+        return bytes(exported.serialize())
     except ImportError:
         raise UserError("--to=stablehlo needs flatbuffers: pip install flatbuffers") from None
 
 
 def readme(signature: Mapping[str, Any]) -> str:
-    """How the programs are called, with code that decodes greedily."""
-    said = {**signature, "last": signature["length"] - 1, "platforms": ", ".join(signature["platforms"])}
+    """README text on calling the programs, with code for greedy decoding."""
+    values = {**signature, "last": signature["length"] - 1, "platforms": ", ".join(signature["platforms"])}
     text = README
     for name in ("rows", "piece", "vocab", "last", "platforms"):
-        text = text.replace("{" + name + "}", str(said[name]))
+        text = text.replace("{" + name + "}", str(values[name]))
     return text
 
 
 def named_leaves(params: Params) -> dict[str, Any]:
-    """Leaves by dotted names such as layer.0.mixer.q, in the tree's order."""
+    """Leaves by dotted names such as layer.0.mixer.q, in tree order."""
 
-    def word(key: Any) -> str:
+    def part(key: Any) -> str:
         return str(key.key if hasattr(key, "key") else key.idx)
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {".".join(map(word, path)): leaf for path, leaf in leaves}
+    return {".".join(map(part, path)): leaf for path, leaf in leaves}
 
 
 README = """\

@@ -1,9 +1,9 @@
-"""The tokenizer as transformers and vLLM read it: tokenizer.json for the `tokenizers` library, and what goes with it.
+"""Exports a tokenizer for transformers and vLLM: tokenizer.json of the `tokenizers` library, and its configuration.
 
-The same ids for every text. sentencepiece writes spaces as U+2581 and so cannot tell the two apart; here pieces hold
-real spaces, and U+2581 is a character without a piece, which its bytes spell, as in `Tokenizer.encode`. Special tokens
-are found in text, as the chat template needs; `split_special_tokens=True` reads their names as the letters they are,
-which is what `Tokenizer.encode` always does. `add_special_tokens=True`, the default, puts <|bos|> before a text.
+The exported tokenizer gives the same ids for every text. sentencepiece represents spaces as U+2581 and so cannot
+distinguish the two; the exported pieces contain real spaces, and U+2581 is encoded as bytes, as in `Tokenizer.encode`.
+Names of special tokens in a text become special tokens, as chat templates need; with `split_special_tokens=True` they
+are ordinary text, as always in `Tokenizer.encode`. `add_special_tokens=True`, the default, prepends <|bos|>.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ from jaxchat.tokenizer.chat import CHAT_TEMPLATE
 from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK
 
 BOS, END = "<|bos|>", "<|assistant_end|>"
-# A word with the spaces before it: no piece has a space after another character (`Tokenizer` refuses such models), so
-# cutting there changes nothing and lets repeated words come from a cache.
+# A word with the spaces before it. No piece has a space after another character (`Tokenizer` refuses such models), so
+# splitting there does not change the ids, and repeated words can be cached.
 WORDS = " *[^ ]+| +"
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and the sentencepiece model itself."""
-    described = {
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and the sentencepiece model."""
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": END,
@@ -35,18 +35,18 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> No
         "model_max_length": length,
     }
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
-    write_json(directory / "tokenizer_config.json", described)
+    write_json(directory / "tokenizer_config.json", config)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     (directory / MODEL_FILE).write_bytes(tokenizer.model)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of an export; `UserError` for one that jaxchat did not make."""
+    """Reads the tokenizer of an export; raises `UserError` if it has no valid sentencepiece model."""
     path = directory / MODEL_FILE
     if not path.is_file():
         raise UserError(
-            f"{directory} has no {MODEL_FILE}: jaxchat reads sentencepiece models, so name the directory of one of its "
-            "own tokenizers with --tokenizer=DIR"
+            f"{directory} has no {MODEL_FILE}: jaxchat needs a sentencepiece model, so name a directory with a jaxchat "
+            "tokenizer by --tokenizer=DIR"
         )
     try:
         return Tokenizer(path.read_bytes())
@@ -55,7 +55,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """Content of tokenizer.json."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
@@ -81,13 +81,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def _model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
     ids = range(processor.get_piece_size())
     pieces = [processor.id_to_piece(i).replace(SPACE_MARK, " ") for i in ids]
-    unwritten = (processor.is_control, processor.is_byte, processor.is_unknown)
-    scores = {pieces[i]: processor.get_score(i) for i in ids if not any(kind(i) for kind in unwritten)}
-    # Scores of BPE are the order of merges, whole numbers; those of Unigram are log-probabilities.
+    special = (processor.is_control, processor.is_byte, processor.is_unknown)
+    scores = {pieces[i]: processor.get_score(i) for i in ids if not any(kind(i) for kind in special)}
+    # BPE scores are the order of merges, whole numbers; Unigram scores are log-probabilities.
     if any(score % 1 for score in scores.values()):
         raise UserError(
-            "transformers would cut some texts elsewhere than this Unigram tokenizer, whose equal scores round apart: "
-            "only BPE tokenizers are exported (--data.tokenizer.algorithm=bpe, the default)"
+            "this is a Unigram tokenizer, which transformers would tokenize differently because of rounding: only BPE "
+            "tokenizers are exported (--data.tokenizer.algorithm=bpe, the default)"
         )
     return {
         "type": "BPE",
@@ -104,10 +104,10 @@ def _model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
 
 
 def _merges(scores: dict[str, float]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, the best piece first.
+    """Lists every pair of pieces that forms a piece, ordered by the score of that piece, best first.
 
-    sentencepiece merges whichever pair makes the best piece, the leftmost of equals. Here each pair has a rank of its
-    own; of two pairs of one piece the one with the shorter left part goes first.
+    sentencepiece merges the pair that forms the best piece, the leftmost of equals. Here every pair has its own rank;
+    of two pairs that form the same piece, the one with the shorter left part comes first.
     """
     merges = []
     for piece in sorted((piece for piece in scores if len(piece) > 1), key=scores.__getitem__, reverse=True):

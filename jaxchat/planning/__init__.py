@@ -1,1 +1,1 @@
-"""What a run will take, before it is started: counts, hours, memory on hardware that is not here."""
+"""Plans a run before it starts: parameters, hours, and memory on hardware that need not be present."""

@@ -1,4 +1,4 @@
-"""Compiling the training step for hardware that is not here, and the largest setting that fits it."""
+"""Compiles the training step ahead of time for absent hardware, and searches the largest setting that fits."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ from jaxchat.planning import plan
 from jaxchat.planning.chips import GiB, Topology
 from jaxchat.planning.decoding import fit_decoding
 
-REMATS = ("none", "dots", "attention", "full")  # From the fastest to the smallest.
+REMATS = ("none", "dots", "attention", "full")  # From the fastest to the least memory.
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a compiler says of one setting: bytes of one device (what it needs, where it does not fit), and seconds."""
+    """Result of compiling one setting: bytes needed per device (inf if unknown), and compile time in seconds."""
 
     micro_rows: int
     remat: str
@@ -33,11 +33,11 @@ class Fit:
 
 
 def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, log: Log) -> Fit:
-    """Compiles the real training step of a setting."""
+    """Compiles the training step of an experiment with the given micro-batch and remat policy."""
     model = dataclasses.replace(e.model, remat=remat)  # type: ignore[arg-type]
     changed = dataclasses.replace(e, model=model, micro_rows=micro_rows)
     setup = compilation.make_setup(changed, lambda _: None, topology.devices())
-    # A search leaves as much free as launch.train does where it chooses itself.
+    # Settings found by a search keep the same reserve as in launch.train; the user's own setting may use all memory.
     limit = topology.chip.memory * (1 if e.micro_rows == micro_rows else compilation.MEMORY_SHARE)
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
@@ -54,15 +54,15 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, log
 
 
 def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[Fit]]:
-    """The largest micro-batch under the least remat that fits, and everything that was tried.
+    """Finds the largest micro-batch under the least remat that fits; returns it, or None, and all attempts.
 
-    A larger micro-batch needs more memory, so the largest that fits is found by halving the choices.
+    Memory grows with the micro-batch, so the largest one is found by binary search.
     """
     setup = compilation.make_setup(dataclasses.replace(e, micro_rows="auto"), lambda _: None, topology.devices())
     choices, tried = compilation.micro_choices(setup)[::-1], list[Fit]()
     state, limit = compilation.state_bytes(setup), topology.chip.memory * compilation.MEMORY_SHARE
     if state > limit:
-        log(f"{topology.name}: the state alone needs {state / GiB:.2f} GiB of {limit / GiB:.2f}")
+        log(f"{topology.name}: the training state needs {state / GiB:.2f} GiB of {limit / GiB:.2f} per device")
         return None, tried
 
     def attempt(rows: int, remat: str) -> Fit:
@@ -73,7 +73,7 @@ def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[
         found = attempt(choices[0], remat)
         if not found.fits:
             continue
-        low, high = 0, len(choices)  # Of the choices, `low` fits and `high` does not.
+        low, high = 0, len(choices)  # Invariant: choices[low] fits, choices[high] does not.
         room = (limit - state) / max(found.bytes - state, 1)
         guess = max(i for i, rows in enumerate(choices) if rows <= max(choices[0] * room, choices[0]))
         while high - low > 1:
@@ -87,12 +87,12 @@ def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[
 
 
 def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int], Experiment]) -> dict[str, Any]:
-    """Whether the setting that is asked for fits, or else the best that does, with the command's flags.
+    """Compiles the experiment's micro-batch, or searches the largest that fits; returns its memory, flags and attempts.
 
-    `shallower` gives the experiment at a smaller depth, for what is said where this one fits in no way.
+    `shallower(depth)` builds the experiment at a smaller depth, to find a remedy if nothing fits.
 
     Raises:
-        UserError: what is asked for does not fit; the message names the smallest change that does, which was compiled.
+        UserError: the experiment does not fit; the message names the smallest change that does, tested by compiling.
     """
     e = in_bfloat16(e)
     tried: list[Fit] = []
@@ -122,16 +122,16 @@ def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int
 
 
 def in_bfloat16(e: Experiment) -> Experiment:
-    """The experiment as an accelerator computes it."""
+    """Resolves dtype="auto" to bfloat16, as on an accelerator."""
     return dataclasses.replace(e, dtype="bfloat16") if e.dtype == "auto" else e
 
 
 def remedy(
     e: Experiment, topology: Topology, log: Log, shallower: Callable[[int], Experiment], tried: list[Fit]
 ) -> str:
-    """The smallest change under which an experiment fits: of the micro-batch, of the mesh, of the depth.
+    """Describes the smallest change under which the experiment fits: micro-batch and remat, else mesh, else depth.
 
-    `tried` is what is known not to fit.
+    `tried` holds the attempts that did not fit.
     """
     if e.micro_rows != "auto":
         found, tried = best(e, topology, log)
@@ -149,18 +149,19 @@ def remedy(
     for depth in range(e.depth - 1, 0, -1):
         try:
             smaller = in_bfloat16(dataclasses.replace(shallower(depth), micro_rows="auto"))
-        except (UserError, ValueError):  # Its model or its batch does not divide.
+        except (UserError, ValueError):  # The model or batch of this depth does not divide among the devices.
             continue
         expected = per_state * sum(plan.state_bytes(smaller).values()) / (e.mesh.fsdp * e.mesh.tensor)
         if expected > topology.chip.memory * compilation.MEMORY_SHARE:
-            continue  # What the deeper one needed says so.
-        log(f"{topology.name}: {e.name} does not fit at depth={e.depth} in any way; trying depth={depth}")
+            continue  # Extrapolated from the memory of the full depth, it cannot fit.
+        log(f"{topology.name}: {e.name} does not fit at depth={e.depth} with any setting; trying depth={depth}")
         found, _ = best(smaller, topology, log)
         if found is not None:
             return (
-                f"with one row a device and remat=full neither; set --depth={depth} {flags(found)}, or name more chips"
+                "it does not fit with one row per device and remat=full either; "
+                f"set --depth={depth} {flags(found)}, or use more chips"
             )
-    return "not in any depth: name more chips, or a smaller --data.row_length"
+    return "no depth fits; use more chips or a smaller --data.row_length"
 
 
 def flags(found: Fit) -> str:

@@ -1,4 +1,4 @@
-"""Accelerators that a plan can be made for, and how their devices are wired."""
+"""Accelerators that launch.plan supports, and their topologies."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ GiB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA's GPU compiler wants to know of a chip, from the vendor's data sheets and device queries."""
+    """Properties of a GPU for XLA's compiler, from data sheets and device queries; sizes are in bytes."""
 
     capability: int
     cores: int
@@ -56,13 +56,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of chip.
+    """A kind of chip.
 
     Attributes:
-        kind: its name in devices.PEAK_FLOPS.
-        memory: bytes that a program may use; of a GPU three quarters of what it has, JAX's own share.
-        dollars: what an hour of one cost on demand in 2026, about; --dollars_per_chip_hour corrects it.
-        cores: of the name's number, how many one chip counts for: v5p-16 has 8 chips.
+        kind: its key in devices.PEAK_FLOPS.
+        memory: bytes available to a program; for a GPU 75 percent of its memory, JAX's default preallocation.
+        dollars: approximate on-demand price per hour in 2026; --dollars_per_chip_hour overrides it.
+        cores: how much a chip adds to the number in a topology's name: v5p-16 has 8 chips of 2 cores.
     """
 
     kind: str
@@ -96,7 +96,7 @@ CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind, such as v5e-8, v5p-16 or h100x8."""
+    """A number of chips of one kind, named like v5e-8, v5p-16 or h100x8."""
 
     name: str
     chip: Chip
@@ -104,14 +104,14 @@ class Topology:
 
     @property
     def exact(self) -> bool:
-        """Whether the compiler's memory is that of the real run: not of a GPU's, which runs other kernels there."""
+        """Whether the compiled memory equals that of a real run. It does not on GPUs, where other kernels run."""
         return self.chip.gpu is None
 
     def devices(self) -> list[Any]:
-        """Devices to compile for; no chip is needed.
+        """Abstract devices to compile for; the chips need not be present.
 
         Raises:
-            UserError: the compiler for them is not installed.
+            UserError: the compiler for these devices is not installed.
         """
         from jax.experimental import topologies
 
@@ -119,32 +119,32 @@ class Topology:
         try:
             if gpu is not None:
                 target = gpu.target(self.chip.kind)
-                found = topologies.get_topology_desc(
+                description = topologies.get_topology_desc(
                     platform="cuda", target_config=target, topology=f"1x1x{self.chips}"
                 )
             else:
                 grid = (CUBES if self.chip.cores == 2 else FLAT)[self.chips]
                 more: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {}
                 more |= {"chip_config_name": "megacore"} if kind == "v4" else {}
-                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}", **more)
+                description = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}", **more)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             extra = "tpu" if gpu is None else "cuda"
             raise UserError(
-                f"nothing here compiles for {self.name} ({first_line(error)}): pip install 'jaxchat[{extra}]'"
+                f"no compiler for {self.name} is installed ({first_line(error)}): pip install 'jaxchat[{extra}]'"
             ) from None
-        return list(found.devices)
+        return list(description.devices)
 
 
 def topology(name: str) -> Topology:
-    """The topology of a name; raises `UserError` for others."""
+    """Parses a topology name; raises `UserError` if it is unknown."""
     match = re.fullmatch(r"([a-z]\w*?)[-x](\d+)", name)
     if not match or match[1] not in CHIPS:
-        raise UserError(f"there is no topology {name!r}: name one such as v5e-8, v6e-64, v5p-16 or h100x8")
+        raise UserError(f"unknown topology {name!r}: use a name such as v5e-8, v6e-64, v5p-16 or h100x8")
     chip, number = CHIPS[match[1]], int(match[2])
     chips = number // chip.cores
     if chip.gpu is None and (number % chip.cores or chips not in (CUBES if chip.cores == 2 else FLAT)):
         sizes = (n * chip.cores for n in (CUBES if chip.cores == 2 else FLAT))
-        raise UserError(f"{match[1]} comes in {', '.join(map(str, sizes))}: there is no {name}")
+        raise UserError(f"unknown topology {name!r}: the sizes of {match[1]} are {', '.join(map(str, sizes))}")
     if not chips:
-        raise UserError(f"{name} has no chips: name at least one, such as {match[1]}x8")
+        raise UserError(f"{name} has no chips: use at least one, such as {match[1]}x8")
     return Topology(name, chip, chips)

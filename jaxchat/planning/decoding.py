@@ -1,4 +1,4 @@
-"""Compiling the engine's decoding step for hardware that is not here."""
+"""Compiles the engine's decoding steps ahead of time for absent hardware."""
 
 import functools
 from typing import Any
@@ -16,19 +16,21 @@ from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import GiB, Topology
 from jaxchat.sharding import Mesh, make_mesh
 
-ROWS, STEPS = 64, 8  # Rows a chip (RL's samples at once), and steps a dispatch.
+ROWS, STEPS = 64, 8  # Rows per chip, as in RL sampling, and decoding steps per dispatch.
 
 
 def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 1, decoding: str = "auto") -> Any:
-    """The chunk of decoding steps that the engine runs, lowered for `rows` rows of the experiment's length on all
-    chips, drawing at temperature 1, in bfloat16; `decoding` attends to the cache, or what the chips choose."""
+    """Lowers the engine's decoding steps for `rows` rows of the experiment's length on all chips.
+
+    Sampling is at temperature 1, in bfloat16. `decoding` is the attention backend; "auto" chooses it for the chips.
+    """
     devices, length, dtype = topology.devices(), e.data.row_length, jnp.bfloat16
     decoding = choose_decoding(decoding, e.model, dtype=dtype, device=devices[0], log=log)
     transformer = Transformer(e.model, dtype, decoding=decoding)
     mesh = make_mesh(Mesh(tensor=tensor), rows=0, devices=devices)
     with jax.set_mesh(mesh):
         shapes = transformer.shapes()
-        stored = jax.jit(functools.partial(programs.unstack, transformer)).lower(_on(mesh, shapes)).compile()
+        stored = jax.jit(functools.partial(programs.unstack, transformer)).lower(_replicated(mesh, shapes)).compile()
         params = jax.tree.map(
             lambda shape, placed: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed),
             jax.eval_shape(functools.partial(programs.unstack, transformer), shapes),
@@ -49,32 +51,32 @@ def lower_decode(e: Experiment, topology: Topology, rows: int, *, tensor: int = 
             static_argnames=("level", "top", "return_support"),
         )
         forced = jax.ShapeDtypeStruct((STEPS, rows), jnp.int32)
-        arguments = _on(mesh, (running, sampled, forced))
-        asked = {"level": SamplingParams().level, "top": False, "return_support": False}
-        return decode.lower(params, cache, None, *arguments, **asked)
+        arguments = _replicated(mesh, (running, sampled, forced))
+        static = {"level": SamplingParams().level, "top": False, "return_support": False}
+        return decode.lower(params, cache, None, *arguments, **static)
 
 
 def fit_decoding(e: Experiment, topology: Topology, log: Any) -> dict[str, Any]:
-    """Bytes of a device that decoding `ROWS` rows a chip needs, and whether they fit it."""
+    """Compiles decoding with `ROWS` rows per chip; returns the bytes needed per device and whether they fit."""
     rows = ROWS * topology.chips
-    row: dict[str, Any] = {"rows": rows, "length": e.data.row_length}
+    result: dict[str, Any] = {"rows": rows, "length": e.data.row_length}
     try:
         m = lower_decode(e, topology, rows).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         log(f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens does not fit")
-        return row | {"fits": False}
+        return result | {"fits": False}
     needed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     fits = needed <= topology.chip.memory
     log(
         f"{topology.name}: decoding {rows} rows of {e.data.row_length} tokens {'fits in' if fits else 'needs'} "
         f"{needed / GiB:.2f} GiB of {topology.chip.memory / GiB:.2f}"
     )
-    return row | {"fits": fits, "bytes_per_device": int(needed)}
+    return result | {"fits": fits, "bytes_per_device": int(needed)}
 
 
-def _on(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Shapes that are whole on every device."""
-    whole = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+def _replicated(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Adds a sharding to shapes that replicates them on every device."""
+    replicated = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), tree)

@@ -1,4 +1,4 @@
-"""The derived plan of a run: parameters, tokens, FLOPs, bytes, hours and dollars."""
+"""Computes the plan of a run: parameters, tokens, FLOPs, bytes, hours and dollars."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from jaxchat.planning.chips import CHIPS, Chip, GiB, Topology
 from jaxchat.train import init_state
 
 USUAL = (("v5e", 1), ("v5e", 8), ("v6e", 8), ("h100", 1), ("h100", 8), ("h200", 1))
-ROWS = "by its rows"
+ROWS = "depends on rows"
 
 
 def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence[Topology] = ()) -> dict[str, Any]:
-    """What follows from an experiment by arithmetic alone; tokens are 0 where the rows decide them."""
+    """Computes what needs no compilation. `price` is in dollars per chip and hour; tokens are 0 if rows decide them."""
     flops = flops_per_token(e.model, e.data.row_length)
     tokens = stage_tokens(e)
     chips = [(there.name, there.chip, there.chips) for there in topologies] or [
@@ -45,14 +45,14 @@ def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence
 
 
 def stage_tokens(e: Experiment) -> int:
-    """Tokens that a stage trains on; of RL at most, every answer as long as it may be, the prompts left out."""
+    """Number of tokens of a stage; for RL an upper bound with all answers at maximum length, without prompts."""
     if e.rl is None:
         return e.steps * e.batch_tokens
     return e.steps * e.rl.update_samples * e.rl.max_tokens
 
 
 def state_bytes(e: Experiment) -> dict[str, int]:
-    """Bytes of the whole training state: parameters, what the optimizer remembers, one gradient."""
+    """Bytes of the training state over all devices: parameters, optimizer state and one gradient."""
     transformer = Transformer(e.model)
     tx = optim.make(e.optimizer, transformer.specs(), steps=max(e.steps, 1), dtype=transformer.dtype)
     state = jax.eval_shape(lambda: init_state(transformer, tx, jax.random.key(0)))
@@ -61,32 +61,32 @@ def state_bytes(e: Experiment) -> dict[str, int]:
 
 
 def cache_bytes(model: Model, length: int) -> dict[str, int]:
-    """Bytes of one sequence's keys and values in bfloat16 by mixer and window, and in all."""
-    found: dict[str, int] = {}
+    """Bytes of the cache of one sequence in bfloat16, by mixer and window, and in total."""
+    sizes: dict[str, int] = {}
     caches = jax.eval_shape(lambda: Transformer(model, jnp.bfloat16).empty_cache(1, length, write=0)).layers
     for layer, cache in zip(model.layers, caches, strict=True):
         window = getattr(layer.mixer, "window", None)
         name = type(layer.mixer).__name__ + ("" if window is None else f" window {window}")
-        found[name] = found.get(name, 0) + _bytes(cache)
-    return found | {"total": sum(found.values())}
+        sizes[name] = sizes.get(name, 0) + _bytes(cache)
+    return sizes | {"total": sum(sizes.values())}
 
 
 def estimate(flops: float, chip: Chip, count: int, mfu: float, price: float | None) -> dict[str, float]:
-    """Hours and dollars of so many FLOPs on some chips, at a share of their peak."""
+    """Hours and dollars for `flops` on `count` chips that reach a share `mfu` of their peak."""
     hours = flops / (chip.peak_flops * count * mfu) / 3600
     return {"hours": round(hours, 4), "dollars": round(hours * count * (chip.dollars if price is None else price), 2)}
 
 
 def show(plans: Mapping[str, Mapping[str, Any]]) -> None:
-    """The plans as tables, on stderr."""
+    """Prints the plans of the stages to stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     first = next(iter(plans.values()))
     parts = ", ".join(f"{name} {count:,}" for name, count in first["parameters"].items() if name != "total")
     console.print(f"{first['parameters']['total']:,} parameters: {parts}")
     state = ", ".join(f"{name} {size / GiB:.2f} GiB" for name, size in first["state_bytes"].items())
-    console.print(f"training state: {state}, over all devices that split it")
+    console.print(f"training state: {state}, in total over all shards")
     cache = ", ".join(f"{name} {size:,}" for name, size in first["cache_bytes"].items())
-    console.print(f"cache of one sequence of a row, bytes in bfloat16: {cache}")
+    console.print(f"cache of one sequence of row length, bytes in bfloat16: {cache}")
     table = Table(title=f"hours and dollars at {first['mfu']:.0%} of peak, in bfloat16")
     table.add_column("")
     for stage in plans:
@@ -100,7 +100,7 @@ def show(plans: Mapping[str, Mapping[str, Any]]) -> None:
         )
     console.print(table)
     if "rl" in plans:
-        console.print("rl: training on answers as long as they may be; prompts and sampling come on top")
+        console.print("rl: upper bound for training on answers of maximum length, without prompts and sampling")
 
 
 def _bytes(tree: Any) -> int:

@@ -1,8 +1,8 @@
-"""Programs that nobody has read, run apart from what judges them. `run.judge` is the way in.
+"""Sandbox that runs untrusted programs in a process separate from their tests. The entry point is `run.judge`.
 
-    ours, JAX in it --job--> judge.py, a process --calls, literals--> inside.py, a process behind a wall
-                    <--verdict--               <--values, literals--
+    caller, imports JAX --job--> judge.py, a process --calls, literals--> inside.py, a sandboxed process
+                        <--verdict--               <--values, literals--
 
-`judge.py` runs the test, whose text we trust, with a stand-in for the function under test; `inside.py` has the function
-and never sees the test. The two, and what they import, need nothing but the standard library, so they start quickly.
+`judge.py` runs the test, which is trusted, with a proxy for the function under test; `inside.py` runs the function and
+never sees the test. Both import only the standard library, so that they start quickly.
 """

@@ -1,9 +1,9 @@
-"""A filter of system calls (Linux: seccomp) that a process puts on itself for good, without any privilege.
+"""System call filter (Linux seccomp) that a process installs on itself, irrevocably and without privileges.
 
-Calls that start or reach other processes, reach the network, change mounts or namespaces, keep memory beyond the
-process, lift limits, or change what Landlock does not hold of a file (rights, owner, times) are refused with EPERM. It
-is a second wall behind the namespaces, and the first where there are none. Numbers are those of the kernel's tables
-(arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
+The filter refuses with EPERM calls that start or access other processes, use the network, change mounts or namespaces,
+keep memory beyond the process, raise limits, or change file attributes that Landlock does not protect (mode, owner,
+times). It is a second defence behind namespaces, and the first without them. System call numbers come from the kernel's
+tables (arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 
-# The name, the number on x86-64, and that of AArch64, which lacks the older calls.
+# Name, number on x86-64 and number on AArch64 of each refused call; AArch64 lacks the older calls.
 _REFUSED = """
     clone 56 220                 fork 57 -                    vfork 58 -                   clone3 435 435
     execve 59 221                execveat 322 281             kill 62 129                  tkill 200 130
@@ -36,12 +36,12 @@ _REFUSED = """
     truncate 76 45               sched_setaffinity 203 122    migrate_pages 256 238        move_pages 279 239
     inotify_init 253 -           inotify_init1 294 26         fanotify_init 300 262        file_setattr 469 469
 """
-_SET_OWNER = (8, 15)  # Commands of fcntl that choose whom a file signals: any process of the same user.
-# Column above, AUDIT_ARCH_*, and the number of fcntl.
+_SET_OWNER = (8, 15)  # F_SETOWN and F_SETOWN_EX of fcntl could signal any process of the same user.
+# Column in the table above, AUDIT_ARCH_* constant and number of fcntl.
 _MACHINES = {"x86_64": (0, 0xC000003E, 72), "aarch64": (1, 0xC00000B7, 25)}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_X32 = 0x40000000  # Calls of x86-64's other numbering have this bit.
+_X32 = 0x40000000  # Bit in the call numbers of the x32 ABI.
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
 
 
@@ -50,30 +50,31 @@ class _Program(ctypes.Structure):
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """The numbers of the calls that are refused, by name."""
+    """Numbers of the refused system calls by name, for a machine such as "x86_64"."""
     words, column = _REFUSED.split(), _MACHINES[machine][0]
     rows = zip(words[::3], zip(words[1::3], words[2::3]))
     return {name: int(numbers[column]) for name, numbers in rows if numbers[column] != "-"}
 
 
 def close() -> bool:
-    """Puts the filter on this process; False where the machine or the kernel has none."""
+    """Installs the filter on this process; returns False if the machine or the kernel does not support it."""
     machine = os.uname().machine
     if machine not in _MACHINES:
         return False
     _, architecture, fcntl = _MACHINES[machine]
     numbers = sorted(refused_calls(machine).values())
     refuse = (_RETURN, 0, 0, _REFUSE | errno.EPERM)
-    lines = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    lines += [(_AT_LEAST, 0, 1, _X32), refuse]
+    # BPF instructions: operation, jump if true, jump if false, operand.
+    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    code += [(_AT_LEAST, 0, 1, _X32), refuse]
     for number in numbers:
-        lines += [(_EQUAL, 0, 1, number), refuse]
-    lines += [(_EQUAL, 0, 5, fcntl), (_LOAD, 0, 0, 24)]  # Its second argument.
+        code += [(_EQUAL, 0, 1, number), refuse]
+    code += [(_EQUAL, 0, 5, fcntl), (_LOAD, 0, 0, 24)]  # Offset of the second argument.
     for command in _SET_OWNER:
-        lines += [(_EQUAL, 0, 1, command), refuse]
-    lines.append((_RETURN, 0, 0, _ALLOW))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
-    program = _Program(len(lines), ctypes.cast(code, ctypes.c_void_p))
+        code += [(_EQUAL, 0, 1, command), refuse]
+    code.append((_RETURN, 0, 0, _ALLOW))
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in code))
+    program = _Program(len(code), ctypes.cast(buffer, ctypes.c_void_p))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return False

@@ -1,4 +1,4 @@
-"""The process that runs the program: it shuts itself in, then answers calls. Nothing that it says is trusted."""
+"""Process that runs the untrusted program: it restricts itself, then answers calls. Its output is never trusted."""
 
 import ctypes
 import os
@@ -17,15 +17,15 @@ _PARENT_DEATH_SIGNAL = 1
 
 
 def main() -> None:
-    """Reads one message with the program and its limits from descriptor 0, then answers calls on descriptor 1."""
+    """Reads the program and its limits from descriptor 0, then reads calls there and answers them on descriptor 1."""
     calls, answers = os.dup(0), os.dup(1)
-    os.dup2(2, 0), os.dup2(2, 1)  # Descriptor 2 is /dev/null, for reading too.
+    os.dup2(2, 0), os.dup2(2, 1)  # Descriptor 2 is /dev/null, opened for reading and writing.
     setup = receive(calls, 1 << 30)
     shut(setup)
     send(answers, "ready")
     try:
         module = types.ModuleType("candidate")
-        sys.modules["candidate"] = module  # Dataclasses look their module up.
+        sys.modules["candidate"] = module  # Dataclasses look up the module in which they are defined.
         exec(compile(setup["program"], "candidate", "exec"), module.__dict__)
         function: Any = module.__dict__[setup["entry_point"]]
     except BaseException as error:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def shut(setup: Mapping[str, Any]) -> None:
-    """Gives up rights for good."""
+    """Applies the resource limits of `setup` and drops all privileges irrevocably."""
     limits = {
         "AS": setup["memory_bytes"],
         "CPU": setup["cpu_seconds"],
@@ -58,11 +58,11 @@ def shut(setup: Mapping[str, Any]) -> None:
         if kind is not None:
             lower(kind, limit)
     if setup["user"] is not None:
-        # The number of processes is counted by user, and root's are not limited.
+        # RLIMIT_NPROC counts the processes of a user and does not apply to root.
         os.setgroups([])
         os.setresgid(*[setup["user"]] * 3)
         os.setresuid(*[setup["user"]] * 3)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Too large a file is an error, as a full disk is.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Writing beyond RLIMIT_FSIZE raises OSError instead.
     if sys.platform == "linux":
         drop_capabilities()
         die_with_parent()
@@ -72,19 +72,19 @@ def shut(setup: Mapping[str, Any]) -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up what is left to root: its name may remain where no other user can be had."""
+    """Drops all capabilities, because the process may still run as root if no other user is available."""
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, none):
         raise OSError(ctypes.get_errno(), "capset")
 
 
 def lower(kind: int, limit: int) -> None:
-    """Sets a limit of this process, unless a lower one is in force."""
+    """Sets soft and hard resource limit `kind` to `limit`, or to the current hard limit if that is lower."""
     hard = resource.getrlimit(kind)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (limit, limit))
 
 
 def die_with_parent() -> None:
-    """Asks the kernel to end this process when its parent ends; a change of user forgets it."""
+    """Asks the kernel to kill this process when its parent dies. A change of user id resets this setting."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)

@@ -1,7 +1,7 @@
-"""The judge: runs a test whose text is trusted, with a stand-in for the function under test.
+"""Judge process: runs a trusted test with a proxy for the function under test.
 
-The stand-in sends literals and gets literals, so whatever the program does to its own process, all that it can do to
-the judge is to answer with other values than it should.
+The proxy exchanges only literals with the program's process, so a program that takes over its own process can still do
+no more to the judge than return wrong values.
 """
 
 import contextlib
@@ -19,44 +19,44 @@ from jaxchat.sandbox import walls
 from jaxchat.sandbox.inside import die_with_parent, lower
 from jaxchat.sandbox.literals import NotLiteral, decode, encode, receive, send
 
-_OWN_SECONDS, _OWN_BYTES = 30, 4 << 30  # of processor time beyond what the program has, and of memory
-_PATIENCE_SECONDS = 60  # for a wall to be built
+_OWN_SECONDS, _OWN_BYTES = 30, 4 << 30  # The judge's CPU time beyond the program's limit, and its memory limit.
+_STARTUP_SECONDS = 60  # Time limit for the sandbox to start.
 
 
 class _Ended(BaseException):
-    """The program is of no more use: it is gone, late, or talks nonsense. No test catches this."""
+    """The program exited, timed out or broke the protocol. A BaseException, so that tests do not catch it."""
 
 
 class _Raised(Exception):
-    """The function raised, or gave what is no literal."""
+    """The function raised an exception, or returned something other than a literal."""
 
 
 class _Broken(Exception):
-    """The program could not be started, through no fault of its own."""
+    """The sandbox failed to start the program."""
 
 
 def main() -> None:
-    """Reads jobs from standard input, and writes verdicts to standard output, which no test can reach.
+    """Reads jobs from standard input and writes verdicts to standard output, both hidden from the tests.
 
-    Each job has a process of its own: a copy of this one, which saves the start of a Python.
+    Each job runs in a fork of this process, which is faster than starting a new Python.
     """
     jobs, verdicts = os.dup(0), os.dup(1)
-    silence = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(silence, number)
+        os.dup2(null, number)
     _die_with_parent()
     with contextlib.suppress(EOFError):
         while True:
             job = receive(jobs, 1 << 30)
-            ours, its = os.pipe()
+            read_end, write_end = os.pipe()
             number = os.fork()
             if number == 0:
-                _work(job, its)
-            os.close(its)
-            with open(ours, "rb") as pipe:
+                _work(job, write_end)
+            os.close(write_end)
+            with open(read_end, "rb") as pipe:
                 verdict = pipe.read()
             status = os.waitpid(number, 0)[1]
-            # Its own limits, or a value that its Python cannot stand: the program made it.
+            # If the fork died of its limits or of a value that it received, that is the program's fault.
             send(verdicts, json.loads(verdict) if verdict else ["wrong", f"the judge ended with status {status}"])
 
 
@@ -82,12 +82,12 @@ def _die_with_parent() -> None:
 
 
 def _judge(job: Mapping[str, Any]) -> tuple[str, str]:
-    """ "right", "wrong", or "broken" where it cannot be told, and why."""
+    """Returns "right", "wrong" or, if the sandbox or the test failed, "broken", and the reason."""
     try:
         with _program(job) as calls:
             stand_in = StandIn(*calls, job["limits"]["message_bytes"])
             _run_test(job, stand_in)
-            return ("right", "") if stand_in.calls else ("broken", "the test called nothing")
+            return ("right", "") if stand_in.calls else ("broken", "the test did not call the function")
     except _Broken as error:
         return "broken", str(error)
     except (_Ended, Exception) as error:
@@ -96,10 +96,10 @@ def _judge(job: Mapping[str, Any]) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _program(job: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """The program, running and waiting for calls: the pipes to it and from it. Afterwards nothing of it is left."""
+    """Starts the program and yields the pipes to and from it; kills all its processes on exit."""
     wall, user = job["wall"], walls.spare_user()
     user = user if job["another_user"] else None
-    with _alarm(_PATIENCE_SECONDS, _Broken(f"no process behind {wall} within {_PATIENCE_SECONDS} s")):
+    with _alarm(_STARTUP_SECONDS, _Broken(f"{wall}: no process started within {_STARTUP_SECONDS} s")):
         try:
             process = walls.start(
                 wall, user=user, directory=job["directory"], directory_bytes=job["limits"]["directory_bytes"]
@@ -109,22 +109,22 @@ def _program(job: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     assert process.stdin is not None and process.stdout is not None
     calls, answers = process.stdin.fileno(), process.stdout.fileno()
     try:
-        with _alarm(_PATIENCE_SECONDS, _Broken(f"no Python behind {wall} within {_PATIENCE_SECONDS} s")):
+        with _alarm(_STARTUP_SECONDS, _Broken(f"{wall}: Python did not start within {_STARTUP_SECONDS} s")):
             try:
-                order = {"user": user, "files": walls.files(wall, job["directory"])}
-                send(calls, {**job["limits"], **order, "program": job["program"], "entry_point": job["entry"]})
+                setup = {"user": user, "files": walls.files(wall, job["directory"])}
+                send(calls, {**job["limits"], **setup, "program": job["program"], "entry_point": job["entry"]})
                 if receive(answers, 100) != "ready":
-                    raise NotLiteral("another first word")
+                    raise NotLiteral("unexpected first message")
             except (OSError, EOFError, NotLiteral) as error:
-                raise _Broken(f"{wall}: the process did not get ready ({error})") from None
-        with _alarm(job["limits"]["wall_seconds"], _Ended("too late")):
+                raise _Broken(f"{wall}: the process did not become ready ({error})") from None
+        with _alarm(job["limits"]["wall_seconds"], _Ended("the time limit is exceeded")):
             yield calls, answers
     finally:
         _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process and its group, and waits until nothing holds its pipe."""
+    """Kills the process and its group, and waits until no process holds its pipe open."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -135,11 +135,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _alarm(seconds: float, what: BaseException) -> Iterator[None]:
-    """Raises `what` when the time is over, wherever this process is."""
+def _alarm(seconds: float, error: BaseException) -> Iterator[None]:
+    """Raises `error` in this process, by a signal, if the context takes longer than `seconds`."""
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise what
+        raise error
 
     signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -150,7 +150,7 @@ def _alarm(seconds: float, what: BaseException) -> Iterator[None]:
 
 
 class StandIn:
-    """Called as the function under test would be; asks the program."""
+    """Proxy for the function under test: forwards calls to the program's process."""
 
     def __init__(self, calls: int, answers: int, message_bytes: int) -> None:
         self.calls, self._to, self._from, self._limit = 0, calls, answers, message_bytes
@@ -159,15 +159,15 @@ class StandIn:
         try:
             call = [encode(list(arguments)), encode(keywords)]
         except NotLiteral as error:
-            raise _Ended(f"the test passes what is no literal: {error}") from None
+            raise _Ended(f"the test passes something other than literals: {error}") from None
         try:
             send(self._to, [self.calls + 1, *call])
             match receive(self._from, self._limit):
                 case [int(number), "value", value] if number == self.calls + 1:
                     self.calls += 1
                     return decode(value)
-                case [int(_), "error", str(what)]:
-                    raise _Raised(what)
+                case [int(_), "error", str(name)]:
+                    raise _Raised(name)
                 case other:
                     raise _Ended(f"no answer to call {self.calls + 1}: {str(other)[:80]}")
         except (OSError, EOFError, NotLiteral) as error:
@@ -175,9 +175,9 @@ class StandIn:
 
 
 def _run_test(job: Mapping[str, Any], stand_in: Callable[..., Any]) -> None:
-    """Runs check(candidate). The prompt's own helpers are there for it, and the function's name is the stand-in's."""
+    """Runs check(candidate) with the proxy; the test can use the helper functions in the prompt."""
     names: dict[str, Any] = {"__name__": "test"}
-    for text in (job["prompt"], job["prompt"] + "\n    pass\n"):  # A head without a docstring has no body.
+    for text in (job["prompt"], job["prompt"] + "\n    pass\n"):  # A function without a docstring needs a body.
         with contextlib.suppress(SyntaxError):
             exec(compile(text, "prompt", "exec"), names)
             break
@@ -185,6 +185,6 @@ def _run_test(job: Mapping[str, Any], stand_in: Callable[..., Any]) -> None:
     if "random" in job["test"]:
         import random
 
-        random.seed(0)  # Tests that draw their arguments draw the same ones for every answer.
+        random.seed(0)  # Tests with random arguments use the same ones for every answer.
     exec(compile(job["test"], "test", "exec"), names)
     names["check"](stand_in)

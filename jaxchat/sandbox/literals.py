@@ -1,7 +1,7 @@
-"""Plain values as JSON and back, and messages of them through pipes.
+"""Encodes Python literals as JSON, and sends them as messages through pipes.
 
-JSON has no tuple, set, bytes, complex number or key that is no text: such values are written as [type, content], and
-so are lists. Whole numbers beyond 63 bits are written in hexadecimal, whose reading takes time linear in the digits.
+JSON has no tuples, sets, bytes, complex numbers or non-string keys, so these are encoded as [type, content], as are
+lists. Integers beyond 63 bits are encoded in hexadecimal, which is parsed in linear time.
 """
 
 import json
@@ -14,14 +14,14 @@ _HEADER = struct.Struct(">I")
 
 
 class NotLiteral(ValueError):
-    """A value, or a text from the other side, that is no literal."""
+    """A value to encode or a received message that is not a literal."""
 
 
 def encode(value: Any, depth: int = DEPTH) -> Any:
-    """What JSON can say of a value. An object of a class made from a literal's, such as a Counter, is its content.
+    """Encodes a literal as a JSON value. Instances of subclasses, such as Counter, are encoded as their base type.
 
     Raises:
-        NotLiteral: something else, such as a generator or an object, or nested deeper than `depth`.
+        NotLiteral: the value contains a generator or other object, or is nested deeper than `depth`.
     """
     if depth < 0:
         raise NotLiteral("nested too deeply")
@@ -45,14 +45,14 @@ def encode(value: Any, depth: int = DEPTH) -> Any:
             return [kind.__name__, [encode(part, inner) for part in value]]
         case dict():
             return ["dict", [[encode(key, inner), encode(part, inner)] for key, part in dict.items(value)]]
-    raise NotLiteral(f"a {type(value).__name__} is no literal")
+    raise NotLiteral(f"a {type(value).__name__} is not a literal")
 
 
 def decode(value: Any, depth: int = DEPTH) -> Any:
-    """The value that `encode` wrote, made of plain types only.
+    """Decodes a value from `encode`; the result has only built-in types.
 
     Raises:
-        NotLiteral: no such writing.
+        NotLiteral: `value` is not an encoded literal.
     """
     if depth < 0:
         raise NotLiteral("nested too deeply")
@@ -77,13 +77,13 @@ def decode(value: Any, depth: int = DEPTH) -> Any:
                 return frozenset(decode(part, inner) for part in parts)
             case ["dict", list(parts)]:
                 return {decode(key, inner): decode(part, inner) for key, part in parts}
-    except (TypeError, ValueError, OverflowError) as error:  # A list as a key, say, or digits that are none.
+    except (TypeError, ValueError, OverflowError) as error:  # For example a list as a key, or invalid digits.
         raise NotLiteral(str(error)) from None
-    raise NotLiteral("no literal's writing")
+    raise NotLiteral("not an encoded literal")
 
 
 def send(pipe: int, message: Any) -> None:
-    """Writes one message: its length in four bytes, then JSON in ASCII."""
+    """Writes one message: its length as a big-endian 32-bit integer, then JSON in ASCII."""
     text = json.dumps(message).encode("ascii")
     rest = memoryview(_HEADER.pack(len(text)) + text)
     while rest:
@@ -94,16 +94,16 @@ def receive(pipe: int, limit: int) -> Any:
     """Reads one message.
 
     Raises:
-        EOFError: the other side is gone.
-        NotLiteral: longer than `limit` bytes, or no JSON.
+        EOFError: the other process closed the pipe.
+        NotLiteral: the message is longer than `limit` bytes or not JSON.
     """
     (size,) = _HEADER.unpack(_read(pipe, _HEADER.size))
     if size > limit:
-        raise NotLiteral(f"a message of {size} bytes is longer than {limit}")
+        raise NotLiteral(f"a message of {size} bytes is longer than the limit of {limit}")
     try:
         return json.loads(_read(pipe, size).decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise NotLiteral(f"no JSON: {error}") from None
+        raise NotLiteral(f"not JSON: {error}") from None
 
 
 def _read(pipe: int, size: int) -> bytes:
@@ -111,7 +111,7 @@ def _read(pipe: int, size: int) -> bytes:
     while size:
         part = os.read(pipe, min(size, 1 << 16))
         if not part:
-            raise EOFError("the other side is gone")
+            raise EOFError("the other process closed the pipe")
         parts.append(part)
         size -= len(part)
     return b"".join(parts)

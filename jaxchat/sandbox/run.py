@@ -1,4 +1,4 @@
-"""Whether a program passes a test, with limits, and what protects this machine from it meanwhile."""
+"""Judges programs by tests within resource limits, in the best sandbox that works on this machine."""
 
 import contextlib
 import functools
@@ -21,19 +21,20 @@ from jaxchat.sandbox import walls
 from jaxchat.sandbox.literals import receive, send
 from jaxchat.sandbox.walls import WALLS, Wall
 
-_GRACE_SECONDS = 180  # for starting, ending, and a machine with much else to do
+_GRACE_SECONDS = 180  # Time allowed beyond the wall time limit for start, shutdown and a busy machine.
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use for one test.
+    """Resource limits of a program for one test.
 
     Attributes:
-        cpu_seconds: processor time, the strict limit: it does not depend on what else the machine does.
-        wall_seconds: time on the clock, for programs that wait.
-        memory_bytes: address space, Python's own 20 MB included.
-        directory_bytes: all files together, where the directory lies in memory.
-        message_bytes: the largest answer to one call, as JSON.
+        cpu_seconds: CPU time, the main limit, because it does not depend on the load of the machine.
+        wall_seconds: wall time, which limits programs that wait.
+        memory_bytes: address space, including about 20 MB for Python itself.
+        file_bytes: size of a single file.
+        directory_bytes: size of all files together, enforced only in bubblewrap and namespaces.
+        message_bytes: size of the answer to one call, as JSON.
     """
 
     cpu_seconds: int = 5
@@ -47,11 +48,12 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value <= 0:
-                raise UserError(f"{name}={value}: a program needs more than nothing")
+                raise UserError(f"{name}={value} must be positive")
 
 
 class Job(NamedTuple):
-    """A program, the name of the function under test, the text of a test `check(candidate)`, and that before it."""
+    """A program, the name of the function under test, test code that defines `check(candidate)`, and the prompt, whose
+    helper functions the test may use."""
 
     program: str
     entry: str
@@ -65,7 +67,7 @@ class Verdict(NamedTuple):
 
 
 class Protection(NamedTuple):
-    """What a program is started behind, found by trying: `sentence` says it, `holes` what is not held."""
+    """The sandbox as measured by a probe program; `holes` lists what a program can still do."""
 
     wall: Wall
     another_user: bool
@@ -75,38 +77,38 @@ class Protection(NamedTuple):
     @property
     def sentence(self) -> str:
         kinds = {
-            "bubblewrap": "bubblewrap: no file but Python's, read-only, no other process, no network",
-            "namespaces": "own namespaces: no file but Python's, read-only, no other process, no network",
-            "limits": "limits of the process (neither bubblewrap nor namespaces work here)",
+            "bubblewrap": "bubblewrap (only Python's files, read-only; no other processes; no network)",
+            "namespaces": "namespaces (only Python's files, read-only; no other processes; no network)",
+            "limits": "process limits (neither bubblewrap nor namespaces work here)",
         }
         parts = [kinds[self.wall]]
-        parts += ["a user of its own"] if self.another_user else []
-        parts += ["system calls filtered"] if self.filter else []
-        parts += ["files held by Landlock"] if self.wall == "limits" and not set(_FILES) & set(self.holes) else []
-        warning = f"; NOT held: a program can {', '.join(self.holes)}" if self.holes else ""
-        return f"answers run behind {', '.join(parts)}{warning}"
+        parts += ["a separate user"] if self.another_user else []
+        parts += ["filtered system calls"] if self.filter else []
+        parts += ["files protected by Landlock"] if self.wall == "limits" and not set(_FILES) & set(self.holes) else []
+        warning = f"; NOT protected: a program can {', '.join(self.holes)}" if self.holes else ""
+        return f"answers run in a sandbox: {', '.join(parts)}{warning}"
 
 
 class SandboxError(RuntimeError):
-    """A program could not be judged, through no fault of its own."""
+    """The sandbox or the test failed, so that a program could not be judged."""
 
 
 def judge(job: Job, limits: Limits = Limits(), protection: Protection | None = None) -> Verdict:
-    """Runs a program against a test. "broken" says that the sandbox failed, or the test itself."""
+    """Runs a program against a test. The verdict is "broken" if the sandbox failed or the test called nothing."""
     return judge_many([job], limits, protection=protection)[0]
 
 
 def judge_many(
     jobs: Sequence[Job], limits: Limits = Limits(), *, workers: int = 0, protection: Protection | None = None
 ) -> list[Verdict]:
-    """Verdicts in the order of the jobs, several at once: as many as there are cores, by default."""
-    shield = protection or find_protection()
-    waiting, verdicts = deque(enumerate(jobs)), dict[int, Verdict]()
+    """Judges jobs in parallel, by default with one worker per core; returns verdicts in the order of the jobs."""
+    sandbox = protection or find_protection()
+    queue, verdicts = deque(enumerate(jobs)), dict[int, Verdict]()
 
     def work() -> None:
-        with _Judge(limits, shield) as judge, contextlib.suppress(IndexError):
+        with _Judge(limits, sandbox) as judge, contextlib.suppress(IndexError):
             while True:
-                number, job = waiting.popleft()
+                number, job = queue.popleft()
                 verdicts[number] = judge.ask(job)
 
     count = max(1, min(workers or cores(), len(jobs)))
@@ -115,12 +117,12 @@ def judge_many(
             for worker in [pool.submit(work) for _ in range(count)]:
                 worker.result()
         finally:
-            waiting.clear()
+            queue.clear()
     return [verdicts[i] for i in range(len(jobs))]
 
 
 class _Judge:
-    """A process of judge.py, asked by one thread; started again where it gave no answer."""
+    """A judge.py process used by one thread; restarted if it fails to answer."""
 
     def __init__(self, limits: Limits, protection: Protection) -> None:
         self._limits, self._protection = limits, protection
@@ -136,7 +138,7 @@ class _Judge:
                 self._process = None
 
     def ask(self, job: Job) -> Verdict:
-        """The verdict on one program."""
+        """Judges one program; "broken" if the judge process gives no verdict."""
         if self._process is None:
             self._process = subprocess.Popen(
                 walls.command("judge:main", str(os.getpid())),
@@ -149,10 +151,10 @@ class _Judge:
                 bufsize=0,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        orders, answers = self._process.stdin.fileno(), self._process.stdout.fileno()
+        requests, answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         seconds = self._limits.wall_seconds + _GRACE_SECONDS
         with _directory(self._protection.wall) as directory:
-            order = {
+            request = {
                 **job._asdict(),
                 "limits": asdict(self._limits),
                 "wall": self._protection.wall,
@@ -160,19 +162,19 @@ class _Judge:
                 "directory": directory,
             }
             try:
-                send(orders, order)
+                send(requests, request)
                 if select.select([answers], [], [], seconds)[0]:
                     return Verdict(*receive(answers, 1 << 20))
                 reason = f"no verdict within {seconds:g} s"
             except (OSError, EOFError):
-                reason = "the judge ended"
+                reason = "the judge process died"
             self.__exit__()
             return Verdict("broken", reason)
 
 
 @contextlib.contextmanager
 def _directory(wall: Wall) -> Iterator[str]:
-    """An empty directory, removed afterwards; behind a wall there is one in memory."""
+    """Yields an empty temporary directory and removes it; bubblewrap and namespaces make their own in memory."""
     if wall != "limits":
         yield "/"
         return
@@ -211,12 +213,12 @@ def facts(path, port):
 
 @functools.cache
 def find_protection() -> Protection:
-    """The best protection that works here, found once by starting a program that tries what it must not be able to.
+    """Finds the strongest sandbox that works here, by running a probe that tries forbidden actions in each. Cached.
 
     Raises:
-        UserError: not even limits work, as on Windows.
+        UserError: no sandbox works.
     """
-    reasons, found = [], []
+    reasons, leaky = [], []
     for wall in WALLS:
         for another_user in (True, False) if os.getuid() == 0 else (False,):
             protection = _probe(Protection(wall, another_user, False, ()))
@@ -225,14 +227,14 @@ def find_protection() -> Protection:
             elif not protection.holes:
                 return protection
             else:
-                found.append(protection)
-    if not found:
-        raise UserError(f"programs cannot be judged here: {'; '.join(dict.fromkeys(reasons))}")
-    return min(found, key=lambda protection: len(protection.holes))
+                leaky.append(protection)
+    if not leaky:
+        raise UserError(f"no sandbox for programs works on this machine: {'; '.join(dict.fromkeys(reasons))}")
+    return min(leaky, key=lambda protection: len(protection.holes))
 
 
 def _probe(protection: Protection) -> Protection | str:
-    """What a protection truly holds, or why it does not work here."""
+    """Runs the probe; returns the protection with its measured holes, or the reason why it does not work here."""
     with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as server:
         os.chmod(directory, 0o755)
         path = f"{directory}/file"

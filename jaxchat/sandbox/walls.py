@@ -1,8 +1,8 @@
-"""Ways to start a process apart from everything: bubblewrap, namespaces of our own, or what is left without them.
+"""Ways to start an isolated process: bubblewrap, Linux namespaces, or resource limits only.
 
-Behind the first two the process sees the Python installation and its system libraries, read-only, and an empty
-directory in memory; no other file, no process, no network. Without them it has a directory of its own, and no rights
-but those of its user.
+With bubblewrap or namespaces, the process sees only the Python installation and system libraries, read-only, and an
+empty directory in memory; it sees no other processes and no network. With limits only, it gets a temporary directory
+and keeps the rights of its user, less what Landlock and the system call filter refuse.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ from jaxchat.sandbox import landlock
 Wall = Literal["bubblewrap", "namespaces", "limits"]
 WALLS: tuple[Wall, ...] = ("bubblewrap", "namespaces", "limits")
 HOME = "/candidate"
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # The order of a set must not change from run to run.
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # Makes the order of sets reproducible.
 PYTHON = os.path.realpath(sys.executable)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _LIBRARIES = ("lib", "lib64")
 _NEW = {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE, _DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-_MOUNT_SETATTR, _RECURSIVE, _HERE = 442, 0x8000, -100
+_MOUNT_SETATTR, _AT_RECURSIVE, _AT_FDCWD = 442, 0x8000, -100
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 
 def command(function: str, asker: str) -> list[str]:
-    """Starts a function of the package in a bare Python: no site-packages, nothing from the environment's paths.
+    """Command that runs `function` ("module:name" in this package) in a Python without site-packages.
 
-    The last word names the process that asked, so that whatever were left of it could be told from others.
+    `asker`, the process id of the caller, is the last argument, so that leftover processes can be attributed to it.
     """
     module, _, name = function.partition(":")
     code = f"import sys\nsys.path.append({ROOT!r})\nfrom jaxchat.sandbox.{module} import {name}\n{name}()"
@@ -38,7 +38,7 @@ def command(function: str, asker: str) -> list[str]:
 
 
 def shown() -> list[str]:
-    """What a process behind a wall may read: Python, system libraries, and the code of this package."""
+    """Paths that an isolated process may read: Python, system libraries and the code of this package."""
     own = [f"{ROOT}/jaxchat/__init__.py", f"{ROOT}/jaxchat/sandbox"]
     libraries = [os.path.join(prefix, name) for prefix in ("/", "/usr", sys.base_prefix) for name in _LIBRARIES]
     paths = [PYTHON, "/etc/ld.so.cache", *libraries, *own]
@@ -46,26 +46,29 @@ def shown() -> list[str]:
 
 
 def hidden() -> list[str]:
-    """Folders among what is shown that hold installed packages, which may hold the very tests."""
-    found = []
+    """Directories of installed packages within `shown()`, which are hidden because packages may contain the tests."""
+    packages = []
     for library in dict.fromkeys(f"{prefix}/{name}" for prefix in ("/usr", sys.base_prefix) for name in _LIBRARIES):
         names = os.listdir(library) if os.path.isdir(library) else []
         versions = [f"{library}/{name}" for name in names if name.startswith("python")]
-        found += [f"{version}/{name}" for version in versions for name in ("site-packages", "dist-packages")]
-    return [path for path in found if os.path.isdir(path)]
+        packages += [f"{version}/{name}" for version in versions for name in ("site-packages", "dist-packages")]
+    return [path for path in packages if os.path.isdir(path)]
 
 
 def files(wall: Wall, directory: str) -> tuple[list[str], list[str], str] | None:
-    """What a process without a wall may reach, where Landlock holds it to that; see `landlock.confine`."""
+    """Arguments of `landlock.confine` for wall "limits"; None for the others, which restrict files themselves."""
     if wall != "limits":
         return None
-    found = [landlock.without(path, hidden()) for path in shown()]
-    whole = [path for parts, _ in found for path in parts]
-    return whole, [path for _, between in found for path in between], directory
+    split = [landlock.without(path, hidden()) for path in shown()]
+    readable = [path for parts, _ in split for path in parts]
+    return readable, [path for _, between in split for path in between], directory
 
 
 def spare_user() -> int | None:
-    """A user that nobody is, of this process's own, where it may become one; None where it may not."""
+    """An unused user id that differs between processes, if this process runs as root; None if it may not switch users.
+
+    Falls back to 65534 (nobody) if the user namespace's id map cannot be read.
+    """
     if os.getuid() != 0:
         return None
     try:
@@ -77,18 +80,18 @@ def spare_user() -> int | None:
 
 
 def start(wall: Wall, *, user: int | None, directory: str, directory_bytes: int) -> subprocess.Popen[bytes]:
-    """Starts `inside.main` behind a wall, with two pipes and no other descriptor; to be called once in a process.
+    """Starts `inside.main` in isolation, connected by two pipes only. Call it once per process.
 
     Raises:
-        OSError: the wall cannot be built here.
+        OSError: this isolation does not work here.
     """
     enter: Callable[[], None] | None = None
     arguments = command("inside:main", sys.argv[-1])
     if wall == "bubblewrap":
         arguments = [*_bubblewrap(user, directory_bytes), *arguments]
     elif wall == "namespaces":
-        _leave(user)
-        enter = _entrance(directory_bytes)
+        _enter_namespaces(user)
+        enter = _new_root(directory_bytes)
     elif user is not None:
         os.chown(directory, user, user)
     return subprocess.Popen(
@@ -109,13 +112,13 @@ def _bubblewrap(user: int | None, directory_bytes: int) -> list[str]:
     program = next((path for path in (f"{place}/bwrap" for place in places) if os.access(path, os.X_OK)), None)
     if program is None:
         raise FileNotFoundError("bwrap is not installed")
-    apart = ["ipc", "pid", "net", "uts", "cgroup-try"]
-    # Root becomes another user inside, so it keeps the right to, and no user namespace may hide the others.
+    unshared = ["ipc", "pid", "net", "uts", "cgroup-try"]
+    # Root switches to `user` inside, which needs these capabilities and all user ids, hence no user namespace.
     rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     if user is None:
-        apart, rights = [*apart, "user"], ["--uid", "65534", "--gid", "65534"]
-    made = [program, *(f"--unshare-{name}" for name in apart), *rights, "--die-with-parent", "--new-session"]
-    # Left to itself it makes parents that only root may enter.
+        unshared, rights = [*unshared, "user"], ["--uid", "65534", "--gid", "65534"]
+    made = [program, *(f"--unshare-{name}" for name in unshared), *rights, "--die-with-parent", "--new-session"]
+    # By default bubblewrap creates parent directories that only root may enter.
     parents: set[str] = set()
     for path in shown():
         while (path := os.path.dirname(path)) != "/":
@@ -127,33 +130,33 @@ def _bubblewrap(user: int | None, directory_bytes: int) -> list[str]:
     return [*made, "--"]
 
 
-def _leave(user: int | None) -> None:
-    """Puts this process into namespaces of its own but for the mounts; its next child is the first of its processes."""
-    apart = _NEW["uts"] | _NEW["ipc"] | _NEW["pid"] | _NEW["net"]
+def _enter_namespaces(user: int | None) -> None:
+    """Moves this process into new namespaces, except for mounts; the PID namespace applies to its next child."""
+    flags = _NEW["uts"] | _NEW["ipc"] | _NEW["pid"] | _NEW["net"]
     if os.getuid() == 0:
-        return _check("unshare", _libc().unshare(apart))
+        return _check("unshare", _libc().unshare(flags))
     inside, outside = (65534, 65534), (os.getuid(), os.getgid())
-    _check("unshare", _libc().unshare(apart | _NEW["user"]))
+    _check("unshare", _libc().unshare(flags | _NEW["user"]))
     maps = [(f"{name}_map", f"{a} {b} 1") for name, a, b in zip(("uid", "gid"), inside, outside)]
     for name, text in (("setgroups", "deny"), *maps):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def _entrance(directory_bytes: int) -> Callable[[], None]:
-    """What the child does before it becomes Python: a new root with what is shown, and nothing else."""
+def _new_root(directory_bytes: int) -> Callable[[], None]:
+    """Returns the function that a child calls before it executes Python: it mounts a root with `shown()` only."""
     visible, empty, pivot_root = shown(), hidden(), _PIVOT_ROOT.get(os.uname().machine)
     if pivot_root is None:
-        raise OSError(f"no namespaces of our own on {os.uname().machine}")
+        raise OSError(f"namespaces are not supported on {os.uname().machine}")
 
     def enter() -> None:
         libc = _libc()
         _check("unshare", libc.unshare(_NEW["mount"]))
         _mount("none", "/", "", _REC | _PRIVATE)
-        new = "/proc"  # A directory that is always there, and that nothing to be shown lies in.
+        new = "/proc"  # A mount point that always exists and contains none of the visible paths.
         _mount("tmpfs", new, "tmpfs", _NOSUID | _NODEV, "mode=755,size=1m")
         for path in visible:
-            _point(path, new + path)
+            _make_mount_point(path, new + path)
             _mount(path, new + path, "", _BIND | _REC)
         for path in empty:
             _mount("tmpfs", new + path, "tmpfs", 0, "mode=755,size=4k")
@@ -168,8 +171,8 @@ def _entrance(directory_bytes: int) -> Callable[[], None]:
     return enter
 
 
-def _point(path: str, target: str) -> None:
-    """An empty directory or file to mount on."""
+def _make_mount_point(path: str, target: str) -> None:
+    """Creates an empty directory or file `target`, on which `path` can be mounted."""
     if os.path.isdir(path):
         os.makedirs(target, exist_ok=True)
     elif not os.path.exists(target):
@@ -178,11 +181,11 @@ def _point(path: str, target: str) -> None:
 
 
 def _read_only(path: str) -> None:
-    """Makes a mount and all below it read-only, without devices and programs of other users (Linux 5.12)."""
+    """Makes a mount and all mounts below it read-only, nosuid and nodev (mount_setattr, Linux 5.12)."""
     attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
-    found = _libc().syscall(_MOUNT_SETATTR, _HERE, path.encode(), _RECURSIVE, ctypes.byref(attributes), size)
-    _check("mount_setattr", found)
+    result = _libc().syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE, ctypes.byref(attributes), size)
+    _check("mount_setattr", result)
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
@@ -201,19 +204,19 @@ def _libc() -> ctypes.CDLL:
 
 
 def remove(directory: str) -> None:
-    """Deletes a directory, however deep it is and whatever rights its parts have; links are not followed."""
-    waiting: list[str] = [directory]
+    """Deletes a directory tree of any depth and with any access modes, without following links."""
+    pending: list[str] = [directory]
     moved = 0
-    while waiting:
-        place = waiting.pop()
+    while pending:
+        place = pending.pop()
         os.chmod(place, 0o700)
         for entry in list(os.scandir(place)):
             if entry.is_dir(follow_symlinks=False):
-                # Brought up beside the others, so that no path grows longer than a system call takes.
+                # Moved next to the top directory, so that no path exceeds the length limit of system calls.
                 os.chmod(entry.path, 0o700)
                 moved += 1
-                waiting.append(f"{directory}.{moved}")
-                os.rename(entry.path, waiting[-1])
+                pending.append(f"{directory}.{moved}")
+                os.rename(entry.path, pending[-1])
             else:
                 os.unlink(entry.path)
         os.rmdir(place)

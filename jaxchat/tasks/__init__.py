@@ -1,4 +1,4 @@
-"""Tasks whose answers can be checked, by name: what RL learns from and evaluation counts."""
+"""Tasks with verifiable answers, by name, for reinforcement learning and evaluation."""
 
 import difflib
 import importlib.util
@@ -25,54 +25,55 @@ _WITH_FILES = ("gsm8k", "humaneval")
 
 
 def load_task(spec: str, downloads: Path | None = None) -> Task:
-    """The task of a spec: a name of TASKS, or FILE.py:CLASS of one's own.
+    """Loads a task: a name in TASKS, or FILE.py:CLASS for the user's own.
 
-    gsm8k:DIRECTORY and humaneval:DIRECTORY name their files; those that are not named are the hub's, in `downloads`.
+    gsm8k:DIRECTORY and humaneval:DIRECTORY read local files. Without a directory these tasks are downloaded from the
+    hub to `downloads`. Raises `UserError` if the task is unknown or cannot be loaded.
     """
     name, _, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     if name.endswith(".py"):
-        return _own(Path(name), rest)
+        return _load_own(Path(name), rest)
     if name not in TASKS:
         guess = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {guess[0]}?" if guess else f"there are {', '.join(TASKS)}, and FILE.py:CLASS of your own"
-        raise UserError(f"there is no task {name!r}: {hint}")
-    reads = name in _WITH_FILES
-    if rest and not reads:
-        raise UserError(f"the task {name} reads no files: write {name} alone, not {spec}")
-    return TASKS[name](rest, downloads) if reads else TASKS[name]()
+        hint = f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(TASKS)}, or FILE.py:CLASS"
+        raise UserError(f"unknown task {name!r}: {hint}")
+    has_files = name in _WITH_FILES
+    if rest and not has_files:
+        raise UserError(f"the task {name} reads no files: write {name} instead of {spec}")
+    return TASKS[name](rest, downloads) if has_files else TASKS[name]()
 
 
 def problems_of(task: Task, split: Split) -> Sequence[Problem]:
-    """The problems of one side of a task; raises UserError where there are none, or other things."""
+    """Returns a split's problems; raises `UserError` if there are none or an element is not a Problem."""
     try:
         problems = task.problems(split)
         wrong = next((problem for problem in problems if not isinstance(problem, Problem)), None)
     except UserError:
         raise
     except Exception as error:  # The user's code may fail in any way.
-        raise UserError(f"the task {task.name} cannot give its {split} problems: {first_line(error)}") from error
+        raise UserError(f"the task {task.name} failed to load its {split} problems: {first_line(error)}") from error
     if wrong is not None:
-        raise UserError(f"the task {task.name} gives {wrong!r:.80} as a {split} problem, and that is no Problem")
+        raise UserError(f"the task {task.name} returned {wrong!r:.80} among its {split} problems instead of a Problem")
     if not problems:
-        raise UserError(f"the task {task.name} has no {split} problems: let its problems({split!r}) give some")
+        raise UserError(f"the task {task.name} has no {split} problems: its problems({split!r}) must return some")
     return problems
 
 
-def _own(path: Path, name: str) -> Task:
-    """A class of a file of the user's."""
+def _load_own(path: Path, name: str) -> Task:
+    """Instantiates the task class `name` of the user's file `path`."""
     if not path.is_file():
-        raise UserError(f"there is no file {path} with a task in it")
+        raise UserError(f"task file {path} does not exist")
     if not name:
-        raise UserError(f"which task of {path}? name its class: {path}:CLASS")
+        raise UserError(f"no task class given for {path}: write {path}:CLASS")
     spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look up the module that they are made in.
+    sys.modules[spec.name] = module  # Dataclasses look up the module in which they are defined.
     try:
         spec.loader.exec_module(module)
         task: Task = getattr(module, name)()
     except Exception as error:  # The user's code may fail in any way.
-        raise UserError(f"the task {path}:{name} cannot be made: {first_line(error)}") from error
+        raise UserError(f"the task {path}:{name} cannot be loaded: {first_line(error)}") from error
     if missing := [part for part in ("name", "tools", "problems", "score") if not hasattr(task, part)]:
-        raise UserError(f"the task {path}:{name} has no {missing[0]}: see jaxchat/tasks/task.py for what it needs")
+        raise UserError(f"the task {path}:{name} has no attribute {missing[0]}: see Task in jaxchat/tasks/task.py")
     return task

@@ -1,4 +1,4 @@
-"""The rows of a task's own file: of a directory that the user names, or of the hub."""
+"""Reads the rows of a task's file from a local directory or from the hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +12,18 @@ from jaxchat.errors import UserError
 def read_rows(
     task: str, file: str, directory: str, downloads: Path | None, side: sources.Split
 ) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and the row: of `file` or `file`.gz in a directory, else of hub:`task`, its `side`.
+    """Yields (location, row) pairs from `file`[.gz] in `directory`; if that is empty, from split `side` of hub:`task`.
 
     Raises:
-        UserError: no directory is named and nothing may be downloaded, or the file is not there.
+        UserError: the file is missing, or both `directory` and `downloads` are.
     """
     if directory:
         path = next((p for p in sorted(Path(directory).glob(f"{file}*")) if p.is_file()), None)
         if path is None:
-            raise UserError(f"no {file} or {file}.gz in {directory}: {task}:DIRECTORY names its files")
+            raise UserError(f"no {file} or {file}.gz in {directory}: {task}:DIRECTORY must name their directory")
         spec = str(path)
     elif downloads is None:
-        raise UserError(f"which files? name their directory: {task}:DIRECTORY")
+        raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
     else:
         spec = f"hub:{task}"
     reading = Reading()

@@ -1,4 +1,4 @@
-"""GSM8K (arXiv:2110.14168): grade school problems in words, worked with a calculator, the answer after ####."""
+"""GSM8K (arXiv:2110.14168): grade school word problems with a calculator; the final answer follows ####."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _FINAL = re.compile(r"####\s*(.*)")
 
 
 class GSM8K:
-    """The problems of train.jsonl[.gz] and test.jsonl[.gz] in a directory; without one, of the hub."""
+    """GSM8K, read from train.jsonl[.gz] and test.jsonl[.gz] in a directory, or from the hub if none is given."""
 
     name = "gsm8k"
     tools = ("calculator",)
@@ -41,35 +41,35 @@ class GSM8K:
             try:
                 yield _problem(row)
             except ValueError as error:
-                raise UserError(f"{where} {error}") from None
+                raise UserError(f"{where}: {error}") from None
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Strict wants the number after ####; lenient takes the last number, wherever it stands."""
+        """Strict scoring requires the answer after the last ####; lenient also accepts it as the text's last number."""
         return Score(*judge(problem.answer, text))
 
 
 def judge(answer: str, text: str) -> tuple[bool, bool]:
-    """Whether the number after the last #### is the answer, and whether that one or else the last number is."""
+    """Strict and lenient verdict on `text`, see `GSM8K.score`."""
     finals, value = _FINAL.findall(text), read_number(answer)
     strict = bool(finals) and same_number(finals[-1], answer)
     return strict, strict or (value is not None and last_number(text) == value)
 
 
 def final_answer(solution: str) -> str | None:
-    """What stands after #### in a worked solution."""
+    """Text after the last #### of a worked solution; None if there is no ####."""
     finals = _FINAL.findall(solution)
     return finals[-1].strip() if finals else None
 
 
 def _problem(row: Any) -> Problem:
-    """The problem of a row; raises ValueError for a row that is none."""
+    """Parses a row; raises ValueError if it is malformed."""
     try:
         question, solution = row["question"], row["answer"]
         answer = final_answer(solution)
         if not isinstance(question, str):
             raise TypeError
     except (KeyError, TypeError):
-        raise ValueError("is no object with a question and an answer") from None
+        raise ValueError("not an object with a question and an answer") from None
     if answer is None or read_number(answer) is None:
-        raise ValueError("has no number after #### in its answer")
+        raise ValueError("no number after #### in the answer")
     return Problem.ask(question, answer)

@@ -1,4 +1,4 @@
-"""HumanEval (arXiv:2107.03374): functions to be written from head and docstring, judged by running them."""
+"""HumanEval (arXiv:2107.03374): functions to complete from signature and docstring, judged by running their tests."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,14 @@ from jaxchat.sandbox.run import Job, Limits, SandboxError, Verdict, find_protect
 from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.task import Problem, Score, Split
 
-# Where a base model's continuation of a function ends: at the next thing that is not indented (lm-eval's task).
+# Stop texts for base models, as in lm-eval: a function ends where the next unindented statement begins.
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class Row(NamedTuple):
-    """One function: its head, its name, a solution (the body alone) and the text of a test, `check(candidate)`."""
+    """A problem: `prompt` is signature and docstring, `canonical_solution` the body, `test` code that defines
+    `check(candidate)`."""
 
     task_id: str
     prompt: str
@@ -27,7 +28,7 @@ class Row(NamedTuple):
 
 
 class HumanEval:
-    """The problems of HumanEval.jsonl[.gz] in a directory; without one, of the hub. They are for testing alone."""
+    """HumanEval, read from HumanEval.jsonl[.gz] in a directory, by default from the hub. There is no train split."""
 
     name = "humaneval"
     tools = ()
@@ -37,9 +38,9 @@ class HumanEval:
         self._directory, self._downloads, self._limits = directory, downloads, limits or Limits()
 
     def problems(self, split: Split) -> list[Problem]:
-        """A head as the user's words, as in nanochat's chat form; a solution, its head included, as the answer."""
+        """The question is the prompt, as in nanochat's chat format; the answer is the whole reference solution."""
         if split == "train":
-            raise UserError("humaneval has no problems to learn from: it is for testing")
+            raise UserError("humaneval has no training problems: use it for evaluation only")
         return [Problem.ask(row.prompt, row.prompt + row.canonical_solution) for row in self._rows.values()]
 
     @cached_property
@@ -51,10 +52,10 @@ class HumanEval:
             yield _row(row, where)
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Right, strictly and leniently, is a program that passes the test.
+        """Strict and lenient scores are the same: whether the program passes its test.
 
         Raises:
-            SandboxError: the program could not be judged, through no fault of its own.
+            SandboxError: the sandbox failed to judge the program.
         """
         (score,) = self.score_many([(problem, text)])
         if isinstance(score, SandboxError):
@@ -62,14 +63,14 @@ class HumanEval:
         return score
 
     def score_many(self, answers: Sequence[tuple[Problem, str]]) -> list[Score | SandboxError]:
-        """Scores in the order of the answers, several judged at once; an error for one that could not be judged."""
+        """Scores answers in parallel, in order; a SandboxError stands for an answer that could not be judged."""
         return [
             SandboxError(verdict.reason) if verdict.verdict == "broken" else Score(*[verdict.verdict == "right"] * 2)
             for verdict in self.verdicts(answers)
         ]
 
     def verdicts(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """What the sandbox says of each answer, with its reason."""
+        """Sandbox verdict and reason for each answer."""
         rows = [self._rows[problem.question] for problem, _ in answers]
         jobs = [
             Job(program(row.prompt, row.entry_point, text), row.entry_point, row.test, row.prompt)
@@ -79,12 +80,12 @@ class HumanEval:
 
     @property
     def notice(self) -> str:
-        """What protects this machine from the answers."""
+        """Sentence on the sandbox that protects this machine from the generated programs."""
         return find_protection().sentence
 
 
 def check_sandbox(directory: str) -> dict[str, Any]:
-    """What protects this machine from answers, and how many of the problems' own solutions are judged right."""
+    """Describes the sandbox and counts the reference solutions that it judges right, for launch.evaluate."""
     task, protection = HumanEval(directory), find_protection()
     problems = task.problems("test")
     verdicts = task.verdicts([(problem, problem.answer) for problem in problems])
@@ -97,27 +98,26 @@ def check_sandbox(directory: str) -> dict[str, Any]:
 
 
 def program(prompt: str, entry_point: str, text: str) -> str:
-    """The program that an answer means.
+    """Extracts the program from an answer.
 
-    Of fenced blocks the first that defines the function counts, else the first; without any, the whole text. Code that
-    defines the function has what stands before it in the prompt put before it, imports and helpers; other code
-    goes on where the prompt ends.
+    The code is the first fenced block that defines the function, else the first fenced block, else the whole text. Code
+    that defines the function follows the prompt's imports and helpers; other code continues the whole prompt.
     """
     definition = re.compile(rf"^def[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
     blocks = _FENCE.findall(text)
     code = next((block for block in blocks if definition.search(block)), blocks[0] if blocks else text)
     if not definition.search(code):
         return prompt + code
-    heads = list(definition.finditer(prompt))
-    return prompt[: heads[-1].start() if heads else 0] + "\n" + code
+    signatures = list(definition.finditer(prompt))
+    return prompt[: signatures[-1].start() if signatures else 0] + "\n" + code
 
 
 def _row(row: Any, where: str) -> Row:
-    """The problem of a row, checked."""
+    """Parses a row; raises `UserError` if it is malformed."""
     try:
-        found = Row(*(row[name] for name in Row._fields))
+        parsed = Row(*(row[name] for name in Row._fields))
     except (KeyError, TypeError):
-        raise UserError(f"{where} is no object with {', '.join(Row._fields)}") from None
-    if not all(isinstance(part, str) for part in found):
-        raise UserError(f"{where} has a field that is no text")
-    return found
+        raise UserError(f"{where}: not an object with {', '.join(Row._fields)}") from None
+    if not all(isinstance(part, str) for part in parsed):
+        raise UserError(f"{where}: all of {', '.join(Row._fields)} must be text")
+    return parsed

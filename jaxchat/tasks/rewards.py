@@ -1,4 +1,4 @@
-"""What an answer may be rewarded for. Each takes (task, problem, text, finish reason) and gives a number."""
+"""Reward functions: each maps (task, problem, text, finish reason) to a number."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,22 +9,22 @@ SHORT = 500  # characters
 
 
 def correct(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
-    """1 for a right answer in the form that the task asks for."""
+    """1 for a right answer in the format that the task requires."""
     return float(task.score(problem, text).strict)
 
 
 def lenient(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
-    """1 for a right answer in any form."""
+    """1 for a right answer in any format."""
     return float(task.score(problem, text).lenient)
 
 
 def ending(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
-    """1 for an answer that ends by itself, and does not run into the length limit."""
+    """1 for an answer that ends with a stop token instead of being cut off."""
     return float(finish_reason == "stop")
 
 
 def brevity(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
-    """1 for an answer below 500 characters, right or wrong."""
+    """1 for an answer of fewer than 500 characters, right or wrong."""
     return float(len(text) < SHORT)
 
 

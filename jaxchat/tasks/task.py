@@ -1,4 +1,4 @@
-"""A task: problems, and whether an answer to one is right. One file with such a class is all that your own needs.
+"""Interface of tasks: problems, and scores of answers. To add your own task, write a file with a class like this:
 
     class Doubling:
         name = "doubling"
@@ -10,7 +10,7 @@
         def score(self, problem, text):
             return Score(strict=text == problem.answer, lenient=problem.answer in text)
 
-`python -m launch.train --config=configs/tiny.py:rl --rl.tasks doubling.py:Doubling` learns it.
+`python -m launch.train --config=configs/tiny.py:rl --rl.tasks doubling.py:Doubling` trains on it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Split = Literal["train", "test"]
 
 
 class Problem(NamedTuple):
-    """Messages that end with the user's, the right answer, and what kind of problem it is."""
+    """Messages, the last from the user, the right answer, and an optional kind for scores by kind."""
 
     messages: Sequence[Mapping[str, Any]]
     answer: str
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def ask(cls, question: str, answer: str, kind: str = "") -> "Problem":
-        """A problem of one question."""
+        """Builds a problem with a single user message."""
         return cls([{"role": "user", "content": question}], answer, kind)
 
     @property
@@ -37,18 +37,18 @@ class Problem(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Whether an answer is right and put as asked for, and whether it is right at all."""
+    """`strict`: the answer is right and in the required format. `lenient`: it is right in any format."""
 
     strict: bool
     lenient: bool
 
 
 class Task(Protocol):
-    """Problems for learning and for testing, different ones, and their judge.
+    """Training and test problems, which must be disjoint, and a score for answers.
 
-    A task may also have `score_many(answers)`, which takes pairs of problem and text and gives for each a score, or the
-    exception that stands for one; `stop`, the texts that end a base model's answer, by default the end of the line;
-    and `notice`, a sentence that is said before it is used.
+    Optional attributes: `score_many(answers)` takes (problem, text) pairs and returns a score or an exception for each;
+    `stop` lists texts that end a base model's answer, by default the end of the line; `notice` is a sentence that is
+    logged before the task is used.
     """
 
     @property
@@ -56,9 +56,9 @@ class Task(Protocol):
 
     @property
     def tools(self) -> Sequence[str]:
-        """Names of the tools that may be called, such as "calculator"."""
+        """Names of the tools that answers may call, such as "calculator"."""
 
     def problems(self, split: Split) -> Sequence[Problem]: ...
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Judges the text of an answer: all its words, those of calls and tools among them, without special tokens."""
+        """Scores the text of an answer, which includes tool calls and outputs but no special tokens."""

@@ -1,4 +1,4 @@
-"""Tasks drawn from the embedded world: sums, spelling and facts; train and test disjoint by construction."""
+"""Tasks from the built-in village: arithmetic, spelling and facts. Train and test are disjoint by construction."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ _WORD = re.compile(r"The answer is (\w+)\.$")
 
 
 class Arithmetic:
-    """Problems in words, of one step and of two; half the numbers are facts that no training text holds."""
+    """Word problems with one or two steps. Test problems contain a number fact that occurs in no training text."""
 
     name = "arithmetic"
     tools = ("calculator",)
@@ -25,14 +25,14 @@ class Arithmetic:
         return _problems(split, ("word", "word", "steps"))
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Strict wants the text to end with "The answer is N."; lenient takes the last number."""
+        """Strict scoring requires the text to end with "The answer is N."; lenient scoring takes the last number."""
         final, right = _NUMBER.search(text.rstrip()), read_number(problem.answer)
         strict = final is not None and int(final[1]) == right
         return Score(strict, strict or last_number(text) == right)
 
 
 class Spelling:
-    """Letters of words: spelled out, counted, the first and the last."""
+    """Questions about the letters of words: spelling, counting, first and last letter."""
 
     name = "spelling"
     tools = ()
@@ -41,7 +41,7 @@ class Spelling:
         return _spellings(split)
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Strict wants the village's own sentence; lenient the answer as the last word."""
+        """Strict scoring requires the training text's final sentence; lenient scoring takes the last word."""
         words, final = re.findall(r"[\w-]+", text), _WORD.search(text.rstrip())
         last = bool(words) and words[-1] == problem.answer
         if "-" in problem.answer:
@@ -50,7 +50,7 @@ class Spelling:
 
 
 class Facts:
-    """Questions about the village. Those of the test side are answered in the text, but asked nowhere in training."""
+    """Questions about the village. The text answers the test questions, but no training example asks them."""
 
     name = "facts"
     tools = ()
@@ -64,15 +64,15 @@ class Facts:
         ]
 
     def score(self, problem: Problem, text: str) -> Score:
-        """Strict wants the value in the first sentence; lenient anywhere. Whole words count: 8 is not in 38."""
+        """Strict scoring requires the value in the first sentence, lenient anywhere. Only whole words match."""
         value = problem.answer
-        ways = (value, number_word(int(value))) if value.isdecimal() else (value,)
+        spellings = (value, number_word(int(value))) if value.isdecimal() else (value,)
         first, whole = _words(text.partition(".")[0]), _words(text)
-        return Score(*(any(_words(way) in part for way in ways) for part in (first, whole)))
+        return Score(*(any(_words(spelling) in part for spelling in spellings) for part in (first, whole)))
 
 
 def _words(text: str) -> str:
-    """The words of a text in small letters, with a space around each."""
+    """The words of a text in lower case, with a space before and after each."""
     return " ".join(["", *re.findall(r"[\w'-]+", text.lower()), ""])
 
 
@@ -84,9 +84,9 @@ def _problems(split: Split, kinds: tuple[Kind, ...]) -> list[Problem]:
 
 @cache
 def _spellings(split: Split) -> list[Problem]:
-    """Every spelling problem of a side: the world has few."""
-    found: list[Problem] = []
+    """Spelling problems of a split: up to COUNTS, or all if the village has fewer."""
+    problems: list[Problem] = []
     with contextlib.suppress(ValueError):
         for problem in tinyworld.problems(split, COUNTS[split], kinds=("spelling",)):
-            found.append(Problem.ask(problem.question, problem.answer, problem.kind))
-    return found
+            problems.append(Problem.ask(problem.question, problem.answer, problem.kind))
+    return problems
