@@ -17,7 +17,6 @@ import launch.convert
 import launch.harness
 from jaxchat.errors import UserError
 from jaxchat.evaluation import harness
-from jaxchat.experiment import Experiment
 from jaxchat.tokenizer import chat
 
 SHARED = Path(os.environ.get("JAXCHAT_DATA", Path(__file__).parents[2] / "shared/data")) / "core/eval_data"
@@ -158,7 +157,7 @@ def assert_same(ours: Any, theirs: Any) -> int:
 
 
 def compare(run: str, theirs: dict[bool, Any], directory: Path) -> int:
-    ours = harness.load(run, Experiment)
+    ours = harness.load(run)
     scored = [name for name in TASKS if name != "whole_text"]
     count = assert_same(evaluate(ours, directory, scored), evaluate(theirs[True], directory, scored))
     # With <|bos|> before the text, their adapter would score that token too, after another <|bos|>.
@@ -175,7 +174,7 @@ def test_five_kinds_of_task_score_as_with_lm_evals_own_adapter(
 def test_tasks_in_turns_score_as_with_lm_evals_own_adapter(run: str, theirs: dict[bool, Any], tmp_path: Path) -> None:
     directory, names = write_tasks(tmp_path, rows_here()), ["choices", "answer"]
     asked: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True}
-    ours, others = (evaluate(lm, directory, names, **asked) for lm in (harness.load(run, Experiment), theirs[True]))
+    ours, others = (evaluate(lm, directory, names, **asked) for lm in (harness.load(run), theirs[True]))
     assert assert_same(ours, others) == 17
     first = ours["samples"]["choices"][0]["arguments"]
     assert "<|bos|><|user_start|>Question:" in json.dumps(first, ensure_ascii=False)
@@ -204,7 +203,7 @@ def test_two_hundred_items_of_each_of_five_real_tasks_score_as_with_lm_evals_own
 
 def test_a_rendered_conversation_is_read_as_training_writes_it(run: str) -> None:
     pytest.importorskip("lm_eval")
-    lm = harness.load(run, Experiment)
+    lm = harness.load(run)
     messages = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": " bear"}]
     words = tokenizer()
     whole = chat.render(messages, words).ids
@@ -218,7 +217,7 @@ def test_a_rendered_conversation_is_read_as_training_writes_it(run: str) -> None
 
 def test_what_does_not_fit_is_cut_at_its_beginning_and_counted(run: str) -> None:
     pytest.importorskip("lm_eval")
-    lm = harness.load(run, Experiment)
+    lm = harness.load(run)
     context = list(range(300, 300 + LENGTH + 3))
     (cut,) = lm._loglikelihood_tokens([(("", ""), context, [5, 6])])
     assert lm.truncated == 4
