@@ -146,7 +146,7 @@ def stored_prefixes(transformer: Transformer, weights: Any, bench: options.Bench
     prefixes = [[*shared, 1 + i // 32, 1 + i % 32] for i in range(MANY)]
     asked = [[*prefix, *tail] for prefix, tail in zip(prefixes, tails)]
     for count in (FEW, MANY):
-        shape = {"length": len(asked[0]) + bench.decode_tokens, "slots": 4, "remembered_bytes": 1 << 34}
+        shape = {"length": len(asked[0]) + bench.decode_tokens, "slots": 4, "prefix_cache_bytes": 1 << 34}
         engine = make_engine(transformer, weights, bench, **shape)
         engine.generate([Request(prefix, SamplingParams(0.0, max_tokens=1), keep=True) for prefix in prefixes[:count]])
         before = engine.prompt_stats.reused

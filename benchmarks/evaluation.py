@@ -11,7 +11,6 @@ from jaxchat.evaluation.evaluate import Asked, Settings, Solving, jobs
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.solve import solve
-from jaxchat.experiment import Experiment
 from jaxchat.loading import load_checkpoint
 from jaxchat.tasks import problems_of
 
@@ -21,7 +20,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
     command_line.parse(options.Bench, arguments)  # Refuses unknown options.
     if not bench.checkpoint or not bench.tasks:
         raise errors.UserError("name a checkpoint and tasks: --checkpoint=runs/d4/pretrain --tasks core:DIRECTORY")
-    loaded = load_checkpoint(bench.checkpoint, Experiment)
+    loaded = load_checkpoint(bench.checkpoint)
     transformer, params, length = loaded.transformer(), loaded.params(), loaded.experiment.data.row_length
     style: Any = "text" if loaded.directory.name == "pretrain" else "chat"
     found = jobs(bench.tasks, Settings(style), loaded.experiment.cache_directory / "downloads")

@@ -305,7 +305,7 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
         ("no checkpoint 9 in {stage}: there are 2", ["--checkpoint={stage}@9"]),
         ("temperature=-1.0 must be", ["--checkpoint={stage}", "--temperature=-1"]),
         ("top_p=0.0 must be above 0", ["--checkpoint={stage}", "--top_p=0"]),
-        ("top_k=-1 must be 0", ["--checkpoint={stage}", "--top_k=-1"]),
+        ("top_k=-1 must be at least 0", ["--checkpoint={stage}", "--top_k=-1"]),
         ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
         (
             "tokens, but the context has 16: shorten it",

@@ -54,8 +54,8 @@ def memory(monkeypatch):
 def test_the_largest_micro_batch_that_fits_is_taken(memory, size, rows):
     memory(size)
     said: list[str] = []
-    _, taken, _ = compilation.compile_step(setup(), said.append)
-    assert taken == rows
+    _, taken, _, tried = compilation.compile_step(setup(), said.append)
+    assert taken == rows and list(tried.values()) == [100.0 * n for n in tried] and list(tried)[-1] == rows
     assert len(said) == (rows < 12), "what a failed try needed tells how many rows fit"
     assert not said or (said[0].startswith("micro_rows=12 ") and said[0].endswith(f"; trying {rows}"))
 
@@ -76,6 +76,14 @@ def test_when_nothing_fits_the_next_setting_is_named(memory):
         compilation.compile_step(setup(model=full), lambda text: None)
 
 
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_compiled(memory, monkeypatch):
+    memory(399)
+    monkeypatch.setattr(compilation, "state_bytes", lambda setup: 400)
+    monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: pytest.fail("it was compiled"))
+    with pytest.raises(UserError, match=r"state needs .* with --mesh\.fsdp, or take a smaller --depth"):
+        compilation.compile_step(setup(), lambda text: None)
+
+
 def test_a_micro_batch_that_was_asked_for_is_tried_whatever_it_needs(memory):
     memory(99)
     assert compilation.compile_step(setup(micro_rows=6), lambda text: None)[1] == 6
@@ -94,9 +102,10 @@ def test_running_out_of_memory_names_the_next_smaller_setting(monkeypatch, memor
         __call__ = staticmethod(out_of_memory)
 
     monkeypatch.setattr(compilation, "lower_step", lambda setup, rows: lowered)
-    step, _, _ = compilation.compile_step(setup(micro_rows=6), lambda text: None)
-    with pytest.raises(UserError, match=r"does not fit in memory with micro_rows=6: set --micro_rows=4"):
+    step, *_ = compilation.compile_step(setup(micro_rows=6), lambda text: None)
+    with pytest.raises(compilation.OutOfMemory, match=r"with micro_rows=6: set --micro_rows=4") as error:
         step(None, None)
+    assert error.value.smaller == 4
 
 
 def test_a_compiler_that_runs_out_of_memory_is_asked_for_less(monkeypatch, memory):

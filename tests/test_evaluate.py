@@ -206,7 +206,7 @@ def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) ->
     path.write_text("5\n")
     with pytest.raises(UserError, match="damaged or incomplete"):
         compare(tmp_path, tmp_path)
-    with pytest.raises(UserError, match="name another --out"):
+    with pytest.raises(UserError, match="choose another with --out"):
         Records(path / "b.jsonl", {})
 
 

@@ -13,6 +13,7 @@ import small
 from exports import VOCAB, model, tokenizer, write_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from outside import read
 
 import launch.chat
 import launch.convert
@@ -21,7 +22,7 @@ from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.export import huggingface, stablehlo
-from jaxchat.export.places import to_state
+from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
 from jaxchat.tokenizer import SPECIALS, chat
@@ -101,6 +102,16 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
     ):
         assert name == other
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_weights_go_out_under_the_names_and_in_the_layout_of_transformers() -> None:
+    golden = read("nanochat_v1_gqa")
+    config = huggingface.read_config(golden.config)
+    params = to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS)
+    state = dict(to_state(config, params, huggingface.LAYERS, huggingface.ENDS))
+    assert state.keys() == golden.weights.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)
 
 
 def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:

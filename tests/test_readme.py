@@ -47,7 +47,7 @@ def test_the_tree_is_the_repository():
     written = paths_in_tree()
     assert [path for path in written if not (ROOT / path).exists()] == []
     rooms = {path.parent for path in (ROOT / "jaxchat").rglob("__init__.py")} - {ROOT / "jaxchat"}
-    files = {path for top in ("configs", "launch", "jaxchat") for path in (ROOT / top).glob("*.py")}
+    files = {path for top in ("benchmarks", "configs", "launch", "jaxchat") for path in (ROOT / top).glob("*.py")}
     there = {f"{path.relative_to(ROOT)}/" for path in rooms}
     there |= {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
     assert there - written == set()

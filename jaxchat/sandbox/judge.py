@@ -161,7 +161,8 @@ class StandIn:
         except NotLiteral as error:
             raise _Ended(f"the test passes something other than literals: {error}") from None
         try:
-            send(self._to, [self.calls + 1, *call])
+            with contextlib.suppress(BrokenPipeError):  # The program has ended; its last answer says why.
+                send(self._to, [self.calls + 1, *call])
             match receive(self._from, self._limit):
                 case [int(number), "value", value] if number == self.calls + 1:
                     self.calls += 1
