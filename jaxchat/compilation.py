@@ -61,8 +61,8 @@ class OutOfMemory(UserError):
 def prepare_backend(experiment: Experiment) -> None:
     """Sets the number of CPU devices and the compilation cache directory; must be called before JAX starts."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
-    wanted = experiment.mesh.data * experiment.mesh.fsdp * experiment.mesh.tensor
-    split, count = experiment.mesh.fsdp * experiment.mesh.tensor, processes.joined_count()
+    split, count = experiment.mesh.split, processes.joined_count()
+    wanted = experiment.mesh.data * split
     own = max(1, (wanted or split * sharding.host_devices(max(1, rows // split))) // count)
     try:
         jax.config.update("jax_num_cpu_devices", own)
@@ -203,7 +203,7 @@ def step_bytes(compiled: Any) -> float:
 
 def micro_choices(setup: Setup) -> list[int]:
     """Sizes of a micro-batch, in rows, that divide the batch and that the mesh divides; largest first."""
-    n, ways = setup.experiment.batch_rows, setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    n, ways = setup.experiment.batch_rows, sharding.shards(setup.mesh)
     return [rows for rows in range(n, 0, -1) if n % rows == 0 and rows % ways == 0]
 
 

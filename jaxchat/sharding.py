@@ -5,6 +5,7 @@ Parameters and activations carry logical axes; a rule table maps each to mesh ax
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxchat.errors import UserError
 from jaxchat.machine import cores
 
-MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -60,8 +60,20 @@ class Mesh:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        if self.data < 0 or min(self.fsdp, self.tensor) < 1:
-            raise ValueError(f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive")
+        if self.data < 0 or min(size for name, size in self.sizes.items() if name != "data") < 1:
+            raise ValueError(f"mesh {self}: sizes must be positive")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def split(self) -> int:
+        """Number of devices for one slice of `data`."""
+        return math.prod(size for name, size in self.sizes.items() if name != "data")
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
 def host_devices(rows: int) -> int:
@@ -73,19 +85,20 @@ def host_devices(rows: int) -> int:
 def make_mesh(config: Mesh, *, rows: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (default: all). Raises ValueError if it does not fit them or a micro-batch's `rows`."""
     devices = list(jax.devices() if devices is None else devices)
-    data = config.data or max(1, len(devices) // (config.fsdp * config.tensor))
-    sizes = (data, config.fsdp, config.tensor)
-    if math.prod(sizes) > len(devices) or (config.data == 0 and math.prod(sizes) != len(devices)):
+    mesh = dataclasses.replace(config, data=config.data or max(1, len(devices) // config.split))
+    sizes, count = mesh.sizes, mesh.data * mesh.split
+    if count > len(devices) or (config.data == 0 and count != len(devices)):
         raise ValueError(
-            f"mesh data={data} fsdp={config.fsdp} tensor={config.tensor} does not fit {len(devices)} devices: "
-            f"choose --mesh sizes with the product {len(devices)}"
+            f"mesh {mesh} does not fit {len(devices)} devices: choose --mesh sizes with the product {len(devices)}"
         )
-    if rows % (data * config.fsdp):
+    if rows % (ways := math.prod(sizes[axis] for axis in BATCH)):
+        named = " x ".join(f"{axis}={sizes[axis]}" for axis in BATCH)
         raise ValueError(
-            f"a micro-batch of {rows} rows does not divide over data={data} x fsdp={config.fsdp}: "
-            f"set micro_rows and batch_tokens to a multiple of {data * config.fsdp} rows, or a smaller mesh"
+            f"a micro-batch of {rows} rows does not divide over {named}: "
+            f"set micro_rows and batch_tokens to a multiple of {ways} rows, or a smaller mesh"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices[:count])
 
 
 def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
@@ -95,9 +108,9 @@ def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
         UserError: the mesh does not fit the devices.
     """
     with contextlib.suppress(RuntimeError):  # In a notebook or a test JAX may already be initialized.
-        jax.config.update("jax_num_cpu_devices", (config.data or 1) * config.fsdp * config.tensor)
+        jax.config.update("jax_num_cpu_devices", (config.data or 1) * config.split)
     devices = jax.local_devices()  # Each process decodes by itself.
-    if len(devices) == config.fsdp == config.tensor == 1 and config.data < 2:
+    if len(devices) == config.split == 1 and config.data < 2:
         return None
     try:
         return make_mesh(config, rows=0, devices=devices)
