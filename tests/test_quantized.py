@@ -20,7 +20,8 @@ from jaxchat import checkpoint, command_line, compilation
 from jaxchat.errors import UserError
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.model import Float8, Int8, Transformer, quantized
-from jaxchat.model.quantized import Matmul, product
+from jaxchat.model.products import product
+from jaxchat.model.quantized import Matmul
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.serialization import from_json, to_json
 from jaxchat.upgrades import FORMAT

@@ -18,7 +18,7 @@ from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import Init, centred_uniform, initializer, look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Attends, Aux, Context, Static, param
-from jaxchat.model.quantized import product
+from jaxchat.model.products import product
 
 GATE_INIT = (0.0, 0.02)
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxchat.model.products import sum_of_products
+
 MASKED = -1e30  # Finite, so that the softmax of a query without visible keys is finite.
 
 
@@ -54,24 +56,28 @@ def _attend_heads(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_
 
 
 def _attend_forward(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> Any:
+    """The softmax is normalised after the product with v, which has fewer columns than there are keys."""
     B, K, R, _ = q_BKRD.shape
     T, S = seen_BTS.shape[1:]
     s_BKRS = _product(q_BKRD, k_BKSD, 3, 3)
-    s_BKRS = jnp.where(seen_BTS[:, None, None], s_BKRS.reshape(B, K, R // T, T, S), MASKED).reshape(B, K, R, S)
+    bias_BTS = jnp.where(seen_BTS, 0, MASKED).astype(s_BKRS.dtype)
+    s_BKRS = (s_BKRS.reshape(B, K, R // T, T, S) + bias_BTS[:, None, None]).reshape(B, K, R, S)
     e_BKRS = jnp.exp(s_BKRS - jnp.max(s_BKRS, axis=-1, keepdims=True))
-    p_BKRS = (e_BKRS / jnp.sum(e_BKRS, axis=-1, keepdims=True)).astype(v_BKSD.dtype)
-    o_BKRD = _product(p_BKRS, v_BKSD, 3, 2).astype(v_BKSD.dtype)
-    return o_BKRD, (q_BKRD, k_BKSD, v_BKSD, p_BKRS, o_BKRD)
+    sum_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
+    e_BKRS = e_BKRS.astype(v_BKSD.dtype)
+    o_BKRD = (_product(e_BKRS, v_BKSD, 3, 2) / sum_BKR1).astype(v_BKSD.dtype)
+    return o_BKRD, (q_BKRD, k_BKSD, v_BKSD, e_BKRS, sum_BKR1, o_BKRD)
 
 
 def _attend_backward(saved: Any, do_BKRD: jax.Array) -> Any:
-    q_BKRD, k_BKSD, v_BKSD, p_BKRS, o_BKRD = saved
-    dv_BKSD = _product(p_BKRS, do_BKRD, 2, 2).astype(v_BKSD.dtype)
+    q_BKRD, k_BKSD, v_BKSD, e_BKRS, sum_BKR1, o_BKRD = saved
+    do_BKRD = (do_BKRD / sum_BKR1).astype(do_BKRD.dtype)
+    dv_BKSD = sum_of_products(e_BKRS, do_BKRD, sum_BKR1.dtype).astype(v_BKSD.dtype)
     dp_BKRS = _product(do_BKRD, v_BKSD, 3, 3)
     mean_BKR1 = jnp.sum(do_BKRD.astype(dp_BKRS.dtype) * o_BKRD, axis=-1, keepdims=True)
-    ds_BKRS = (p_BKRS * (dp_BKRS - mean_BKR1)).astype(q_BKRD.dtype)
+    ds_BKRS = (e_BKRS * (dp_BKRS - mean_BKR1)).astype(q_BKRD.dtype)
     dq_BKRD = _product(ds_BKRS, k_BKSD, 3, 2).astype(q_BKRD.dtype)
-    dk_BKSD = _product(ds_BKRS, q_BKRD, 2, 2).astype(k_BKSD.dtype)
+    dk_BKSD = sum_of_products(ds_BKRS, q_BKRD, sum_BKR1.dtype).astype(k_BKSD.dtype)
     return dq_BKRD, dk_BKSD, dv_BKSD, None
 
 

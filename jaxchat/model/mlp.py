@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxchat import sharding
 from jaxchat.model.layers import Init, initializer
 from jaxchat.model.part import Aux, Context, Static, param
-from jaxchat.model.quantized import product
+from jaxchat.model.products import product
 
 
 @dataclass(frozen=True)

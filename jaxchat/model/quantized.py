@@ -1,4 +1,4 @@
-"""The large matrix products of the layers: in the compute type, or in eight bits with dynamic scales.
+"""Matrix products in eight bits with dynamic scales.
 
 An eight-bit product is one `dot_general` of eight-bit operands, for hardware with such units; elsewhere XLA widens the
 operands first, with the same result. Scales multiply the output. Parameters stay float32.
@@ -78,19 +78,6 @@ def _float8(matmul: Float8) -> Formats:
 FORMATS: Mapping[type, Callable[[Any], Formats]] = {Int8: _int8, Float8: _float8}
 
 
-def product(x: jax.Array, w: jax.Array, matmul: Matmul = None) -> jax.Array:
-    """Contracts the last axis of x with the first of w: (..., K) and (K, ...) to (..., ...), in x's type; w is float32.
-
-    In eight bits the operands are flattened to (N, K) and (K, F), and gradients use the types in `FORMATS`.
-    A non-finite number makes its row or column of the result non-finite.
-    """
-    if matmul is None:
-        return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-    K = w.shape[0]
-    y_NF = _quantized(matmul, x.reshape(-1, K), w.reshape(K, -1))
-    return y_NF.reshape(*x.shape[:-1], *w.shape[1:])
-
-
 def quantize(a: jax.Array, dtype: Any, axis: int | None) -> Scaled:
     """Scales `a` by its absolute maximum along `axis` (None: of all) and rounds it to an eight-bit `dtype`.
 
@@ -120,7 +107,7 @@ def _multiply(a: jax.Array, b: jax.Array, pair: Pair | None, *, by_row: bool) ->
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantized(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> jax.Array:
+def quantized_product(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> jax.Array:
     return _forward(matmul, x_NK, w_KF)[0]
 
 
@@ -138,4 +125,4 @@ def _backward(matmul: Any, saved: Pair, g_NF: jax.Array) -> Pair:
     return dx_NK.astype(x_NK.dtype), dw_KF.astype(w_KF.dtype)
 
 
-_quantized.defvjp(_forward, _backward)
+quantized_product.defvjp(_forward, _backward)

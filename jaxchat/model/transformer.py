@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
+from jaxchat.model import products
 from jaxchat.model.attention import GATE_INIT, MIXERS
 from jaxchat.model.layer import Block, Layer
 from jaxchat.model.layers import look_up, uniform_between
@@ -380,6 +381,6 @@ def _last_token(context: Context, last_B: jax.Array) -> jax.Array:
 
 _POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(products.NAME),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
