@@ -19,6 +19,8 @@ from jaxchat.errors import UserError
 
 SETTLED_SECONDS = 2.0
 
+Log = Callable[[str], None]
+
 
 def key(**parts: Any) -> str:
     """Cache key: a hash of all parts and their values."""
@@ -61,7 +63,7 @@ def make_directory(directory: Path, option: str = "--data.cache") -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, log: Callable[[str], None], *, refusal: str | None = None) -> Iterator[None]:
+def locked(directory: Path, log: Log, *, refusal: str | None = None) -> Iterator[None]:
     """Context manager: holds an exclusive lock on a directory, which the system releases when the process ends.
 
     If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given.

@@ -18,21 +18,19 @@ test files are not read. The list of files is fixed at the commit of the first d
 change during a run; downloaded files need no network.
 """
 
+import contextlib
+import hashlib
 import re
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-from jaxchat.data.cache import locked, read_json, write_json
-from jaxchat.data.downloads import Log, Shard, fetch, patiently
+from jaxchat.data.cache import Log, locked, read_json, write_json
 from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, first_line
 from jaxchat.launcher import log
 
 DEFAULT_SHARDS = 8
@@ -47,6 +45,19 @@ class DataSet:
     folder: str = ""
     train: str = ""
     val: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a data set: its path there, its size in bytes, and its hexadecimal SHA-256 if the hub states one."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+    def file(self, place: Path) -> Path:
+        """The path of the downloaded file."""
+        return place / self.path.replace("/", "--")
 
 
 DATA_SETS = {
@@ -79,12 +90,16 @@ def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint
             raise UserError(f"{spec}: {data_set.repository} has only {len(train)} training shards; ask for fewer")
         else:
             chosen = train[: count or DEFAULT_SHARDS]
-        missing = [shard for shard in chosen if not _is_there(place / shard.name, shard)]
+        missing = [shard for shard in chosen if not _is_there(shard, place)]
         if missing:
             size = sum(shard.size for shard in missing) / 1e9
             log(f"downloading {len(missing)} shards of {data_set.repository} ({size:.2f} GB) to {place}")
-            _fetch_all(missing, data_set, index["commit"], place, endpoint, log)
-    return [place / shard.name for shard in chosen]
+            pool = ThreadPoolExecutor(AT_ONCE)
+            try:
+                list(pool.map(partial(_fetch, data_set.repository, index["commit"], place, endpoint), missing))
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return [shard.file(place) for shard in chosen]
 
 
 def _parse(spec: str) -> tuple[str, DataSet, int | None]:
@@ -119,10 +134,8 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
     known = read_json(place / "index.json")
     if known is not None:
         return known
-    huggingface_hub = _library()
-    api = huggingface_hub.HfApi(endpoint=endpoint)
-
-    def query() -> dict[str, Any]:
+    with _one_sentence(data_set.repository) as library:
+        api = library.HfApi(endpoint=endpoint)
         commit = api.dataset_info(data_set.repository).sha
         tree = api.list_repo_tree(
             data_set.repository,
@@ -131,64 +144,54 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
             revision=commit,
             recursive=name not in DATA_SETS,
         )
-        files = [file for file in tree if file.path.endswith(".parquet")]
-        shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
-        return {"commit": commit, "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.path)]}
-
-    index = patiently(query, data_set.repository, threading.Event(), log, _transient())
-    if len(index["shards"]) < 2 and not data_set.train:
-        raise UserError(f"hub:{name} has {len(index['shards'])} parquet files; training and validation need one each")
-    log(f"hub:{name} is {data_set.repository} at {index['commit']}, {len(index['shards'])} shards")
+        files = sorted((file for file in tree if file.path.endswith(".parquet")), key=lambda file: file.path)
+    if len(files) < 2 and not data_set.train:
+        raise UserError(f"hub:{name} has {len(files)} parquet files; training and validation need one each")
+    log(f"hub:{name} is {data_set.repository} at {commit}, {len(files)} shards")
+    shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
+    index = {"commit": commit, "shards": [asdict(shard) for shard in shards]}
     write_json(place / "index.json", index)
     return index
 
 
-def _fetch_all(
-    shards: Sequence[Shard], data_set: DataSet, commit: str, place: Path, endpoint: str | None, log: Log
-) -> None:
-    library = _library()
-    headers = library.utils.build_hf_headers()
-    console = Console(stderr=True)
-    columns = TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    stop = threading.Event()  # set when a download fails permanently, to end the others
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=sum(shard.size for shard in shards))
-
-        def download_one(shard: Shard) -> None:
-            url = library.hf_hub_url(
-                data_set.repository, shard.path, repo_type="dataset", revision=commit, endpoint=endpoint
+def _fetch(repository: str, commit: str, place: Path, endpoint: str | None, shard: Shard) -> None:
+    """Downloads a shard; the library retries, resumes after a broken connection and checks the size."""
+    with _one_sentence(f"{shard.path} of {repository}") as library:
+        path = Path(
+            library.hf_hub_download(
+                repository, shard.path, repo_type="dataset", revision=commit, local_dir=place, endpoint=endpoint
             )
-            show = lambda size: progress.advance(bar, size)  # noqa: E731
-            try:
-                attempt = lambda: fetch(url, shard, place, stop, headers=headers, show=show)  # noqa: E731
-                patiently(attempt, url, stop, log, _transient())
-            except BaseException:
-                stop.set()
-                raise
-
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            for _ in pool.map(download_one, shards):
-                pass
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+        )
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if shard.sha256 not in (None, sha256):
+        path.unlink()
+        raise UserError(f"{shard.path} of {repository} has another checksum than the hub states; start again")
+    path.replace(shard.file(place))
 
 
-def _is_there(path: Path, shard: Shard) -> bool:
+def _is_there(shard: Shard, place: Path) -> bool:
+    path = shard.file(place)
     return path.exists() and path.stat().st_size == shard.size
 
 
-def _transient() -> tuple[type[Exception], ...]:
-    """Errors of the library to retry: the HTTP errors of requests or httpx, depending on the library's version."""
-    bases: tuple[type[Exception], ...] = _library().errors.HfHubHTTPError.__bases__
-    return bases
-
-
-def _library() -> Any:
+@contextlib.contextmanager
+def _one_sentence(what: str) -> Iterator[Any]:
+    """Context manager: returns the library huggingface_hub, and turns its errors into a `UserError` about `what`."""
     try:
         import huggingface_hub
-        import huggingface_hub.errors
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise UserError("data sets of the hub need huggingface_hub: pip install 'jaxchat[hub]'") from None
-    return huggingface_hub
+    try:
+        yield huggingface_hub
+    # The bases are OSError and the HTTP errors of requests or httpx, depending on the library's version.
+    except (OSError, *HfHubHTTPError.__bases__) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            hint = "set HF_TOKEN to a token with read access, and accept the terms on its page"
+        elif status == 404:
+            hint = "check its name"
+        else:
+            hint = "start again to continue with the files that are missing, or use local files"
+        raise UserError(f"{what} cannot be downloaded ({status or first_line(error)}): {hint}") from None
