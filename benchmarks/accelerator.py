@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from benchmarks import decoding, options, report, rl, timing, training
 from jaxchat import command_line, compilation, errors, launcher, serialization, signals
 from jaxchat.experiment import Experiment
-from jaxchat.model.choice import PREFERRED
-from jaxchat.model.decoding_kernels import KERNELS
+from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.objectives.logprobs import weighted_nll
 from jaxchat.sharding import Mesh
@@ -86,7 +85,7 @@ def peer(run: Run) -> Cases:
 def decode(run: Run) -> Cases:
     """Greedy answers at every batch size, by every kernel of the device."""
     model, copied = decoding.random_model(run.experiment()), decoding.copy_bandwidth()
-    kernels = ["xla", *(name for name, platform in KERNELS.items() if platform == jax.default_backend())]
+    kernels = dict.fromkeys(("xla", PREFERRED_DECODING.get(jax.default_backend(), "xla")))
     for rows, name in itertools.product(run.bench.batch_sizes, kernels):
         bench = dataclasses.replace(run.bench, decoding=name)
         yield {"rows": rows, "decoding": name}, partial(decoding.measure, *model, bench, rows, copied)

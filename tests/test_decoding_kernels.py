@@ -17,14 +17,15 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.model import Transformer, choice, decoding_kernels, decoding_triton
+from jaxchat.model import Transformer, choice, decoding_kernels
 from jaxchat.model.cache import KVCache, slot_positions
-from jaxchat.model.decoding_kernels import DECODING, Facts, block_slots, unsupported
+from jaxchat.model.decoding_kernels import DECODING, block_slots
+from jaxchat.model.kernels import Facts, unsupported
 from jaxchat.planning.chips import topology
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 BLOCK, SIZE = 32, 8
-INTERPRETED = ("filled_interpreted", "triton_interpreted")
+INTERPRETED = ("filled_interpreted",)
 
 
 class Case(NamedTuple):
@@ -52,8 +53,6 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Blocks of 32 slots; heads of 8 numbers fill the lanes, or are too short for them."""
     monkeypatch.setattr(decoding_kernels, "MOST_SLOTS", BLOCK)
     monkeypatch.setattr(decoding_kernels, "LANES", request.param)
-    monkeypatch.setattr(decoding_triton, "PART", 2 * BLOCK)
-    monkeypatch.setattr(decoding_triton, "BLOCK", BLOCK)
 
 
 def drawn(case: Case) -> tuple[np.ndarray, KVCache, np.ndarray]:
@@ -201,9 +200,8 @@ def test_an_engine_gives_the_same_tokens(length: int, small_blocks: None) -> Non
 
     plain, dense = answers("auto")
     assert dense.transformer.decoding == "xla" and sum(map(len, plain)) > 10
-    for name in ("filled", "triton"):
-        found, engine = answers(name)
-        assert engine.transformer.decoding == f"{name}_interpreted" and found == plain
+    found, engine = answers("filled")
+    assert engine.transformer.decoding == "filled_interpreted" and found == plain
 
 
 class Device(NamedTuple):
@@ -226,10 +224,6 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     assert chosen("auto", "tpu", monkeypatch) == ("filled", [])
     assert chosen("xla", "tpu", monkeypatch) == ("xla", [])
     assert chosen("auto", "gpu", monkeypatch) == ("xla", [])
-    assert chosen("triton", "gpu", monkeypatch) == ("triton", [])
-    with pytest.raises(UserError, match=r"decoding=triton cannot be used: .* platform tpu"):
-        chosen("triton", "tpu", monkeypatch)
-    assert "power of two, not 96" in str(unsupported("triton", Facts("gpu", jnp.bfloat16, 96)))
     name, said = chosen("filled", "cpu", monkeypatch)
     assert name == "filled_interpreted" and "interpreter" in said[0]
     with pytest.raises(UserError, match=r"decoding=filled cannot be used: .* platform gpu"):
@@ -239,7 +233,7 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     found[0] = "filled is wrong"
     assert chosen("auto", "tpu", monkeypatch) == ("xla", ["decoding xla, not filled: filled is wrong"])
     assert chosen("auto", "tpu", monkeypatch, here=False) == ("filled", [])
-    assert "not in float16" in str(unsupported("filled", Facts("tpu", jnp.float16)))
+    assert "not in float16" in str(unsupported("filled", Facts("tpu", jnp.float16, 128, segments=False)))
 
 
 @pytest.mark.parametrize("windowed", [False, True])
@@ -247,7 +241,7 @@ def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pyte
     def attempt(backend: Any) -> str | None:
         choice.decodes_otherwise.cache_clear()
         monkeypatch.setattr(choice, "DECODING", {"xla": DECODING["xla"], "tried": backend})
-        return choice.decodes_otherwise("tried", 4, 2, 8, windowed, "bfloat16")
+        return choice.decodes_otherwise("tried", "bfloat16", 4, 2, 8, windowed)
 
     def changed(cut: int, later: int) -> Any:
         """One that sees another window, or a row as it is after other tokens."""
@@ -260,7 +254,7 @@ def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pyte
     def broken(*args: Any) -> Any:
         raise RuntimeError("Mosaic failed to compile TPU kernel\nmore")
 
-    assert attempt(DECODING["filled_interpreted"]) is None and attempt(DECODING["triton_interpreted"]) is None
+    assert attempt(DECODING["filled_interpreted"]) is None
     assert attempt(changed(0, 0)) is None
     for backend in (changed(0, -1), changed(0, 1), *([changed(1, 0), changed(-1, 0)] if windowed else [])):
         assert "wrong attention to a cache" in str(attempt(backend))
@@ -277,7 +271,7 @@ def test_it_is_tried_on_one_device_under_a_mesh_of_many(monkeypatch: pytest.Monk
 
     choice.decodes_otherwise.cache_clear()
     monkeypatch.setattr(choice, "DECODING", DECODING | {"filled": attend})
-    monkeypatch.setattr(decoding_kernels, "unsupported", lambda name, facts: None)
+    monkeypatch.setattr(choice, "unsupported", lambda name, facts: None)
     with jax.set_mesh(sharding.make_mesh(sharding.Mesh(), rows=8)):
         device = jax.devices()[0]
         asked = type("Asked", (), {"platform": "tpu"})()
@@ -306,13 +300,6 @@ def compiled_for(place: str, name: str, head_dim: int, slots: int, window: int |
     at = array((8, 1), jnp.int32)
     attend = jax.jit(lambda q, cache, at: DECODING[name](q, cache, at, at[:, 0] + 1, window))
     return attend.lower(q, cache, at).compile()
-
-
-@pytest.mark.parametrize(("head_dim", "slots", "window"), [(128, 2048, None), (64, 514, 512)])
-def test_a_gpu_that_is_not_here_takes_the_kernel(head_dim: int, slots: int, window: int | None) -> None:
-    pytest.importorskip("jax_cuda12_plugin")
-    program = compiled_for("h100x1", "triton", head_dim, slots, window)
-    assert "pallas_call" in program.as_text() and "triton" in program.as_text()
 
 
 def test_slots_hold_what_the_reference_says() -> None:

@@ -328,7 +328,7 @@ def test_trying_finds_what_a_backend_does_wrong(monkeypatch: pytest.MonkeyPatch)
     def attempt(backend: Any, windowed: bool = True) -> str | None:
         choice.differs.cache_clear()
         monkeypatch.setattr(choice, "BACKENDS", {"xla": kernels.xla, "tried": backend})
-        return choice.differs("tried", 2, 1, 8, windowed, 384, "bfloat16", True)
+        return choice.differs("tried", 384, "bfloat16", True, 2, 1, 8, windowed)
 
     def broken(q: Any, k: Any, v: Any, segments: Any, window: Any) -> Any:
         raise RuntimeError("cuDNN is not detected.\nmore")

@@ -1,7 +1,7 @@
 """Selects attention backends for training and decoding; tests them on the device before use and logs fallbacks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,76 +11,77 @@ import numpy as np
 from jaxchat import devices
 from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
-from jaxchat.model import decoding_kernels
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.decoding_kernels import DECODING, KERNELS
+from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS, Facts, unsupported
 from jaxchat.model.part import Attends
 from jaxchat.model.transformer import Model
 from jaxchat.sharding import apart
 
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
+PREFERRED_DECODING = {"tpu": "filled"}
 TRIED_LENGTH, TRIED_WINDOW = 384, 50
-TRIED_SLOTS = {False: 1100, True: 602}  # Cache slots without and with a window; not multiples of the kernels' blocks.
+TRIED_SLOTS = {False: 1100, True: 602}  # Cache slots without and with a window; not multiples of the kernel's blocks.
 TOLERANCE = 0.03  # Relative to the largest value; a window that is off by one changes more than 0.1.
 
+Log = Callable[[str], None]
 
-def choose_attention(
-    wanted: str, model: Model, *, length: int, dtype: Any, device: Any, log: Callable[[str], None]
-) -> str:
+
+def choose_attention(wanted: str, model: Model, *, length: int, dtype: Any, device: Any, log: Log) -> str:
     """The name in `kernels.BACKENDS` for training; "auto" prefers the platform's fused kernel and falls back to XLA.
 
     Raises:
         UserError: a backend that is requested by name cannot be used; the message gives the reason.
     """
     name = PREFERRED.get(device.platform, "xla") if wanted == "auto" else wanted
-    if name == "xla":
-        return name
-    if name == "splash" and device.platform == "cpu":
-        log("attention splash runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
-        return "splash_interpreted"
-    present = device in jax.devices()
-    calls = kernel_calls(model)
-    reason = next(filter(None, (unsupported(name, facts(call, model, dtype, device)) for call in calls)), None)
-    if reason is None and present:
-        problems = (
-            apart(differs, name, *case, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents)
-            for case in tried(calls)
-        )
-        reason = next(filter(None, problems), None)
-    if reason is None:
-        return name
-    if wanted != "auto":
-        raise UserError(f"attention={wanted} cannot be used: {reason}; set --attention=xla")
-    log(f"attention xla, not {name}: {reason}")
-    return "xla" if present or name != "cudnn" else "xla_remat"
+    test = functools.partial(
+        apart, differs, name, min(length, TRIED_LENGTH), jnp.dtype(dtype).name, model.isolate_documents
+    )
+    chosen = _choose("attention", wanted, name, BACKENDS, model, dtype=dtype, device=device, test=test, log=log)
+    absent = device not in jax.devices()
+    return "xla_remat" if (name, chosen, absent) == ("cudnn", "xla", True) else chosen
 
 
-def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: Callable[[str], None]) -> str:
+def choose_decoding(wanted: str, model: Model, *, dtype: Any, device: Any, log: Log) -> str:
     """The name in `DECODING` for decoding a model; "auto" uses the kernel on TPUs where it works, XLA elsewhere.
 
     Raises:
         UserError: a backend that is requested by name cannot be used; the message gives the reason.
     """
-    name = ("filled" if device.platform == "tpu" else "xla") if wanted == "auto" else wanted
+    name = PREFERRED_DECODING.get(device.platform, "xla") if wanted == "auto" else wanted
+    test = functools.partial(apart, decodes_otherwise, name, jnp.dtype(dtype).name)
+    return _choose("decoding", wanted, name, DECODING, model, dtype=dtype, device=device, test=test, log=log)
+
+
+def _choose(
+    setting: str,
+    wanted: str,
+    name: str,
+    backends: Mapping[str, Any],
+    model: Model,
+    *,
+    dtype: Any,
+    device: Any,
+    test: Callable[..., str | None],
+    log: Log,
+) -> str:
+    """`name` if it can be used and `test` of every kernel call finds no problem; otherwise "xla", or UserError."""
     if name == "xla":
         return name
-    if name in KERNELS and device.platform == "cpu":
-        log(f"decoding {name} runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
+    if name not in backends:
+        raise UserError(f"unknown {setting} backend {name!r}; expected one of: auto, {', '.join(backends)}")
+    if device.platform == "cpu" and f"{name}_interpreted" in backends:
+        log(f"{setting} {name} runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
         return f"{name}_interpreted"
-    if name not in DECODING:
-        raise UserError(f"unknown decoding backend {wanted!r}; expected one of: auto, {', '.join(DECODING)}")
     calls = kernel_calls(model)
-    all_facts = (decoding_kernels.Facts(device.platform, dtype, call.head_dim) for call in calls)
-    reason = next(filter(None, (decoding_kernels.unsupported(name, each) for each in all_facts)), None)
+    reason = next(filter(None, (unsupported(name, facts(call, model, dtype, device)) for call in calls)), None)
     if reason is None and device in jax.devices():
-        problems = (apart(decodes_otherwise, name, *case, jnp.dtype(dtype).name) for case in tried(calls))
-        reason = next(filter(None, problems), None)
+        reason = next(filter(None, (test(*case) for case in tried(calls))), None)
     if reason is None:
         return name
     if wanted != "auto":
-        raise UserError(f"decoding={wanted} cannot be used: {reason}; use decoding=auto")
-    log(f"decoding xla, not {name}: {reason}")
+        raise UserError(f"{setting}={wanted} cannot be used: {reason}; set --{setting}=xla")
+    log(f"{setting} xla, not {name}: {reason}")
     return "xla"
 
 
@@ -104,7 +105,7 @@ def facts(mixer: Attends, model: Model, dtype: Any, device: Any) -> Facts:
 
 @functools.cache
 def differs(
-    name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool, length: int, dtype: str, isolate: bool
+    name: str, length: int, dtype: str, isolate: bool, heads: int, kv_heads: int, head_dim: int, windowed: bool
 ) -> str | None:
     """Compares a backend's attention and gradients with `xla` in float32; returns the problem as text, or None.
 
@@ -132,7 +133,7 @@ def differs(
 
 
 @functools.cache
-def decodes_otherwise(name: str, heads: int, kv_heads: int, head_dim: int, windowed: bool, dtype: str) -> str | None:
+def decodes_otherwise(name: str, dtype: str, heads: int, kv_heads: int, head_dim: int, windowed: bool) -> str | None:
     """Compares a backend's decoding of one token per row with `xla` in float32; returns the problem as text, or None.
 
     The test rows are idle, have one or two tokens, end inside a block or at the end of the cache, or have wrapped

@@ -6,7 +6,7 @@ rows' lengths (B,), and a window or None. It returns (B, T, H, D); results for p
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxchat import sharding
-from jaxchat.model import decoding_triton
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.dense import MASKED, attend_cached, visible
 
@@ -42,10 +41,9 @@ def filled(
     length_B: jax.Array,
     window: int | None,
     *,
-    kernel: Callable[..., jax.Array] | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Runs a Pallas `kernel` (default: the TPU kernel) that reads each row's cache only as far as it is filled.
+    """A Pallas kernel for TPUs that reads each row's cache only as far as it is filled; `interpret` runs it anywhere.
 
     Calls with several tokens per row use `xla`. Otherwise a row's position determines what its cache holds, so
     `length_B` is not read. Rows of padding return zeros.
@@ -54,7 +52,7 @@ def filled(
     if T > 1:
         return xla(q_BTHD, cache, positions_BT, length_B, window)
     K = cache.k_BKSD.shape[1]
-    attend = functools.partial(kernel or _filled, window=window, interpret=interpret)
+    attend = functools.partial(_filled, window=window, interpret=interpret)
     rows = ("batch", "kv_heads", None, None)
     q_BKGD = (q_BTHD * D**-0.5).reshape(B, K, H // K, D)
     arrays = [q_BKGD, *(x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache), positions_BT[:, 0]]
@@ -182,32 +180,8 @@ def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-class Facts(NamedTuple):
-    """The platform that decodes, the compute type, and the number of channels per head."""
-
-    platform: str
-    dtype: Any
-    head_dim: int = 128
-
-
-def unsupported(name: str, facts: Facts) -> str | None:
-    """The reason why a backend cannot be used, as a clause for a message; None if it can."""
-    if name not in KERNELS:
-        return None
-    if facts.platform != KERNELS[name]:
-        return f"{name} is a kernel for {KERNELS[name].upper()}s, but these devices are of platform {facts.platform}"
-    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
-    if name == "triton" and facts.head_dim & (facts.head_dim - 1):
-        return f"triton needs a head_dim that is a power of two, not {facts.head_dim}"
-    return None
-
-
-KERNELS: Mapping[str, str] = {"filled": "tpu", "triton": "gpu"}  # Pallas kernels and their platforms.
 DECODING: Mapping[str, Backend] = {
     "xla": xla,
     "filled": filled,
     "filled_interpreted": functools.partial(filled, interpret=True),
-    "triton": functools.partial(filled, kernel=decoding_triton.attend),
-    "triton_interpreted": functools.partial(filled, kernel=decoding_triton.attend, interpret=True),
 }

@@ -52,18 +52,18 @@ class Facts(NamedTuple):
 
 def unsupported(name: str, facts: Facts) -> str | None:
     """The reason why a backend cannot be used, as a clause for a message; None if it can."""
-    return _REASONS[name](facts) if name in _REASONS else None
+    return _REASONS[name](name, facts) if name in _REASONS else None
 
 
-def _not_splash(facts: Facts) -> str | None:
+def _not_pallas(name: str, facts: Facts) -> str | None:
     if facts.platform != "tpu":
-        return f"splash is a kernel for TPUs, but these devices are of platform {facts.platform}"
+        return f"{name} is a kernel for TPUs, but these devices are of platform {facts.platform}"
     if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"splash computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+        return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
     return None
 
 
-def _not_cudnn(facts: Facts) -> str | None:
+def _not_cudnn(name: str, facts: Facts) -> str | None:
     most = 256 if facts.capability >= 9 else 128
     if facts.platform != "gpu":
         return f"cudnn needs an NVIDIA GPU, but these devices are of platform {facts.platform}"
@@ -80,7 +80,11 @@ def _not_cudnn(facts: Facts) -> str | None:
     return _packing_problem() if facts.segments else None
 
 
-_REASONS: Mapping[str, Callable[[Facts], str | None]] = {"splash": _not_splash, "cudnn": _not_cudnn}
+_REASONS: Mapping[str, Callable[[str, Facts], str | None]] = {
+    "splash": _not_pallas,
+    "filled": _not_pallas,
+    "cudnn": _not_cudnn,
+}
 
 
 def xla(
