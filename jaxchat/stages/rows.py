@@ -10,8 +10,7 @@ from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare, streams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.bits_per_byte import BitsPerByte
-from jaxchat.evaluation.loss import HeldOutLoss
+from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.experiment import Experiment
 from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Log
@@ -52,7 +51,7 @@ class FromRows:
         self._text, self._loss = self._held_out(setup, micro_rows)
         self._tasks = task_scores(setup, self._tokenizer, self._log)
 
-    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
         """Evaluations on held-out data: bits per byte of text, and the loss on conversations; None for neither."""
         raise NotImplementedError
 
@@ -97,8 +96,8 @@ class FromRows:
 class FromText(FromRows):
     """Pretraining on documents, scored by bits per byte of held-out documents."""
 
-    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
-        text = BitsPerByte(
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
+        text = HeldOut(
             setup.transformer,
             setup.mesh,
             rows=self._rows["val"],
@@ -111,8 +110,8 @@ class FromText(FromRows):
 class FromConversations(FromRows):
     """SFT on conversations, scored by the loss on held-out ones and by bits per byte of the pretraining text."""
 
-    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[BitsPerByte | None, HeldOutLoss | None]:
-        loss = HeldOutLoss(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
+    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
+        loss = HeldOut(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
         return pretrained_text(setup, self._tokenizer, micro_rows, self._log), loss
 
 

@@ -11,8 +11,8 @@ from jaxchat.data import prepare
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.bits_per_byte import BitsPerByte
 from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, share, summaries
+from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
@@ -25,7 +25,7 @@ from jaxchat.tokenizer import Tokenizer
 EVALUATION_SEED = 1_000_003  # The same noise at every evaluation, and not that of a rollout.
 
 
-def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> BitsPerByte | None:
+def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> HeldOut | None:
     """Evaluation on the held-out text of the pretraining run that this stage descends from; None if not available."""
     e = setup.experiment
     directory = Path(e.start.partition("@")[0])
@@ -39,7 +39,7 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
     except UserError as error:
         log(f"warning: the pretraining text is not scored, so forgetting is not measured: {error}")
         return None
-    return BitsPerByte(
+    return HeldOut(
         setup.transformer, setup.mesh, rows=rows, bytes_per_token=tokenizer.bytes_per_token, batch_rows=micro_rows
     )
 
