@@ -123,24 +123,30 @@ def compile_step(setup: Setup, log: Callable[[str], None]) -> Compiled:
     """
     e = setup.experiment
     limit = MEMORY_SHARE * min(processes.gather(devices.memory_limit(jax.local_devices()[0])))
-    start = time.perf_counter()
-    choices, state = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows], state_bytes(setup)
-    tried: dict[int, float] = {}
+    start, state = time.perf_counter(), state_bytes(setup)
     if e.micro_rows == "auto" and state > limit:
         needs = f"the training state needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}"
         raise OutOfMemory(f"{needs}: split it over several with --mesh.fsdp, or take a smaller --depth", None)
+    choices = micro_choices(setup) if e.micro_rows == "auto" else [e.micro_rows]
+    tried: dict[int, float] = {}
     while choices:
         rows = choices[0]
-        compiled, needed = compile_lowered(lower_step(setup, rows), setup, log)
-        tried[rows] = needed
-        if compiled is not None and (needed <= limit or e.micro_rows != "auto"):
+        compiled, tried[rows] = compile_lowered(lower_step(setup, rows), setup, log)
+        if compiled is not None and (tried[rows] <= limit or e.micro_rows != "auto"):
             return Compiled(_guarded(compiled, setup, rows), rows, time.perf_counter() - start, tried)
-        # Memory beyond the state grows with the rows, so sizes that cannot fit need not be compiled.
-        most = rows * (limit - state) / (needed - state) if state < needed < math.inf else rows / 2
-        choices = [n for n in choices[1:] if n <= most] or choices[-1:] * (len(choices) > 1)
-        if choices:
-            log(f"micro_rows={rows} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB; trying {choices[0]}")
+        if choices := smaller_choices(choices, tried[rows], state=state, limit=limit):
+            log(f"micro_rows={rows} needs {tried[rows] / 2**30:.1f} of {limit / 2**30:.1f} GiB; trying {choices[0]}")
     raise _out_of_memory(setup, rows)
+
+
+def smaller_choices(choices: Sequence[int], needed: float, *, state: float, limit: float) -> list[int]:
+    """The micro-batches that may fit in `limit` bytes after the largest, the first of `choices`, needed `needed`.
+
+    The memory beyond the training state grows with the rows, so those that cannot fit are left out, but for the
+    smallest, which decides whether any fits. Empty after the smallest.
+    """
+    most = choices[0] * (limit - state) / (needed - state) if state < needed < math.inf else choices[0] / 2
+    return [n for n in choices[1:] if n <= most] or list(choices[1:][-1:])
 
 
 def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> tuple[Any, float]:
@@ -168,12 +174,8 @@ def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> t
 
 def state_bytes(setup: Setup) -> float:
     """Bytes per device of the training state."""
-    return held_bytes(setup.abstract)
-
-
-def held_bytes(tree: Any) -> float:
-    """Bytes per device of placed arrays, or of their shapes with shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(setup.abstract)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def lower_step(setup: Setup, rows: int) -> Any:

@@ -56,33 +56,21 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, log
 def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[Fit]]:
     """Finds the largest micro-batch under the least remat that fits; returns it, or None, and all attempts.
 
-    Memory grows with the micro-batch, so the largest one is found by binary search.
+    Each remat policy is searched as launch.train searches its micro-batch.
     """
     setup = compilation.make_setup(dataclasses.replace(e, micro_rows="auto"), lambda _: None, topology.devices())
-    choices, tried = compilation.micro_choices(setup)[::-1], list[Fit]()
     state, limit = compilation.state_bytes(setup), topology.chip.memory * compilation.MEMORY_SHARE
+    tried: list[Fit] = []
     if state > limit:
         log(f"{topology.name}: the training state needs {state / GiB:.2f} GiB of {limit / GiB:.2f} per device")
         return None, tried
-
-    def attempt(rows: int, remat: str) -> Fit:
-        tried.append(compiled(e, topology, rows, remat, log))
-        return tried[-1]
-
     for remat in REMATS:
-        found = attempt(choices[0], remat)
-        if not found.fits:
-            continue
-        low, high = 0, len(choices)  # Invariant: choices[low] fits, choices[high] does not.
-        room = (limit - state) / max(found.bytes - state, 1)
-        guess = max(i for i, rows in enumerate(choices) if rows <= max(choices[0] * room, choices[0]))
-        while high - low > 1:
-            middle = min(max(guess, low + 1), high - 1)
-            fit = attempt(choices[middle], remat)
-            low, high = (middle, high) if fit.fits else (low, middle)
-            found = fit if fit.fits else found
-            guess = (low + high) // 2
-        return found, tried
+        choices = compilation.micro_choices(setup)
+        while choices:
+            tried.append(compiled(e, topology, choices[0], remat, log))
+            if tried[-1].fits:
+                return tried[-1], tried
+            choices = compilation.smaller_choices(choices, tried[-1].bytes, state=state, limit=limit)
     return None, tried
 
 
@@ -95,14 +83,11 @@ def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int
         UserError: the experiment does not fit; the message names the smallest change that does, tested by compiling.
     """
     e = in_bfloat16(e)
-    tried: list[Fit] = []
-    if e.micro_rows != "auto":
-        found: Fit | None = compiled(e, topology, e.micro_rows, e.model.remat, log)
-        if found is not None and not found.fits:
-            found = None
-    else:
+    if e.micro_rows == "auto":
         found, tried = best(e, topology, log)
-    if found is None:
+    else:
+        found, tried = compiled(e, topology, e.micro_rows, e.model.remat, log), []
+    if found is None or not found.fits:
         tested = f"micro_rows={e.micro_rows} and model.remat={e.model.remat}"
         raise UserError(
             f"{e.name} does not fit {topology.name} with {tested}: {remedy(e, topology, log, shallower, tried)}"
