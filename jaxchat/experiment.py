@@ -1,18 +1,17 @@
 """The configuration of a run: one field per part, and the checks across parts."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
 from jaxchat.errors import check_local
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
-from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
-from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.optimizer import Optimizer
 from jaxchat.rl.settings import RL
 from jaxchat.sharding import Mesh
@@ -21,11 +20,21 @@ PROMPTS = ("", "The", "One day")
 
 
 class Stage(NamedTuple):
-    """A kind of run: description, the class that runs it (module:name), and whether its model is a chat model."""
+    """A kind of run.
+
+    `runner` is the class that runs it (module:name, see `stages.stage.Stage`); `chats`: the model is a chat model;
+    `speedrun`: `launch.speedrun` runs it, and every configuration has it.
+    """
 
     about: str
     runner: str
     chats: bool
+    speedrun: bool = True
+
+    def load(self) -> Any:
+        """Imports the runner."""
+        module, _, name = self.runner.partition(":")
+        return getattr(importlib.import_module(module), name)
 
 
 # In the order in which `launch.speedrun` runs them.
@@ -34,6 +43,7 @@ STAGES: Mapping[str, Stage] = {
     "sft": Stage("learns from conversations", "jaxchat.stages.rows:FromConversations", chats=True),
     "rl": Stage("learns from rewards", "jaxchat.rl.reinforcement:Reinforcement", chats=True),
 }
+SPEEDRUN = tuple(name for name, stage in STAGES.items() if stage.speedrun)
 
 # Fields that may change when a run is resumed; a change of any other field makes another experiment.
 RESUMABLE = (
@@ -158,9 +168,8 @@ class Experiment:
     @property
     def objective(self) -> Objective:
         """The loss that training minimises."""
-        if self.rl is None:
-            return Likelihood()
-        return PolicyGradient(self.rl.policy, self.rl.temperature, self.rl.truncates)
+        objective: Objective = STAGES[self.stage].load().objective(self)
+        return objective
 
     @property
     def batch_rows(self) -> int:

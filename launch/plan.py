@@ -13,7 +13,7 @@ from typing import Any
 from jaxchat import command_line, launcher
 from jaxchat.command_line import joined, stage_arguments
 from jaxchat.errors import UserError
-from jaxchat.experiment import STAGES
+from jaxchat.experiment import SPEEDRUN, STAGES
 
 OWN = ("topology", "mfu", "dollars_per_chip_hour")
 
@@ -63,7 +63,7 @@ def stages(argv: Sequence[str]) -> list[list[str]]:
     words = joined(argv)
     if any(word.startswith("--config=") and ":" in word for word in words):
         return [words]
-    return [stage_arguments(argv, stage, STAGES) for stage in STAGES]
+    return [stage_arguments(argv, stage, STAGES) for stage in SPEEDRUN]
 
 
 def positive(own: dict[str, str], name: str, default: float | None) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from jaxchat import command_line, launcher, signals
 from jaxchat.command_line import joined, stage_arguments
 from jaxchat.errors import UserError
-from jaxchat.experiment import STAGES
+from jaxchat.experiment import SPEEDRUN, STAGES
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
@@ -25,7 +25,9 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
             rest.append(word)
     try:
         with signals.raised() as stopped:
-            stages = [command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in STAGES]
+            stages = [
+                command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in SPEEDRUN
+            ]
             from jaxchat import compilation, processes, speedrun
 
             with processes.joined():

@@ -14,26 +14,39 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
+from jaxchat.objectives.objective import Objective
+from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
+from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Log, locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
 
+def settings(e: Experiment) -> RL:
+    """The RL settings of an experiment; raises `UserError` if it has none."""
+    if e.rl is None:
+        raise UserError(f"stage {e.stage!r} needs RL settings: use a configuration such as configs/tiny.py:rl")
+    return e.rl
+
+
 class Reinforcement:
     """Stage that trains on rewards of sampled answers; see `stages.stage.Stage` for the methods."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
-        if e.rl is None:
-            raise UserError(f"stage {e.stage!r} needs RL settings: use a configuration such as configs/tiny.py:rl")
-        self._rl, self._tokenizer, self._log = e.rl, tokenizer, log
+        self._rl, self._tokenizer, self._log = settings(e), tokenizer, log
         self.steps = e.steps
-        if e.steps % e.rl.updates:
+        if e.steps % self._rl.updates:
             raise UserError(
-                f"steps={e.steps} is not a multiple of the {e.rl.updates} updates (rl.epochs x rl.minibatches) "
-                f"of one rollout batch: choose a multiple of {e.rl.updates}"
+                f"steps={e.steps} is not a multiple of the {self._rl.updates} updates (rl.epochs x rl.minibatches) "
+                f"of one rollout batch: choose a multiple of {self._rl.updates}"
             )
+
+    @staticmethod
+    def objective(e: Experiment) -> Objective:
+        rl = settings(e)
+        return PolicyGradient(rl.policy, rl.temperature, rl.truncates)
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
         """Creates the engine that samples, the scorer and the evaluations; resumes the stream of problems."""

@@ -12,6 +12,8 @@ from jaxchat.data import prepare, streams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.experiment import Experiment
+from jaxchat.objectives.likelihood import Likelihood
+from jaxchat.objectives.objective import Objective
 from jaxchat.stages.scores import pretrained_text, task_scores
 from jaxchat.stages.stage import Log
 from jaxchat.tokenizer import Tokenizer
@@ -38,6 +40,10 @@ class FromRows:
         )
         self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
         self._batches: Iterator[Any] = iter(())
+
+    @staticmethod
+    def objective(e: Experiment) -> Objective:
+        return Likelihood()
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
         """Starts the stream at step `start`; raises `UserError` if the checkpoint was trained on other rows."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,13 +47,6 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     return result(built, results, step_log)
 
 
-def runner(stage: str) -> Callable[..., Stage]:
-    """Imports the class that runs a stage."""
-    module, _, name = STAGES[stage].runner.partition(":")
-    stage_class: Callable[..., Stage] = getattr(importlib.import_module(module), name)
-    return stage_class
-
-
 def prepared(
     setup: Setup, tokenizer: Tokenizer | None, log: Log, stopped: Callable[[], bool]
 ) -> tuple[Setup, Stage, Tokenizer]:
@@ -65,7 +57,7 @@ def prepared(
         tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
     check_tokenizer(e.run_directory, tokenizer)
     raise_if_interrupted(stopped)
-    stage = runner(e.stage)(e, tokenizer, log)
+    stage: Stage = STAGES[e.stage].load()(e, tokenizer, log)
     if stage.steps != e.steps:
         setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
     return setup, stage, tokenizer

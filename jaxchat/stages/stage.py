@@ -12,6 +12,7 @@ from jaxchat import checkpoint
 from jaxchat.compilation import Setup
 from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
+from jaxchat.objectives.objective import Objective
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -23,6 +24,10 @@ class Stage(Protocol):
     """A stream of batches with its evaluations. `steps` is the number of optimizer steps."""
 
     steps: int
+
+    @staticmethod
+    def objective(e: Experiment) -> Objective:
+        """The loss that training minimises, with the columns that `batch_at` provides."""
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: Record) -> None:
         """Prepares for optimizer step `start`; `facts` is the metadata of the checkpoint, empty without one."""
