@@ -24,7 +24,7 @@ from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Transformer
 
 FEW, MANY = 64, 256  # Stored prefixes.
-TOKENIZER: Any = SimpleNamespace(specials={"<|bos|>": 0}, decode_bytes=lambda ids: b"")  # Random ids have no text.
+TOKENIZER: Any = SimpleNamespace(bos=0, end=0, decode_bytes=lambda ids: b"")  # Random ids have no text.
 
 
 def random_prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:

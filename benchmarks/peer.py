@@ -46,7 +46,7 @@ class Peer:
         self._torch, self._dtype, half = torch, getattr(torch, str(dtype)), str(dtype) == "bfloat16"
         device = self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # As XLA does.
-        no_ends: Any = SimpleNamespace(specials=dict.fromkeys((huggingface.BOS, huggingface.END)))
+        no_ends: Any = SimpleNamespace(bos=None, end=None)
         config = huggingface.config_json(model, no_ends, length=4096, dtype="float32")
         theirs = self._model = NanoChatForCausalLM(NanoChatConfig.from_dict(config)).to(device)  # type: ignore[arg-type]
         weights = huggingface.to_state(model, jax.device_get(params), huggingface.LAYERS, huggingface.ENDS)

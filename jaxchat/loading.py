@@ -13,7 +13,7 @@ from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer, load_tokenizer
 
 
 class Loaded(NamedTuple):
@@ -53,7 +53,7 @@ def load_checkpoint(path: str) -> Loaded:
     """Loads a checkpoint such as runs/tiny/pretrain (latest step) or runs/tiny/pretrain@300, without parameters."""
     directory, step = checkpoint.locate(path)
     experiment = checkpoint.read_experiment(directory, Experiment)
-    tokenizer = Tokenizer.load(Path(directory).parent / "tokenizer")
+    tokenizer = load_tokenizer(Path(directory).parent / "tokenizer")
     if tokenizer.vocab_size != experiment.model.vocab:
         raise UserError(
             f"the tokenizer in {directory.parent / 'tokenizer'} has {tokenizer.vocab_size} ids, but the model in "

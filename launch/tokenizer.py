@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxchat import command_line, launcher
-from jaxchat.tokenizer import Report, Tokenizer, report, sample
+from jaxchat.tokenizer import Report, load_tokenizer, report, sample
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> dict[str, object]:
     start = time.monotonic()
     path = prepare.ensure_tokenizer_directory(data, cache, seed, launcher.log)
     seconds = time.monotonic() - start
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     held_out = list(prepare.texts(data, "val", cache, launcher.log))
     found = report(tokenizer, held_out)
     result = {

@@ -2,14 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 
+from jaxchat.tokenizer.chat_format import NANOCHAT
+
 
 class Letters:
-    """Id i stands for the character chr(ord("0") + i), or for `pieces[i]`; special tokens stand for nothing."""
+    """Id i stands for the character chr(ord("0") + i), or for `pieces[i]`; special tokens stand for nothing.
 
-    bos = 0
+    A special token that gets no id has one that no model says.
+    """
+
+    bos, chat_format = 0, NANOCHAT
 
     def __init__(self, pieces: Mapping[int, bytes] | None = None, **specials: int) -> None:
-        self.specials = {"<|bos|>": 0} | {f"<|{name}|>": number for name, number in specials.items()}
+        self.specials = {name: 1000 + i for i, name in enumerate(NANOCHAT.specials)} | {"<|bos|>": 0}
+        self.specials |= {f"<|{name}|>": number for name, number in specials.items()}
+        self.end = self.specials[NANOCHAT.end]
         self._pieces = dict(pieces or {})
 
     def encode(self, text: str) -> list[int]:

@@ -26,6 +26,7 @@ from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, chat, train_tokenizer
+from jaxchat.tokenizer.chat_format import NANOCHAT
 
 NAMES = ("user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end")
 SPECIALS = {name: 50 + i for i, name in enumerate((*NAMES, "output_start", "output_end"))}
@@ -158,7 +159,7 @@ def template(messages: list[dict[str, Any]], **options: Any) -> str:
         raise UserError(sentence)
 
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(chat.CHAT_TEMPLATE).render(messages=messages, **options)
+    return environment.from_string(chat.template(NANOCHAT)).render(messages=messages, **options)
 
 
 @given(messages=dialogues, system=st.none() | st.just("") | some_text, complete=st.booleans())
@@ -180,7 +181,9 @@ def test_the_template_refuses_what_rendering_refuses(bad: str) -> None:
 def test_transformers_fills_in_the_template(tokenizer: Tokenizer) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     messages = said(("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"), ("user", "Why?"))
-    (text,), _ = utils.render_jinja_template([messages], chat_template=chat.CHAT_TEMPLATE, add_generation_prompt=True)
+    (text,), _ = utils.render_jinja_template(
+        [messages], chat_template=chat.template(NANOCHAT), add_generation_prompt=True
+    )
     assert text == tokenizer.decode(chat.render(messages, tokenizer, complete=True).ids, keep_specials=True)
 
 

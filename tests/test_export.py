@@ -25,7 +25,8 @@ from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
-from jaxchat.tokenizer import SPECIALS, chat
+from jaxchat.tokenizer import chat
+from jaxchat.tokenizer.chat_format import NANOCHAT
 
 KINDS = {
     "plain": model(),
@@ -163,7 +164,7 @@ AWKWARD = [
 ]
 HANGUL = "나는 학교에 갔다. "
 parts = st.sampled_from(
-    [*AWKWARD, *SPECIALS, HANGUL, unicodedata.normalize("NFD", HANGUL), "fox", " bear", "a", "=", "\n"]
+    [*AWKWARD, *NANOCHAT.specials, HANGUL, unicodedata.normalize("NFD", HANGUL), "fox", " bear", "a", "=", "\n"]
 )
 any_text = st.lists(st.one_of(parts, st.text(max_size=8))).map("".join)
 

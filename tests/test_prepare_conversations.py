@@ -16,6 +16,7 @@ from jaxchat.data.prepare import ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.prepare import texts as texts_of
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
+from jaxchat.tokenizer.chat_format import NANOCHAT
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ word = st.text(min_size=1, max_size=4)
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | word
 names = st.sampled_from(["role", "content", "type", "text"])
 anything = leaf | st.lists(leaf, max_size=3) | st.dictionaries(names, leaf, max_size=3)
-part = st.fixed_dictionaries({"type": st.sampled_from([*chat.PARTS, "image"]), "text": word | anything})
+part = st.fixed_dictionaries({"type": st.sampled_from(["text", *NANOCHAT.parts, "image"]), "text": word | anything})
 message = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["user", "assistant", "system", "function_call", "observation"]) | word,

@@ -81,7 +81,7 @@ def test_worker_processes_start_without_jax():
 KILLED_AFTER_TWO_SHARDS = """
 import os, signal, sys
 from jaxchat.data import prepare, shards, workers
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import load_tokenizer
 
 workers.SMALL, shards.LEAST_PART = 0, 1
 send, sent = workers._Pool._send, []
@@ -94,7 +94,7 @@ def send_or_die(pool, *message):
 
 workers._Pool._send = send_or_die
 data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=128, workers=2, format=sys.argv[4])
-prepare.ensure_rows(data, Tokenizer.load(sys.argv[2]), "train", sys.argv[3], print)
+prepare.ensure_rows(data, load_tokenizer(sys.argv[2]), "train", sys.argv[3], print)
 """
 
 

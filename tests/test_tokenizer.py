@@ -1,5 +1,5 @@
+import dataclasses
 import json
-import pickle
 import random
 import re
 import subprocess
@@ -14,9 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.errors import UserError
-from jaxchat.tokenizer import SPECIALS, Tokenizer, TokenizerConfig, report, train_tokenizer
+from jaxchat.tokenizer import TokenizerConfig, chat, load_tokenizer, report, train_tokenizer
+from jaxchat.tokenizer.chat_format import NANOCHAT, Marks
 from jaxchat.tokenizer.compare import peer_bytes_per_token
-from jaxchat.tokenizer.sentencepiece import sample
+from jaxchat.tokenizer.sentencepiece import SentencePiece, sample
 from launch import tokenizer as tokenizer_launcher
 
 ENGLISH = (
@@ -61,7 +62,7 @@ AWKWARD = [
     "👩‍👩‍👧",
     "🇰🇷",
 ]
-any_text = st.lists(st.one_of(st.sampled_from([*AWKWARD, *SPECIALS]), st.text(max_size=12))).map("".join)
+any_text = st.lists(st.one_of(st.sampled_from([*AWKWARD, *NANOCHAT.specials]), st.text(max_size=12))).map("".join)
 with_words = st.lists(st.sampled_from([*" ".join(TEXTS).split(" "), *AWKWARD])).map(" ".join)
 
 
@@ -116,8 +117,8 @@ def test_every_id_is_used_by_the_vocabulary_once(tokenizer):
 
 def test_specials_have_fixed_ids_and_are_never_produced_by_text():
     config = TokenizerConfig(extra_specials=("<|tool|>", "<|image_1|>"))
-    tokenizer = train_tokenizer([*TEXTS, " ".join([*SPECIALS, "<|tool|>"] * 50)], vocab=VOCAB, config=config)
-    names = [*SPECIALS, "<|tool|>", "<|image_1|>"]
+    tokenizer = train_tokenizer([*TEXTS, " ".join([*NANOCHAT.specials, "<|tool|>"] * 50)], vocab=VOCAB, config=config)
+    names = [*NANOCHAT.specials, "<|tool|>", "<|image_1|>"]
     assert tokenizer.specials == {name: 1 + i for i, name in enumerate(names)}
     assert tokenizer.bos == tokenizer.specials["<|bos|>"]
     text = " ".join(names) + "".join(names)
@@ -162,21 +163,47 @@ def test_another_vocabulary_or_text_has_another_hash(bpe):
     assert len({bpe.hash, other.hash, fewer.hash}) == 3
 
 
-def test_a_saved_tokenizer_and_a_pickled_one_encode_alike(tokenizer, tmp_path):
+def test_a_saved_tokenizer_encodes_alike(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "tokenizer")
     text = "".join(TEXTS)
-    for copy in (Tokenizer.load(tmp_path / "deep" / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
-        assert copy.hash == tokenizer.hash
-        assert copy.specials == tokenizer.specials
-        assert copy.encode(text) == tokenizer.encode(text)
+    copy = load_tokenizer(tmp_path / "deep" / "tokenizer")
+    assert (copy.hash, copy.specials, copy.chat_format) == (tokenizer.hash, tokenizer.specials, NANOCHAT)
+    assert copy.encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["tokenizer"]
+
+
+def test_a_tokenizer_saved_without_a_chat_format_has_nanochats(bpe, tmp_path):
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    metadata = json.loads(path.read_bytes())
+    del metadata["chat_format"]
+    path.write_text(json.dumps(metadata))
+    old = load_tokenizer(tmp_path)
+    assert (old.hash, old.chat_format, old.bos, old.end) == (bpe.hash, NANOCHAT, 1, 5)
+
+
+def test_another_chat_format_is_stored_and_renders_with_its_own_tokens(tmp_path):
+    names = ("<|shell|>", "<|shell_end|>")
+    model = train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig(extra_specials=names)).model
+    parts = {"shell": Marks(*names, learned=True)}
+    given = SentencePiece(model, dataclasses.replace(NANOCHAT, parts=parts))
+    given.save(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer.chat_format == given.chat_format != NANOCHAT
+    assert tokenizer.hash == given.hash != SentencePiece(model).hash
+    answer = [{"type": "shell", "text": "ls"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    ids = chat.render(messages, tokenizer).ids
+    assert tokenizer.decode(ids, keep_specials=True).endswith("<|shell|>ls<|shell_end|><|assistant_end|>")
+    assert chat.parse(ids, tokenizer) == messages
+    assert "part['type'] == 'shell'" in chat.template(tokenizer.chat_format)
 
 
 def test_saving_replaces_a_tokenizer_and_nothing_else(bpe, tmp_path):
     other = train_tokenizer(TEXTS, vocab=VOCAB - 1, config=TokenizerConfig())
     bpe.save(tmp_path / "tokenizer")
     other.save(tmp_path / "tokenizer")
-    assert Tokenizer.load(tmp_path / "tokenizer").hash == other.hash
+    assert load_tokenizer(tmp_path / "tokenizer").hash == other.hash
     (tmp_path / "tokenizer" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.txt"):
         bpe.save(tmp_path / "tokenizer")
@@ -197,19 +224,19 @@ def _killed(*_):
 
 def test_a_missing_or_damaged_tokenizer_is_named(bpe, tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer in .*nowhere"):
-        Tokenizer.load(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
     for name in ("tokenizer.model", "tokenizer.json"):
         directory = tmp_path / name
         bpe.save(directory)
         content = (directory / name).read_bytes()
         (directory / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match="damaged"):
-            Tokenizer.load(directory)
+            load_tokenizer(directory)
         (directory / name).unlink()
         with pytest.raises(UserError, match=f"{name} is missing"):
-            Tokenizer.load(directory)
+            load_tokenizer(directory)
         bpe.save(directory)
-        assert Tokenizer.load(directory).hash == bpe.hash
+        assert load_tokenizer(directory).hash == bpe.hash
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
@@ -267,13 +294,9 @@ def test_surrogates_from_json_become_text(bpe):
     assert bpe.decode(bpe.encode("a\ud800 b")) == "a\ufffd b"
 
 
-def test_batches_equal_single_texts(bpe):
-    assert bpe.encode_batch(TEXTS) == [bpe.encode(text) for text in TEXTS]
-
-
 def test_long_texts_and_a_full_cache_encode_as_short_ones(bpe, monkeypatch):
     monkeypatch.setattr("jaxchat.tokenizer.sentencepiece._CACHED_ENTRIES", 5)
-    small = pickle.loads(pickle.dumps(bpe))
+    small = SentencePiece(bpe.model)
     words = [*" ".join(TEXTS).split(" "), "\u2581", "x" * 300]
     text = " ".join(random.Random(0).choices(words, k=12_000))
     assert len(text) > 60_000
@@ -334,7 +357,7 @@ def test_the_launcher_trains_once_and_reports(tmp_path, capsys):
     ]
     result = tokenizer_launcher.main(arguments)
     assert {"vocab", "bytes_per_token", "seconds", "path"} <= set(result) <= {*result, "peer_bytes_per_token"}
-    saved = Tokenizer.load(result["path"])
+    saved = load_tokenizer(result["path"])
     assert result["vocab"] == saved.vocab_size == VOCAB
     tokens = len(saved.encode(ENGLISH[0] + " Привет"))
     assert result["bytes_per_token"] == pytest.approx(len((ENGLISH[0] + " Привет").encode()) / tokens, abs=1e-4)

@@ -185,7 +185,8 @@ def test_a_call_that_gets_no_answer_changes_no_text(model: tuple[Transformer, An
     assert all(all(answer.sampled) and answer.error is None for (answer,) in heard[:-1])
 
 
-def test_a_tool_without_its_special_tokens_is_refused(model: tuple[Transformer, Any]) -> None:
-    machine = Engine(*model, Letters(), EngineConfig(length=96))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"Calculator needs the special token <\|python_start\|>"):
-        machine.submit(Request([1], tools=(Calculator(),)))
+def test_a_tool_whose_parts_the_chat_format_lacks_is_refused(model: tuple[Transformer, Any]) -> None:
+    tool = Echo()
+    tool.call_part = "bash"
+    with pytest.raises(UserError, match="Echo needs parts of the kind bash, which the chat format lacks"):
+        engine(model).submit(Request([1], tools=(tool,)))

@@ -22,7 +22,7 @@ from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.sources import SUFFIXES, Split, documents, find
 from jaxchat.data.streams import Rows, open_rows
 from jaxchat.errors import UserError
-from jaxchat.tokenizer import Tokenizer, TokenizerConfig, report, sample, train_tokenizer
+from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
 
 FORMAT = 1  # increase it when the same key would make different rows
 MOST_IDS = 2**24  # maximum vocabulary: far more than any text needs, and small enough for memory
@@ -92,7 +92,7 @@ class Data:
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
     """Loads the tokenizer of `data`, training it if missing; raises `UserError` if its size is not `data.vocab`."""
     directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size != data.vocab:
         size = tokenizer.vocab_size
         raise UserError(f"the tokenizer in {directory} has {size} ids: set --data.vocab={size}")

@@ -26,7 +26,7 @@ from jaxchat.data.files import Reading, Source
 from jaxchat.data.packing import Packed, Rule, pack, pack_whole
 from jaxchat.data.sources import Split, documents, held_out
 from jaxchat.errors import UserError
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.
@@ -288,7 +288,7 @@ def work() -> None:
 
     task = json.loads(sys.stdin.readline())
     recipe, directory = Recipe(**task["recipe"]), Path(task["directory"])
-    tokenizer = Tokenizer.load(task["tokenizer"])
+    tokenizer = load_tokenizer(task["tokenizer"])
     for line in sys.stdin:
         shard, parts = json.loads(line)
         job = Job(shard, tuple((Source(**source), part, of) for source, part, of in parts))

@@ -28,7 +28,6 @@ from jaxchat.model.choice import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
-END_TOKENS = ("<|bos|>", "<|assistant_end|>")
 LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searched for prompts of the same plan.
 
 
@@ -126,7 +125,7 @@ class Engine:
                 speculation=speculation,
                 draft=draft,
             )
-        self.ends = {tokenizer.specials[name] for name in END_TOKENS if name in tokenizer.specials}
+        self.ends = {tokenizer.bos, tokenizer.end}
         self._reader = Reader(transformer, shape.prefill_batch)
         self._waiting: deque[Sample] = deque()
         self._prefilled: deque[PrefilledPrompt] = deque()
@@ -146,8 +145,8 @@ class Engine:
         """Queues a request and returns its samples, which fill as `step` is called.
 
         Raises:
-            UserError: the prompt is empty or too long, contains ids outside of the vocabulary, a tool needs special
-                tokens that the tokenizer lacks, or `return_support` is combined with penalties or a logit bias.
+            UserError: the prompt is empty or too long, contains ids outside of the vocabulary, a tool needs parts that
+                the chat format lacks, or `return_support` is combined with penalties or a logit bias.
         """
         prompt = self.check(request.prompt)
         if not isinstance(request.n, int) or request.n < 1:
@@ -157,11 +156,9 @@ class Engine:
         self._check_ids("logit_bias", request.sampling.logit_bias)
         self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:
-            for name in (tool.begin, tool.end, tool.answer_begin, tool.answer_end):
-                if name not in self.tokenizer.specials:
-                    raise UserError(
-                        f"the tool {type(tool).__name__} needs the special token {name}, which the tokenizer lacks"
-                    )
+            if missing := {tool.call_part, tool.output_part} - set(self.tokenizer.chat_format.parts):
+                name = type(tool).__name__
+                raise UserError(f"the tool {name} needs parts of the kind {min(missing)}, which the chat format lacks")
         samples = [
             Sample(self.tokenizer, request, prompt, index, context=self.shape.length, ends=self.ends)
             for index in range(request.n)
@@ -176,7 +173,7 @@ class Engine:
         except TypeError:
             raise UserError(f"{what} must be a list of token ids: encode a text with the tokenizer") from None
         if not tokens:
-            raise UserError(f"{what} is empty: start it with <|bos|>")
+            raise UserError(f"{what} is empty: start it with {self.tokenizer.chat_format.bos}")
         if len(tokens) + room > self.shape.length:
             raise UserError(f"{what} has {len(tokens)} tokens, but the context has {self.shape.length}: shorten it")
         self._check_ids(what, tokens)

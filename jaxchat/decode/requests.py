@@ -12,22 +12,13 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Tool(Protocol):
-    """A function that the model calls by writing the call between the special tokens `begin` and `end`.
+    """A function that the model calls by writing a part of the kind `call_part` of the tokenizer's chat format.
 
-    Its output is inserted into the answer between `answer_begin` and `answer_end`.
+    Its output is inserted into the answer as a part of the kind `output_part`.
     """
 
-    @property
-    def begin(self) -> str: ...
-
-    @property
-    def end(self) -> str: ...
-
-    @property
-    def answer_begin(self) -> str: ...
-
-    @property
-    def answer_end(self) -> str: ...
+    call_part: str
+    output_part: str
 
     def __call__(self, call: str) -> str | None:
         """Returns the output of a call, or None to insert nothing."""

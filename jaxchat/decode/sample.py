@@ -39,7 +39,8 @@ class Sample:
         self.limit = min(len(prompt) + sampling.max_tokens, context) - 1
         self._limit_reason = "length" if len(prompt) + sampling.max_tokens <= context else "context"
         self.stops = set(sampling.stop_tokens) | (set() if sampling.ignore_end else ends)
-        self._tools = {tokenizer.specials[tool.begin]: tool for tool in request.tools}
+        self._parts = tokenizer.chat_format.parts
+        self._tools = {tokenizer.specials[self._parts[tool.call_part].begin]: tool for tool in request.tools}
         self._call: tuple[Tool, list[int]] | None = None
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, sampling.stop)
@@ -60,7 +61,7 @@ class Sample:
     @property
     def pauses(self) -> set[int]:
         """Stop tokens and ends of tool calls: the device stops decoding the slot when it samples one."""
-        return self.stops | {self._tokenizer.specials[tool.end] for tool in self.request.tools}
+        return self.stops | {self._tokenizer.specials[self._parts[tool.call_part].end] for tool in self.request.tools}
 
     @property
     def returns_support(self) -> bool:
@@ -112,7 +113,7 @@ class Sample:
             self._call = self._tools[token], []
         elif self._call is not None:
             tool, call = self._call
-            if token != specials[tool.end]:
+            if token != specials[self._parts[tool.call_part].end]:
                 call.append(token)
                 return
             self._call = None
@@ -124,7 +125,8 @@ class Sample:
                 self._finish("error")
                 return
             if output_tokens is not None:
-                self.forced.extend([specials[tool.answer_begin], *output_tokens, specials[tool.answer_end]])
+                marks = self._parts[tool.output_part]
+                self.forced.extend([specials[marks.begin], *output_tokens, specials[marks.end]])
 
     def take_text(self) -> str:
         """Returns the text that was added since the last call."""

@@ -5,7 +5,6 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jaxchat.errors import UserError
@@ -26,19 +25,15 @@ _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
 _UNARY: Mapping[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
-@dataclass(frozen=True)
 class Calculator:
-    """nanochat's calculator: arithmetic, and `"text".count("part")`, between the python tokens.
+    """nanochat's calculator: arithmetic, and `"text".count("part")`, in a python part.
 
     Supports numbers, + - * / // % **, and parentheses; commas in numbers are ignored. Returns None for anything else,
     and for what is too long, too deep or too large. Unlike nanochat, a float that is an integer has no decimal point:
     48 / 2 is 24, as in the solutions of GSM8K.
     """
 
-    begin: str = "<|python_start|>"
-    end: str = "<|python_end|>"
-    answer_begin: str = "<|output_start|>"
-    answer_end: str = "<|output_end|>"
+    call_part, output_part = "python", "python_output"
 
     def __call__(self, call: str) -> str | None:
         if len(call) > MOST_CHARACTERS:

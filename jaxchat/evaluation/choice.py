@@ -1,6 +1,6 @@
 """Multiple-choice questions for chat and base models: ARC (arXiv:1803.05457) and MMLU (arXiv:2009.03300).
 
-A chat model gets nanochat's prompt; its answer is the letter with the highest probability after `<|assistant_start|>`.
+A chat model gets nanochat's prompt; its answer is the most likely letter at the beginning of its turn.
 A base model gets lm-evaluation-harness's prompt; its answer is the choice with the highest log-probability: in ARC the
 text of the choice, in MMLU its letter, after five examples of the same subject.
 """

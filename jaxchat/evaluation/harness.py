@@ -1,7 +1,7 @@
 """Adapter that runs tasks of lm-evaluation-harness on a checkpoint: likelihoods, perplexities and generation.
 
-Contexts begin with <|bos|>, as every text did in training. Like lm-eval's adapter for transformers, it truncates what
-does not fit the context from the left; it also counts the truncated tokens.
+Contexts begin with the first token of a document, as every text did in training. Like lm-eval's adapter for
+transformers, it truncates what does not fit the context from the left; it also counts the truncated tokens.
 """
 
 import json
@@ -16,11 +16,10 @@ from jaxchat.decode.sampling import FILTERS, SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.loading import Loaded, load_checkpoint
-from jaxchat.tokenizer.chat import CHAT_TEMPLATE
+from jaxchat.tokenizer import chat
 
 ANSWER_TOKENS = 256  # lm-eval's own default.
 SLOTS = 16
-END = "<|assistant_end|>"
 READ = frozenset({"until", "do_sample", "max_gen_toks"})
 CHOOSING = frozenset({"temperature", *FILTERS, "repetition_penalty", "seed"})
 
@@ -61,7 +60,7 @@ class Adapter:
         if length < 2:
             raise UserError(f"length={length} is too short: use at least 2 tokens")
         self.loaded, self.length, self.truncated = loaded, length, 0
-        self._tokenizer = loaded.tokenizer
+        self._tokenizer, self._format = loaded.tokenizer, loaded.tokenizer.chat_format
         self._special_names = re.compile("(" + "|".join(map(re.escape, self._tokenizer.specials)) + ")")
         self._transformer = loaded.transformer()
         self._params = loaded.params()
@@ -70,7 +69,7 @@ class Adapter:
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.specials[END]
+        return self._tokenizer.end
 
     @property
     def prefix_token_id(self) -> int:
@@ -85,11 +84,12 @@ class Adapter:
         return self.length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encodes a text, with <|bos|> first unless `add_special_tokens` is False.
+        """Encodes a text as a document, without its first token if `add_special_tokens` is False.
 
-        Names of special tokens become special tokens only if the text begins with <|bos|>, as rendered chats do.
+        Names of special tokens become special tokens only if the text begins with that of the first, as rendered chats
+        do.
         """
-        if not string.startswith("<|bos|>"):
+        if not string.startswith(self._format.bos):
             return [self._tokenizer.bos] * (add_special_tokens is not False) + self._tokenizer.encode(string)
         specials = self._tokenizer.specials
         ids: list[int] = []
@@ -98,7 +98,7 @@ class Adapter:
         return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return CHAT_TEMPLATE if chat_template else None
+        return chat.template(self._format) if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Renders a conversation as text with names of special tokens; the last turn has no end token unless
@@ -112,9 +112,9 @@ class Adapter:
         def refuse(reason: str) -> None:
             raise UserError(f"the chat template cannot render this conversation: {reason}")
 
-        template = jinja2.Environment().from_string(CHAT_TEMPLATE, {"raise_exception": refuse})
+        template = jinja2.Environment().from_string(chat.template(self._format), {"raise_exception": refuse})
         text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else text.removesuffix(END)
+        return text if add_generation_prompt else text.removesuffix(self._format.end)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts in nats. Every token is scored once, see `windows`."""

@@ -16,7 +16,7 @@ from jaxchat.export.files import DTYPES, whole
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Model, Params, Transformer
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import load_tokenizer
 
 STAGES = ("pretrain", "sft")  # Stages of imported checkpoints; files of other programs lack the settings of RL.
 
@@ -80,14 +80,14 @@ def _import(
         raise UserError(f"--out={out} must end in a stage, such as runs/imported/pretrain, or .../sft for a chat model")
     if not source.is_dir():
         raise UserError(f"no directory {source}: --checkpoint must name one with config.json and *.safetensors")
-    own = None if tokenizer is None else Tokenizer.load(tokenizer)
+    own = None if tokenizer is None else load_tokenizer(tokenizer)
     model, length, params, model_tokenizer = huggingface.read(source, own)
     try:
         experiment = make_experiment(model, length, out.name)
     except ValueError as error:
         raise UserError(f"the model in {source} cannot be trained: {error}") from None
     place = out.parent / "tokenizer"
-    if place.exists() and Tokenizer.load(place).hash != model_tokenizer.hash:
+    if place.exists() and load_tokenizer(place).hash != model_tokenizer.hash:
         raise UserError(f"{place} contains another tokenizer: set --out to a new run")
     with whole(out) as directory:
         write_checkpoint(directory, experiment, params)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxchat.errors import UserError, first_line
 from jaxchat.export.files import DTYPES, SHARD_BYTES, read_json, read_weights, whole, write_json, write_weights
 from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Place, to_params, to_state
-from jaxchat.export.tokens import BOS, END, read_tokenizer, write_tokenizer
+from jaxchat.export.tokens import read_tokenizer, write_tokenizer
 from jaxchat.model import GQA, Layer, Model, ReluSquared, RMSNorm, RoPE
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
@@ -128,8 +128,8 @@ def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) 
         "rms_norm_eps": model.norm.eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope.base},
         "final_logit_softcapping": model.softcap,
-        "bos_token_id": tokenizer.specials[BOS],
-        "eos_token_id": tokenizer.specials[END],
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.end,
         "pad_token_id": None,
         "tie_word_embeddings": model.tied,
         "use_cache": True,
@@ -138,9 +138,9 @@ def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) 
 
 
 def generation_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Content of generation_config.json. Stop tokens are the end of the assistant's turn and <|bos|>."""
-    bos = tokenizer.specials[BOS]
-    return {"bos_token_id": bos, "eos_token_id": [tokenizer.specials[END], bos], "pad_token_id": bos}
+    """Content of generation_config.json. Stop tokens end the assistant's turn or begin another document."""
+    bos = tokenizer.bos
+    return {"bos_token_id": bos, "eos_token_id": [tokenizer.end, bos], "pad_token_id": bos}
 
 
 def read_config(config: Mapping[str, Any]) -> Model:

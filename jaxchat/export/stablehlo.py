@@ -63,11 +63,11 @@ def write(
             "vocab": transformer.config.vocab,
             "cache": [[list(leaf.shape), leaf.dtype.name] for leaf in leaves],
             "platforms": list(PLATFORMS),
-            "end_tokens": [i for name, i in tokenizer.specials.items() if name in ("<|bos|>", "<|assistant_end|>")],
+            "end_tokens": [tokenizer.bos, tokenizer.end],
         }
         write_json(place / "signature.json", signature)
         tokenizer.save(place / "tokenizer")
-        (place / "README.md").write_text(readme(signature), encoding="utf-8")
+        (place / "README.md").write_text(readme(signature, tokenizer.chat_format.bos), encoding="utf-8")
         return write_weights(place, ((name, np.asarray(leaf)) for name, leaf in named.items()), shard_bytes=1 << 62)
 
 
@@ -78,11 +78,11 @@ def _serialize(exported: export.Exported) -> bytes:
         raise UserError("--to=stablehlo needs flatbuffers: pip install flatbuffers") from None
 
 
-def readme(signature: Mapping[str, Any]) -> str:
-    """README text on calling the programs, with code for greedy decoding."""
-    values = {**signature, "last": signature["length"] - 1, "platforms": ", ".join(signature["platforms"])}
+def readme(signature: Mapping[str, Any], bos: str) -> str:
+    """README text on calling the programs, with code for greedy decoding; `bos` is the first token of a document."""
+    values = {**signature, "bos": bos, "last": signature["length"] - 1, "platforms": ", ".join(signature["platforms"])}
     text = README
-    for name in ("rows", "piece", "vocab", "last", "platforms"):
+    for name in ("rows", "piece", "vocab", "last", "platforms", "bos"):
         text = text.replace("{" + name + "}", str(values[name]))
     return text
 
@@ -108,7 +108,7 @@ README = """\
 
 `parameters` are the arrays of `model.safetensors` by name. `cache` is a tuple of arrays, zeros at first, whose shapes
 and types are in `signature.json`. Positions count from 0 to {last} in each row; -1 marks padding, which is neither
-written nor seen. A prompt begins with the id of <|bos|> (`tokenizer/tokenizer.json`, a jaxchat tokenizer around the
+written nor seen. A prompt begins with the id of {bos} (`tokenizer/tokenizer.json`, a jaxchat tokenizer around the
 sentencepiece model `tokenizer/tokenizer.model`); an answer ends at one of `end_tokens`.
 
 ```python

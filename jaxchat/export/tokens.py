@@ -3,7 +3,8 @@
 The exported tokenizer gives the same ids for every text. sentencepiece represents spaces as U+2581 and so cannot
 distinguish the two; the exported pieces contain real spaces, and U+2581 is encoded as bytes, as in `Tokenizer.encode`.
 Names of special tokens in a text become special tokens, as chat templates need; with `split_special_tokens=True` they
-are ordinary text, as always in `Tokenizer.encode`. `add_special_tokens=True`, the default, prepends <|bos|>.
+are ordinary text, as always in `Tokenizer.encode`. `add_special_tokens=True`, the default, prepends the first token of
+every document. These files are for other programs; `read_tokenizer` reads the sentencepiece model beside them.
 """
 
 from pathlib import Path
@@ -13,35 +14,36 @@ import sentencepiece
 
 from jaxchat.errors import UserError
 from jaxchat.export.files import write_json
-from jaxchat.tokenizer import Tokenizer
-from jaxchat.tokenizer.chat import CHAT_TEMPLATE
-from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK
+from jaxchat.tokenizer import Tokenizer, chat
+from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK, SentencePiece
 
-BOS, END = "<|bos|>", "<|assistant_end|>"
-# A word with the spaces before it. No piece has a space after another character (`Tokenizer` refuses such models), so
-# splitting there does not change the ids, and repeated words can be cached.
+# A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
+# so splitting there does not change the ids, and repeated words can be cached.
 WORDS = " *[^ ]+| +"
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and the sentencepiece model."""
+    if not isinstance(tokenizer, SentencePiece):
+        raise UserError(f"{type(tokenizer).__name__} cannot be exported to transformers: only SentencePiece can")
+    bos = tokenizer.chat_format.bos
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": END,
-        "pad_token": BOS,
+        "bos_token": bos,
+        "eos_token": tokenizer.chat_format.end,
+        "pad_token": bos,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
         "model_max_length": length,
     }
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
     write_json(directory / "tokenizer_config.json", config)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(chat.template(tokenizer.chat_format), encoding="utf-8")
     (directory / MODEL_FILE).write_bytes(tokenizer.model)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Reads the tokenizer of an export; raises `UserError` if it has no valid sentencepiece model."""
+    """Reads the tokenizer of an export, with nanochat's chat format; raises `UserError` if its model is not valid."""
     path = directory / MODEL_FILE
     if not path.is_file():
         raise UserError(
@@ -49,16 +51,17 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             "tokenizer by --tokenizer=DIR"
         )
     try:
-        return Tokenizer(path.read_bytes())
+        return SentencePiece(path.read_bytes())
     except RuntimeError:
         raise UserError(f"{path} is not a sentencepiece model: name another tokenizer with --tokenizer=DIR") from None
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
     """Content of tokenizer.json."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    bos = tokenizer.chat_format.bos
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0",
@@ -71,7 +74,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "type": "TemplateProcessing",
             "single": [begin, first],
             "pair": [begin, first, begin, second],
-            "special_tokens": {BOS: {"id": BOS, "ids": [tokenizer.bos], "tokens": [BOS]}},
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
         },
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": _model(processor),

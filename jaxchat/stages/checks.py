@@ -13,7 +13,7 @@ from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.serialization import difference
 from jaxchat.tasks import load_task
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import Diverged, State, all_finite
 
 
@@ -60,7 +60,7 @@ def check_tokenizer(run_directory: Path, tokenizer: Tokenizer) -> None:
     """Raises `UserError` if the run has checkpoints that were trained with another tokenizer."""
     path = run_directory / "tokenizer"
     trained = any(checkpoint.finished_steps(directory) for directory in run_directory.glob("*/"))
-    if trained and path.exists() and Tokenizer.load(path).hash != tokenizer.hash:
+    if trained and path.exists() and load_tokenizer(path).hash != tokenizer.hash:
         raise UserError(
             f"the run's checkpoints were trained with another tokenizer ({path}) than this experiment's: "
             "give the experiment its own --name"

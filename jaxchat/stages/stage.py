@@ -13,7 +13,7 @@ from jaxchat.compilation import Setup
 from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.objectives.objective import Objective
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
 
 Log = Callable[[str], None]
@@ -60,7 +60,7 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
         return e, None
     directory, _ = locate_start(e)
     before = checkpoint.read_experiment(directory, Experiment)
-    tokenizer = Tokenizer.load(directory.parent / "tokenizer")
+    tokenizer = load_tokenizer(directory.parent / "tokenizer")
     model = dataclasses.replace(before.model, layer_loop=e.model.layer_loop, remat=e.model.remat)
     data = dataclasses.replace(e.data, vocab=before.data.vocab)
     return dataclasses.replace(e, model=model, depth=before.depth, data=data), tokenizer

@@ -1,6 +1,7 @@
 """Lossless conversion of text to token ids and back. Does not import jax, because data workers import this package."""
 
 from jaxchat.tokenizer.compare import Report, report
-from jaxchat.tokenizer.sentencepiece import SPECIALS, Tokenizer, TokenizerConfig, sample, train_tokenizer
+from jaxchat.tokenizer.protocol import Tokenizer
+from jaxchat.tokenizer.sentencepiece import TokenizerConfig, load_tokenizer, sample, train_tokenizer
 
-__all__ = ["SPECIALS", "Report", "Tokenizer", "TokenizerConfig", "report", "sample", "train_tokenizer"]
+__all__ = ["Report", "Tokenizer", "TokenizerConfig", "load_tokenizer", "report", "sample", "train_tokenizer"]

@@ -4,11 +4,13 @@ Training targets are the assistant's text, its tool calls and the token that end
 results, or the token that begins the assistant's turn (nanochat's rules).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from string import Template
 from typing import Any, NamedTuple
 
 from jaxchat.errors import UserError
-from jaxchat.tokenizer.sentencepiece import Tokenizer
+from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
+from jaxchat.tokenizer.protocol import Tokenizer
 
 
 class Rendered(NamedTuple):
@@ -28,15 +30,8 @@ class Malformed(UserError):
 
 Message = Mapping[str, Any]
 
-PARTS: Mapping[str, tuple[str, str, bool]] = {
-    "text": ("", "", True),
-    "python": ("<|python_start|>", "<|python_end|>", True),
-    "python_output": ("<|output_start|>", "<|output_end|>", False),
-}
-"""Kinds of assistant parts: the tokens before and after each, and whether it is a training target."""
-
-CHAT_TEMPLATE = """\
-{{- '<|bos|>' -}}
+_TEMPLATE = Template("""\
+{{- '$bos' -}}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- if messages | length < 2 or messages[1]['role'] != 'user' -%}
 {{- raise_exception('a system message must be followed by a user message') -}}
@@ -52,30 +47,38 @@ CHAT_TEMPLATE = """\
 {{- raise_exception('user and assistant must take turns, the user first') -}}
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
-{{- '<|user_start|>' + (before if loop.first else '') + message['content'] + '<|user_end|>' -}}
+{{- '$user_begin' + (before if loop.first else '') + message['content'] + '$user_end' -}}
 {%- else -%}
-{{- '<|assistant_start|>' -}}
+{{- '$assistant_begin' -}}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'python' -%}
-{{- '<|python_start|>' + part['text'] + '<|python_end|>' -}}
-{%- elif part['type'] == 'python_output' -%}
-{{- '<|output_start|>' + part['text'] + '<|output_end|>' -}}
-{%- else -%}
+$parts{%- else -%}
 {{- part['text'] -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|assistant_end|>' -}}
+{{- '$assistant_end' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|assistant_start|>' -}}
+{{- '$assistant_begin' -}}
 {%- endif -%}
-"""
-"""The format of `render` as a Jinja template with special tokens spelled out, for other programs."""
+""")
+_PART = Template("""\
+{%- elif part['type'] == '$kind' -%}
+{{- '$begin' + part['text'] + '$end' -}}
+""")
+
+
+def template(chat_format: ChatFormat) -> str:
+    """What `render` does as a Jinja template with special tokens spelled out, for other programs."""
+    parts = [_PART.substitute(kind=kind, begin=part.begin, end=part.end) for kind, part in chat_format.parts.items()]
+    names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1)}
+    for role, turn in chat_format.turns.items():
+        names |= {f"{role}_begin": turn.begin, f"{role}_end": turn.end}
+    return _TEMPLATE.substitute(names)
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool = False) -> Rendered:
@@ -89,35 +92,27 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool 
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
         UserError: with `complete`, the last message is not the user's.
     """
-    special = tokenizer.specials
     turns = _turns(messages)
-    tokens = _Tokens(tokenizer)
+    segments = [([tokenizer.bos], False)]
     for i, (role, content) in enumerate(turns):
-        if role == "user":
-            tokens.add([special["<|user_start|>"], *tokenizer.encode(content), special["<|user_end|>"]], False)
-        else:
-            tokens.add([special["<|assistant_start|>"]], False)
-            tokens.add_answer(content, i)
+        segments += _turn(role, content, i, tokenizer)
     if complete:
         if turns[-1][0] != "user":
             raise UserError("the assistant can only answer a conversation that ends with a user message")
-        tokens.add([special["<|assistant_start|>"]], False)
-    return tokens.rendered
+        segments.append(([tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]], False))
+    return _joined(segments)
 
 
 def render_answer(prompt: str, content: Any, tokenizer: Tokenizer) -> Rendered:
-    """Renders a plain-text prompt and its answer without turns: BOS prompt answer <|assistant_end|>."""
-    tokens = _Tokens(tokenizer)
-    tokens.add(tokenizer.encode(prompt), False)
-    tokens.add_answer(content, 1)
-    return tokens.rendered
+    """Renders a plain-text prompt and its answer without turns; the answer ends as the assistant's turn does."""
+    _, *answer = _turn("assistant", content, 1, tokenizer)
+    return _joined([([tokenizer.bos, *tokenizer.encode(prompt)], False), *answer])
 
 
-def check(messages: Sequence[Message]) -> None:
+def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> None:
     """Raises `Malformed` if `render` would."""
-    for i, (role, content) in enumerate(_turns(messages)):
-        if role == "assistant":
-            _parts(content, i)
+    for i, (_, content) in enumerate(_turns(messages)):
+        _parts(content, i, chat_format)
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -129,68 +124,64 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     Raises:
         Malformed: the special tokens are in an order that `render` never produces.
     """
-    names = {number: name for name, number in tokenizer.specials.items()}
-    begins = {begin: (kind, end) for kind, (begin, end, _) in PARTS.items() if begin}
-    messages: list[dict[str, Any]] = []
-    parts: list[dict[str, str]] = []
+    form, names = tokenizer.chat_format, {number: name for name, number in tokenizer.specials.items()}
+    roles = {marks.begin: role for role, marks in form.turns.items()}
+    kinds = {marks.begin: kind for kind, marks in form.parts.items()}
+    turns: list[tuple[str, list[dict[str, str]]]] = []
     role, kind = "", "text"
     part_ids: list[int] = []
 
-    def end_part(kind: str) -> None:
+    def end_part() -> None:
         if part_ids or kind != "text":
-            parts.append({"type": kind, "text": tokenizer.decode(part_ids)})
+            turns[-1][1].append({"type": kind, "text": tokenizer.decode(part_ids)})
             part_ids.clear()
-
-    def end_turn() -> None:
-        content = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else [*parts]
-        if parts:
-            messages.append({"role": role, "content": content})
-        parts.clear()
 
     for i, number in enumerate(ids):
         name = names.get(number, "")
         if not name and role:
             part_ids.append(number)
-        elif name == "<|bos|>" and i == 0:
+        elif name == form.bos and i == 0:
             continue
-        elif not role and name in ("<|user_start|>", "<|assistant_start|>"):
-            role = name[2:].removesuffix("_start|>")
-        elif role and kind == "text" and name == f"<|{role}_end|>":
-            end_part(kind)
-            end_turn()
+        elif not role and name in roles:
+            role = roles[name]
+            turns.append((role, []))
+        elif role and kind == "text" and name == form.turns[role].end:
+            end_part()
             role = ""
-        elif role == "assistant" and kind == "text" and name in begins:
-            end_part(kind)
-            kind = begins[name][0]
-        elif role == "assistant" and kind != "text" and name == PARTS[kind][1]:
-            end_part(kind)
+        elif role == "assistant" and kind == "text" and name in kinds:
+            end_part()
+            kind = kinds[name]
+        elif kind != "text" and name == form.parts[kind].end:
+            end_part()
             kind = "text"
         else:
             raise Malformed("tokens out of order", f"token {i} of a conversation is {name or number}, out of order")
-    end_part(kind)
-    end_turn()
-    return messages
+    end_part()
+    return [{"role": role, "content": _content(parts)} for role, parts in turns if parts]
 
 
-class _Tokens:
-    """Collects the ids and loss mask of a conversation; starts with BOS."""
+def _content(parts: list[dict[str, str]]) -> str | list[dict[str, str]]:
+    return parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.rendered = Rendered([tokenizer.bos], [False])
-        self._tokenizer = tokenizer
 
-    def add(self, ids: Sequence[int], learn: bool) -> None:
-        self.rendered.ids.extend(ids)
-        self.rendered.learned.extend([learn] * len(ids))
+def _turn(role: str, content: Any, index: int, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of a turn in segments, each with its loss mask; the first begins the turn."""
+    special, turn = tokenizer.specials, tokenizer.chat_format.turns[role]
+    yield [special[turn.begin]], False
+    for kind, text in _parts(content, index, tokenizer.chat_format):
+        ids = tokenizer.encode(text)
+        if kind == "text":
+            yield ids, turn.learned
+        else:
+            part = tokenizer.chat_format.parts[kind]
+            yield [special[part.begin], *ids, special[part.end]], part.learned
+    yield [special[turn.end]], turn.learned
 
-    def add_answer(self, content: Any, index: int) -> None:
-        """Adds the assistant's parts and the token that ends its turn."""
-        special = self._tokenizer.specials
-        for kind, text in _parts(content, index):
-            begin, end, learn = PARTS[kind]
-            ids = self._tokenizer.encode(text)
-            self.add([special[begin], *ids, special[end]] if begin else ids, learn)
-        self.add([special["<|assistant_end|>"]], True)
+
+def _joined(segments: Sequence[tuple[list[int], bool]]) -> Rendered:
+    return Rendered(
+        [number for ids, _ in segments for number in ids], [learned for ids, learned in segments for _ in ids]
+    )
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
@@ -222,17 +213,15 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     return turns
 
 
-def _parts(content: Any, index: int) -> list[tuple[str, str]]:
-    """The kinds and texts of an assistant's content."""
+def _parts(content: Any, index: int, chat_format: ChatFormat) -> list[tuple[str, str]]:
+    """The kinds and texts of a message's content."""
     if isinstance(content, str):
         return [("text", content)]
-    parts = []
+    parts, kinds = [], ("text", *chat_format.parts)
     for part in content if isinstance(content, Sequence) else [content]:
         kind, text = (str(part.get("type")), part.get("text")) if isinstance(part, Mapping) else ("", None)
-        if kind not in PARTS or not isinstance(text, str):
-            raise Malformed(
-                "unknown part",
-                f"message {index} has a part of type {kind!r}; expected one of {', '.join(PARTS)}, with a text",
-            )
+        if kind not in kinds or not isinstance(text, str):
+            expected = f"expected one of {', '.join(kinds)}, with a text"
+            raise Malformed("unknown part", f"message {index} has a part of type {kind!r}; {expected}")
         parts.append((kind, text))
     return parts

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxchat.tokenizer.sentencepiece import Tokenizer
+from jaxchat.tokenizer.chat_format import NANOCHAT
+from jaxchat.tokenizer.protocol import Tokenizer
 
 # nanochat's split pattern: that of GPT-4, but numbers are split into at most two digits.
 NANOCHAT_PATTERN = (
@@ -79,8 +80,9 @@ def peer_bytes_per_token(train: Sequence[str], held_out: Sequence[str], *, vocab
     import rustbpe
     import tiktoken
 
+    # No model is trained on its ids, so it is not made a `Tokenizer`.
     trained = rustbpe.Tokenizer()
-    trained.train_from_iterator(iter(train), vocab_size=vocab - 9, pattern=NANOCHAT_PATTERN)
+    trained.train_from_iterator(iter(train), vocab_size=vocab - len(NANOCHAT.specials), pattern=NANOCHAT_PATTERN)
     ranks = {bytes(piece): rank for piece, rank in trained.get_mergeable_ranks()}
     encoding = tiktoken.Encoding("peer", pat_str=NANOCHAT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     tokens = sum(map(len, encoding.encode_ordinary_batch(list(held_out))))

@@ -12,30 +12,20 @@ import json
 import os
 import random
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
 
 from jaxchat.errors import UserError
-
-SPECIALS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
+from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
+from jaxchat.tokenizer.protocol import Tokenizer
 
 FORMAT = "jaxchat-tokenizer-1"
 MODEL_FILE, METADATA_FILE = "tokenizer.model", "tokenizer.json"
@@ -57,7 +47,7 @@ class TokenizerConfig:
 
     algorithm: Literal["bpe", "unigram"] = "bpe"
     extra_specials: tuple[str, ...] = ()
-    """Further special tokens, such as <|tool|>, numbered after the built-in ones."""
+    """Further special tokens, numbered after those of the chat format and written like them."""
     sample_bytes: int = 20_000_000
     """Bytes of text to train on, sampled evenly from all documents."""
     path: str | None = None
@@ -66,8 +56,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         for name in self.extra_specials:
             if not re.fullmatch(r"<\|[A-Za-z0-9_]*[A-Za-z_][A-Za-z0-9_]*\|>", name):
-                raise ValueError(f"extra_specials has {name!r}: write special tokens like <|tool_start|>")
-        names = SPECIALS + self.extra_specials
+                raise ValueError(f"extra_specials has {name!r}: write special tokens like {NANOCHAT.bos}")
+        names = NANOCHAT.specials + self.extra_specials
         if len(set(names)) != len(names):
             raise ValueError(f"extra_specials repeats a special token: {', '.join(self.extra_specials)}")
         if self.sample_bytes < 1:
@@ -90,32 +80,23 @@ class _Cache(dict[str, tuple[int, ...]]):
         return ids
 
 
-class Tokenizer:
-    """An immutable tokenizer; `decode(encode(text)) == text` for every Unicode text.
+class SentencePiece:
+    """A `Tokenizer` around a serialized sentencepiece model, `model`."""
 
-    Attributes:
-      vocab_size: number of ids, special tokens included.
-      specials: id of each special token by name; encoding text never produces one.
-      bos: id of `<|bos|>`, which starts every document.
-      bytes_per_token: int32 (vocab_size,), UTF-8 bytes that an id stands for; 0 for special tokens.
-      hash: hexadecimal SHA-256 of everything that the ids depend on.
-      model: the serialized sentencepiece model.
-    """
-
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, chat_format: ChatFormat = NANOCHAT) -> None:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = range(processor.get_piece_size())
         pieces = [processor.id_to_piece(i) for i in ids]
         ordinary = [pieces[i] for i in ids if not (processor.is_control(i) or processor.is_byte(i))]
         if sum(map(processor.is_byte, ids)) != 256 or any(map(_CROSSING.search, ordinary[1:])):
             raise UserError("a sentencepiece model needs byte pieces, and no piece may cross words or scripts")
-        self.model = model
+        self.model, self.chat_format = model, chat_format
         self.vocab_size = len(pieces)
         self.specials = {pieces[i]: i for i in ids if processor.is_control(i)}
-        if not set(SPECIALS) <= set(self.specials):
-            raise UserError(f"a sentencepiece model needs the control symbols {' '.join(SPECIALS)}")
-        self.bos = self.specials[SPECIALS[0]]
-        self.hash = hashlib.sha256(FORMAT.encode() + model).hexdigest()
+        if not set(chat_format.specials) <= set(self.specials):
+            raise UserError(f"a sentencepiece model needs the control symbols {' '.join(chat_format.specials)}")
+        self.bos, self.end = self.specials[chat_format.bos], self.specials[chat_format.end]
+        self.hash = _hash(model, chat_format)
         self._names = {i: name.encode() for name, i in self.specials.items()}
         self._bytes = [_piece_bytes(processor, i, pieces[i]) for i in ids]
         self.bytes_per_token = np.array([len(piece) for piece in self._bytes], np.int32)
@@ -124,11 +105,7 @@ class Tokenizer:
         self._parts = _Cache(processor.encode)
         self._words = _Cache(lambda word: self._segment(" " + word))
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        return Tokenizer, (self.model,)
-
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without `<|bos|>`; a lone surrogate is encoded as U+FFFD."""
         if not text.isascii():
             text = scalar_values(text)
             if SPACE_MARK in text:
@@ -140,14 +117,7 @@ class Tokenizer:
     def _segment(self, text: str) -> Iterator[int]:
         return chain.from_iterable(map(self._parts.__getitem__, _PART.findall(text)))
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
-        """UTF-8 bytes of ids, possibly ending inside a character. Special tokens are omitted or, on demand, named.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
         ids = [int(i) for i in ids]
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
@@ -156,50 +126,65 @@ class Tokenizer:
         return b"".join(map(self._bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
-        """Text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer to a directory, replacing a different one; raises `UserError` if it has other files."""
         directory = Path(directory)
-        if _saved_hash(directory) == self.hash and _read(directory / MODEL_FILE) == self.model:
-            return
+        with suppress(UserError):
+            if load_tokenizer(directory).hash == self.hash:
+                return
+        metadata = {"format": FORMAT, "hash": self.hash, "vocab_size": self.vocab_size, "specials": self.specials}
+        metadata["chat_format"] = asdict(self.chat_format)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
-            metadata = {
-                "format": FORMAT,
-                "hash": self.hash,
-                "vocab_size": self.vocab_size,
-                "specials": self.specials,
-            }
-            (temporary / MODEL_FILE).write_bytes(self.model)
-            (temporary / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-            temporary.chmod(0o755)
-            _replace(directory, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
-        directory = Path(directory)
-        for name in (MODEL_FILE, METADATA_FILE):
-            if not (directory / name).is_file():
-                raise UserError(f"no tokenizer in {directory} ({name} is missing); train one with launch.tokenizer")
-        model = (directory / MODEL_FILE).read_bytes()
-        if _saved_hash(directory) != hashlib.sha256(FORMAT.encode() + model).hexdigest():
-            raise UserError(f"the tokenizer in {directory} is damaged or of another format; delete it and train again")
-        return cls(model)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+            new = Path(temporary, "new")
+            new.mkdir()
+            (new / MODEL_FILE).write_bytes(self.model)
+            (new / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+            if directory.exists():
+                others = sorted({path.name for path in directory.iterdir()} - {MODEL_FILE, METADATA_FILE})
+                if others:
+                    raise UserError(f"{directory} holds other files ({others[0]}); save the tokenizer elsewhere")
+                directory.rename(Path(temporary, "old"))
+            new.rename(directory)
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig, seed: int = 0) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
+    directory = Path(directory)
+    for name in (MODEL_FILE, METADATA_FILE):
+        if not (directory / name).is_file():
+            raise UserError(f"no tokenizer in {directory} ({name} is missing); train one with launch.tokenizer")
+    model = (directory / MODEL_FILE).read_bytes()
+    try:
+        metadata = upgraded(json.loads((directory / METADATA_FILE).read_bytes()))
+        chat_format = ChatFormat.from_json(metadata["chat_format"])
+        if (metadata["format"], metadata["hash"]) != (FORMAT, _hash(model, chat_format)):
+            raise ValueError("the hash is that of another model")
+    except (ValueError, LookupError, TypeError):
+        message = f"the tokenizer in {directory} is damaged or of another format; delete it and train again"
+        raise UserError(message) from None
+    return SentencePiece(model, chat_format)
+
+
+def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Adds the chat format to the metadata of an earlier version, which had no other than nanochat's."""
+    return {"chat_format": asdict(NANOCHAT)} | metadata
+
+
+def _hash(model: bytes, chat_format: ChatFormat) -> str:
+    """nanochat's format adds nothing, because tokenizers were saved without it."""
+    added = b"" if chat_format == NANOCHAT else json.dumps(asdict(chat_format)).encode()
+    return hashlib.sha256(FORMAT.encode() + model + added).hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig, seed: int = 0) -> SentencePiece:
     """Trains a tokenizer with exactly `vocab` ids; the result is determined by texts, config and seed.
 
     Raises:
       UserError: the vocabulary is too small for the bytes and special tokens, or too large for the text.
     """
-    specials = SPECIALS + config.extra_specials
+    specials = NANOCHAT.specials + config.extra_specials
     free = vocab - (1 + len(specials) + 256)
     if free < 2:
         raise UserError(f"--data.vocab={vocab} is too small: bytes and special tokens alone take {vocab - free} ids")
@@ -233,7 +218,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
         if "Vocabulary size" not in str(error):
             raise
         raise UserError(_too_large(vocab, blocks, str(error))) from None
-    tokenizer = Tokenizer(output.getvalue())
+    tokenizer = SentencePiece(output.getvalue())
     assert tokenizer.vocab_size == vocab, (tokenizer.vocab_size, vocab)
     return tokenizer
 
@@ -302,29 +287,3 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, pi
     if processor.is_byte(index):
         return bytes([int(piece[3:5], 16)])
     return piece.replace(SPACE_MARK, " ").encode("utf-8")
-
-
-def _replace(directory: Path, successor: Path) -> None:
-    """Replaces a tokenizer's directory, if it exists, by a new one."""
-    if not directory.exists():
-        successor.rename(directory)
-        return
-    others = sorted({path.name for path in directory.iterdir()} - {MODEL_FILE, METADATA_FILE})
-    if others:
-        raise UserError(f"{directory} holds other files ({others[0]}); save the tokenizer in a directory of its own")
-    old = successor.with_name(successor.name + ".old")
-    directory.rename(old)
-    successor.rename(directory)
-    shutil.rmtree(old)
-
-
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
-
-
-def _saved_hash(directory: Path) -> str | None:
-    try:
-        metadata = json.loads(_read(directory / METADATA_FILE) or b"")
-    except ValueError:
-        return None
-    return metadata.get("hash") if isinstance(metadata, dict) and metadata.get("format") == FORMAT else None

@@ -1,0 +1,63 @@
+"""The chat format: the special tokens of a tokenizer and what they mean. No other file names a special token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Special tokens around a turn, or a part of one, and whether they and the text between them are training targets.
+
+    The token that begins a turn never is a target, because prompts end with it.
+    """
+
+    begin: str
+    end: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How special tokens structure a conversation.
+
+    Attributes:
+        bos: first token of every document.
+        turns: marks of the turns of "user" and "assistant".
+        parts: marks of the kinds of parts, other than text, that a turn of the assistant may have.
+    """
+
+    bos: str
+    turns: Mapping[str, Marks]
+    parts: Mapping[str, Marks]
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Every special token of the format, in the order of their ids."""
+        marks = (*self.turns.values(), *self.parts.values())
+        return (self.bos, *(name for mark in marks for name in (mark.begin, mark.end)))
+
+    @property
+    def end(self) -> str:
+        """The token that ends the assistant's turn."""
+        return self.turns["assistant"].end
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ChatFormat":
+        """Inverts `dataclasses.asdict`."""
+        turns, parts = ({kind: Marks(**marks) for kind, marks in value[name].items()} for name in ("turns", "parts"))
+        return cls(value["bos"], turns, parts)
+
+
+NANOCHAT = ChatFormat(
+    bos="<|bos|>",
+    turns={
+        "user": Marks("<|user_start|>", "<|user_end|>", learned=False),
+        "assistant": Marks("<|assistant_start|>", "<|assistant_end|>", learned=True),
+    },
+    parts={
+        "python": Marks("<|python_start|>", "<|python_end|>", learned=True),
+        "python_output": Marks("<|output_start|>", "<|output_end|>", learned=False),
+    },
+)
+"""nanochat's format: that of new tokenizers, and of those that were saved without a format."""

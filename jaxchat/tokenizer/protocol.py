@@ -1,0 +1,46 @@
+"""What the program needs of a tokenizer."""
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from jaxchat.tokenizer.chat_format import ChatFormat
+
+
+class Tokenizer(Protocol):
+    """An immutable tokenizer; `decode(encode(text)) == text` for every Unicode text.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        specials: id of each special token by name; encoding text never produces one.
+        chat_format: the meaning of the special tokens.
+        bos: id of the special token that starts every document.
+        end: id of the special token that ends the assistant's turn. An answer ends with it, or with `bos`.
+        bytes_per_token: int32 (vocab_size,), UTF-8 bytes that an id stands for; 0 for special tokens.
+        hash: hexadecimal SHA-256 of everything that the ids depend on, those of rendered conversations included.
+    """
+
+    vocab_size: int
+    specials: dict[str, int]
+    chat_format: ChatFormat
+    bos: int
+    end: int
+    bytes_per_token: np.ndarray
+    hash: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens; a lone surrogate is encoded as U+FFFD."""
+
+    def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
+        """UTF-8 bytes of ids, possibly ending inside a character. Special tokens are omitted or, on demand, named.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+
+    def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
+        """Text of ids; invalid UTF-8 becomes U+FFFD."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer to a directory, replacing a different one; raises `UserError` if it has other files."""
