@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
 
-class Letters:
+class Letters(Tokenizer):
     """Id i stands for the character chr(ord("0") + i), or for `pieces[i]`; special tokens stand for nothing.
 
     A special token that gets no id has one that no model says.
@@ -25,6 +26,3 @@ class Letters:
     def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
         names = {number: name.encode() if keep_specials else b"" for name, number in self.specials.items()}
         return b"".join(names.get(i, self._pieces.get(i, chr(ord("0") + i).encode())) for i in ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")

@@ -29,6 +29,7 @@ class Malformed(UserError):
 
 
 Message = Mapping[str, Any]
+Part = tuple[str, str]  # Kind and text.
 
 _TEMPLATE = Template("""\
 {{- '$bos' -}}
@@ -92,10 +93,10 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool 
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
         UserError: with `complete`, the last message is not the user's.
     """
-    turns = _turns(messages)
+    turns = check(messages, tokenizer.chat_format)
     segments = [([tokenizer.bos], False)]
-    for i, (role, content) in enumerate(turns):
-        segments += _turn(role, content, i, tokenizer)
+    for role, parts in turns:
+        segments += _turn(role, parts, tokenizer)
     if complete:
         if turns[-1][0] != "user":
             raise UserError("the assistant can only answer a conversation that ends with a user message")
@@ -105,14 +106,13 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool 
 
 def render_answer(prompt: str, content: Any, tokenizer: Tokenizer) -> Rendered:
     """Renders a plain-text prompt and its answer without turns; the answer ends as the assistant's turn does."""
-    _, *answer = _turn("assistant", content, 1, tokenizer)
+    _, *answer = _turn("assistant", _parts(content, 1, tokenizer.chat_format), tokenizer)
     return _joined([([tokenizer.bos, *tokenizer.encode(prompt)], False), *answer])
 
 
-def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> None:
-    """Raises `Malformed` if `render` would."""
-    for i, (_, content) in enumerate(_turns(messages)):
-        _parts(content, i, chat_format)
+def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> list[tuple[str, list[Part]]]:
+    """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`."""
+    return [(role, _parts(content, i, chat_format)) for i, (role, content) in enumerate(_turns(messages))]
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -157,18 +157,15 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
         else:
             raise Malformed("tokens out of order", f"token {i} of a conversation is {name or number}, out of order")
     end_part()
-    return [{"role": role, "content": _content(parts)} for role, parts in turns if parts]
+    alone = lambda parts: len(parts) == 1 and parts[0]["type"] == "text"  # noqa: E731
+    return [{"role": role, "content": parts[0]["text"] if alone(parts) else parts} for role, parts in turns if parts]
 
 
-def _content(parts: list[dict[str, str]]) -> str | list[dict[str, str]]:
-    return parts[0]["text"] if [part["type"] for part in parts] == ["text"] else parts
-
-
-def _turn(role: str, content: Any, index: int, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+def _turn(role: str, parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
     """The tokens of a turn in segments, each with its loss mask; the first begins the turn."""
     special, turn = tokenizer.specials, tokenizer.chat_format.turns[role]
     yield [special[turn.begin]], False
-    for kind, text in _parts(content, index, tokenizer.chat_format):
+    for kind, text in parts:
         ids = tokenizer.encode(text)
         if kind == "text":
             yield ids, turn.learned
@@ -213,8 +210,7 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     return turns
 
 
-def _parts(content: Any, index: int, chat_format: ChatFormat) -> list[tuple[str, str]]:
-    """The kinds and texts of a message's content."""
+def _parts(content: Any, index: int, chat_format: ChatFormat) -> list[Part]:
     if isinstance(content, str):
         return [("text", content)]
     parts, kinds = [], ("text", *chat_format.parts)

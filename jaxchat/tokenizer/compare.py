@@ -58,7 +58,8 @@ def report(tokenizer: Tokenizer, texts: Iterable[str]) -> Report:
     for text in texts:
         ids = np.asarray(tokenizer.encode(text), np.int64)
         lengths = tokenizer.bytes_per_token[ids]
-        points, widths = _characters(tokenizer.decode_bytes(ids.tolist()).decode("utf-8"))
+        points = np.frombuffer(tokenizer.decode(ids.tolist()).encode("utf-32-le"), np.uint32)
+        widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)  # Bytes in UTF-8.
         distinct, which = np.unique(points, return_inverse=True)
         names = [_script(int(point)) for point in distinct]
         scripts = sorted(set(names))
@@ -87,12 +88,6 @@ def peer_bytes_per_token(train: Sequence[str], held_out: Sequence[str], *, vocab
     encoding = tiktoken.Encoding("peer", pat_str=NANOCHAT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     tokens = sum(map(len, encoding.encode_ordinary_batch(list(held_out))))
     return sum(len(text.encode("utf-8")) for text in held_out) / tokens
-
-
-def _characters(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Code points of a text, and the number of UTF-8 bytes of each."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return points, 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
 
 
 @cache

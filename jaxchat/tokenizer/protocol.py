@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
         """Text of ids; invalid UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the tokenizer to a directory, replacing a different one; raises `UserError` if it has other files."""

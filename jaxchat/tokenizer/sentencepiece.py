@@ -80,8 +80,8 @@ class _Cache(dict[str, tuple[int, ...]]):
         return ids
 
 
-class SentencePiece:
-    """A `Tokenizer` around a serialized sentencepiece model, `model`."""
+class SentencePiece(Tokenizer):
+    """A tokenizer around a serialized sentencepiece model, `model`."""
 
     def __init__(self, model: bytes, chat_format: ChatFormat = NANOCHAT) -> None:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -124,9 +124,6 @@ class SentencePiece:
         if keep_specials:
             return b"".join(self._names.get(i, self._bytes[i]) for i in ids)
         return b"".join(map(self._bytes.__getitem__, ids))
-
-    def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
-        return self.decode_bytes(ids, keep_specials=keep_specials).decode("utf-8", errors="replace")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         directory = Path(directory)
@@ -218,9 +215,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
         if "Vocabulary size" not in str(error):
             raise
         raise UserError(_too_large(vocab, blocks, str(error))) from None
-    tokenizer = SentencePiece(output.getvalue())
-    assert tokenizer.vocab_size == vocab, (tokenizer.vocab_size, vocab)
-    return tokenizer
+    return SentencePiece(output.getvalue())
 
 
 def sample(texts: Iterable[str], most_bytes: int, *, seed: int) -> list[str]:
