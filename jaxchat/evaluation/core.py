@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxchat.data.files import Reading, Source, objects, place
+from jaxchat.decode.prompts import common
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
-from jaxchat.evaluation.questions import Question, choices, common, schema
+from jaxchat.evaluation.questions import Question, choices, schema
 from jaxchat.tokenizer import Tokenizer
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -191,7 +192,7 @@ def question(mode: Mode, task: CoreTask, row: Row, shown: Sequence[Row], tokeniz
     # A space at the end of the prompt belongs to the answer's first token.
     prompt, whole = encode(text.strip()), encode(text + row["continuation"])
     if whole[: len(prompt)] != prompt:  # nanochat raises an error here; we use the shared tokens as the context.
-        prompt = whole[: min(common([prompt, whole]), len(whole) - 1)]
+        prompt = whole[: min(common(prompt, whole), len(whole) - 1)]
     return Question((Item(prompt, whole[len(prompt) :]),), 0, "greedy")
 
 

@@ -1,10 +1,11 @@
 """Questions answered by likelihood: choices after a prompt, contexts before a common ending, or one continuation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 
+from jaxchat.decode.prompts import common
 from jaxchat.evaluation.likelihoods import Item, Scored, Scorer
 from jaxchat.processes import share_out
 
@@ -96,7 +97,7 @@ def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Quest
     Raises:
         ValueError: the texts have no common beginning, or one of them has fewer than two tokens.
     """
-    start = min(common(texts), min(map(len, texts)) - 1)
+    start = min(min(common(texts[0], text), len(text) - 1) for text in texts)
     if start < 1:
         raise ValueError("its choices have no text in common")
     return Question(tuple(Item(text[:start], text[start:]) for text in texts), gold, by)
@@ -108,17 +109,7 @@ def schema(texts: Sequence[Sequence[int]], gold: int) -> Question:
     Raises:
         ValueError: the texts have no common ending, or one of them has fewer than two tokens.
     """
-    end = min(common([text[::-1] for text in texts]), min(map(len, texts)) - 1)
+    end = min(min(common(texts[0][::-1], text[::-1]), len(text) - 1) for text in texts)
     if end < 1:
         raise ValueError("its contexts have no ending in common")
     return Question(tuple(Item(text[:-end], text[-end:]) for text in texts), gold, "mean")
-
-
-def common(texts: Iterable[Sequence[int]]) -> int:
-    """Length of the common prefix of tokenized texts."""
-    count = 0
-    for tokens in zip(*texts):
-        if len(set(tokens)) > 1:
-            break
-        count += 1
-    return count
