@@ -15,7 +15,7 @@ from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sampling import PRESETS, SamplingParams
 from jaxchat.decode.speculative import Speculation
-from jaxchat.decode.tools import Calculator
+from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.loading import load_engine
@@ -24,7 +24,7 @@ from jaxchat.tokenizer import chat as conversation
 
 def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
     """Runs launch.chat; returns the result for the last line of output, None after a conversation read from `lines`."""
-    sampling = _sampling(options)
+    sampling, tools = _sampling(options), named_tools(options.tools)
     _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
     trained = checkpoint.read_experiment(directory, Experiment)
@@ -40,7 +40,6 @@ def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
     )
     if options.score is not None:
         return _score(engine, options.score)
-    tools = tuple(Calculator() for _ in options.tools)
     if options.prompt is None:
         _talk(engine, sampling, chats, tools, lines)
         return None

@@ -5,7 +5,7 @@ input; /help lists the commands.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxchat import command_line, launcher
@@ -50,8 +50,8 @@ class Chat(Truncation):
     """Guess tokens that repeat earlier text; faster for repetitive text, and does not change the tokens."""
     draft: str = ""
     """Checkpoint of a smaller model with the same tokenizer, which guesses tokens for speculative decoding."""
-    tools: tuple[Literal["calculator"], ...] = field(default_factory=tuple)
-    """Tools that a chat model may call."""
+    tools: tuple[str, ...] = ()
+    """Tools that a chat model may call: calculator."""
 
 
 def main(argv: list[str]) -> dict[str, object] | None:
