@@ -1,5 +1,6 @@
 """Small models of both families, parameters that use every part of them, and batches, for tests."""
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -101,3 +102,18 @@ def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
         mine, other = np.asarray(mine), np.asarray(other)
         gap = np.abs(mine - other).max() / max(np.abs(other).max(), 1e-30)
         assert gap <= tolerance, f"{jax.tree_util.keystr(path)} differs by {gap:.2e} of its largest value"
+
+
+def dispatches(engine: Any) -> Counter[str]:
+    """Counts an engine's dispatches from now on, their slot steps, and those that gave an unfinished sample a token."""
+    counts, append = Counter[str](), engine.slots._append_all
+
+    def counted(steps: Any) -> None:
+        samples = engine.slots.active
+        before = sum(len(sample.tokens) for sample in samples)
+        append(steps)
+        useful = sum(len(sample.tokens) for sample in samples) - before
+        counts.update({"dispatches": 1, "slot steps": steps.token_KB.size, "useful steps": useful})
+
+    engine.slots._append_all = counted
+    return counts

@@ -72,17 +72,17 @@ def drafts(config: Any) -> dict[str, Any]:
 def test_speculation_changes_no_token(config: Any, guesser: str) -> None:
     expected = plain(config).generate(requests())
     engine = make(config, draft=drafts(config)[guesser])
+    counts = small.dispatches(engine)
     for (with_it,), (without,) in zip(engine.generate(requests()), expected):
         assert with_it.tokens == without.tokens
         assert with_it.finish_reason == without.finish_reason
         np.testing.assert_allclose(with_it.logprobs, without.logprobs, atol=1e-4)
         np.testing.assert_allclose(with_it.sampling_logprobs, without.sampling_logprobs, atol=1e-4)
-    stats = engine.slots.stats
-    assert stats.useful_steps == sum(len(answer.tokens) - 1 for (answer,) in expected)
+    assert counts["useful steps"] == sum(len(answer.tokens) - 1 for (answer,) in expected)
     if guesser == "itself":
-        before, full = stats.chunks, -(-59 // (ALWAYS.tokens + 1)) / ALWAYS.rounds
+        before, full = counts["dispatches"], -(-59 // (ALWAYS.tokens + 1)) / ALWAYS.rounds
         engine.generate(requests()[:1])
-        assert stats.chunks - before == np.ceil(full), "a model that guesses itself is always right"
+        assert counts["dispatches"] - before == np.ceil(full), "a model that guesses itself is always right"
 
 
 @pytest.mark.parametrize("guesser", ["lookup", "stranger"])

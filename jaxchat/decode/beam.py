@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import programs
+from jaxchat.decode import compiled
 from jaxchat.decode.engine import Engine
 from jaxchat.errors import UserError
 from jaxchat.model.transformer import Cache, Params, Transformer
@@ -79,7 +79,7 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
     stops = np.array(sorted(engine.ends | set(params.stop_tokens)), np.int32)
     with engine.on_mesh():
         row, logits_1V = engine.read(prompt)
-        cache = spread(engine.transformer, row, beams=W, length=engine.shape.length)
+        cache = compiled.move(engine.transformer, row, np.zeros(W, np.int32), length=engine.shape.length, write=1)
         none_W = jnp.full((W,), NEVER, jnp.float32)
         empty = jnp.full((W, most), -1, jnp.int32)
         state = Search(
@@ -93,15 +93,9 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
             ended_logprob_W=none_W,
             open=jnp.bool_(True),
         )
-        run = functools.partial(
-            search,
-            engine.transformer,
-            length_penalty=params.length_penalty,
-            early_stopping=params.early_stopping,
-            steps=min(engine.shape.steps, most),
-        )
+        start, steps = np.int32(len(prompt)), min(engine.shape.steps, most)
         while bool(state.open):
-            state = run(engine.params, state, stops, np.int32(len(prompt)))
+            state = search(engine.transformer, params, engine.params, state, stops, start, steps)
     ended = jax.device_get((state.ended_WN, state.ended_score_W, state.ended_logprob_W))
     beams = []
     for tokens_N, score, logprob in zip(*ended):
@@ -111,22 +105,14 @@ def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None
     return beams
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("beams", "length"))
-def spread(transformer: Transformer, row: Cache, *, beams: int, length: int) -> Cache:
-    """Copies the first row of a cache into `beams` rows of `length` positions."""
-    return programs.move(transformer, row, jnp.zeros((beams,), jnp.int32), length=length, write=1)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("length_penalty", "early_stopping", "steps"))
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def search(
     transformer: Transformer,
+    asked: BeamParams,
     params: Params,
     state: Search,
     stops_E: jax.Array,
     start: jax.Array,
-    *,
-    length_penalty: float,
-    early_stopping: bool | str,
     steps: int,
 ) -> Search:
     """Advances every beam by `steps` tokens. Finished hypotheses stay as they are once the search is closed.
@@ -135,7 +121,7 @@ def search(
     """
 
     def turn(state: Search, _: None) -> tuple[Search, None]:
-        at, parent_W = advance(state, stops_E, length_penalty=length_penalty, early_stopping=early_stopping)
+        at, parent_W = advance(state, stops_E, asked)
         token_W = at.going_WN[:, state.step]
         position_W = jnp.where(at.open, start + state.step, -1)
         cache = jax.tree.map(lambda x: x[parent_W], state.cache)
@@ -151,9 +137,7 @@ def search(
     return jax.lax.scan(turn, state, None, length=steps)[0]
 
 
-def advance(
-    state: Search, stops_E: jax.Array, *, length_penalty: float, early_stopping: bool | str
-) -> tuple[Search, jax.Array]:
+def advance(state: Search, stops_E: jax.Array, asked: BeamParams) -> tuple[Search, jax.Array]:
     """Extends all beams by one token and moves finished ones to `ended`; returns the state and each beam's parent."""
     W, V = state.logits_WV.shape
     N = state.going_WN.shape[1]
@@ -170,17 +154,17 @@ def advance(
 
     best_C = jnp.arange(ends_C.shape[0]) < W  # As in transformers, only the first W candidates may finish.
     exists_C = logprob_C > NEVER / 2
-    score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**length_penalty, NEVER)
+    score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**asked.length_penalty, NEVER)
     all_X = jnp.concatenate([state.ended_score_W, score_C])
     score_W, index_W = jax.lax.top_k(all_X, W)
     ended_WN = jnp.concatenate([state.ended_WN, text_CN])[index_W]
     ended_logprob_W = jnp.concatenate([state.ended_logprob_W, logprob_C])[index_W]
 
-    final_length = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
+    final_length = jnp.float32(N) if asked.early_stopping == "never" and asked.length_penalty > 0 else length
     ended_W = score_W > NEVER / 2
     worst_W = jnp.where(ended_W, jnp.min(score_W), NEVER)
-    still_open = jnp.any(going_W[0] / final_length**length_penalty > worst_W) & ~jnp.all(ends_C)
-    if early_stopping is True:
+    still_open = jnp.any(going_W[0] / final_length**asked.length_penalty > worst_W) & ~jnp.all(ends_C)
+    if asked.early_stopping is True:
         still_open &= ~jnp.all(ended_W)
 
     def if_open(new: Any, old: Any) -> Any:

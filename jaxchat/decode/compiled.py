@@ -6,32 +6,9 @@ The transformer is a static argument, so a second engine of the same model compi
 import jax
 
 from jaxchat.decode import programs
-from jaxchat.decode.programs import DecodeState, StepOutputs
-from jaxchat.decode.sampling import Level, Rows
-from jaxchat.decode.speculative import Speculation, speculate
-from jaxchat.model.transformer import Cache, Params, Transformer
+from jaxchat.decode.speculative import speculate
 
 _SAMPLING = ("level", "top", "return_support")
-
-
-def _speculate(
-    transformer: Transformer,
-    draft: Transformer | None,
-    params: Params,
-    cache: Cache,
-    draft_cache: Cache | None,
-    running: DecodeState,
-    rows: Rows,
-    text_BL: jax.Array,
-    draft_params: Params | None,
-    *,
-    settings: Speculation,
-    level: Level,
-) -> tuple[Cache, Cache | None, StepOutputs]:
-    drafting = None if draft is None or draft_params is None else (draft, draft_params)
-    arguments = (params, cache, draft_cache, running, rows, text_BL, drafting)
-    return speculate(transformer, *arguments, settings=settings, level=level)
-
 
 unstack = jax.jit(programs.unstack, static_argnums=0)
 forward = jax.jit(programs.forward, static_argnums=0)
@@ -43,5 +20,5 @@ move = jax.jit(programs.move, static_argnums=0, static_argnames=("length", "writ
 admit = jax.jit(programs.admit, donate_argnums=(0, 1), static_argnames=_SAMPLING)
 decode = jax.jit(programs.decode, static_argnums=0, donate_argnums=(2, 3), static_argnames=_SAMPLING)
 guess_and_verify = jax.jit(
-    _speculate, static_argnums=(0, 1), donate_argnums=(3, 4), static_argnames=("settings", "level")
+    speculate, static_argnums=(0, 1), donate_argnums=(3, 4), static_argnames=("settings", "level")
 )

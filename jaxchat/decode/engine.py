@@ -19,7 +19,7 @@ from jaxchat.decode import compiled
 from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
-from jaxchat.decode.slots import Slots
+from jaxchat.decode.slots import EngineConfig, Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
@@ -29,35 +29,6 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
 LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searched for prompts of the same plan.
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Static sizes of an engine. Changing any of them compiles new programs.
-
-    Attributes:
-        length: context length, in positions per cache row.
-        slots: maximum number of samples decoded at the same time.
-        steps: decoding steps per dispatch.
-        prefill_chunk: maximum number of prompt tokens processed in one prefill call.
-        prefill_batch: number of prompts prefilled together.
-        adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
-            requests use one compiled shape, so results are identical bit for bit.
-        prefix_cache_bytes: memory limit of the prefix cache.
-    """
-
-    length: int
-    slots: int = 8
-    steps: int = 8
-    prefill_chunk: int = 512
-    prefill_batch: int = 1
-    adapt: bool = True
-    prefix_cache_bytes: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        for name in ("length", "slots", "steps", "prefill_chunk", "prefill_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass
@@ -80,7 +51,7 @@ class PromptStats:
 
 
 class Engine:
-    """Answers requests with one model: `submit`, then `step` until it returns False; or `generate`, or `stream`.
+    """Answers requests with one model: `submit`, then `step` until it returns False; or `follow`; or `generate`.
 
     Args:
         mesh: shards rows over `data`, and heads, hidden units and vocabulary over `tensor`.
@@ -116,15 +87,7 @@ class Engine:
                 draft = draft[0], compiled.unstack(draft[0], draft[1])
                 self._draft_reader = Reader(draft[0], shape.prefill_batch)
             self._draft = draft
-            self.slots = Slots(
-                transformer,
-                most=shape.slots,
-                length=shape.length,
-                steps=shape.steps,
-                adapt=shape.adapt,
-                speculation=speculation,
-                draft=draft,
-            )
+            self.slots = Slots(transformer, shape, speculation, draft)
         self.ends = {tokenizer.bos, tokenizer.end}
         self._reader = Reader(transformer, shape.prefill_batch)
         self._waiting: deque[Sample] = deque()
@@ -210,13 +173,6 @@ class Engine:
             [refused(samples)] if isinstance(samples, UserError) else [sample.completion() for sample in samples]
             for samples in submitted
         ]
-
-    def stream(self, request: Request) -> Iterator[str]:
-        """Yields the text of one answer as it is decoded; closing the iterator cancels the request."""
-        if request.n != 1:
-            raise UserError(f"cannot stream n={request.n} answers at once: call `submit` and `follow` each sample")
-        (sample,) = self.submit(request)
-        yield from self.follow(sample)
 
     def follow(self, sample: Sample) -> Iterator[str]:
         """Yields the text of a sample as it is decoded; closing the iterator cancels the sample."""

@@ -87,6 +87,7 @@ class SamplingParams(Truncation):
         for name, least, most, meaning in (
             ("temperature", 0, math.inf, "a number from 0 (greedy) up"),
             *((name, *row.limits, row.meaning) for name, row in FILTERS.items()),
+            ("repetition_penalty", math.ulp(0.0), math.inf, "above 0; 1 turns it off"),
             ("presence_penalty", -math.inf, math.inf, "a number"),
             ("frequency_penalty", -math.inf, math.inf, "a number"),
             ("max_tokens", 1, math.inf, "at least 1"),
@@ -99,8 +100,6 @@ class SamplingParams(Truncation):
             whole = name in _WHOLE or (name in FILTERS and FILTERS[name].dtype == np.int32)
             if whole and not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}={value} must be a whole number, {meaning}")
-        if not _number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 turns it off")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
         if not all(_whole(token) and _number(value) and math.isfinite(value) for token, value in biases):
             raise UserError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
@@ -235,17 +234,11 @@ def choose(
         token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
         return Choice(token_B, logprob(z_BV, token_B), jnp.zeros(z_BV.shape[:1], jnp.float32))
     z_BV, best_B = process(logits_BV, rows, level=level, history=history)
-    token_B = draw(z_BV, rows, position_B)
-    token_B = jnp.where(rows.temperature == 0, best_B, token_B).astype(jnp.int32)
+    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))  # argmax(z + gumbel) samples softmax(z).
+    token_B = jnp.where(rows.temperature == 0, best_B, jnp.argmax(z_BV + gumbel_BV, axis=-1)).astype(jnp.int32)
     sampling_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
     support_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if return_support else None
     return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC)
-
-
-def draw(z_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Array:
-    """Samples one token per row, (B,), from softmax(z) by the Gumbel-max trick."""
-    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))
-    return jnp.argmax(z_BV + gumbel_BV, axis=-1).astype(jnp.int32)
 
 
 def process(

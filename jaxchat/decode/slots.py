@@ -19,15 +19,6 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 _IDLE = (SamplingParams(temperature=0), 0)
 
 
-@dataclass
-class Stats:
-    """Counts of decoded slot steps, of those that gave an unfinished sample a token, and of dispatches (`chunks`)."""
-
-    slot_steps: int = 0
-    useful_steps: int = 0
-    chunks: int = 0
-
-
 class Wanted(NamedTuple):
     """What a dispatch must compute for its samples: the sampling level, and whether any sample reports the most likely
     tokens, returns its support, or has penalties.
@@ -39,35 +30,55 @@ class Wanted(NamedTuple):
     penalised: bool
 
 
-class Slots:
-    """At most `most` samples, decoded `steps` tokens per dispatch, in cache rows of at most `length` positions.
+@dataclass(frozen=True)
+class EngineConfig:
+    """Static sizes of an engine. Changing any of them compiles new programs.
 
-    With `adapt`, the number of slots and the row length are the smallest powers of two that fit the active samples.
+    Attributes:
+        length: context length, in positions per cache row.
+        slots: maximum number of samples decoded at the same time.
+        steps: decoding steps per dispatch.
+        prefill_chunk: maximum number of prompt tokens processed in one prefill call.
+        prefill_batch: number of prompts prefilled together.
+        adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
+            requests use one compiled shape, so results are identical bit for bit.
+        prefix_cache_bytes: memory limit of the prefix cache.
     """
+
+    length: int
+    slots: int = 8
+    steps: int = 8
+    prefill_chunk: int = 512
+    prefill_batch: int = 1
+    adapt: bool = True
+    prefix_cache_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("length", "slots", "steps", "prefill_chunk", "prefill_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Slots:
+    """The samples that are being decoded, with one slot and one cache row each, in the sizes of `shape`."""
 
     def __init__(
         self,
         transformer: Transformer,
-        *,
-        most: int,
-        length: int,
-        steps: int,
-        adapt: bool,
-        speculation: Speculation | None = None,
-        draft: tuple[Transformer, Params] | None = None,
+        shape: EngineConfig,
+        speculation: Speculation | None,
+        draft: tuple[Transformer, Params] | None,
     ) -> None:
         self.samples: list[Sample | None] = []
-        self.stats = Stats()
-        self._transformer = transformer
-        self._most, self._longest, self._steps, self._adapt = most, length, steps, adapt
-        self._speculation, self._draft, self._write, self._most_new = speculation, draft, 1, steps
+        self._transformer, self._shape = transformer, shape
+        self._speculation, self._draft, self._write, self._most_new = speculation, draft, 1, shape.steps
         self._draft_cache: Cache | None = None
         if speculation is not None:
             self._write = speculation.tokens + 1
-            self._most_new = max(steps, speculation.rounds * self._write)
+            self._most_new = max(shape.steps, speculation.rounds * self._write)
             self._acceptance = AcceptanceTracker(speculation.least)
         if draft is not None:
-            self._draft_cache = compiled.empty(draft[0], most, length, self._write)
+            self._draft_cache = compiled.empty(draft[0], shape.slots, shape.length, self._write)
         self._length = 0
         self._cache: Cache | None = None
         self._history: History | None = None
@@ -81,7 +92,7 @@ class Slots:
 
     @property
     def free(self) -> int:
-        return self._most - len(self.active)
+        return self._shape.slots - len(self.active)
 
     def release(self) -> None:
         """Empties the slots of samples that have ended."""
@@ -90,11 +101,11 @@ class Slots:
     def fit(self, entering: Sequence[Sample] = ()) -> None:
         """Resizes the batch and the cache to fit the active and entering samples and their next dispatch."""
         samples = [*self.active, *entering]
-        slots, length = self._most, self._longest
-        if self._adapt:
+        slots, length = self._shape.slots, self._shape.length
+        if self._shape.adapt:
             need = max((sample.position + 1 + self._most_new for sample in samples), default=1)
-            slots = bucket(len(samples), shortest=1, longest=self._most)
-            length = bucket(need, shortest=SHORTEST_ROW, longest=self._longest)
+            slots = bucket(len(samples), shortest=1, longest=self._shape.slots)
+            length = bucket(need, shortest=SHORTEST_ROW, longest=self._shape.length)
         if (slots, length) == (len(self.samples), self._length):
             return
         if entering and self.active:  # More samples may enter before the next dispatch: only grow.
@@ -169,7 +180,7 @@ class Slots:
     def decode(self, params: Params) -> None:
         """Runs one dispatch: every active sample gets up to `steps` tokens, or more if guesses are accepted."""
         assert self._cache is not None
-        B, K = len(self.samples), self._steps
+        B, K = len(self.samples), self._shape.steps
         position, token, limit = np.full(B, -1, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
         pauses = [sorted(sample.pauses) if sample else [] for sample in self.samples]
         stops = np.full((B, max(4, *map(len, pauses))), -1, np.int32)
@@ -187,7 +198,7 @@ class Slots:
         running = DecodeState(token, position, limit, stops)
         speculates = not (top or return_support or penalised) and self._speculates()
         if speculates:
-            text_BL = np.zeros((B, self._longest), np.int32)
+            text_BL = np.zeros((B, self._shape.length), np.int32)
             for slot, sample in enumerate(self.samples):
                 if sample is not None:
                     text_BL[slot] = sample.text
@@ -231,19 +242,16 @@ class Slots:
 
     def _append_all(self, steps: StepOutputs) -> None:
         """Appends the decoded tokens to their samples."""
-        self.stats.chunks += 1
-        self.stats.slot_steps += steps.token_KB.size
         for k, slot in np.argwhere(steps.token_KB >= 0).tolist():
             sample = self.samples[slot]
             if sample is not None:
-                self.stats.useful_steps += not sample.finish_reason
                 _append(sample, steps, k, slot)
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
         """Returns the tokens in the cache of a finished sample that still has its slot, and the cache, one row."""
         assert self._cache is not None
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
-        length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._longest)
+        length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._shape.length)
         slot = np.array([self.samples.index(sample)], np.int32)
         return tokens, compiled.move(self._transformer, self._cache, slot, length=length, write=self._write)
 

@@ -148,8 +148,9 @@ def verify(
     chosen_BT, logprob_BT, sampling_logprob_BT = (x.reshape(B, T) for x in choice[:3])
     accepted_BD = jnp.cumprod((chosen_BT[:, :-1] == guess_BD) & read_BT[:, 1:], axis=1)
     stop_BT = jnp.any(chosen_BT[:, :, None] == running.stops_BN[:, None], axis=2)
+    first_stop_B = jnp.min(jnp.where(stop_BT, step_T, T), axis=1)
     room_B = running.limit_B - at.position_B
-    count_B = jnp.minimum(jnp.minimum(jnp.sum(accepted_BD, axis=1) + 1, _first(stop_BT) + 1), room_B)
+    count_B = jnp.minimum(jnp.minimum(jnp.sum(accepted_BD, axis=1) + 1, first_stop_B + 1), room_B)
     count_B = jnp.where(at.paused_B, 0, count_B).astype(jnp.int32)
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     token_B = jnp.where(at.paused_B, at.token_B, jnp.take_along_axis(chosen_BT, last_B1, axis=1)[:, 0])
@@ -173,13 +174,14 @@ def _shorten(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax
 
 def speculate(
     transformer: Transformer,
+    draft: Transformer | None,
     params: Params,
     cache: Cache,
     draft_cache: Cache | None,
     running: DecodeState,
     rows: Rows,
     text_BL: jax.Array,
-    draft: tuple[Transformer, Params] | None,
+    draft_params: Params | None,
     *,
     settings: Speculation,
     level: Level,
@@ -187,19 +189,13 @@ def speculate(
     """Runs `rounds` calls of guessing and verification; returns outputs (rounds, B, tokens + 1), token -1 for none."""
 
     def turn(at: Round, _: None) -> tuple[Round, StepOutputs]:
-        if draft is None:
+        if draft is None or draft_params is None:
             guess_BD = lookup(at.text_BL, at.position_B, ngram=settings.ngram, tokens=settings.tokens)
         else:
-            guess_BD, drafted = guess(*draft, rows, at, tokens=settings.tokens, level=level)
+            guess_BD, drafted = guess(draft, draft_params, rows, at, tokens=settings.tokens, level=level)
             at = at._replace(draft_cache=drafted)
         return verify(transformer, params, rows, running, at, guess_BD, level=level)
 
     start = Round(running.token_B, running.position_B, running.position_B < 0, cache, draft_cache, text_BL)
     end, steps = jax.lax.scan(turn, start, None, length=settings.rounds)
     return place(end.cache), None if end.draft_cache is None else place(end.draft_cache), steps
-
-
-def _first(seen_BT: jax.Array) -> jax.Array:
-    """Index of the first true entry, (B,); T if there is none."""
-    T = seen_BT.shape[1]
-    return jnp.min(jnp.where(seen_BT, jnp.arange(T)[None], T), axis=1)
