@@ -10,7 +10,7 @@ import time
 import pytest
 from documents import environment, silent, texts, write
 
-from jaxchat.data import cache
+from jaxchat.data import cache, sources
 from jaxchat.data.sources import find
 from jaxchat.errors import UserError
 
@@ -21,18 +21,18 @@ def corpus(tmp_path):
 
 
 def test_a_file_changed_behind_its_date_is_read_again(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)  # remember at once
+    monkeypatch.setattr(sources, "SETTLED_SECONDS", -1.0)  # remember at once
     source = find(str(corpus), "train")
-    before, stat = cache.content_hashes(source, tmp_path), corpus.stat()
+    before, stat = sources.content_hashes(source, tmp_path), corpus.stat()
     assert json.loads((tmp_path / "hashes.json").read_text())[str(corpus)][-1] == before[0]
     time.sleep(0.02)  # a tick of the file system's clock
     corpus.write_bytes(corpus.read_bytes()[::-1])
     os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache.content_hashes(source, tmp_path) != before
+    assert sources.content_hashes(source, tmp_path) != before
 
 
 def test_a_fresh_file_is_not_remembered(tmp_path, corpus):
-    cache.content_hashes(find(str(corpus), "train"), tmp_path)
+    sources.content_hashes(find(str(corpus), "train"), tmp_path)
     assert not (tmp_path / "hashes.json").exists()
 
 

@@ -2,16 +2,16 @@
 
 import gzip
 import json
-import types
 from collections import Counter
+from functools import partial
 
 import pytest
 from letters import Letters
 
 from jaxchat.data import conversations, tinyworld
 from jaxchat.data.conversations import alpaca_prompt, opening, read, render, words
-from jaxchat.data.files import Reading, Source
-from jaxchat.data.sources import find
+from jaxchat.data.source import Reading, Source
+from jaxchat.data.sources import KINDS, find
 from jaxchat.errors import UserError
 from jaxchat.tokenizer.chat import Malformed
 
@@ -285,7 +285,7 @@ def found(path, parts=1, form="chat", **reading):
     skip = lambda _row, error, where: skipped.append((error.reason, where()))  # noqa: E731
     read_them = [
         messages
-        for source in find(str(path), "train", suffixes=conversations.SUFFIXES)
+        for source in find(str(path), "train", "objects")
         for n in range(parts)
         for messages in conversations.conversations(source, Reading(part=n, parts=parts, **reading), form, skip=skip)
     ]
@@ -360,28 +360,28 @@ def test_the_words_of_a_conversation_are_all_that_is_said():
 @pytest.mark.parametrize("spec", ["tinyworld:chat:0", "tinyworld:chats", "tinyworld:train"])
 def test_a_wrong_tiny_world_is_refused(spec):
     with pytest.raises(UserError, match="is not tinyworld:chat"):
-        find(spec, "train", suffixes=conversations.SUFFIXES)
+        find(spec, "train", "objects")
 
 
 def test_the_tiny_worlds_talk_is_dealt_without_loss_and_by_split(monkeypatch):
     def conversation(split, index):
         return said(("user", f"{split} {index}"), ("assistant", "Hi"))
 
-    talk = types.SimpleNamespace(CONVERSATIONS={"train": 7, "val": 3}, conversation=conversation)
-    monkeypatch.setattr(tinyworld, "talk", talk, raising=False)
+    monkeypatch.setattr(tinyworld, "CONVERSATIONS", {"train": 7, "val": 3})
+    monkeypatch.setattr(tinyworld, "conversation", conversation)
     for spec, split, count in (
         ("tinyworld:chat", "train", 7),
         ("tinyworld:chat", "val", 3),
         ("tinyworld:chat:5", "train", 5),
     ):
-        (source,) = find(spec, split, suffixes=conversations.SUFFIXES)
+        (source,) = find(spec, split, "objects")
         begun = [
             opening(messages)
             for part in range(3)
             for messages in conversations.conversations(source, Reading(part=part, parts=3))
         ]
         assert sorted(begun) == [f"{split} {i}" for i in range(count)]
-    sources = [find("tinyworld:chat:5", split, suffixes=conversations.SUFFIXES)[0].hash() for split in ("train", "val")]
+    sources = [KINDS["tinyworld"].hash(*find("tinyworld:chat:5", split, "objects")) for split in ("train", "val")]
     assert sources[0] != sources[1]
 
 
@@ -389,10 +389,11 @@ def test_talk_does_not_change_the_documents_of_the_tiny_world(monkeypatch, tmp_p
     for name in ("__init__.py", "world.py", "talk.py"):
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(tinyworld, "__file__", str(tmp_path / "__init__.py"))
-    document, chat = (Source("tinyworld", path, 1) for path in ("tinyworld:train", "tinyworld:chat-train:5"))
-    before = document.hash(), chat.hash()
+    specs = "tinyworld:train:5", "tinyworld:chat-train:5"
+    document, chat = (partial(KINDS["tinyworld"].hash, Source("tinyworld", spec, 1)) for spec in specs)
+    before = document(), chat()
     (tmp_path / "talk.py").write_text("2")
-    assert document.hash() == before[0]
-    assert chat.hash() != before[1]
+    assert document() == before[0]
+    assert chat() != before[1]
     (tmp_path / "world.py").write_text("2")
-    assert document.hash() != before[0]
+    assert document() != before[0]

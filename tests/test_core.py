@@ -103,7 +103,7 @@ def test_missing_files_and_too_few_rows_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is this the CORE bundle"):
         CoreRows(task, tmp_path).rows  # noqa: B018
     bundle(tmp_path, task, [])
-    with pytest.raises(UserError, match=r"b\.jsonl has no rows"):
+    with pytest.raises(UserError, match=r"b\.jsonl is empty"):
         CoreRows(task, tmp_path).rows  # noqa: B018
     bundle(tmp_path, task, ROWS["multiple_choice"])
     with pytest.raises(UserError, match="raise --limit"):

@@ -10,7 +10,7 @@ from documents import settings, silent, texts, write
 
 from jaxchat.data import cache, prepare, shards, workers
 from jaxchat.data.prepare import Data, ensure_rows, ensure_tokenizer, summary
-from jaxchat.data.sources import find
+from jaxchat.data.sources import KINDS, find
 from jaxchat.data.streams import every_row_once
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import TokenizerConfig
@@ -74,7 +74,7 @@ def test_the_manifest_says_what_was_made(tmp_path, corpus, tokenizer):
     assert manifest["rows"] == len(rows) == sum(shard["rows"] for shard in manifest["shards"])
     assert manifest["tokenizer"] == tokenizer.hash
     assert [source["path"] for source in manifest["sources"]] == [str(corpus)]
-    assert manifest["sources"][0]["sha256"] == find(str(corpus), "train")[0].hash()
+    assert manifest["sources"][0]["sha256"] == KINDS["jsonl"].hash(*find(str(corpus), "train"))
     assert summary([rows])["tokens"] == sum(tokens)
 
 
@@ -138,7 +138,7 @@ def test_the_keys_of_text_are_those_of_before_there_were_conversations(tmp_path,
     assert rows.directory.name == cache.key(
         format=1,
         tokenizer=tokenizer.hash,
-        sources=[("jsonl", source.hash())],
+        sources=[("jsonl", KINDS["jsonl"].hash(source))],
         shards=[[(0, 0, 1)]],
         row_length=32,
         packing="best_fit",
@@ -150,7 +150,7 @@ def test_the_keys_of_text_are_those_of_before_there_were_conversations(tmp_path,
     ensure_tokenizer(settings(corpus), tmp_path / "cache", 0, silent)
     (directory,) = (path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir())
     config = {"algorithm": "bpe", "extra_specials": (), "sample_bytes": 20_000_000, "path": None}
-    sources = [("jsonl", source.hash())]
+    sources = [("jsonl", KINDS["jsonl"].hash(source))]
     assert directory.name == cache.key(format=1, vocab=300, config=config, seed=0, sources=sources, **reading)
 
 

@@ -249,3 +249,12 @@ def test_a_tokenizer_can_be_trained_on_conversations(tmp_path):
     assert train | val == known
     assert not train & val
     assert val
+
+
+def test_text_among_conversations_is_read_as_documents_and_trains_no_tokenizer(tmp_path):
+    chats = write_rows(tmp_path / "a.jsonl", talks(40))
+    train, val = write(tmp_path / "t.jsonl", ["only in training"]), write(tmp_path / "v.jsonl", ["held out"])
+    data = talk_settings(chats, f"text:{train}", val=(f"text:{val}",))
+    assert list(texts_of(data, "val", tmp_path / "cache", silent)) == ["held out"]
+    known = [conversations.words(row["messages"]) for row in talks(40)]
+    assert list(texts_of(data, "train", tmp_path / "cache", silent)) == known

@@ -8,7 +8,7 @@ import sys
 import pytest
 from documents import environment, settings, silent, talks, texts, write, write_rows
 
-from jaxchat.data import shards, workers
+from jaxchat.data import files, shards, workers
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
 from jaxchat.errors import UserError
 
@@ -172,4 +172,5 @@ def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
         for parts in [max(p[2] for job in plan for p in job.parts if p[0] == source)]
         for part in range(parts)
     }
-    assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == shards.MOST_DEALT
+    assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == files.MOST_DEALT
+    assert len(shards.plan(large[:1], "utf-16")) == files.MOST_DEALT  # every reader reads all of such a file

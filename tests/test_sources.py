@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.data.files import DEAL, Reading
+from jaxchat.data.files import DEAL
+from jaxchat.data.source import Reading
 from jaxchat.data.sources import documents, find, held_out
 from jaxchat.errors import UserError
 
@@ -217,7 +218,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         read(path)
 
 
-@pytest.mark.parametrize("spec", ["tinyworld:test", "tinyworld:train:0", "tinyworld:train:x"])
+@pytest.mark.parametrize("spec", ["tinyworld:test", "tinyworld:train:0", "tinyworld:train:00", "tinyworld:train:x"])
 def test_a_wrong_tiny_world_is_refused(spec):
     with pytest.raises(UserError, match="is not tinyworld:train or tinyworld:val"):
         read(spec)

@@ -8,16 +8,11 @@ import json
 import os
 import secrets
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data.files import Source
 from jaxchat.errors import UserError
-
-SETTLED_SECONDS = 2.0
 
 Log = Callable[[str], None]
 
@@ -82,37 +77,3 @@ def locked(directory: Path, log: Log, *, refusal: str | None = None) -> Iterator
                 raise
             log(f"warning: {directory} cannot be locked ({error.strerror}): let no other process use it meanwhile")
         yield
-
-
-def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str]:
-    """Content hash of each source, in order. A file is hashed again only if its size, timestamps or inode changed."""
-    path = cache_directory / "hashes.json"
-    known = read_json(path) or {}
-    now = time.time()
-    stamps = [_stamp(source) for source in sources]
-    unknown = [
-        i
-        for i, (source, stamp) in enumerate(zip(sources, stamps))
-        if not stamp or known.get(source.path, [])[:-1] != stamp
-    ]
-    with ThreadPoolExecutor(8) as pool:
-        new_hashes = dict(zip(unknown, pool.map(lambda i: sources[i].hash(), unknown)))
-    settled = {
-        sources[i].path: [*stamps[i], hash_]
-        for i, hash_ in new_hashes.items()
-        # A file can change again within the resolution of the file system's clock without changing its timestamps.
-        if stamps[i]
-        and now - max(stamps[i][1], stamps[i][2]) / 1e9 > SETTLED_SECONDS
-        and _stamp(sources[i]) == stamps[i]
-    }
-    if settled:
-        write_json(path, (read_json(path) or {}) | settled)
-    return [new_hashes[i] if i in new_hashes else known[source.path][-1] for i, source in enumerate(sources)]
-
-
-def _stamp(source: Source) -> list[int]:
-    if source.kind == "tinyworld":
-        return []
-    stat = os.stat(source.path)
-    # Programs can set the modification time of a file, but not its change time (ctime).
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from jaxchat.data.files import Object, Reading, Source, objects, place
+from jaxchat.data.source import Reading, Source
+from jaxchat.data.sources import objects, place
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat import Malformed, Rendered
@@ -28,8 +29,6 @@ Form = Literal["chat", "alpaca"]
 Skip = Callable[[Any, Malformed, Callable[[], str]], None]
 """Called with a skipped row, the reason, and a function that returns its file and line or row."""
 
-SUFFIXES: Mapping[str, str] = {".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parquet": "parquet", ".json": "json"}
-TINYWORLD_BYTES = 400  # per conversation, approximately
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -51,7 +50,7 @@ def conversations(
     source: Source, reading: Reading, form: Form = "chat", *, skip: Skip = lambda *_: None
 ) -> Iterator[list[Message]]:
     """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
-    for number, row in _tinyworld(source, reading) if source.kind == "tinyworld" else objects(source, reading):
+    for number, row in objects(source, reading):
         try:
             yield read(row, form)
         except Malformed as error:
@@ -115,26 +114,6 @@ def choice_prompt(question: str, choices: Sequence[str]) -> str:
     """A multiple-choice question in nanochat's wording; the answer is a letter."""
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(LETTERS, choices))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-
-
-def tinyworld(spec: str, split: str) -> Source:
-    """The source of tiny-world conversations that `spec` names."""
-    match = re.fullmatch(r"tinyworld:chat(?::([1-9]\d*))?", spec)
-    if not match:
-        raise UserError(f"{spec} is not tinyworld:chat or tinyworld:chat:N (N conversations)")
-    from jaxchat.data.tinyworld import talk
-
-    count = int(match[1] or talk.CONVERSATIONS[split])
-    return Source("tinyworld", f"tinyworld:chat-{split}:{count}", count * TINYWORLD_BYTES)
-
-
-def _tinyworld(source: Source, reading: Reading) -> Iterator[Object]:
-    from jaxchat.data.tinyworld import talk
-
-    split, count = source.path.removeprefix("tinyworld:chat-").split(":")
-    for i in range(reading.part, int(count), reading.parts):
-        yield i + 1, {"messages": talk.conversation(split, i)}
-        reading.advance(i, int(count))
 
 
 def _read_turns(row: Mapping[str, Any]) -> list[Message]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.cache import Log, locked, read_json, write_json
-from jaxchat.data.sources import TEST, TRAIN, VAL, words_of
+from jaxchat.data.source import Content, Kind, Split, by_words
 from jaxchat.errors import UserError, first_line
 from jaxchat.launcher import log
 
@@ -73,6 +73,17 @@ DATA_SETS = {
     "arc-challenge": DataSet("allenai/ai2_arc", "ARC-Challenge", "/train-", "/test-"),
     "humaneval": DataSet("openai/openai_humaneval", "openai_humaneval", "/test-", "/test-"),
 }
+
+
+class Hub(Kind):
+    """Files of the hub's data sets."""
+
+    mark = "hub:"
+
+    def find(self, spec: str, split: Split, content: Content, downloads: Path | None, log: Log) -> list[Path]:
+        if downloads is None:
+            raise UserError(f"{spec} needs a cache directory to download to")
+        return download(spec, split, downloads, log=log)
 
 
 def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint: str | None = None) -> list[Path]:
@@ -122,10 +133,7 @@ def _split(shards: Sequence[Shard], data_set: DataSet) -> tuple[list[Shard], lis
             [shard for shard in shards if re.search(pattern, shard.path)] for pattern in (data_set.train, data_set.val)
         )
         return train, val
-    words = {shard: words_of(Path(shard.path)) for shard in shards}
-    val = [shard for shard in shards if words[shard] & VAL]
-    others = [shard for shard in shards if not words[shard] & (VAL | TEST)]
-    train = [shard for shard in others if words[shard] & TRAIN] or others
+    train, val = by_words([(shard.path, shard) for shard in shards])
     return (train, val) if val else (train[:-1], train[-1:])
 
 

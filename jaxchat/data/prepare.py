@@ -9,17 +9,18 @@ and the packing rules. Any change of these makes a new directory, so outdated ro
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxchat.data import cache, conversations, workers
 from jaxchat.data.batch import token_dtype
-from jaxchat.data.files import Reading, Source
+from jaxchat.data.cache import Log
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
-from jaxchat.data.sources import SUFFIXES, Split, documents, find
+from jaxchat.data.source import Content, Reading, Source, Split
+from jaxchat.data.sources import content_hashes, documents, find
 from jaxchat.data.streams import Rows, open_rows
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
@@ -28,7 +29,6 @@ FORMAT = 1  # increase it when the same key would make different rows
 MOST_IDS = 2**24  # maximum vocabulary: far more than any text needs, and small enough for memory
 TOKENIZER_MARGIN = 8  # tokenizer training reads about this many times its sample_bytes from disk
 TEXT = "text:"  # prefix of an entry of text documents among conversations
-Log = Callable[[str], None]
 Form = Literal["text", "chat", "alpaca"]
 
 
@@ -89,6 +89,14 @@ class Data:
         return 0.0 if self.val else self.val_fraction
 
 
+class Entry(NamedTuple):
+    """An entry of train or val: as given, its format (text for an entry text:...), and its sources."""
+
+    spec: str
+    form: Form
+    sources: list[Source]
+
+
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
     """Loads the tokenizer of `data`, training it if missing; raises `UserError` if its size is not `data.vocab`."""
     directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
@@ -104,8 +112,7 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
     config, cache_directory = data.tokenizer, _local(cache_directory)
     if config.path is not None:
         return Path(config.path)
-    entries = zip(data.train, _find_all(data, cache_directory, log)["train"])
-    sources = list(chain.from_iterable(entry for spec, entry in entries if _form(data, spec) == data.format))
+    sources = _tokenizer_sources(_find_all(data, cache_directory, log)["train"], data)
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -133,12 +140,12 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
 
 def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> Iterator[str]:
     """The texts that tokenizer training reads ("train"), or the held-out texts ("val")."""
-    sources_by_option = _find_all(data, _local(cache_directory), log)
-    sources = list(chain.from_iterable(sources_by_option[_origin(data, split)]))
+    entries = _find_all(data, _local(cache_directory), log)[_origin(data, split)]
     if split == "train":
-        return _training_texts(sources, data)
+        return _training_texts(_tokenizer_sources(entries, data), data)
     reading = Reading(data.text_column, data.encoding)
-    return chain.from_iterable(_texts_of(source, reading, _recipe(data, "val")) for source in sources)
+    pairs = ((source, _recipe(data, "val", entry.form)) for entry in entries for source in entry.sources)
+    return chain.from_iterable(_texts_of(source, reading, recipe) for source, recipe in pairs)
 
 
 def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
@@ -148,11 +155,8 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
     """
     cache_directory = _local(cache_directory)
     origin = _origin(data, split)
-    specs = data.train if origin == "train" else data.val
-    rows = [
-        _ensure(data, tokenizer, split, spec=spec, sources=sources, cache_directory=cache_directory, log=log)
-        for spec, sources in zip(specs, _find_all(data, cache_directory, log)[origin])
-    ]
+    entries = _find_all(data, cache_directory, log)[origin]
+    rows = [_ensure(data, tokenizer, split, entry, cache_directory, log) for entry in entries]
     if split != origin:
         if not any(map(len, rows)):
             raise UserError(
@@ -160,9 +164,9 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
                 f"{' '.join(data.train)}: increase it, or set --data.val"
             )
         return [part for part in rows if len(part)]
-    for spec, part in zip(specs, rows):
+    for entry, part in zip(entries, rows):
         if not len(part):
-            raise UserError(_nothing(part.manifest, f"--data.{split} {spec}"))
+            raise UserError(_nothing(part.manifest, f"--data.{split} {entry.spec}"))
     return rows
 
 
@@ -194,20 +198,14 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
     }
 
 
-def _ensure(
-    data: Data,
-    tokenizer: Tokenizer,
-    split: Split,
-    *,
-    spec: str,
-    sources: Sequence[Source],
-    cache_directory: Path,
-    log: Log,
-) -> Rows:
-    recipe = _recipe(data, split, _form(data, spec))
+def _ensure(data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_directory: Path, log: Log) -> Rows:
+    spec, form, sources = entry
+    recipe = _recipe(data, split, form)
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
-    assignment = [[(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources)]
+    assignment = [
+        [(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources, data.encoding)
+    ]
     name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **recipe.decides())
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
@@ -252,7 +250,7 @@ def _make(
     for leftover in directory.glob("*.tmp"):
         leftover.unlink(missing_ok=True)
     start = time.monotonic()
-    jobs = plan(sources)
+    jobs = plan(sources, recipe.encoding)
     counts = {job.shard: shard for job in jobs if (shard := finished(directory, job))}
     reused_bytes = sum(shard.bytes for shard in counts.values())
     pending = [job for job in jobs if job.shard not in counts]
@@ -277,7 +275,7 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
     parts = [(source, 0, 1) for source in sources]
     step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
     if step > 1:
-        parts = [part for job in plan(sources)[::step] for part in job.parts]
+        parts = [part for job in plan(sources, data.encoding)[::step] for part in job.parts]
     for source, part, of in parts:
         yield from _texts_of(source, Reading(data.text_column, data.encoding, part, of), recipe)
 
@@ -297,30 +295,31 @@ def _recipe(data: Data, split: Split, form: Form | None = None) -> Recipe:
     return Recipe(data.row_length, packing, data.text_column, data.encoding, data.held_out, side, *chat)
 
 
-def _form(data: Data, spec: str) -> Form:
-    """The format of an entry; an entry text:... is read as documents."""
-    return "text" if spec.startswith(TEXT) else data.format
-
-
 def _origin(data: Data, split: Split) -> Split:
     """The option, train or val, that lists the data of a split."""
     return "val" if split == "val" and data.val else "train"
 
 
-def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[list[Source]]]:
-    """The sources of each entry of train and of val. Raises `UserError` if a file is in both."""
+def _tokenizer_sources(entries: Sequence[Entry], data: Data) -> list[Source]:
+    """The sources that a tokenizer is trained on: those of the format of `data`."""
+    return [source for entry in entries if entry.form == data.format for source in entry.sources]
+
+
+def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[Entry]]:
+    """The entries of train and of val with their sources. Raises `UserError` if a file is in both."""
     if not data.train:  # a configuration may leave it empty, a run may not
         raise UserError("no documents to train on: set --data.train to files, directories or tinyworld:train")
-    downloads = cache_directory / "downloads"
 
-    def find_entry(spec: str, split: Split) -> list[Source]:
-        suffixes = SUFFIXES if _form(data, spec) == "text" else conversations.SUFFIXES
-        return find(spec.removeprefix(TEXT), split, suffixes=suffixes, hub_directory=downloads, log=log)
+    def find_entry(spec: str, split: Split) -> Entry:
+        form: Form = "text" if spec.startswith(TEXT) else data.format
+        content: Content = "documents" if form == "text" else "objects"
+        downloads = cache_directory / "downloads"
+        return Entry(spec, form, find(spec.removeprefix(TEXT), split, content, downloads=downloads, log=log))
 
     train = [find_entry(spec, "train") for spec in data.train]
     val = [find_entry(spec, "val") for spec in data.val]
-    every_train, every_val = list(chain.from_iterable(train)), list(chain.from_iterable(val))
-    hashes = cache.content_hashes([*every_train, *every_val], cache_directory)
+    every_train, every_val = ([source for entry in part for source in entry.sources] for part in (train, val))
+    hashes = content_hashes([*every_train, *every_val], cache_directory)
     train_by_hash = dict(zip(hashes, every_train))
     for source, sha256 in zip(every_val, hashes[len(every_train) :]):
         if sha256 in train_by_hash:
@@ -336,7 +335,7 @@ def _local(directory: str | Path) -> Path:
 
 
 def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str, str]]:
-    return [(source.kind, sha256) for source, sha256 in zip(sources, cache.content_hashes(sources, cache_directory))]
+    return [(source.kind, sha256) for source, sha256 in zip(sources, content_hashes(sources, cache_directory))]
 
 
 def _reading(data: Data) -> dict[str, Any]:

@@ -22,24 +22,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxchat.data import conversations
 from jaxchat.data.batch import TARGET, encode_row, token_dtype
 from jaxchat.data.cache import read_json, write_json
-from jaxchat.data.files import Reading, Source
 from jaxchat.data.packing import Packed, Rule, pack, pack_whole
-from jaxchat.data.sources import Split, documents, held_out
+from jaxchat.data.source import Reading, Source, Split
+from jaxchat.data.sources import KINDS, documents, held_out
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.
-PART_BYTES = {
-    "text": 32 << 20,
-    "json": 32 << 20,
-    "jsonl": 32 << 20,
-    "jsonl.gz": 12 << 20,
-    "parquet": 12 << 20,
-    "tinyworld": 4 << 20,
-}
-WHOLE = ("text", "json")  # kinds of files that cannot be split
-MOST_DEALT = 8  # maximum parts of a compressed file, because each reader decompresses all of it
 LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
 CONVERSATIONS = 1  # version; increase it when the same conversations would make different rows
 PACKED_TOKENS = 8_000_000  # tokens packed together; bounds the memory of a worker
@@ -135,16 +125,15 @@ class Counts:
 NUMBERS = tuple(item.name for item in fields(Counts) if item.default == 0 and item.name != "longest")
 
 
-def plan(sources: Sequence[Source]) -> list[Job]:
+def plan(sources: Sequence[Source], encoding: str = "utf-8") -> list[Job]:
     """Assigns sources to shards of similar size: splits large files, groups small ones."""
     total = sum(source.size for source in sources)
     shards: list[list[tuple[Source, int, int]]] = []
     space = 0.0
     for source in sources:
-        size = max(min(PART_BYTES[source.kind], total // SHARDS_OF_SMALL), total // MOST_SHARDS, LEAST_PART)
-        parts = 1 if source.kind in WHOLE else -(-source.size // size)
-        if source.kind == "jsonl.gz":
-            parts = min(parts, MOST_DEALT)
+        kind = KINDS[source.kind]
+        size = max(min(kind.shard_bytes, total // SHARDS_OF_SMALL), total // MOST_SHARDS, LEAST_PART)
+        parts = min(-(-source.size // size), kind.most_parts(Reading(encoding=encoding)))
         if parts > 1 or not shards or space < source.size / size:
             shards.extend([(source, part, parts)] for part in range(parts))
             space = 1 - source.size / size if parts == 1 else 0.0
@@ -225,7 +214,7 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
                 yield block
                 block, tokens = [], 0
             if time.monotonic() - reported > REPORT_SECONDS:
-                report((i + reading.fraction[0]) / len(job.parts), counts.bytes - reported_bytes)
+                report((i + reading.fraction) / len(job.parts), counts.bytes - reported_bytes)
                 reported, reported_bytes = time.monotonic(), counts.bytes
     yield block
     report(1.0, counts.bytes - reported_bytes)

@@ -1,4 +1,4 @@
-"""Finds and reads documents: files, directories, globs, the tiny world and data sets of the Hugging Face hub.
+"""Finds and reads documents, and objects that become conversations, from all kinds of sources.
 
     notes.txt               one document, the whole file
     pages.jsonl[.gz]        one document per line, from the text column of its object
@@ -7,68 +7,75 @@
                             validation, dev and test, and uses only train if a path has it. Validation uses only val,
                             valid, validation and dev if a path has one of them
     "corpus/*.jsonl.gz"     every file that matches; ** matches across directories
-    tinyworld:train[:N]     N documents of the tiny world, also tinyworld:val
+    tinyworld:train[:N]     N documents of the tiny world, also tinyworld:val; tinyworld:chat[:N] has conversations
     hub:fineweb-edu[:N]     N shards of a data set of the hub, see hub.py
 
 A document is a str without lone surrogates. A damaged file raises `UserError` with its path and, if known, the line.
-Conversations come from the same places except .txt files, see conversations.py.
+Objects come from the same places except .txt files, and from .json files, see conversations.py.
 """
 
 import glob
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxchat.data import conversations
-from jaxchat.data.files import Reading, Source, no_column, objects, place, read_text
+from jaxchat.data import files, generated, hub
+from jaxchat.data.cache import Log, read_json, write_json
+from jaxchat.data.source import Content, Kind, Object, Reading, Source, Split, by_words
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
-Split = Literal["train", "val"]
-TINYWORLD_BYTES = 330  # per document, approximately
-SUFFIXES: Mapping[str, str] = {".txt": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".parquet": "parquet"}
-TRAIN, VAL, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test"}  # words in file names
+KINDS: Mapping[str, Kind] = {
+    "text": files.Text(),
+    "jsonl": files.JsonLines(),
+    "jsonl.gz": files.CompressedJsonLines(),
+    "parquet": files.Parquet(),
+    "json": files.Json(),
+    "tinyworld": generated.TinyWorld(),
+    "hub": hub.Hub(),
+}
+SETTLED_SECONDS = 2.0
 
 
 def find(
-    spec: str,
-    split: Split,
-    *,
-    suffixes: Mapping[str, str] = SUFFIXES,
-    hub_directory: str | Path | None = None,
-    log: Callable = log,
+    spec: str, split: Split, content: Content = "documents", *, downloads: str | Path | None = None, log: Log = log
 ) -> list[Source]:
-    """The sources that a spec names, in a fixed order; in a directory, the split's files with one of the suffixes."""
-    if spec.startswith("tinyworld:"):
-        if suffixes is conversations.SUFFIXES:
-            return [conversations.tinyworld(spec, split)]
-        return [Source("tinyworld", spec, _tinyworld(spec)[1] * TINYWORLD_BYTES)]
-    if spec.startswith("hub:"):
-        from jaxchat.data import hub
-
-        if hub_directory is None:
-            raise UserError(f"{spec} needs a cache directory to download to")
-        return [_source(path, suffixes) for path in hub.download(spec, split, Path(hub_directory), log=log)]
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _find_in_directory(path, split, suffixes)
-    if path.exists():
-        return [_source(path, suffixes)]
-    if glob.has_magic(spec):
-        matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-        if not matches:
-            raise UserError(f"no file matches --data.{split} {spec}")
-        return [_source(Path(match), suffixes) for match in matches]
-    raise UserError(f"--data.{split} {spec} does not exist")
+    """The sources that a spec names, in a fixed order; in a directory, the split's files with such content."""
+    for kind in KINDS.values():
+        if kind.mark.endswith(":") and spec.startswith(kind.mark):
+            found = kind.find(spec, split, content, None if downloads is None else Path(downloads), log)
+            break
+    else:
+        found = _find_files(spec, split, content)
+    return [item if isinstance(item, Source) else _file(item, content) for item in found]
 
 
 def documents(source: Source, reading: Reading) -> Iterator[str]:
     """Yields the documents of one part of a source in a fixed order."""
-    for text in READERS[source.kind](source, reading):
-        yield scalar_values(text)
+    return map(scalar_values, KINDS[source.kind].documents(source, reading))
+
+
+def objects(source: Source, reading: Reading) -> Iterator[Object]:
+    """Yields the objects of one part of a source in a fixed order."""
+    return KINDS[source.kind].objects(source, reading)
+
+
+def place(source: Source, reading: Reading, number: int) -> str:
+    """The location of an object, such as `pages.jsonl line 3`."""
+    return KINDS[source.kind].place(source, reading, number)
+
+
+def rows(spec: str, split: Split, *, downloads: Path | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields every object of the sources that a spec names, with its location."""
+    reading = Reading()
+    for source in find(spec, split, "objects", downloads=downloads):
+        for number, row in objects(source, reading):
+            yield place(source, reading, number), row
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -77,40 +84,87 @@ def held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def _find_in_directory(directory: Path, split: Split, suffixes: Mapping[str, str]) -> list[Source]:
-    known = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-        and _kind(path, suffixes)
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str]:
+    """Content hash of each source, in order. A file is hashed again only if its size, timestamps or inode changed."""
+    path = cache_directory / "hashes.json"
+    known = read_json(path) or {}
+    now = time.time()
+    stamps = [_stamp(source) for source in sources]
+    unknown = [
+        i
+        for i, (source, stamp) in enumerate(zip(sources, stamps))
+        if not stamp or known.get(source.path, [])[:-1] != stamp
     ]
+    with ThreadPoolExecutor(8) as pool:
+        hash_of = lambda i: KINDS[sources[i].kind].hash(sources[i])  # noqa: E731
+        new_hashes = dict(zip(unknown, pool.map(hash_of, unknown)))
+    settled = {
+        sources[i].path: [*stamps[i], hash_]
+        for i, hash_ in new_hashes.items()
+        # A file can change again within the resolution of the file system's clock without changing its timestamps.
+        if stamps[i]
+        and now - max(stamps[i][1], stamps[i][2]) / 1e9 > SETTLED_SECONDS
+        and _stamp(sources[i]) == stamps[i]
+    }
+    if settled:
+        write_json(path, (read_json(path) or {}) | settled)
+    return [new_hashes[i] if i in new_hashes else known[source.path][-1] for i, source in enumerate(sources)]
+
+
+def _stamp(source: Source) -> list[int]:
+    """What changes when a file does; empty if the source is no file."""
+    try:
+        stat = os.stat(source.path)
+    except FileNotFoundError:
+        return []
+    # Programs can set the modification time of a file, but not its change time (ctime).
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _find_files(spec: str, split: Split, content: Content) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _find_in_directory(path, split, content)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(spec):
+        raise UserError(f"--data.{split} {spec} does not exist")
+    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not matches:
+        raise UserError(f"no file matches --data.{split} {spec}")
+    return [Path(match) for match in matches]
+
+
+def _find_in_directory(directory: Path, split: Split, content: Content) -> list[Path]:
+    known = []
+    for path in sorted(directory.rglob("*")):
+        parts = path.relative_to(directory).parts
+        if path.is_file() and _kind(path, content) and not any(part.startswith(".") for part in parts):
+            known.append((str(Path(*parts)), path))
     if not known:
-        raise UserError(f"no {', '.join(suffixes)} file in --data.{split} {directory}")
-    words = {path: words_of(path.relative_to(directory)) for path in known}
+        raise UserError(f"no {_suffixes(content)} file in --data.{split} {directory}")
+    train, val = by_words(known)
     if split == "val":
-        chosen = [path for path in known if words[path] & VAL] or known
-    else:
-        others = [path for path in known if not words[path] & (VAL | TEST)]
-        chosen = [path for path in others if words[path] & TRAIN] or others
-    if not chosen:
-        raise UserError(f"only validation and test files in --data.train {directory}, such as {known[0].name}")
-    return [_source(path, suffixes) for path in chosen]
+        return val or [path for _, path in known]
+    if not train:
+        raise UserError(f"only validation and test files in --data.train {directory}, such as {known[0][1].name}")
+    return train
 
 
-def words_of(path: Path) -> set[str]:
-    """The lower-case words in a path, which tell the split of a file."""
-    return set(re.split("[^a-z]+", str(path).lower()))
+def _kind(path: Path, content: Content) -> str | None:
+    fitting = (name for name, kind in KINDS.items() if content in kind.contents)
+    return next((name for name in fitting if path.name.lower().endswith(KINDS[name].mark)), None)
 
 
-def _kind(path: Path, suffixes: Mapping[str, str]) -> str | None:
-    return next((kind for suffix, kind in suffixes.items() if path.name.lower().endswith(suffix)), None)
+def _suffixes(content: Content) -> str:
+    marks = (kind.mark for kind in KINDS.values() if content in kind.contents)
+    return ", ".join(mark for mark in marks if mark.startswith("."))
 
 
-def _source(path: Path, suffixes: Mapping[str, str]) -> Source:
-    kind = _kind(path, suffixes)
+def _file(path: Path, content: Content) -> Source:
+    kind = _kind(path, content)
     if kind is None:
-        raise UserError(f"{path} has an unsupported suffix; expected one of: {', '.join(suffixes)}")
+        raise UserError(f"{path} has an unsupported suffix; expected one of: {_suffixes(content)}")
     try:
         size = path.stat().st_size
         with path.open("rb"):
@@ -120,47 +174,3 @@ def _source(path: Path, suffixes: Mapping[str, str]) -> Source:
     if not size:
         raise UserError(f"{path} is empty")
     return Source(kind, str(path), size)
-
-
-def _read_objects(source: Source, reading: Reading) -> Iterator[str]:
-    column = reading.text_column
-    for number, row in objects(source, reading, [column]):
-        text = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{place(source, reading, number)} {_no_text(row, column)}")
-        yield text
-
-
-def _no_text(row: Any, column: str) -> str:
-    if not isinstance(row, dict):
-        return f"is not an object with a text column {column!r}"
-    return f"has no text in column {column!r}" if column in row else no_column(column, row)
-
-
-def _read_tinyworld(source: Source, reading: Reading) -> Iterator[str]:
-    from jaxchat.data import tinyworld
-
-    split, count = _tinyworld(source.path)
-    for i in range(reading.part, count, reading.parts):
-        yield tinyworld.document(split, i)
-        reading.advance(i, count)
-
-
-def _tinyworld(spec: str) -> tuple[Split, int]:
-    """The split and number of documents of a spec."""
-    from jaxchat.data import tinyworld
-
-    match = re.fullmatch(r"tinyworld:(train|val)(?::(\d+))?", spec)
-    if not match or match[2] == "0":
-        raise UserError(f"{spec} is not tinyworld:train or tinyworld:val, or one of them with :N (N documents)")
-    split: Split = "train" if match[1] == "train" else "val"
-    return split, int(match[2] or tinyworld.DOCUMENTS[split])
-
-
-READERS: dict[str, Callable[[Source, Reading], Iterator[str]]] = {
-    "text": read_text,
-    "jsonl": _read_objects,
-    "jsonl.gz": _read_objects,
-    "parquet": _read_objects,
-    "tinyworld": _read_tinyworld,
-}

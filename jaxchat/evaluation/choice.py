@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.data import sources
-from jaxchat.data.files import Reading, objects
-from jaxchat.data.files import place as locate
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
@@ -136,21 +134,19 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
         raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that contains it")
     data_set, split = HUB[name]
     spec = str(next(path for path in paths if path.is_file())) if places else data_set
-    reading, count = Reading(), 0
-    for source in sources.find(spec, split, hub_directory=downloads):
-        for number, row in objects(source, reading):
-            count += 1
-            try:
-                choice = _choice(row)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                where = locate(source, reading, number)
-                raise UserError(f"{where}: not a question with text choices and the right choice's index") from None
-            if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
-                raise UserError(
-                    f"{locate(source, reading, number)}: the answer has index {choice.gold} of "
-                    f"{len(choice.choices)} choices; expected an index from 0 and at most {len(LETTERS)} choices"
-                )
-            yield choice
+    count = 0
+    for where, row in sources.rows(spec, split, downloads=downloads):
+        count += 1
+        try:
+            choice = _choice(row)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{where}: not a question with text choices and the right choice's index") from None
+        if not 0 <= choice.gold < len(choice.choices) <= len(LETTERS):
+            raise UserError(
+                f"{where}: the answer has index {choice.gold} of {len(choice.choices)} choices; "
+                f"expected an index from 0 and at most {len(LETTERS)} choices"
+            )
+        yield choice
     if not count:
         raise UserError(f"{spec} has no questions: check the file, or download it again")
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxchat.data.files import Reading, Source, objects, place
+from jaxchat.data import sources
 from jaxchat.decode.prompts import common
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
@@ -118,12 +118,10 @@ class CoreRows:
         """
         if self.file is None:
             raise UserError(f"no {self.task.path}[.gz] in {self.directory / 'eval_data'}: is this the CORE bundle?")
-        kind = "jsonl.gz" if self.file.suffix == ".gz" else "jsonl"
-        source = Source(kind, str(self.file), self.file.stat().st_size)
-        reading, rows = Reading(), []
-        for number, row in objects(source, reading):
+        rows = []
+        for where, row in sources.rows(str(self.file), "val"):
             if reason := _invalid(self.task.kind, row):
-                raise UserError(f"{place(source, reading, number)}: not a valid {self.task.label} row: {reason}")
+                raise UserError(f"{where}: not a valid {self.task.label} row: {reason}")
             rows.append(row)
         if not rows:
             raise UserError(f"{self.file} has no rows: download the bundle again")

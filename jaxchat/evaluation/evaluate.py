@@ -15,7 +15,7 @@ import jax
 from jaxchat.data import sources
 from jaxchat.data.cache import read_json, write_json
 from jaxchat.data.downloads import unpacked
-from jaxchat.data.files import Reading
+from jaxchat.data.source import Reading
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError

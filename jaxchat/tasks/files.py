@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data import conversations, sources
-from jaxchat.data.files import Reading, objects, place
+from jaxchat.data import sources
 from jaxchat.errors import UserError
 
 
@@ -26,7 +25,4 @@ def read_rows(
         raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
     else:
         spec = f"hub:{task}"
-    reading = Reading()
-    for source in sources.find(spec, side, suffixes=conversations.SUFFIXES, hub_directory=downloads):
-        for number, row in objects(source, reading):
-            yield place(source, reading, number), row
+    yield from sources.rows(spec, side, downloads=downloads)

@@ -1,0 +1,103 @@
+"""Formats of data: what is read from a source, and how it becomes tokens. `--data.format` names a row of `FORMATS`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxchat.data import conversations
+from jaxchat.data.conversations import Message, alpaca_prompt
+from jaxchat.data.packing import Packed, Rule, pack, pack_whole
+from jaxchat.data.source import Content, Reading, Source
+from jaxchat.data.sources import documents, objects, place
+from jaxchat.errors import UserError
+from jaxchat.tokenizer import Tokenizer, chat
+from jaxchat.tokenizer.chat import Malformed, Rendered
+
+Skip = Callable[[Any, Malformed, Callable[[], str]], None]
+"""Called with a skipped row, the reason, and a function that returns its file and line or row."""
+
+
+class Example(NamedTuple):
+    """A document or conversation: the text that decides its split, all of its text, and the value to encode."""
+
+    opening: str
+    text: str
+    value: Any
+
+
+class Text:
+    """Documents, which are split into rows by any rule of packing."""
+
+    content: Content = "documents"
+    noun = "document"
+
+    def examples(self, source: Source, reading: Reading, skip: Skip) -> Iterator[Example]:
+        """Yields the documents of one part of a source in a fixed order."""
+        return (Example(text, text, text) for text in documents(source, reading))
+
+    def encode(self, text: str, tokenizer: Tokenizer) -> Rendered:
+        """Token ids of a document without BOS."""
+        ids = tokenizer.encode(text)
+        return Rendered(ids, [True] * len(ids))
+
+    def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
+        return pack([ids for ids, _ in block], row_length, rule, bos=bos, dtype=dtype)
+
+
+class Chat:
+    """Conversations as turns, of which a row of data holds all or nothing. Another template is a subclass."""
+
+    content: Content = "objects"
+    noun = "conversation"
+
+    def read(self, row: Any) -> list[Message]:
+        """The messages of a row of any of the layouts in `conversations`, see `conversations.read`."""
+        return conversations.read(row)
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
+        """Token ids and loss mask of messages that `read` returned."""
+        return chat.render(messages, tokenizer)
+
+    def examples(self, source: Source, reading: Reading, skip: Skip) -> Iterator[Example]:
+        """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
+        for number, row in objects(source, reading):
+            try:
+                messages = self.read(row)
+            except Malformed as error:
+                skip(row, error, partial(place, source, reading, number))
+            except UserError as error:
+                raise UserError(f"{place(source, reading, number)} {error}") from None
+            else:
+                yield Example(conversations.opening(messages), conversations.words(messages), messages)
+
+    def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
+        return pack_whole(block, row_length, bos=bos, dtype=dtype)
+
+
+class Alpaca(Chat):
+    """Single questions in the Alpaca template, after any system message, and their answers, without turns."""
+
+    def read(self, row: Any) -> list[Message]:
+        """A user message that holds the filled-in template, and the assistant's answer."""
+        messages = super().read(row)
+        *before, question, answer = messages
+        if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
+            raise Malformed(
+                "several turns", f"{len(messages)} messages, but the Alpaca template has one question and answer"
+            )
+        instruction, context = conversations.instruction(row) or (question["content"], "")
+        instruction = "\n\n".join([*(message["content"] for message in before), instruction])
+        return [{"role": "user", "content": alpaca_prompt(instruction, context)}, answer]
+
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
+        prompt, answer = messages
+        return chat.render_answer(prompt["content"], answer["content"], tokenizer)
+
+
+FORMATS: Mapping[str, Text | Chat] = {"text": Text(), "chat": Chat(), "alpaca": Alpaca()}
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(FORMATS)]
