@@ -9,7 +9,8 @@ import pytest
 from letters import Letters
 
 from jaxchat.data import conversations, tinyworld
-from jaxchat.data.conversations import alpaca_prompt, opening, read, render, words
+from jaxchat.data.conversations import alpaca_prompt, opening, read, words
+from jaxchat.data.formats import FORMATS
 from jaxchat.data.source import Reading, Source
 from jaxchat.data.sources import KINDS, find
 from jaxchat.errors import UserError
@@ -26,7 +27,7 @@ def part(kind, text):
 
 HELLO = said(("user", "Hello"), ("assistant", "Hi"))
 CALL = '{"name": "roll", "arguments": {"sides": 6}}'
-FORMATS = {
+ROWS = {
     "messages": ({"messages": HELLO, "id": 7}, HELLO),
     "sharegpt": ({"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, HELLO),
     "capital roles": ({"messages": said(("User", "Hello"), ("Assistant", "Hi"))}, HELLO),
@@ -124,9 +125,9 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_every_format_is_read(name):
-    row, expected = FORMATS[name]
+    row, expected = ROWS[name]
     assert read(json.loads(json.dumps(row))) == expected
 
 
@@ -225,16 +226,16 @@ def test_alpacas_template_is_the_literal_one():
     )
     assert (alpaca_prompt("Hello"), alpaca_prompt("Add.", "2 and 3")) == (short, long)
     rows = {
-        short: FORMATS["messages"][0],
-        long: FORMATS["alpaca"][0],
-        alpaca_prompt("Be kind.\n\nHello"): FORMATS["system beside"][0] | {"instruction": "Add."},
+        short: ROWS["messages"][0],
+        long: ROWS["alpaca"][0],
+        alpaca_prompt("Be kind.\n\nHello"): ROWS["system beside"][0] | {"instruction": "Add."},
     }
     for expected, row in rows.items():
-        prompt, answer = read(row, "alpaca")
+        prompt, answer = FORMATS["alpaca"].read(row)
         assert prompt == {"role": "user", "content": expected}
         assert answer["role"] == "assistant"
     with pytest.raises(Malformed, match="4 messages, but the Alpaca template has one question and answer"):
-        read({"messages": HELLO + HELLO}, "alpaca")
+        FORMATS["alpaca"].read({"messages": HELLO + HELLO})
 
 
 def test_braces_in_an_instruction_stay_as_they_are():
@@ -248,7 +249,7 @@ SPECIALS |= {"python_start": 54, "python_end": 55, "output_start": 56, "output_e
 def test_alpacas_answer_and_its_end_are_learned_and_its_prompt_is_not():
     letters = Letters(**SPECIALS)
     row = {"instruction": "1", "output": "23"}
-    ids, learned = render(read(row, "alpaca"), letters, "alpaca")
+    ids, learned = FORMATS["alpaca"].encode(FORMATS["alpaca"].read(row), letters)
     assert ids == [0, *letters.encode(alpaca_prompt("1")), 2, 3, 53]
     assert [number for number, learn in zip(ids, learned) if learn] == [2, 3, 53]
 
@@ -256,7 +257,7 @@ def test_alpacas_answer_and_its_end_are_learned_and_its_prompt_is_not():
 def test_a_conversation_of_files_has_a_hand_written_mask():
     row = {"system": "1", "question": "2", "answer": "3<<4=5>>6"}
     del row["system"]
-    ids, learned = render(read(row), Letters(**SPECIALS))
+    ids, learned = FORMATS["chat"].encode(read(row), Letters(**SPECIALS))
     assert ids == [0, 50, 2, 51, 52, 3, 54, 4, 55, 56, 5, 57, 6, 53]
     assert [int(learn) for learn in learned] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1]
 
@@ -287,7 +288,7 @@ def found(path, parts=1, form="chat", **reading):
         messages
         for source in find(str(path), "train", "objects")
         for n in range(parts)
-        for messages in conversations.conversations(source, Reading(part=n, parts=parts, **reading), form, skip=skip)
+        for _, _, messages in FORMATS[form].examples(source, Reading(part=n, parts=parts, **reading), skip)
     ]
     return read_them, skipped
 
@@ -351,9 +352,9 @@ def test_json_arrays_are_no_documents(tmp_path):
 
 
 def test_the_words_of_a_conversation_are_all_that_is_said():
-    messages = read(FORMATS["gsm8k"][0])
+    messages = read(ROWS["gsm8k"][0])
     assert words(messages) == "How many?\n48/2 = 48/22424 in May.\n21+1\n#### 24"
-    assert opening(read(FORMATS["system beside"][0])) == "Hello"
+    assert opening(read(ROWS["system beside"][0])) == "Hello"
     assert words(read({"prompt": "\ud800", "response": "1"})) == "\ufffd\n1"
 
 
@@ -376,9 +377,9 @@ def test_the_tiny_worlds_talk_is_dealt_without_loss_and_by_split(monkeypatch):
     ):
         (source,) = find(spec, split, "objects")
         begun = [
-            opening(messages)
+            example.opening
             for part in range(3)
-            for messages in conversations.conversations(source, Reading(part=part, parts=3))
+            for example in FORMATS["chat"].examples(source, Reading(part=part, parts=3), None)
         ]
         assert sorted(begun) == [f"{split} {i}" for i in range(count)]
     sources = [KINDS["tinyworld"].hash(*find("tinyworld:chat:5", split, "objects")) for split in ("train", "val")]

@@ -218,8 +218,13 @@ def test_too_little_to_hold_out_names_the_remedy(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(UserError, match=r"--data.val_fraction=0.01 holds out no document.*--data.val"):
         ensure_rows(settings(path), tokenizer, "val", tmp_path / "cache", silent)
-    with pytest.raises(UserError, match=r"no document with text in --data.train"):
+    with pytest.raises(UserError, match=r"no document to use in --data.train .*b.jsonl. 2 documents without text"):
         ensure_rows(settings(write(tmp_path / "b.jsonl", ["", ""])), tokenizer, "train", tmp_path / "cache", silent)
+    held_out = settings(path, val_fraction=0.999999)
+    with pytest.raises(
+        UserError, match=r"no document to use in .*a.jsonl. --data.val_fraction=.* holds out all"
+    ):
+        ensure_rows(held_out, tokenizer, "train", tmp_path / "cache", silent)
 
 
 def test_a_run_without_documents_names_the_option(tmp_path, tokenizer):

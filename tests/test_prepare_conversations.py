@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxchat.data import conversations
 from jaxchat.data.batch import batch_of
+from jaxchat.data.formats import FORMATS
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer, summary
 from jaxchat.data.prepare import texts as texts_of
 from jaxchat.errors import UserError
@@ -147,7 +148,7 @@ messages = st.lists(st.tuples(question, answer).map(list) | st.lists(message, ma
 )
 field = messages | word | anything
 rows_of_anything = st.fixed_dictionaries({"messages": messages}, optional={"tools": anything, "system": field}) | (
-    st.sampled_from([keys for keys, _ in conversations.FORMATS]).flatmap(
+    st.sampled_from([keys for keys, _ in conversations.LAYOUTS]).flatmap(
         lambda keys: st.fixed_dictionaries(
             dict.fromkeys(keys, field), optional=dict.fromkeys(("input", "system", "tools"), field)
         )
@@ -159,11 +160,11 @@ rows_of_anything = st.fixed_dictionaries({"messages": messages}, optional={"tool
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_any_row_gives_something_to_learn_or_one_sentence(tokenizer, row, form):
     try:
-        found = conversations.read(row, form)
+        found = FORMATS[form].read(row)
     except chat.Malformed as error:
         assert "\n" not in str(error)
         return
-    ids, learned = conversations.render(found, tokenizer, form)
+    ids, learned = FORMATS[form].encode(found, tokenizer)
     assert len(ids) == len(learned)
     assert any(learned[1:])
 
@@ -212,7 +213,7 @@ def test_a_file_in_which_everything_is_skipped_is_refused_with_the_reasons(tmp_p
     rows = [{"messages": [{"role": "user", "content": "Hello"}]}] * 3 + talks(2)
     path = write_rows(tmp_path / "a.jsonl", rows)
     for _ in range(2):  # made, and met again in the cache
-        with pytest.raises(UserError, match=r"no conversation to train on in --data.train .*a.jsonl") as caught:
+        with pytest.raises(UserError, match=r"no conversation to use in --data.train .*a.jsonl") as caught:
             prepared(talk_settings(path, row_length=8, val=none_held_out), tokenizer, tmp_path)
         assert "3 conversations skipped: no assistant turn; the first is " in str(caught.value)
         assert "2 conversations of more than 9 tokens left out; --data.row_length=" in str(caught.value)

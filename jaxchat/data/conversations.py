@@ -1,4 +1,4 @@
-"""Reads conversations in all common formats, as the messages that tokenizer/chat.py renders.
+"""Reads conversations in all common layouts, as the messages that tokenizer/chat.py renders.
 
     {"messages": [{"role": "user", "content": "..."}, ...]}         also ShareGPT's {"conversations": [{"from": ...}]}
     {"prompt": "...", "completion": "..."}                          or "response"; either may be a list of messages
@@ -7,28 +7,23 @@
     {"question": "...", "choices": ["...", ...], "answer": 2}       MMLU; the answer becomes a letter
 
 One per line of .jsonl and .jsonl.gz, per row of .parquet, or per entry of a .json array; also tinyworld:chat[:N],
-hub:smoltalk, hub:gsm8k and hub:mmlu. Messages after the last answer are dropped. A row of an unknown format raises
-`UserError`; a malformed conversation is skipped and counted under its reason.
+hub:smoltalk, hub:gsm8k and hub:mmlu. Messages after the last answer are dropped. A row of an unknown layout raises
+`UserError`; a malformed conversation is skipped and counted under its reason. A new layout is a function and a row of
+`LAYOUTS`.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from jaxchat.data.source import Reading, Source
-from jaxchat.data.sources import objects, place
 from jaxchat.errors import UserError
-from jaxchat.tokenizer import Tokenizer, chat
-from jaxchat.tokenizer.chat import Malformed, Rendered
+from jaxchat.tokenizer import chat
+from jaxchat.tokenizer.chat import Malformed
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
 Message = dict[str, Any]
-Form = Literal["chat", "alpaca"]
-Skip = Callable[[Any, Malformed, Callable[[], str]], None]
-"""Called with a skipped row, the reason, and a function that returns its file and line or row."""
-
+Reader = Callable[[Mapping[str, Any]], list[Message]]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -46,33 +41,18 @@ ALPACA = (
 )
 
 
-def conversations(
-    source: Source, reading: Reading, form: Form = "chat", *, skip: Skip = lambda *_: None
-) -> Iterator[list[Message]]:
-    """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
-    for number, row in objects(source, reading):
-        try:
-            yield read(row, form)
-        except Malformed as error:
-            skip(row, error, partial(place, source, reading, number))
-        except UserError as error:
-            raise UserError(f"{place(source, reading, number)} {error}") from None
-
-
-def read(row: Any, form: Form = "chat") -> list[Message]:
-    """Converts a row of any of the formats to messages, of which the last is the assistant's.
-
-    With form="alpaca", returns a user message that holds the filled-in template, and the assistant's answer.
+def read(row: Any) -> list[Message]:
+    """Converts a row of any of the layouts to messages, of which the last is the assistant's.
 
     Raises:
         Malformed: the conversation cannot be trained on.
-        UserError: the format of the row is unknown.
+        UserError: the layout of the row is unknown.
     """
     if not isinstance(row, Mapping):
         raise UserError('is not an object; write each conversation as an object, such as {"messages": [...]}')
-    reader = next((reader for keys, reader in FORMATS if all(key in row for key in keys)), None)
+    reader = _reader(row)
     if reader is None:
-        known = ", ".join(" + ".join(keys) for keys, _ in FORMATS)
+        known = ", ".join(" + ".join(keys) for keys, _ in LAYOUTS)
         raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}); expected one of: {known}")
     messages = reader(row)
     while messages and messages[-1]["role"] != "assistant":
@@ -80,17 +60,12 @@ def read(row: Any, form: Form = "chat") -> list[Message]:
     if not messages:
         raise Malformed("no assistant turn", "there is no message of the assistant")
     chat.check(messages)
-    if form == "chat":
-        return messages
-    return _as_alpaca(messages, _alpaca_fields(row)[:2] if reader is _read_alpaca else None)
+    return messages
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, form: Form = "chat") -> Rendered:
-    """Token ids and loss mask of messages that `read` returned for the same `form`."""
-    if form == "chat":
-        return chat.render(messages, tokenizer)
-    prompt, answer = messages
-    return chat.render_answer(prompt["content"], answer["content"], tokenizer)
+def instruction(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Instruction and input of a row of the Alpaca layout; None for another layout."""
+    return _alpaca_fields(row)[:2] if _reader(row) is _read_alpaca else None
 
 
 def opening(messages: Sequence[Message]) -> str:
@@ -168,7 +143,7 @@ def _read_answer(row: Mapping[str, Any]) -> list[Message]:
 
 _CALL = re.compile("<<([^<>]+)>>")  # a calculator annotation of GSM8K
 
-FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]], ...] = (
+LAYOUTS: tuple[tuple[tuple[str, ...], Reader], ...] = (
     (("messages",), _read_turns),
     (("conversations",), _read_turns),
     (("prompt", "completion"), _read_completion),
@@ -178,6 +153,11 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message
     (("question", "choices", "answer"), _read_choice),
     (("question", "answer"), _read_answer),
 )
+
+
+def _reader(row: Mapping[str, Any]) -> Reader | None:
+    """The reader of the first layout whose keys the row has."""
+    return next((reader for keys, reader in LAYOUTS if all(key in row for key in keys)), None)
 
 
 def _pair(question: Any, answer: Any) -> list[Message]:
@@ -262,15 +242,3 @@ def _text(content: Any) -> str:
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) and content.strip() else ""
-
-
-def _as_alpaca(messages: list[Message], fields: tuple[str, str] | None) -> list[Message]:
-    """Fills the Alpaca template with `fields` (instruction, input) or the user message, after any system message."""
-    *before, question, answer = messages
-    if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
-        raise Malformed(
-            "several turns", f"{len(messages)} messages, but the Alpaca template has one question and answer"
-        )
-    instruction, context = fields or (question["content"], "")
-    instruction = "\n\n".join([*(message["content"] for message in before), instruction])
-    return [{"role": "user", "content": alpaca_prompt(instruction, context)}, answer]

@@ -53,7 +53,7 @@ class Chat:
     noun = "conversation"
 
     def read(self, row: Any) -> list[Message]:
-        """The messages of a row of any of the layouts in `conversations`, see `conversations.read`."""
+        """The messages of a row of any layout, see `conversations.read`."""
         return conversations.read(row)
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:

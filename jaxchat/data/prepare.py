@@ -15,12 +15,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxchat.data import cache, conversations, workers
+from jaxchat.data import cache, workers
 from jaxchat.data.batch import token_dtype
 from jaxchat.data.cache import Log
+from jaxchat.data.formats import FORMATS, Format
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
-from jaxchat.data.source import Content, Reading, Source, Split
-from jaxchat.data.sources import content_hashes, documents, find
+from jaxchat.data.source import Reading, Source, Split
+from jaxchat.data.sources import content_hashes, find
 from jaxchat.data.streams import Rows, open_rows
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
@@ -28,8 +29,7 @@ from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report
 FORMAT = 1  # increase it when the same key would make different rows
 MOST_IDS = 2**24  # maximum vocabulary: far more than any text needs, and small enough for memory
 TOKENIZER_MARGIN = 8  # tokenizer training reads about this many times its sample_bytes from disk
-TEXT = "text:"  # prefix of an entry of text documents among conversations
-Form = Literal["text", "chat", "alpaca"]
+TEXT = "text"  # format of an entry text:... among conversations
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Data:
     """Number of processes that prepare data; 0 uses every core."""
     cache: str | None = None
     """Directory for tokenizers, rows and downloads; by default `cache` beside the runs."""
-    format: Form = "text"
+    format: Format = "text"
     """text: documents; chat: conversations; alpaca: single questions and answers in the Alpaca template. An entry
     text:... is read as documents even if the format is chat or alpaca, to mix pretraining text into fine-tuning."""
     train_on: Literal["assistant", "everything"] = "assistant"
@@ -73,7 +73,7 @@ class Data:
                 raise ValueError(f"data.{name}={given} must be positive and finite")
         if self.weights and self.epochs:
             raise ValueError("data.weights and data.epochs cannot be combined: set only one of them")
-        if self.format != "text" and self.packing != "best_fit":
+        if FORMATS[self.format].content != "documents" and self.packing != "best_fit":
             raise ValueError(f"data.packing={self.packing} is for text only: use best_fit for conversations")
         if not 1 <= self.vocab <= MOST_IDS:
             raise ValueError(f"data.vocab={self.vocab} must lie between 1 and {MOST_IDS}")
@@ -93,7 +93,7 @@ class Entry(NamedTuple):
     """An entry of train or val: as given, its format (text for an entry text:...), and its sources."""
 
     spec: str
-    form: Form
+    form: Format
     sources: list[Source]
 
 
@@ -166,7 +166,7 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
         return [part for part in rows if len(part)]
     for entry, part in zip(entries, rows):
         if not len(part):
-            raise UserError(_nothing(part.manifest, f"--data.{split} {entry.spec}"))
+            raise UserError(_nothing(part.manifest, data, f"--data.{split} {entry.spec}"))
     return rows
 
 
@@ -177,12 +177,6 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
         name: sum(manifest.get(name, 0) for manifest in manifests) for name in (*NUMBERS, "seconds", "seconds_bytes")
     }
     ids = sum(manifest["rows"] * (manifest["row_length"] + 1) for manifest in manifests)
-    chats = [manifest for manifest in manifests if _is_chat(manifest)]
-    counts = {
-        "trained_fraction": round(total["trained"] / max(total["tokens"], 1), 6),
-        "too_long": total["too_long"],
-        "skipped": sum(sum(manifest["skipped"].values()) for manifest in chats),
-    }
     return {
         "rows": total["rows"],
         "tokens": total["tokens"],
@@ -192,7 +186,9 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
         "padding_fraction": round(total["padding"] / max(ids, 1), 6),
         "cut_documents": total["cut"],
         "empty_documents": total["empty"],
-        **(counts if chats else {}),
+        "trained_fraction": round(total["trained"] / max(total["tokens"], 1), 6),
+        "too_long": total["too_long"],
+        "skipped": sum(sum(manifest["skipped"].values()) for manifest in manifests),
         "megabytes_per_second": round(total["seconds_bytes"] / 1e6 / max(total["seconds"], 1e-3), 3),
         "paths": [str(part.directory) for part in rows],
     }
@@ -282,13 +278,11 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
 
 def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:
     """The documents of a recipe's split, or the texts of its conversations."""
-    if recipe.form == "text":
-        return filter(recipe.takes, documents(source, reading))
-    chats = conversations.conversations(source, reading, recipe.form)
-    return (conversations.words(messages) for messages in chats if recipe.takes(conversations.opening(messages)))
+    examples = FORMATS[recipe.form].examples(source, reading, lambda *_: None)
+    return (example.text for example in examples if recipe.takes(example.opening))
 
 
-def _recipe(data: Data, split: Split, form: Form | None = None) -> Recipe:
+def _recipe(data: Data, split: Split, form: Format | None = None) -> Recipe:
     side: Split = split if data.held_out else "train"
     packing = "best_fit" if split == "val" and data.packing == "crop" else data.packing
     chat = (form or data.format, data.train_on)
@@ -311,10 +305,9 @@ def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[E
         raise UserError("no documents to train on: set --data.train to files, directories or tinyworld:train")
 
     def find_entry(spec: str, split: Split) -> Entry:
-        form: Form = "text" if spec.startswith(TEXT) else data.format
-        content: Content = "documents" if form == "text" else "objects"
-        downloads = cache_directory / "downloads"
-        return Entry(spec, form, find(spec.removeprefix(TEXT), split, content, downloads=downloads, log=log))
+        form = TEXT if spec.startswith(f"{TEXT}:") else data.format
+        content, downloads = FORMATS[form].content, cache_directory / "downloads"
+        return Entry(spec, form, find(spec.removeprefix(f"{TEXT}:"), split, content, downloads=downloads, log=log))
 
     train = [find_entry(spec, "train") for spec in data.train]
     val = [find_entry(spec, "val") for spec in data.val]
@@ -340,47 +333,43 @@ def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str
 
 def _reading(data: Data) -> dict[str, Any]:
     reading = {"text_column": data.text_column, "encoding": data.encoding, "held_out": data.held_out}
-    return reading if data.format == "text" else reading | {"form": data.format}
-
-
-def _is_chat(manifest: dict[str, Any]) -> bool:
-    return manifest["recipe"].get("form", "text") != "text"
+    return reading if FORMATS[data.format].content == "documents" else reading | {"form": data.format}
 
 
 def _summary(manifest: dict[str, Any], directory: Path) -> str:
-    size = f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of "
     discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
     padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
-    time_and_place = f"{manifest['seconds']:.1f} s: {directory}"
-    if _is_chat(manifest):
-        trained = manifest["trained"] / max(manifest["tokens"], 1)
-        counts = f"{trained:.2%} of tokens trained on, {padding:.2%} padding; {time_and_place}"
-        return f"{size}{_conversations(manifest['documents'])}; {counts}"
+    trained = manifest["trained"] / max(manifest["tokens"], 1)
     return (
-        f"{size}{manifest['documents']:,} documents; {discarded:.2%} of tokens discarded, {padding:.2%} padding, "
-        f"{manifest['cut']:,} documents cut; {time_and_place}"
+        f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {_count(manifest, manifest['documents'])}, "
+        f"{manifest['cut']:,} of them cut; {trained:.2%} of tokens trained on, {discarded:.2%} of tokens discarded, "
+        f"{padding:.2%} padding; {manifest['seconds']:.1f} s: {directory}"
     )
 
 
 def _warnings(manifest: dict[str, Any]) -> list[str]:
     """A line for each reason why conversations are not in the rows."""
     counts = [
-        f"{_conversations(count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
+        f"{_count(manifest, count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
         for reason, count in sorted(manifest["skipped"].items())
     ]
     if manifest["too_long"]:
         counts.append(
-            f"{_conversations(manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
+            f"{_count(manifest, manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
             f"--data.row_length={manifest['longest'] - 1} fits the longest"
         )
     return counts
 
 
-def _conversations(count: int) -> str:
-    return f"{count:,} conversation{'s' * (count != 1)}"
+def _nothing(manifest: dict[str, Any], data: Data, spec: str) -> str:
+    """Error message for an entry of which no row could be made, with the reasons."""
+    reasons = _warnings(manifest)
+    if manifest["empty"]:
+        reasons.append(f"{_count(manifest, manifest['empty'])} without text")
+    if not reasons and data.held_out:
+        reasons = [f"--data.val_fraction={data.val_fraction} holds out all it has: decrease it, or set --data.val"]
+    return ". ".join([f"no {FORMATS[manifest['recipe']['form']].noun} to use in {spec}", *reasons])
 
 
-def _nothing(manifest: dict[str, Any], spec: str) -> str:
-    if not _is_chat(manifest):
-        return f"no document with text in {spec}"
-    return ". ".join([f"no conversation to train on in {spec}", *_warnings(manifest)])
+def _count(manifest: dict[str, Any], number: int) -> str:
+    return f"{number:,} {FORMATS[manifest['recipe']['form']].noun}{'s' * (number != 1)}"

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from jaxchat.data import conversations
 from jaxchat.data.batch import TARGET, encode_row, token_dtype
 from jaxchat.data.cache import read_json, write_json
-from jaxchat.data.packing import Packed, Rule, pack, pack_whole
+from jaxchat.data.formats import FORMATS
+from jaxchat.data.packing import Rule
 from jaxchat.data.source import Reading, Source, Split
-from jaxchat.data.sources import KINDS, documents, held_out
+from jaxchat.data.sources import KINDS, held_out
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.tokenizer.chat import Malformed
@@ -51,8 +51,8 @@ class Recipe:
     """Share of documents held out by hash; 0 takes every document."""
     split: Split = "train"
     """Which documents to take if `held_out` is not 0."""
-    form: Literal["text", "chat", "alpaca"] = "text"
-    """Text documents, or conversations, which are never split (`packing` is ignored)."""
+    form: str = "text"
+    """A row of FORMATS. Conversations are never split (`packing` is ignored)."""
     train_on: Literal["assistant", "everything"] = "assistant"
     """Training targets of a conversation."""
 
@@ -60,7 +60,7 @@ class Recipe:
         """Everything that determines the rows, for a cache key; old keys of text stay valid without the chat fields."""
         parts = asdict(self)
         chat = {name: parts.pop(name) for name in ("form", "train_on")}
-        if self.form == "text":
+        if FORMATS[self.form].content == "documents":
             return parts
         return {**parts, **chat, "packing": "whole", "conversations": CONVERSATIONS}
 
@@ -102,7 +102,7 @@ class Counts:
     too_long: int = 0
     """Conversations left out because they do not fit in a row."""
     longest: int = 0
-    """Ids of the longest conversation."""
+    """Ids of the longest document or conversation."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Number of malformed conversations by reason."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -178,38 +178,44 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
 def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
     counts = Counts()
     dtype = token_dtype(tokenizer.vocab_size)
+    pack = FORMATS[recipe.form].pack
     for block in _blocks(job, recipe, tokenizer, counts, report):
-        packed = _pack(block, recipe, bos=tokenizer.bos, dtype=dtype)
+        packed = pack(block, recipe.row_length, recipe.packing, bos=tokenizer.bos, dtype=dtype)
         for ids_S, flags_S in zip(packed.ids_RS, packed.flags_RS):
             writer.write(encode_row(ids_S, flags_S, dtype))
         counts.rows += len(packed.ids_RS)
-        counts.cut += packed.cut
-        counts.tokens += packed.tokens
-        counts.discarded += packed.discarded
-        counts.padding += packed.padding
-        counts.too_long += packed.too_long
         counts.trained += int(np.count_nonzero(packed.flags_RS & TARGET))
+        for name in ("cut", "tokens", "discarded", "padding", "too_long"):
+            setattr(counts, name, getattr(counts, name) + getattr(packed, name))
     return counts
 
 
-def _pack(block: list[Any], recipe: Recipe, *, bos: int, dtype: np.dtype) -> Packed:
-    if recipe.form == "text":
-        return pack(block, recipe.row_length, recipe.packing, bos=bos, dtype=dtype)
-    return pack_whole(block, recipe.row_length, bos=bos, dtype=dtype)
-
-
 def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report) -> Iterator[list[Any]]:
-    """Yields blocks of tokenized documents or conversations to be packed together; updates `counts`."""
-    read = _documents if recipe.form == "text" else _conversations
+    """Yields blocks of (ids, loss mask) of documents or conversations to be packed together; updates `counts`."""
+    data_format, dtype = FORMATS[recipe.form], token_dtype(tokenizer.vocab_size)
+    everything = recipe.train_on == "everything"
     block: list[Any] = []
     tokens = reported_bytes = 0
     reported = time.monotonic()
+
+    def skip(row: Any, error: Malformed, where: Callable[[], str]) -> None:
+        if recipe.takes(json.dumps(row, default=str)):  # assigns the row to one split, so that it is counted once
+            counts.skip(error.reason, lambda: f"{where()}: {error}")
+
     for i, (source, part, parts) in enumerate(job.parts):
         reading = Reading(recipe.text_column, recipe.encoding, part, parts)
-        for item, size in read(source, reading, recipe, tokenizer, counts):
+        for opening, text, value in data_format.examples(source, reading, skip):
+            if not recipe.takes(opening):
+                continue
+            if not text:
+                counts.empty += 1
+                continue
             counts.documents += 1
-            block.append(item)
-            tokens += size
+            counts.bytes += len(text.encode())
+            ids, mask = data_format.encode(value, tokenizer)
+            counts.longest = max(counts.longest, len(ids))
+            block.append((np.array(ids, dtype), np.array(mask) | everything))
+            tokens += len(ids)
             if tokens >= PACKED_TOKENS:
                 yield block
                 block, tokens = [], 0
@@ -218,41 +224,6 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
                 reported, reported_bytes = time.monotonic(), counts.bytes
     yield block
     report(1.0, counts.bytes - reported_bytes)
-
-
-def _documents(
-    source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the ids of each document, without BOS, and their number."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    for text in filter(recipe.takes, documents(source, reading)):
-        if not text:
-            counts.empty += 1
-            continue
-        counts.bytes += len(text.encode())
-        ids = np.array(tokenizer.encode(text), dtype)
-        yield ids, len(ids)
-
-
-def _conversations(
-    source: Source, reading: Reading, recipe: Recipe, tokenizer: Tokenizer, counts: Counts
-) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], int]]:
-    """Yields the (ids, loss mask) of each conversation, and the number of ids."""
-    assert recipe.form != "text"
-    dtype = token_dtype(tokenizer.vocab_size)
-
-    def skip(row: Any, error: Malformed, where: Callable[[], str]) -> None:
-        if recipe.takes(json.dumps(row, default=str)):  # assigns the row to one split, so that it is counted once
-            counts.skip(error.reason, lambda: f"{where()}: {error}")
-
-    for messages in conversations.conversations(source, reading, recipe.form, skip=skip):
-        if not recipe.takes(conversations.opening(messages)):
-            continue
-        counts.bytes += len(conversations.words(messages).encode())
-        ids, mask = conversations.render(messages, tokenizer, recipe.form)
-        counts.longest = max(counts.longest, len(ids))
-        everything = recipe.train_on == "everything"
-        yield (np.array(ids, dtype), np.array(mask) | everything), len(ids)
 
 
 def _counts_path(directory: Path, job: Job) -> Path:
