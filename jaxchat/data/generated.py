@@ -23,15 +23,15 @@ class TinyWorld(Kind):
         if not match:
             known = " or ".join(f"tinyworld:{name}" for name in names)
             raise UserError(f"{spec} is not {known}, or such a name and a number, such as tinyworld:{names[0]}:100")
+        # A run resumes only if these paths stay as they are: the hash of a source includes its path.
         if content == "objects":
             count = int(match[2] or tinyworld.CONVERSATIONS[split])
             return [Source("tinyworld", f"tinyworld:chat-{split}:{count}", count * 400)]  # about 400 bytes each
-        count = int(match[2] or tinyworld.DOCUMENTS[match[1]])
-        return [Source("tinyworld", f"tinyworld:{match[1]}:{count}", count * 330)]
+        return [Source("tinyworld", spec, _documents(spec)[1] * 330)]
 
     def documents(self, source: Source, reading: Reading) -> Iterator[str]:
-        _, split, count = source.path.split(":")
-        return (tinyworld.document(split, i) for i in reading.deal(int(count)))
+        split, count = _documents(source.path)
+        return (tinyworld.document(split, i) for i in reading.deal(count))
 
     def objects(self, source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
         _, name, count = source.path.split(":")
@@ -44,3 +44,9 @@ class TinyWorld(Kind):
         files = Path(tinyworld.__file__).parent.glob("*.py")
         code = sorted(path for path in files if is_chat or path.name != "talk.py")  # talk.py generates no documents
         return hashlib.sha256(b"\0".join([source.path.encode(), *(path.read_bytes() for path in code)])).hexdigest()
+
+
+def _documents(spec: str) -> tuple[str, int]:
+    """The split and number of documents of a spec."""
+    _, split, *count = spec.split(":")
+    return split, int(count[0]) if count else tinyworld.DOCUMENTS[split]
