@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxchat.data.batch import START, TARGET, batch_of, decode_row, encode_row, stack_rows, token_dtype
+from jaxchat.data.batch import START, TARGET, batch_of, decode_rows, encode_row, token_dtype
 from jaxchat.data.packing import Packed, best_fit, pack, pack_whole
 
 BOS = 999
@@ -264,10 +264,10 @@ def test_best_fit_of_lengths_in_any_order_chooses_the_fullest_row():
 def test_a_row_survives_the_disk(vocab):
     ids, flags = np.array([vocab - 1, 0, 7]), np.array([1, 2, 3], np.uint8)
     record = encode_row(ids, flags, token_dtype(vocab))
-    row = decode_row(record, 2, token_dtype(vocab))
-    assert row.ids_S.tolist() == ids.tolist()
-    assert row.flags_S.tolist() == flags.tolist()
-    batch = stack_rows([row, row])
+    ids_RS, flags_RS = decode_rows([record, record], 2, token_dtype(vocab))
+    assert ids_RS.tolist() == [ids.tolist()] * 2
+    assert flags_RS.tolist() == [flags.tolist()] * 2
+    batch = batch_of(ids_RS, flags_RS)
     assert batch["tokens"].tolist() == [[vocab - 1, 0]] * 2
     assert batch["targets"].tolist() == [[0, 7]] * 2
     assert batch["weights"].tolist() == [[1.0, 1.0]] * 2

@@ -32,7 +32,7 @@ def documents_of(rows, tokenizer):
     found = []
     for part in rows:
         for i in range(len(part)):
-            ids = [*part[i].ids_S.tolist(), tokenizer.bos]
+            ids = [*part.read([i])[0][0].tolist(), tokenizer.bos]
             starts = [place for place, token in enumerate(ids) if token == tokenizer.bos]
             found += [tokenizer.decode(ids[a + 1 : b]) for a, b in pairwise(starts) if b > a + 1]
     return found
@@ -224,9 +224,7 @@ def test_too_little_to_hold_out_names_the_remedy(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"no document to use in --data.train .*b.jsonl. 2 documents without text"):
         ensure_rows(settings(write(tmp_path / "b.jsonl", ["", ""])), tokenizer, "train", tmp_path / "cache", silent)
     held_out = settings(path, val_fraction=0.999999)
-    with pytest.raises(
-        UserError, match=r"no document to use in .*a.jsonl. --data.val_fraction=.* holds out all"
-    ):
+    with pytest.raises(UserError, match=r"no document to use in .*a.jsonl. --data.val_fraction=.* holds out all"):
         ensure_rows(held_out, tokenizer, "train", tmp_path / "cache", silent)
 
 

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 from documents import settings, silent, talks, texts, write, write_rows
 from hypothesis import given
@@ -45,7 +44,7 @@ def segments_of(rows):
     found = []
     for part in rows:
         for i in range(len(part)):
-            batch = batch_of(*(np.array([column]) for column in part[i]))
+            batch = batch_of(*part.read([i]))
             tokens, targets, weights, segments = (
                 batch[k][0].tolist() for k in ("tokens", "targets", "weights", "segments")
             )

@@ -74,7 +74,7 @@ def test_processes_count_what_they_skip_as_one_does(tmp_path, tokenizer, many_sh
 
 
 def test_worker_processes_start_without_jax():
-    code = "import sys, jaxchat.data.shards as s; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
+    code = "import sys, jaxchat.data.workers; assert not {'jax', 'grain', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
@@ -84,15 +84,15 @@ from jaxchat.data import prepare, shards, workers
 from jaxchat.tokenizer import load_tokenizer
 
 workers.SMALL, shards.LEAST_PART = 0, 1
-send, sent = workers._Pool._send, []
+send, sent = workers._send, []
 
-def send_or_die(pool, *message):
+def send_or_die(worker, message):
     sent.append(message)
     if len(sent) > 2 + 2 + 2:  # two tasks, a shard for each of two workers, and after each of two shards another
         os.kill(os.getpid(), signal.SIGKILL)
-    send(pool, *message)
+    send(worker, message)
 
-workers._Pool._send = send_or_die
+workers._send = send_or_die
 data = prepare.Data(train=(sys.argv[1],), vocab=300, row_length=128, workers=2, format=sys.argv[4])
 prepare.ensure_rows(data, load_tokenizer(sys.argv[2]), "train", sys.argv[3], print)
 """

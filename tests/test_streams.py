@@ -52,12 +52,9 @@ def stream(rows, weights=(), seed=0, batch_rows=4, **more):
 
 
 def test_a_row_is_found_in_its_shard(rows):
-    assert [int(rows[0][i].ids_S[0]) for i in range(13)] == list(range(13))
+    assert rows[0].read(range(13))[0][:, 0].tolist() == list(range(13))
     assert rows[0].read([12, 0, 5])[0][:, 0].tolist() == [12, 0, 5]
     assert len(rows[0]) == 13
-    for i in (-1, 13):
-        with pytest.raises(IndexError):
-            rows[0][i]
 
 
 def test_more_shards_than_open_files_are_read(rows, monkeypatch):
@@ -165,7 +162,7 @@ def test_prefetch_gives_the_batches_of_its_steps_and_ends_its_thread(rows):
     ahead = one.prefetch(0, 10**9)
     assert next(ahead)[0] == 0
     ahead.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "rows"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
 
 
 def test_prefetch_raises_what_its_thread_met(rows):
@@ -193,12 +190,6 @@ def test_hosts_make_equally_many_batches_to_score(rows):
 
 
 def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
-    with pytest.raises(UserError, match=r"--data.weights has 1 entries, but --data.train has 2"):
-        stream(rows, (1.0,))
-    with pytest.raises(UserError, match=r"--data.epochs has 1 entries, but --data.train has 2"):
-        stream(rows, epochs=(1.0,))
-    with pytest.raises(UserError, match=r"--data.weights and --data.epochs cannot be combined"):
-        stream(rows, (0.5, 0.5), epochs=(1.0, 1.0))
     with pytest.raises(UserError, match=r"no rows in .*empty"):
         stream([make_rows(tmp_path / "empty", [0])])
     with pytest.raises(UserError, match="no rows to read"):

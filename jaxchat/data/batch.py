@@ -5,7 +5,6 @@ Shapes: R rows, B rows of a batch, T positions, S = T + 1 ids of a row on disk.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,31 +17,19 @@ Batch = dict[str, np.ndarray]
 """tokens, targets, segments: int32 (B, T); weights: float32 (B, T). Later stages add columns."""
 
 
-class Row(NamedTuple):
-    ids_S: np.ndarray
-    flags_S: np.ndarray
-
-
 def token_dtype(vocab: int) -> np.dtype:
     """Dtype of token ids on disk."""
     return np.dtype(np.uint16 if vocab <= 65536 else np.uint32)
-
-
-def row_bytes(row_length: int, dtype: np.dtype) -> int:
-    return (row_length + 1) * (dtype.itemsize + 1)
 
 
 def encode_row(ids_S: np.ndarray, flags_S: np.ndarray, dtype: np.dtype) -> bytes:
     return ids_S.astype(dtype, copy=False).tobytes() + flags_S.astype(np.uint8, copy=False).tobytes()
 
 
-def decode_row(record: bytes, row_length: int, dtype: np.dtype) -> Row:
-    return Row(*(array_RS[0] for array_RS in decode_rows([record], row_length, dtype)))
-
-
 def decode_rows(records: Sequence[bytes], row_length: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (R, S) of type `dtype` and flags uint8 (R, S). Raises `UserError` if a record has the wrong size."""
-    size = row_bytes(row_length, dtype)
+    id_bytes = (row_length + 1) * dtype.itemsize
+    size = id_bytes + row_length + 1
     for record in records:
         if len(record) != size:
             raise UserError(
@@ -50,13 +37,7 @@ def decode_rows(records: Sequence[bytes], row_length: int, dtype: np.dtype) -> t
                 "delete its directory in the cache and prepare it again"
             )
     bytes_RN = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
-    id_bytes = (row_length + 1) * dtype.itemsize
     return np.ascontiguousarray(bytes_RN[:, :id_bytes]).view(dtype), bytes_RN[:, id_bytes:]
-
-
-def stack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """Builds a batch from rows, each (ids_S, flags_S)."""
-    return batch_of(np.stack([ids_S for ids_S, _ in rows]), np.stack([flags_S for _, flags_S in rows]))
 
 
 def batch_of(ids_BS: np.ndarray, flags_BS: np.ndarray) -> Batch:

@@ -1,15 +1,11 @@
-"""Assigns sources to shards, and makes shards of rows; run as a module, it is the worker process.
+"""Assigns sources to shards, and makes shards of rows.
 
 A shard is an ArrayRecord file of rows and a JSON file of counts, which is written last: a shard without counts is
 incomplete and is made again. The assignment depends on the sources only, never on the number of workers.
 """
 
-import functools
 import json
-import os
 import secrets
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -228,38 +224,3 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
 
 def _counts_path(directory: Path, job: Job) -> Path:
     return directory / f"shard-{job.shard:05d}.json"
-
-
-def _report(answer: Callable[..., None], shard: int, done: float, read: int) -> None:
-    answer(shard=shard, done=done, read=read)
-
-
-def work() -> None:
-    """Runs a worker process: reads its task and then one job per line from stdin, writes JSON lines to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates this process
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
-    sys.stdout = sys.stderr
-
-    def answer(**message: Any) -> None:
-        try:
-            print(json.dumps(message), file=answers)
-        except BrokenPipeError:
-            os._exit(1)  # the parent is gone
-
-    task = json.loads(sys.stdin.readline())
-    recipe, directory = Recipe(**task["recipe"]), Path(task["directory"])
-    tokenizer = load_tokenizer(task["tokenizer"])
-    for line in sys.stdin:
-        shard, parts = json.loads(line)
-        job = Job(shard, tuple((Source(**source), part, of) for source, part, of in parts))
-        try:
-            report = functools.partial(_report, answer, shard)
-            counts = make_shard(job, directory, recipe, tokenizer, report)
-        except UserError as error:
-            answer(shard=shard, error=str(error))
-        else:
-            answer(shard=shard, counts=asdict(counts))
-
-
-if __name__ == "__main__":
-    work()

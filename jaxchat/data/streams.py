@@ -6,11 +6,11 @@ of hosts and devices do not change the training data. A host reads only the plac
 
 import bisect
 import json
-import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from jaxchat.data.batch import Batch, Row, batch_of, decode_rows
+from jaxchat.data.batch import Batch, batch_of, decode_rows
 from jaxchat.errors import UserError
 
 OPEN_SHARDS = 256
@@ -39,12 +39,6 @@ class Rows:
 
     def __len__(self) -> int:
         return self._stops[-1] if self._stops else 0
-
-    def __getitem__(self, i: int) -> Row:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        ids_RS, flags_RS = self.read([i])
-        return Row(ids_RS[0], flags_RS[0])
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and flags, both (R, S), of the rows at `indices`, in that order."""
@@ -116,11 +110,6 @@ class RowStream:
         epochs: Sequence[float] = (),
     ):
         _check(rows)
-        for name, given in (("weights", weights), ("epochs", epochs)):
-            if given and len(given) != len(rows):
-                raise UserError(f"--data.{name} has {len(given)} entries, but --data.train has {len(rows)}")
-        if weights and epochs:
-            raise UserError("--data.weights and --data.epochs cannot be combined: set only one of them")
         self.rows = tuple(rows)
         self.batch_rows = batch_rows
         self._stops = list(accumulate(len(part) for part in rows))
@@ -144,40 +133,21 @@ class RowStream:
     def prefetch(
         self, start_step: int, stop_step: int, *, places: Sequence[int] | None = None, depth: int = 4
     ) -> Iterator[tuple[int, Batch]]:
-        """Yields (step, batch) for start_step <= step < stop_step; a thread reads up to `depth` batches ahead.
+        """Yields (step, batch) for start_step <= step < stop_step; a thread reads up to `depth` batches ahead."""
+        steps = iter(range(start_step, stop_step))
+        pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
 
-        The thread ends with the iterator; its errors are raised in the consumer.
-        """
-        ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
-        closed = threading.Event()
+        def read(count: int) -> Iterator[tuple[int, Future[Batch]]]:
+            return ((step, pool.submit(self.batch, step, places)) for step in islice(steps, count))
 
-        def put(item: tuple[int, Batch] | BaseException | None) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read_ahead() -> None:
-            try:
-                for step in range(start_step, stop_step):
-                    if closed.is_set():
-                        return
-                    put((step, self.batch(step, places)))
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="rows", daemon=True)
-        thread.start()
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            ahead = deque(read(depth))
+            while ahead:
+                step, batch = ahead.popleft()
+                ahead.extend(read(1))
+                yield step, batch.result()
         finally:
-            closed.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
 
 
 def every_row_once(

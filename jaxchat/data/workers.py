@@ -1,19 +1,18 @@
-"""Makes shards in worker processes, with a progress bar.
+"""Makes shards in worker processes, with a progress bar; run as a module, it is the worker process.
 
-Workers are new interpreters that run `jaxchat.data.shards` and exchange lines of JSON with this process. They are not
-forked, because JAX has threads here, and do not import the caller's main module, which would start JAX in each worker.
+Workers are new interpreters that exchange pickled messages with this process. They are not forked, because JAX has
+threads here, and do not import the caller's main module, which would start JAX in each worker.
 """
 
 import contextlib
-import json
 import os
-import queue
+import pickle
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from jaxchat.tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes on disk; starting processes would take longer than preparing less than this
 PRINT_SECONDS = 30.0
+Worker = subprocess.Popen[bytes]
 
 
 def run(
@@ -41,9 +41,7 @@ def run(
             return {
                 job.shard: make_shard(job, directory, recipe, tokenizer, partial(bar.show, job.shard)) for job in jobs
             }
-        tokenizer.save(directory / "tokenizer")
-        task = {"recipe": asdict(recipe), "directory": str(directory), "tokenizer": str(directory / "tokenizer")}
-        return _Pool(processes, task).run(jobs, bar)
+        return _in_processes(jobs, (directory, recipe, tokenizer), bar, processes)
 
 
 class _Bar:
@@ -52,7 +50,7 @@ class _Bar:
     def __init__(self, jobs: Sequence[Job]):
         self._sizes = {job.shard: max(job.size, 1.0) for job in jobs}
         self._done = dict.fromkeys(self._sizes, 0.0)
-        self._megabytes = 0.0
+        self._read = dict.fromkeys(self._sizes, 0)
         self._printed_at = time.monotonic()
         self._console = Console(stderr=True)
         self._progress = Progress(
@@ -67,10 +65,10 @@ class _Bar:
 
     def show(self, shard: int, done: float, read: int) -> None:
         self._done[shard] = done
-        self._megabytes += read / 1e6
+        self._read[shard] += read
         completed = sum(size * self._done[shard] for shard, size in self._sizes.items())
         shards = sum(part == 1.0 for part in self._done.values())
-        text = f"{shards}/{len(self._sizes)} shards, {self._megabytes:,.0f} MB"
+        text = f"{shards}/{len(self._sizes)} shards, {sum(self._read.values()) / 1e6:,.0f} MB"
         self._progress.update(self._task, completed=completed, text=text)
         if not self._console.is_terminal and time.monotonic() - self._printed_at > PRINT_SECONDS:
             self._printed_at = time.monotonic()
@@ -84,88 +82,93 @@ class _Bar:
         self._progress.stop()
 
 
-class _Pool:
-    def __init__(self, processes: int, task: dict[str, Any]):
-        path = os.pathsep.join([str(Path(jaxchat.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        self._answers: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-        self._workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", "jaxchat.data.shards"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
-                text=True,
-                encoding="utf-8",
+def _in_processes(jobs: Sequence[Job], task: Any, bar: _Bar, processes: int) -> dict[int, Counts]:
+    """Makes shards in new processes, each driven by a thread; the first error ends all of them."""
+    waiting = sorted(jobs, key=lambda job: job.size)  # The largest is made first, so that none is left for the end.
+    path = os.pathsep.join(filter(None, [str(Path(jaxchat.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    counts: dict[int, Counts] = {}
+
+    def drive(worker: Worker) -> None:
+        _send(worker, task)
+        while True:
+            try:
+                job = waiting.pop()
+            except IndexError:
+                return
+            _send(worker, job)
+            counts[job.shard] = _receive(worker, job, bar)
+
+    with contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "jaxchat.data.workers"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {"PYTHONPATH": path},
+                )
             )
             for _ in range(processes)
         ]
-        self._listeners = [threading.Thread(target=self._listen, args=(i,), daemon=True) for i in range(processes)]
-        for thread in self._listeners:
-            thread.start()
-        for i in range(processes):
-            self._send(i, task)
+        with ThreadPoolExecutor(processes) as pool:
+            try:
+                for done in as_completed([pool.submit(drive, worker) for worker in workers]):
+                    done.result()
+            finally:
+                for worker in workers:
+                    worker.terminate()
+                    assert worker.stdin is not None
+                    with contextlib.suppress(BrokenPipeError):  # of a message that a dead worker did not read
+                        worker.stdin.close()
+    return counts
 
-    def run(self, jobs: Sequence[Job], bar: _Bar) -> dict[int, Counts]:
-        # Large shards are made first, so that no worker is busy long after the others.
-        waiting = sorted(jobs, key=lambda job: job.size)
-        busy: dict[int, Job] = {}
-        counts: dict[int, Counts] = {}
-        try:
-            for i in range(len(self._workers)):
-                busy[i] = waiting.pop()
-                self._send(i, _message(busy[i]))
-            while busy:
-                i, answer = self._answers.get()
-                if answer is None:
-                    if i in busy:
-                        raise UserError(self._lost(i, busy[i]))
-                elif "error" in answer:
-                    raise UserError(answer["error"])
-                elif "counts" in answer:
-                    counts[answer["shard"]] = Counts(**answer["counts"])
-                    del busy[i]
-                    if waiting:
-                        busy[i] = waiting.pop()
-                        self._send(i, _message(busy[i]))
-                else:
-                    bar.show(answer["shard"], answer["done"], answer["read"])
-            return counts
-        finally:
-            self._close()
 
-    def _send(self, i: int, message: Any) -> None:
-        stream = self._workers[i].stdin
-        assert stream is not None
-        with contextlib.suppress(BrokenPipeError):  # a worker that ended is reported by its listener
-            stream.write(json.dumps(message) + "\n")
-            stream.flush()
+def _send(worker: Worker, message: Any) -> None:
+    assert worker.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # `_receive` reports a worker that ended.
+        pickle.dump(message, worker.stdin)
+        worker.stdin.flush()
 
-    def _listen(self, i: int) -> None:
-        stream = self._workers[i].stdout
-        assert stream is not None
-        for line in stream:
-            self._answers.put((i, json.loads(line)))
-        self._answers.put((i, None))
 
-    def _lost(self, i: int, job: Job) -> str:
-        status = self._workers[i].wait()
+def _receive(worker: Worker, job: Job, bar: _Bar) -> Counts:
+    """Shows the progress of a job until the worker sends its counts."""
+    assert worker.stdout is not None
+    try:
+        while isinstance(answer := pickle.load(worker.stdout), tuple):
+            bar.show(job.shard, *answer)
+    except EOFError:
+        status = worker.wait()
         reason = f"signal {-status} (perhaps out of memory)" if status < 0 else f"status {status}"
-        return (
+        raise UserError(
             f"a worker ended with {reason} while preparing {job.parts[0][0].path}; "
             "start again, with fewer --data.workers if memory is short: finished shards are kept"
-        )
-
-    def _close(self) -> None:
-        for worker in self._workers:
-            worker.terminate()
-        for worker, thread in zip(self._workers, self._listeners):
-            worker.wait()
-            thread.join()
-            for stream in (worker.stdin, worker.stdout):
-                assert stream is not None
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        ) from None
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
-def _message(job: Job) -> Any:
-    return job.shard, [(asdict(source), part, parts) for source, part, parts in job.parts]
+def work() -> None:
+    """Runs a worker process: reads its task and then jobs from stdin; answers with progress, counts or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates this process
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    sys.stdout = sys.stderr
+
+    def answer(message: Any) -> None:
+        try:
+            pickle.dump(message, answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone
+
+    directory, recipe, tokenizer = pickle.load(sys.stdin.buffer)
+    with contextlib.suppress(EOFError):
+        while job := pickle.load(sys.stdin.buffer):
+            try:
+                answer(make_shard(job, directory, recipe, tokenizer, lambda *progress: answer(progress)))
+            except UserError as error:
+                answer(error)
+
+
+if __name__ == "__main__":
+    work()
