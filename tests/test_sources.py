@@ -149,8 +149,11 @@ BROKEN = {
     "none/*.txt": (None, r"no file matches --data.train .*none/\*.txt"),
     "empty.jsonl": (b"", r"empty.jsonl is empty"),
     "picture.png": (b"x", r"picture.png has an unsupported suffix; expected one of: .txt, .jsonl, .jsonl.gz, .parquet"),
-    "latin.txt": ("caf\u00e9".encode("latin-1"), r"latin.txt is not UTF-8 at byte 3 \(0xe9\).*--data.encoding=latin-1"),
-    "latin.jsonl": (jsonl("one").encode() + b'{"text": "\xe9"}', r"latin.jsonl is not UTF-8 at byte 35 \(0xe9\)"),
+    "latin.txt": (
+        "caf\u00e9".encode("latin-1"),
+        r"latin.txt is not utf-8 at byte 3 \(0xe9\).*--data.encoding .*latin-1",
+    ),
+    "latin.jsonl": (jsonl("one").encode() + b'{"text": "\xe9"}', r"latin.jsonl is not utf-8 at byte 35 \(0xe9\)"),
     "binary.txt": (b"\x7fELF\0\0", r"binary.txt looks like a binary file \(zero byte at offset 4\)"),
     "binary.jsonl": (b"\x7fELF\0\xff\n", r"binary.jsonl looks like a binary file"),
     "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not valid JSON \(Expecting"),
@@ -230,8 +233,8 @@ def test_an_unknown_encoding_is_refused(tmp_path):
             with pytest.raises(UserError, match=rf"--data.encoding={name} is not a text encoding"):
                 read(path, encoding=name)
     path = write(tmp_path / "b.jsonl", jsonl("one", "two").encode("utf-16-le"))
-    with pytest.raises(UserError, match=r"b\.jsonl is not utf-16: .* start with BOM; correct --data\.encoding"):
+    with pytest.raises(UserError, match=r"b\.jsonl is not utf-16: .* start with BOM; set --data\.encoding"):
         read(path, encoding="utf-16")
     assert list(read(path, encoding="utf-16-le")) == ["one", "two"]
-    with pytest.raises(UserError, match=r"a.txt is not ascii.*correct --data.encoding"):
+    with pytest.raises(UserError, match=r"a.txt is not ascii.*set --data.encoding"):
         read(write(tmp_path / "a.txt", "\u00e9"), encoding="ascii")

@@ -3,7 +3,6 @@
 A file that cannot be read raises `UserError` with its path and, if known, the line or row.
 """
 
-import codecs
 import gzip
 import io
 import json
@@ -28,7 +27,7 @@ class Text(Kind):
 
     def documents(self, source: Source, reading: Reading) -> Iterator[str]:
         if reading.part == 0:
-            yield _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
+            yield _decode(Path(source.path).read_bytes(), source.path, reading)
             reading.advance(1, 1)
 
     def most_parts(self, reading: Reading) -> int:
@@ -44,7 +43,7 @@ class Json(Kind):
     def objects(self, source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
         if reading.part:
             return
-        text = _decode(Path(source.path).read_bytes(), source.path, reading).removeprefix("\ufeff")
+        text = _decode(Path(source.path).read_bytes(), source.path, reading)
         try:
             if text.lstrip().startswith("["):
                 yield from enumerate(json.loads(text), 1)
@@ -67,21 +66,17 @@ class JsonLines(Kind):
 
     def objects(self, source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
         lines = _lines_of_range if self._is_sought(reading) else self._dealt_lines
-        for number, position, line in lines(source, reading):
-            if position == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
+        for number, line in lines(source, reading):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8", "strict" if reading.is_utf8 else "surrogatepass"))
-            except UnicodeDecodeError as error:
-                raise UserError(_not_utf8(source.path, line, position, error)) from None
+                yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.place(source, reading, number)} is not valid JSON ({error})") from None
 
     def place(self, source: Source, reading: Reading, number: int) -> str:
-        skipped = _byte_range(source, reading)[0] if self._is_sought(reading) else 0
-        return f"{source.path} line {_line(source.path, number, skipped)}"
+        before = _lines_before(source.path, _byte_range(source, reading)[0]) if self._is_sought(reading) else 0
+        return f"{source.path} line {before + number}"
 
     def most_parts(self, reading: Reading) -> int:
         return sys.maxsize if self._is_sought(reading) else MOST_DEALT
@@ -89,25 +84,21 @@ class JsonLines(Kind):
     def _is_sought(self, reading: Reading) -> bool:
         return reading.is_utf8 and not self.compressed
 
-    def _dealt_lines(self, source: Source, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
-        """Yields (number, offset, UTF-8 bytes) of the lines of a part, read from the beginning of the file."""
+    def _dealt_lines(self, source: Source, reading: Reading) -> Iterator[tuple[int, str]]:
+        """Yields (number, text) of the lines of a part, read from the beginning of the file."""
         with open(source.path, "rb") as stored:
             file: Any = gzip.GzipFile(fileobj=stored) if self.compressed else stored
-            if not reading.is_utf8:
-                text = io.TextIOWrapper(file, reading.encoding, newline="\n")
-                file = (line.encode("utf-8", "surrogatepass") for line in text)
-            position = 0
+            lines = io.TextIOWrapper(file, "utf-8-sig" if reading.is_utf8 else reading.encoding, newline="\n")
             try:
-                for i, line in enumerate(file):
+                for i, line in enumerate(lines):
                     if (i // DEAL) % reading.parts == reading.part:
-                        yield i + 1, position, line
+                        yield i + 1, line
                         reading.advance(stored.tell(), source.size)
-                    position += len(line)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 problem = f"{source.path} is not a complete gzip file ({error}); download or make it again"
                 raise UserError(problem) from None
             except UnicodeError as error:
-                raise UserError(_not_decoded(source.path, reading.encoding, error)) from None
+                raise UserError(_not_decoded(source.path, reading, error)) from None
 
 
 class CompressedJsonLines(JsonLines):
@@ -160,8 +151,8 @@ def _byte_range(source: Source, reading: Reading) -> tuple[int, int]:
     return start, stop
 
 
-def _lines_of_range(source: Source, reading: Reading) -> Iterator[tuple[int, int, bytes]]:
-    """Yields (number within the range, offset, bytes) of the lines of a part's byte range."""
+def _lines_of_range(source: Source, reading: Reading) -> Iterator[tuple[int, str]]:
+    """Yields (number within the range, text) of the lines of a part's byte range."""
     start, stop = _byte_range(source, reading)
     with open(source.path, "rb") as file:
         if start:
@@ -170,37 +161,42 @@ def _lines_of_range(source: Source, reading: Reading) -> Iterator[tuple[int, int
         number, position = 0, file.tell()
         while position < stop and (line := file.readline()):
             number += 1
-            yield number, position, line
+            yield number, _decode(line, source.path, reading, position)
             position += len(line)
             reading.advance(position - start, stop - start)
 
 
-def _decode(data: bytes, path: str, reading: Reading) -> str:
+def _lines_before(path: str, start: int) -> int:
+    """Number of lines that start before a byte."""
+    number = position = 0
+    with open(path, "rb") as file:
+        while position < start:
+            position += len(file.readline())
+            number += 1
+    return number
+
+
+def _decode(data: bytes, path: str, reading: Reading, position: int = 0) -> str:
+    """The text of bytes from `position` on, without a byte order mark. Raises `UserError` if they are not text."""
     try:
         text = data.decode(reading.encoding)
     except UnicodeError as error:
-        if reading.is_utf8 and isinstance(error, UnicodeDecodeError):
-            raise UserError(_not_utf8(path, data, 0, error)) from None
-        raise UserError(_not_decoded(path, reading.encoding, error)) from None
+        raise UserError(_not_decoded(path, reading, error, position)) from None
     if reading.is_utf8 and "\0" in text:
-        raise UserError(_binary(path, data.index(0)))
-    return text
+        raise UserError(_binary(path, position + data.index(0)))
+    return text.removeprefix("\ufeff")
 
 
-def _not_utf8(path: str, data: bytes, position: int, error: UnicodeDecodeError) -> str:
-    if 0 in data[:4096]:
-        return _binary(path, position + data.index(0))
-    return (
-        f"{path} is not UTF-8 at byte {position + error.start:,} (0x{data[error.start]:02x}); "
-        "if it is text in another encoding, set that, such as --data.encoding=latin-1"
-    )
-
-
-def _not_decoded(path: str, encoding: str, error: UnicodeError) -> str:
-    reason = str(error)
+def _not_decoded(path: str, reading: Reading, error: UnicodeError, position: int | None = None) -> str:
+    """Error message for bytes from `position` on, or from an unknown position, that are not in the encoding."""
+    where, reason = "", str(error)
     if isinstance(error, UnicodeDecodeError):
-        reason = f"{error.reason} (0x{error.object[error.start]:02x})"
-    return f"{path} is not {encoding}: {reason}; correct --data.encoding"
+        reason = error.reason
+        if position is not None:
+            if reading.is_utf8 and 0 in error.object[:4096]:
+                return _binary(path, position + error.object.index(0))
+            where = f" at byte {position + error.start:,} (0x{error.object[error.start]:02x})"
+    return f"{path} is not {reading.encoding}{where}: {reason}; set --data.encoding to its encoding, such as latin-1"
 
 
 def _binary(path: str, offset: int) -> str:
@@ -208,14 +204,3 @@ def _binary(path: str, offset: int) -> str:
         f"{path} looks like a binary file (zero byte at offset {offset:,}); "
         "if it is text, set its encoding, such as --data.encoding=utf-16"
     )
-
-
-def _line(path: str, number: int, skipped: int) -> int:
-    """Converts a line number counted after the first `skipped` bytes to the line number in the whole file."""
-    if not skipped:
-        return number
-    with open(path, "rb") as file:
-        while skipped > 1 and (block := file.read(min(skipped - 1, 1 << 20))):
-            number += block.count(b"\n")
-            skipped -= len(block)
-        return number + file.readline().count(b"\n")
