@@ -13,7 +13,7 @@ from runs import assert_same_end, finish, launch, parameters, records, send_at
 
 import launch.evaluate as launch_evaluate
 from jaxchat import checkpoint, command_line, stages
-from jaxchat.data.streams import open_rows
+from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.stages import running
@@ -249,6 +249,6 @@ def test_text_among_conversations_is_learned_whole(place):
     talk, text = json.loads((directory / "rows/sft-train.json").read_text())
     assert talk["recipe"]["form"] == "chat" and text["recipe"]["form"] == "text"
     assert talk["trained"] < 0.8 * talk["tokens"] and text["tokens"] > 0
-    found = [path for path in (place / "cache/rows").iterdir() if open_rows(path).manifest["spec"].startswith("text:")]
-    ids_RS, flags_RS = open_rows(found[0]).read([0])
+    found = [path for path in (place / "cache/rows").iterdir() if Rows(path).manifest["spec"].startswith("text:")]
+    ids_RS, flags_RS = Rows(found[0]).read([0])
     assert np.count_nonzero(flags_RS & 2) > 0.9 * ids_RS.size

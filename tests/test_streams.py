@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxchat.data import streams
 from jaxchat.data.batch import START, TARGET, encode_row, token_dtype
 from jaxchat.data.cache import write_json
-from jaxchat.data.streams import RowStream, every_row_once, open_rows
+from jaxchat.data.streams import Rows, RowStream, every_row_once
 from jaxchat.errors import UserError
 
 T = 3
@@ -35,7 +35,7 @@ def make_rows(directory, shards, first=0):
         "shards": [{"file": f"{i}.array_record", "rows": rows} for i, rows in enumerate(shards)],
     }
     write_json(directory / "manifest.json", manifest)
-    return open_rows(directory)
+    return Rows(directory)
 
 
 @pytest.fixture
@@ -189,28 +189,7 @@ def test_hosts_make_equally_many_batches_to_score(rows):
     assert {len(list(every_row_once(rows, 4, places=[host]))) for host in range(4)} == {5}
 
 
-def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
-    with pytest.raises(UserError, match=r"no rows in .*empty"):
-        stream([make_rows(tmp_path / "empty", [0])])
-    with pytest.raises(UserError, match="no rows to read"):
-        stream([])
-    rows[1].row_length = 7
-    with pytest.raises(UserError, match=r"rows of length 7 .* cannot be mixed with rows of length 3"):
-        stream(rows)
-
-
-def test_rows_of_another_tokenizer_are_refused(rows):
-    assert len(open_rows(rows[0].directory, tokenizer_hash="abc")) == 13
-    with pytest.raises(UserError, match=r"were made with tokenizer abc, not xyz; prepare them again"):
-        open_rows(rows[0].directory, tokenizer_hash="xyz")
-
-
-def test_missing_and_damaged_rows_are_refused(rows, tmp_path):
-    with pytest.raises(UserError, match=r"no rows in .*make them with python -m launch.prepare"):
-        open_rows(tmp_path / "nowhere")
-    (rows[1].directory / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
-        open_rows(rows[1].directory)
+def test_damaged_rows_are_refused(rows):
     path = rows[0].directory / "2.array_record"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"2.array_record"):

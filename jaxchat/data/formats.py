@@ -10,7 +10,7 @@ from jaxchat.data import conversations
 from jaxchat.data.conversations import Message, alpaca_prompt
 from jaxchat.data.packing import Packed, Rule, pack, pack_whole
 from jaxchat.data.source import Content, Reading, Source
-from jaxchat.data.sources import documents, objects, place
+from jaxchat.data.sources import KINDS, documents
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat import Malformed, Rendered
@@ -62,13 +62,15 @@ class Chat:
 
     def examples(self, source: Source, reading: Reading, skip: Skip) -> Iterator[Example]:
         """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
-        for number, row in objects(source, reading):
+        kind = KINDS[source.kind]
+        for number, row in kind.objects(source, reading):
+            place = partial(kind.place, source, reading, number)
             try:
                 messages = self.read(row)
             except Malformed as error:
-                skip(row, error, partial(place, source, reading, number))
+                skip(row, error, place)
             except UserError as error:
-                raise UserError(f"{place(source, reading, number)} {error}") from None
+                raise UserError(f"{place()} {error}") from None
             else:
                 yield Example(conversations.opening(messages), conversations.words(messages), messages)
 

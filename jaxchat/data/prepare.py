@@ -22,7 +22,7 @@ from jaxchat.data.formats import FORMATS, Format
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.source import Reading, Source, Split
 from jaxchat.data.sources import content_hashes, find
-from jaxchat.data.streams import Rows, open_rows
+from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
 
@@ -224,10 +224,10 @@ def _ensure(data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_
                     **made,
                 }
                 cache.write_json(directory / "manifest.json", manifest)
-                log(_summary(manifest, directory))
+                log(_summary(Rows(directory)))
                 for warning in _warnings(manifest):
                     log(f"warning: {spec}: {warning}")
-    return open_rows(directory, tokenizer_hash=tokenizer.hash)
+    return Rows(directory)
 
 
 def _is_whole(directory: Path) -> bool:
@@ -336,14 +336,13 @@ def _reading(data: Data) -> dict[str, Any]:
     return reading if FORMATS[data.format].content == "documents" else reading | {"form": data.format}
 
 
-def _summary(manifest: dict[str, Any], directory: Path) -> str:
-    discarded = manifest["discarded"] / max(manifest["tokens"] + manifest["discarded"], 1)
-    padding = manifest["padding"] / max(manifest["rows"] * (manifest["row_length"] + 1), 1)
-    trained = manifest["trained"] / max(manifest["tokens"], 1)
+def _summary(rows: Rows) -> str:
+    found, seconds = summary([rows]), rows.manifest["seconds"]
     return (
-        f"{manifest['rows']:,} rows, {manifest['tokens']:,} tokens of {_count(manifest, manifest['documents'])}, "
-        f"{manifest['cut']:,} of them cut; {trained:.2%} of tokens trained on, {discarded:.2%} of tokens discarded, "
-        f"{padding:.2%} padding; {manifest['seconds']:.1f} s: {directory}"
+        f"{found['rows']:,} rows, {found['tokens']:,} tokens of {_count(rows.manifest, found['documents'])}, "
+        f"{found['cut_documents']:,} of them cut; {found['trained_fraction']:.2%} of tokens trained on, "
+        f"{found['discarded_fraction']:.2%} of tokens discarded, {found['padding_fraction']:.2%} padding; "
+        f"{seconds:.1f} s: {rows.directory}"
     )
 
 

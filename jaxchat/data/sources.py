@@ -25,7 +25,7 @@ from typing import Any
 
 from jaxchat.data import files, generated, hub
 from jaxchat.data.cache import Log, read_json, write_json
-from jaxchat.data.source import Content, Kind, Object, Reading, Source, Split, by_words
+from jaxchat.data.source import Content, Kind, Reading, Source, Split, by_words
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
 from jaxchat.tokenizer.sentencepiece import scalar_values
@@ -60,22 +60,13 @@ def documents(source: Source, reading: Reading) -> Iterator[str]:
     return map(scalar_values, KINDS[source.kind].documents(source, reading))
 
 
-def objects(source: Source, reading: Reading) -> Iterator[Object]:
-    """Yields the objects of one part of a source in a fixed order."""
-    return KINDS[source.kind].objects(source, reading)
-
-
-def place(source: Source, reading: Reading, number: int) -> str:
-    """The location of an object, such as `pages.jsonl line 3`."""
-    return KINDS[source.kind].place(source, reading, number)
-
-
 def rows(spec: str, split: Split, *, downloads: Path | None = None) -> Iterator[tuple[str, Any]]:
     """Yields every object of the sources that a spec names, with its location."""
     reading = Reading()
     for source in find(spec, split, "objects", downloads=downloads):
-        for number, row in objects(source, reading):
-            yield place(source, reading, number), row
+        kind = KINDS[source.kind]
+        for number, row in kind.objects(source, reading):
+            yield kind.place(source, reading, number), row
 
 
 def held_out(text: str, fraction: float) -> bool:

@@ -26,14 +26,14 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class Rows:
-    """Random access to the rows of one prepared directory; thread-safe."""
+    """Random access to the rows of one directory that is prepared completely; thread-safe."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(self, directory: Path):
         self.directory = directory
-        self.manifest = manifest
-        self.row_length: int = manifest["row_length"]
-        self._dtype = np.dtype(manifest["dtype"])
-        self._stops = list(accumulate(shard["rows"] for shard in manifest["shards"]))
+        self.manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text("utf-8"))
+        self.row_length: int = self.manifest["row_length"]
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._stops = list(accumulate(shard["rows"] for shard in self.manifest["shards"]))
         self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -75,23 +75,6 @@ class Rows:
         return reader
 
 
-def open_rows(directory: str | Path, *, tokenizer_hash: str | None = None) -> Rows:
-    """Opens prepared rows; raises `UserError` if they are missing, damaged or of another tokenizer."""
-    path = Path(directory) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no rows in {directory}; make them with python -m launch.prepare") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged; delete {directory} and prepare it again") from None
-    if tokenizer_hash is not None and manifest["tokenizer"] != tokenizer_hash:
-        raise UserError(
-            f"the rows in {directory} were made with tokenizer {manifest['tokenizer'][:12]}, "
-            f"not {tokenizer_hash[:12]}; prepare them again with this tokenizer"
-        )
-    return Rows(Path(directory), manifest)
-
-
 class RowStream:
     """Endless shuffled batches of one or several sources of rows.
 
@@ -109,7 +92,6 @@ class RowStream:
         batch_rows: int,
         epochs: Sequence[float] = (),
     ):
-        _check(rows)
         self.rows = tuple(rows)
         self.batch_rows = batch_rows
         self._stops = list(accumulate(len(part) for part in rows))
@@ -157,7 +139,6 @@ def every_row_once(
 
     The last batch is padded with rows of weight 0.
     """
-    _check(rows)
     wanted = np.arange(batch_rows) if places is None else np.asarray(places)
     stops = list(accumulate(len(part) for part in rows))
     total = stops[-1] if limit is None else min(limit, stops[-1])
@@ -217,16 +198,3 @@ def _read(rows: Sequence[Rows], stops: Sequence[int], indices: Sequence[int]) ->
         parts[source] = iter(zip(*rows[source].read([i - start for s, i in order if s == source])))
     pairs = [next(parts[source]) for source, _ in order]
     return batch_of(np.stack([ids_S for ids_S, _ in pairs]), np.stack([flags_S for _, flags_S in pairs]))
-
-
-def _check(rows: Sequence[Rows]) -> None:
-    if not rows:
-        raise UserError("no rows to read; set --data.train to documents")
-    for part in rows:
-        if not len(part):
-            raise UserError(f"no rows in {part.directory}: its documents are all empty")
-        if part.row_length != rows[0].row_length:
-            raise UserError(
-                f"rows of length {part.row_length} in {part.directory} cannot be mixed with rows of length "
-                f"{rows[0].row_length} in {rows[0].directory}; prepare them again with one --data.row_length"
-            )
