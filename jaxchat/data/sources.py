@@ -43,12 +43,12 @@ SETTLED_SECONDS = 2.0
 
 
 def find(
-    spec: str, split: Split, content: Content = "documents", *, downloads: str | Path | None = None, log: Log = log
+    spec: str, split: Split, content: Content = "documents", *, downloads: Path | None = None, log: Log = log
 ) -> list[Source]:
     """The sources that a spec names, in a fixed order; in a directory, the split's files with such content."""
     for kind in KINDS.values():
         if kind.mark.endswith(":") and spec.startswith(kind.mark):
-            found = kind.find(spec, split, content, None if downloads is None else Path(downloads), log)
+            found = kind.find(spec, split, content, downloads, log)
             break
     else:
         found = _find_files(spec, split, content)
@@ -80,26 +80,26 @@ def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str
     path = cache_directory / "hashes.json"
     known = read_json(path) or {}
     now = time.time()
-    stamps = [_stamp(source) for source in sources]
-    unknown = [
-        i
-        for i, (source, stamp) in enumerate(zip(sources, stamps))
-        if not stamp or known.get(source.path, [])[:-1] != stamp
-    ]
+
+    def stamp_and_hash(source: Source) -> list[Any]:
+        stamp = _stamp(source)
+        remembered = known.get(source.path, [])
+        return remembered if stamp and remembered[:-1] == stamp else [*stamp, KINDS[source.kind].hash(source)]
+
     with ThreadPoolExecutor(8) as pool:
-        hash_of = lambda i: KINDS[sources[i].kind].hash(sources[i])  # noqa: E731
-        new_hashes = dict(zip(unknown, pool.map(hash_of, unknown)))
+        found = list(pool.map(stamp_and_hash, sources))
     settled = {
-        sources[i].path: [*stamps[i], hash_]
-        for i, hash_ in new_hashes.items()
+        source.path: entry
+        for source, entry in zip(sources, found)
         # A file can change again within the resolution of the file system's clock without changing its timestamps.
-        if stamps[i]
-        and now - max(stamps[i][1], stamps[i][2]) / 1e9 > SETTLED_SECONDS
-        and _stamp(sources[i]) == stamps[i]
+        if (stamp := entry[:-1])
+        and entry != known.get(source.path)
+        and now - max(stamp[1], stamp[2]) / 1e9 > SETTLED_SECONDS
+        and _stamp(source) == stamp
     }
     if settled:
         write_json(path, (read_json(path) or {}) | settled)
-    return [new_hashes[i] if i in new_hashes else known[source.path][-1] for i, source in enumerate(sources)]
+    return [entry[-1] for entry in found]
 
 
 def _stamp(source: Source) -> list[int]:

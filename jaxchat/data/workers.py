@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 import jaxchat
 from jaxchat.data.shards import Counts, Job, Recipe, make_shard
@@ -29,6 +29,8 @@ from jaxchat.tokenizer import Tokenizer
 SMALL = 1 << 20  # bytes on disk; starting processes would take longer than preparing less than this
 PRINT_SECONDS = 30.0
 Worker = subprocess.Popen[bytes]
+Show = Callable[[int, float, int], None]
+"""Called with a shard, its finished fraction and the bytes of text read since the last call."""
 
 
 def run(
@@ -36,53 +38,39 @@ def run(
 ) -> dict[int, Counts]:
     """Makes shards in up to `processes` processes (0: one per core); returns the counts by shard number."""
     processes = min(processes or cores(), len(jobs))
-    with _Bar(jobs) as bar:
+    with _progress(jobs) as show:
         if processes <= 1 or sum(job.size for job in jobs) < SMALL:
-            return {
-                job.shard: make_shard(job, directory, recipe, tokenizer, partial(bar.show, job.shard)) for job in jobs
-            }
-        return _in_processes(jobs, (directory, recipe, tokenizer), bar, processes)
+            return {job.shard: make_shard(job, directory, recipe, tokenizer, partial(show, job.shard)) for job in jobs}
+        return _in_processes(jobs, (directory, recipe, tokenizer), show, processes)
 
 
-class _Bar:
-    """Progress on stderr: shards, megabytes of text, time left; a line every 30 seconds if it is not a terminal."""
+@contextlib.contextmanager
+def _progress(jobs: Sequence[Job]) -> Iterator[Show]:
+    """Context manager: a bar of shards, megabytes of text and time left on stderr, or a line every 30 seconds there."""
+    sizes = {job.shard: max(job.size, 1.0) for job in jobs}
+    done, read = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0)
+    printed_at = time.monotonic()
+    console = Console(stderr=True)
+    columns = "preparing", BarColumn(), "{task.percentage:.0f}%, {task.fields[text]}", TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(sizes.values()), text="")
 
-    def __init__(self, jobs: Sequence[Job]):
-        self._sizes = {job.shard: max(job.size, 1.0) for job in jobs}
-        self._done = dict.fromkeys(self._sizes, 0.0)
-        self._read = dict.fromkeys(self._sizes, 0)
-        self._printed_at = time.monotonic()
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("preparing"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f}%, {task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=sum(self._sizes.values()), text="")
+        def show(shard: int, share: float, read_bytes: int) -> None:
+            nonlocal printed_at
+            done[shard] = share
+            read[shard] += read_bytes
+            completed = sum(size * done[shard] for shard, size in sizes.items())
+            finished = sum(share == 1.0 for share in done.values())
+            text = f"{finished}/{len(sizes)} shards, {sum(read.values()) / 1e6:,.0f} MB"
+            progress.update(task, completed=completed, text=text)
+            if not console.is_terminal and time.monotonic() - printed_at > PRINT_SECONDS:
+                printed_at = time.monotonic()
+                print(f"preparing: {completed / sum(sizes.values()):.0%}, {text}", file=sys.stderr, flush=True)
 
-    def show(self, shard: int, done: float, read: int) -> None:
-        self._done[shard] = done
-        self._read[shard] += read
-        completed = sum(size * self._done[shard] for shard, size in self._sizes.items())
-        shards = sum(part == 1.0 for part in self._done.values())
-        text = f"{shards}/{len(self._sizes)} shards, {sum(self._read.values()) / 1e6:,.0f} MB"
-        self._progress.update(self._task, completed=completed, text=text)
-        if not self._console.is_terminal and time.monotonic() - self._printed_at > PRINT_SECONDS:
-            self._printed_at = time.monotonic()
-            print(f"preparing: {completed / sum(self._sizes.values()):.0%}, {text}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        yield show
 
 
-def _in_processes(jobs: Sequence[Job], task: Any, bar: _Bar, processes: int) -> dict[int, Counts]:
+def _in_processes(jobs: Sequence[Job], task: Any, show: Show, processes: int) -> dict[int, Counts]:
     """Makes shards in new processes, each driven by a thread; the first error ends all of them."""
     waiting = sorted(jobs, key=lambda job: job.size)  # The largest is made first, so that none is left for the end.
     path = os.pathsep.join(filter(None, [str(Path(jaxchat.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -96,7 +84,7 @@ def _in_processes(jobs: Sequence[Job], task: Any, bar: _Bar, processes: int) -> 
             except IndexError:
                 return
             _send(worker, job)
-            counts[job.shard] = _receive(worker, job, bar)
+            counts[job.shard] = _receive(worker, job, show)
 
     with contextlib.ExitStack() as stack:
         workers = [
@@ -130,12 +118,12 @@ def _send(worker: Worker, message: Any) -> None:
         worker.stdin.flush()
 
 
-def _receive(worker: Worker, job: Job, bar: _Bar) -> Counts:
+def _receive(worker: Worker, job: Job, show: Show) -> Counts:
     """Shows the progress of a job until the worker sends its counts."""
     assert worker.stdout is not None
     try:
         while isinstance(answer := pickle.load(worker.stdout), tuple):
-            bar.show(job.shard, *answer)
+            show(job.shard, *answer)
     except EOFError:
         status = worker.wait()
         reason = f"signal {-status} (perhaps out of memory)" if status < 0 else f"status {status}"
