@@ -191,10 +191,11 @@ def _one_sentence(what: str) -> Iterator[Any]:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise UserError("data sets of the hub need huggingface_hub: pip install 'jaxchat[hub]'") from None
+    # The bases are OSError and the HTTP errors of requests or httpx, depending on the library's version.
+    failures: Any = OSError, *HfHubHTTPError.__bases__
     try:
         yield huggingface_hub
-    # The bases are OSError and the HTTP errors of requests or httpx, depending on the library's version.
-    except (OSError, *HfHubHTTPError.__bases__) as error:
+    except failures as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             hint = "set HF_TOKEN to a token with read access, and accept the terms on its page"

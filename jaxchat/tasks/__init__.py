@@ -3,10 +3,12 @@
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxchat.errors import UserError, first_line
+from jaxchat.tasks.files import FromFiles
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.task import Problem, Score, Split, Task
@@ -14,14 +16,13 @@ from jaxchat.tasks.village import Arithmetic, Facts, Spelling
 
 __all__ = ["TASKS", "Problem", "Score", "Task", "load_task", "problems_of"]
 
-TASKS: Mapping[str, Callable[..., Task]] = {
+TASKS: Mapping[str, type[Any]] = {
     "arithmetic": Arithmetic,
     "facts": Facts,
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "spelling": Spelling,
 }
-_WITH_FILES = ("gsm8k", "humaneval")
 
 
 def load_task(spec: str, downloads: Path | None = None) -> Task:
@@ -37,7 +38,7 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
         guess = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(TASKS)}, or FILE.py:CLASS"
         raise UserError(f"unknown task {name!r}: {hint}")
-    has_files = name in _WITH_FILES
+    has_files = issubclass(TASKS[name], FromFiles)
     if rest and not has_files:
         raise UserError(f"the task {name} reads no files: write {name} instead of {spec}")
     return TASKS[name](rest, downloads) if has_files else TASKS[name]()

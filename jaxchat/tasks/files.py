@@ -1,4 +1,4 @@
-"""Reads the rows of a task's file from a local directory or from the hub."""
+"""Tasks whose problems are rows of files, from a local directory or from the hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,21 +8,27 @@ from jaxchat.data import sources
 from jaxchat.errors import UserError
 
 
-def read_rows(
-    task: str, file: str, directory: str, downloads: Path | None, side: sources.Split
-) -> Iterator[tuple[str, Any]]:
-    """Yields (location, row) pairs from `file`[.gz] in `directory`; if that is empty, from split `side` of hub:`task`.
+class FromFiles:
+    """Base class of tasks that read files in `directory`; if that is empty, hub:`name`, downloaded to `downloads`."""
 
-    Raises:
-        UserError: the file is missing, or both `directory` and `downloads` are.
-    """
-    if directory:
-        path = next((p for p in sorted(Path(directory).glob(f"{file}*")) if p.is_file()), None)
-        if path is None:
-            raise UserError(f"no {file} or {file}.gz in {directory}: {task}:DIRECTORY must name their directory")
-        spec = str(path)
-    elif downloads is None:
-        raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
-    else:
-        spec = f"hub:{task}"
-    yield from sources.rows(spec, side, downloads=downloads)
+    name: str
+
+    def __init__(self, directory: str = "", downloads: Path | None = None) -> None:
+        self._directory, self._downloads = directory, downloads
+
+    def _read(self, file: str, side: sources.Split) -> Iterator[tuple[str, Any]]:
+        """Yields (location, row) pairs from `file`[.gz], or from split `side` of the hub's data set.
+
+        Raises:
+            UserError: the file is missing, or there is neither a directory nor one to download to.
+        """
+        task, spec = self.name, f"hub:{self.name}"
+        if self._directory:
+            path = next((p for p in sorted(Path(self._directory).glob(f"{file}*")) if p.is_file()), None)
+            if path is None:
+                problem = f"no {file} or {file}.gz in {self._directory}"
+                raise UserError(f"{problem}: {task}:DIRECTORY must name their directory")
+            spec = str(path)
+        elif self._downloads is None:
+            raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
+        yield from sources.rows(spec, side, downloads=self._downloads)

@@ -3,41 +3,36 @@
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jaxchat.data import sources
 from jaxchat.errors import UserError
-from jaxchat.tasks.files import read_rows
+from jaxchat.tasks.files import FromFiles
 from jaxchat.tasks.numbers import last_number, read_number, same_number
 from jaxchat.tasks.task import Problem, Score, Split
 
 _FINAL = re.compile(r"####\s*(.*)")
 
 
-class GSM8K:
+class GSM8K(FromFiles):
     """GSM8K, read from train.jsonl[.gz] and test.jsonl[.gz] in a directory, or from the hub if none is given."""
 
     name = "gsm8k"
     tools = ("calculator",)
-
-    def __init__(self, directory: str = "", downloads: Path | None = None) -> None:
-        self._directory, self._downloads = directory, downloads
 
     def problems(self, split: Split) -> list[Problem]:
         return self._train if split == "train" else self._test
 
     @cached_property
     def _train(self) -> list[Problem]:
-        return list(self._read("train"))
+        return list(self._problems("train", "train"))
 
     @cached_property
     def _test(self) -> list[Problem]:
-        return list(self._read("test"))
+        return list(self._problems("test", "val"))
 
-    def _read(self, split: Split) -> Iterator[Problem]:
-        side: sources.Split = "train" if split == "train" else "val"
-        for where, row in read_rows(self.name, f"{split}.jsonl", self._directory, self._downloads, side):
+    def _problems(self, file: str, side: sources.Split) -> Iterator[Problem]:
+        for where, row in self._read(f"{file}.jsonl", side):
             try:
                 yield _problem(row)
             except ValueError as error:

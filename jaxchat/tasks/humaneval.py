@@ -1,14 +1,14 @@
 """HumanEval (arXiv:2107.03374): functions to complete from signature and docstring, judged by running their tests."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.errors import UserError
 from jaxchat.sandbox.run import Job, Limits, SandboxError, Verdict, find_protection, judge_many
-from jaxchat.tasks.files import read_rows
+from jaxchat.tasks.files import FromFiles
 from jaxchat.tasks.task import Problem, Score, Split
 
 # Stop texts for base models, as in lm-eval: a function ends where the next unindented statement begins.
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     test: str
 
 
-class HumanEval:
+class HumanEval(FromFiles):
     """HumanEval, read from HumanEval.jsonl[.gz] in a directory, by default from the hub. There is no train split."""
 
     name = "humaneval"
@@ -35,7 +35,8 @@ class HumanEval:
     stop = STOP
 
     def __init__(self, directory: str = "", downloads: Path | None = None, *, limits: Limits | None = None) -> None:
-        self._directory, self._downloads, self._limits = directory, downloads, limits or Limits()
+        super().__init__(directory, downloads)
+        self._limits = limits or Limits()
 
     def problems(self, split: Split) -> list[Problem]:
         """The question is the prompt, as in nanochat's chat format; the answer is the whole reference solution."""
@@ -45,11 +46,8 @@ class HumanEval:
 
     @cached_property
     def _rows(self) -> dict[str, Row]:
-        return {row.prompt: row for row in self._read()}
-
-    def _read(self) -> Iterator[Row]:
-        for where, row in read_rows(self.name, "HumanEval.jsonl", self._directory, self._downloads, "val"):
-            yield _row(row, where)
+        rows = (_row(row, where) for where, row in self._read("HumanEval.jsonl", "val"))
+        return {row.prompt: row for row in rows}
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict and lenient scores are the same: whether the program passes its test.
