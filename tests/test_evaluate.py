@@ -180,7 +180,7 @@ BAD_ROWS = {
     '{"question": "q", "choices": "abcd", "answer": 1}': "line 1: not a question with text choices",
     '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1: not a question",
     '{"question": "q", "choices": ["a", "b"], "answer": 2}': "index 2 of 2 choices",
-    "": "has no questions",
+    "": "has no rows",
 }
 
 

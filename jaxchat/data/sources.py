@@ -61,12 +61,19 @@ def documents(source: Source, reading: Reading) -> Iterator[str]:
 
 
 def rows(spec: str, split: Split, *, downloads: Path | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields every object of the sources that a spec names, with its location."""
-    reading = Reading()
+    """Yields every object of the sources that a spec names, with its location. Raises `UserError` if there is none."""
+    reading, number = Reading(), 0
     for source in find(spec, split, "objects", downloads=downloads):
         kind = KINDS[source.kind]
         for number, row in kind.objects(source, reading):
             yield kind.place(source, reading, number), row
+    if not number:
+        raise UserError(f"{spec} has no rows: check the file, or download it again")
+
+
+def plain_or_gzipped(path: Path) -> Path | None:
+    """A path, or else the path with .gz at its end, that is a file; None if neither is."""
+    return next((found for found in (path, path.with_name(f"{path.name}.gz")) if found.is_file()), None)
 
 
 def held_out(text: str, fraction: float) -> bool:

@@ -129,14 +129,11 @@ def _in_text(prompt: str, answers: Sequence[str], gold: int, tokenizer: Tokenize
 
 def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]:
     """Reads `name`.jsonl[.gz] from the first of `places` that has it, or from the hub if there are no places."""
-    paths = [Path(place) / f"{name}{suffix}" for place in places for suffix in (".jsonl", ".jsonl.gz")]
-    if places and not any(path.is_file() for path in paths):
+    paths = [path for place in places if (path := sources.plain_or_gzipped(Path(place, f"{name}.jsonl")))]
+    if places and not paths:
         raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that contains it")
     data_set, split = HUB[name]
-    spec = str(next(path for path in paths if path.is_file())) if places else data_set
-    count = 0
-    for where, row in sources.rows(spec, split, downloads=downloads):
-        count += 1
+    for where, row in sources.rows(str(paths[0]) if places else data_set, split, downloads=downloads):
         try:
             choice = _choice(row)
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -147,8 +144,6 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
                 f"expected an index from 0 and at most {len(LETTERS)} choices"
             )
         yield choice
-    if not count:
-        raise UserError(f"{spec} has no questions: check the file, or download it again")
 
 
 def _choice(row: Any) -> Choice:

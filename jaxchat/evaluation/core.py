@@ -106,8 +106,7 @@ class CoreRows:
     @property
     def file(self) -> Path | None:
         """Path of the task's file, plain or gzipped; None if the bundle lacks it."""
-        base = self.directory / "eval_data" / self.task.path
-        return next((path for path in (base, base.with_name(base.name + ".gz")) if path.is_file()), None)
+        return sources.plain_or_gzipped(self.directory / "eval_data" / self.task.path)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -123,8 +122,6 @@ class CoreRows:
             if reason := _invalid(self.task.kind, row):
                 raise UserError(f"{where}: not a valid {self.task.label} row: {reason}")
             rows.append(row)
-        if not rows:
-            raise UserError(f"{self.file} has no rows: download the bundle again")
         if self.mode == "nanochat":
             random.Random(SHUFFLE_SEED).shuffle(rows)
             return rows

@@ -24,7 +24,7 @@ class FromFiles:
         """
         task, spec = self.name, f"hub:{self.name}"
         if self._directory:
-            path = next((p for p in sorted(Path(self._directory).glob(f"{file}*")) if p.is_file()), None)
+            path = sources.plain_or_gzipped(Path(self._directory, file))
             if path is None:
                 problem = f"no {file} or {file}.gz in {self._directory}"
                 raise UserError(f"{problem}: {task}:DIRECTORY must name their directory")

@@ -38,7 +38,7 @@ class Spelling:
     tools = ()
 
     def problems(self, split: Split) -> list[Problem]:
-        return _spellings(split)
+        return _problems(split, ("spelling",))
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict scoring requires the training text's final sentence; lenient scoring takes the last word."""
@@ -78,15 +78,9 @@ def _words(text: str) -> str:
 
 @cache
 def _problems(split: Split, kinds: tuple[Kind, ...]) -> list[Problem]:
-    drawn = tinyworld.problems(split, COUNTS[split], kinds=kinds)
-    return [Problem.ask(problem.question, problem.answer, problem.kind) for problem in drawn]
-
-
-@cache
-def _spellings(split: Split) -> list[Problem]:
-    """Spelling problems of a split: up to COUNTS, or all if the village has fewer."""
+    """Problems of a split: COUNTS, or all if the village has fewer."""
     problems: list[Problem] = []
     with contextlib.suppress(ValueError):
-        for problem in tinyworld.problems(split, COUNTS[split], kinds=("spelling",)):
+        for problem in tinyworld.problems(split, COUNTS[split], kinds=kinds):
             problems.append(Problem.ask(problem.question, problem.answer, problem.kind))
     return problems
