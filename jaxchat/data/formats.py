@@ -38,9 +38,8 @@ class Text:
         return (Example(text, text, text) for text in documents(source, reading))
 
     def encode(self, text: str, tokenizer: Tokenizer) -> Rendered:
-        """Token ids of a document without BOS."""
-        ids = tokenizer.encode(text)
-        return Rendered(ids, [True] * len(ids))
+        """Token ids of a document without BOS, and no loss mask, because every token is a target."""
+        return Rendered(tokenizer.encode(text), [])
 
     def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
         return pack([ids for ids, _ in block], row_length, rule, bos=bos, dtype=dtype)
@@ -64,13 +63,12 @@ class Chat:
         """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
         kind = KINDS[source.kind]
         for number, row in kind.objects(source, reading):
-            place = partial(kind.place, source, reading, number)
             try:
                 messages = self.read(row)
             except Malformed as error:
-                skip(row, error, place)
+                skip(row, error, partial(kind.place, source, reading, number))
             except UserError as error:
-                raise UserError(f"{place()} {error}") from None
+                raise UserError(f"{kind.place(source, reading, number)} {error}") from None
             else:
                 yield Example(conversations.opening(messages), conversations.words(messages), messages)
 

@@ -210,7 +210,7 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
             counts.bytes += len(text.encode())
             ids, mask = data_format.encode(value, tokenizer)
             counts.longest = max(counts.longest, len(ids))
-            block.append((np.array(ids, dtype), np.array(mask) | everything))
+            block.append((np.array(ids, dtype), np.array(mask) | everything if mask else None))
             tokens += len(ids)
             if tokens >= PACKED_TOKENS:
                 yield block

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,7 +52,7 @@ class Reading:
             problem = f"--data.encoding={self.encoding} is not a text encoding of Python; use one, such as latin-1"
             raise UserError(problem) from None
 
-    @property
+    @cached_property
     def is_utf8(self) -> bool:
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
 
