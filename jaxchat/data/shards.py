@@ -22,7 +22,7 @@ from jaxchat.data.packing import Rule
 from jaxchat.data.source import Reading, Source, Split
 from jaxchat.data.sources import KINDS, held_out
 from jaxchat.errors import UserError
-from jaxchat.tokenizer import Tokenizer, load_tokenizer
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.

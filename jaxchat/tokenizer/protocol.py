@@ -10,7 +10,7 @@ from jaxchat.tokenizer.chat_format import ChatFormat
 
 
 class Tokenizer(Protocol):
-    """An immutable tokenizer; `decode(encode(text)) == text` for every Unicode text.
+    """An immutable, picklable tokenizer; `decode(encode(text)) == text` for every Unicode text.
 
     Attributes:
         vocab_size: number of ids, special tokens included.

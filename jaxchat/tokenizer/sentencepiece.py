@@ -105,6 +105,9 @@ class SentencePiece(Tokenizer):
         self._parts = _Cache(processor.encode)
         self._words = _Cache(lambda word: self._segment(" " + word))
 
+    def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes, ChatFormat]]:
+        return SentencePiece, (self.model, self.chat_format)  # For the workers that make rows.
+
     def encode(self, text: str) -> list[int]:
         if not text.isascii():
             text = scalar_values(text)
