@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.timing import timed
 from jaxchat.errors import UserError
 from jaxchat.export import huggingface
+from jaxchat.export.places import to_state
 from jaxchat.model import Model
 
 RATE, BETAS, EPS, WEIGHT_DECAY = 3e-4, (0.9, 0.95), 1e-8, 0.1
@@ -35,9 +36,9 @@ class Peer:
     def __init__(self, model: Model, params: Any, *, dtype: Any, threads: int, ids: Any = NO_IDS) -> None:
         os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # So that first steps can be compared.
         try:
-            huggingface.check_exportable(model)
+            places = huggingface.family_of(model).places
             import torch
-            from transformers import NanoChatConfig, NanoChatForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
         except UserError as error:
             raise UserError(f"the peer knows the October 2025 family, --family=october2025: {error}") from None
         except ImportError as error:
@@ -48,8 +49,8 @@ class Peer:
         torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # As XLA does.
         no_ends: Any = SimpleNamespace(bos=None, end=None)
         config = huggingface.config_json(model, no_ends, length=4096, dtype="float32")
-        theirs = self._model = NanoChatForCausalLM(NanoChatConfig.from_dict(config)).to(device)  # type: ignore[arg-type]
-        weights = huggingface.to_state(model, jax.device_get(params), huggingface.LAYERS, huggingface.ENDS)
+        theirs = self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(device)
+        weights = to_state(model, jax.device_get(params), places)
         theirs.load_state_dict({name: torch.from_numpy(np.array(weight)) for name, weight in weights})
         self._optimizer = torch.optim.AdamW(theirs.parameters(), RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self._batches, self._rows = itertools.cycle(torch.from_numpy(ids).long().to(device)), ids.shape[1]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Layout, Place
+from jaxchat.export.places import Place
 from jaxchat.model import (
     GQA,
     Backout,
@@ -78,25 +78,20 @@ def head_model(c: dict[str, Any]) -> Model:
     )
 
 
-BY_HEADS = Layout(
-    lambda w_VM, mixer: w_VM.reshape(w_VM.shape[0], -1, mixer.head_dim), lambda w_VKD: w_VKD.reshape(len(w_VKD), -1)
-)
-HEAD_LAYER = {
-    ("mixer", "q"): Place("transformer.h.{}.attn.c_q.weight", HEADS_OUT),
-    ("mixer", "k"): Place("transformer.h.{}.attn.c_k.weight", HEADS_OUT),
-    ("mixer", "v"): Place("transformer.h.{}.attn.c_v.weight", HEADS_OUT),
-    ("mixer", "o"): Place("transformer.h.{}.attn.c_proj.weight", HEADS_IN),
-    ("mixer", "value_gate"): Place("transformer.h.{}.attn.ve_gate.weight", TRANSPOSED),
-    ("mixer", "value_embedding"): Place("value_embeds.{}.weight", BY_HEADS),
-    ("mlp", "in"): Place("transformer.h.{}.mlp.c_fc.weight", TRANSPOSED),
-    ("mlp", "out"): Place("transformer.h.{}.mlp.c_proj.weight", TRANSPOSED),
-}
-HEAD_ENDS = {
-    "embed": "transformer.wte.weight",
-    "head": "lm_head.weight",
-    "resid_scale": "resid_lambdas",
-    "x0_scale": "x0_lambdas",
-    "smear_gate": "smear_gate.weight",
-    "smear_scale": "smear_lambda",
-    "backout_scale": "backout_lambda",
+HEAD_PLACES = {
+    ("mixer", "q"): Place("transformer.h.{}.attn.c_q.weight"),
+    ("mixer", "k"): Place("transformer.h.{}.attn.c_k.weight"),
+    ("mixer", "v"): Place("transformer.h.{}.attn.c_v.weight"),
+    ("mixer", "o"): Place("transformer.h.{}.attn.c_proj.weight"),
+    ("mixer", "value_gate"): Place("transformer.h.{}.attn.ve_gate.weight"),
+    ("mixer", "value_embedding"): Place("value_embeds.{}.weight", linear=False),
+    ("mlp", "in"): Place("transformer.h.{}.mlp.c_fc.weight"),
+    ("mlp", "out"): Place("transformer.h.{}.mlp.c_proj.weight"),
+    ("embed",): Place("transformer.wte.weight", linear=False),
+    ("head",): Place("lm_head.weight"),
+    ("resid_scale",): Place("resid_lambdas", linear=False),
+    ("x0_scale",): Place("x0_lambdas", linear=False),
+    ("smear_gate",): Place("smear_gate.weight", linear=False),
+    ("smear_scale",): Place("smear_lambda", linear=False),
+    ("backout_scale",): Place("backout_lambda", linear=False),
 }

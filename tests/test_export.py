@@ -22,6 +22,7 @@ from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.export import huggingface, stablehlo
+from jaxchat.export.nanochat import NANOCHAT
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
@@ -51,10 +52,9 @@ def export(directory: Path, config: Model, params: Any, **options: Any) -> Path:
 def test_an_exported_models_logits_equal_transformers(kind: str, tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     params = small.parameters(KINDS[kind])
-    path = export(tmp_path / "out", KINDS[kind], params, shard_bytes=20_000)
-    assert len(list(path.glob("model-*-of-*.safetensors"))) > 1
+    path = export(tmp_path / "out", KINDS[kind], params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
-    assert type(theirs).__name__ == huggingface.ARCHITECTURE
+    assert type(theirs).__name__ == NANOCHAT.architecture
     with torch.no_grad():
         found = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
     assert np.abs(found - logits(KINDS[kind], params)).max() < 1e-4
@@ -79,7 +79,8 @@ def test_a_model_of_transformers_has_the_same_logits_here(tmp_path: Path) -> Non
         for weight in theirs.parameters():
             weight.normal_(std=0.4)
         expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     found, length, params, _ = huggingface.read(tmp_path, tokenizer())
     assert length == 40
     assert np.abs(logits(found, params) - expected).max() < 1e-4
@@ -97,8 +98,8 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
         KINDS[kind].softcap,
     )
     for (name, mine), (other, theirs) in zip(
-        sorted(to_state(KINDS[kind], params, huggingface.LAYERS, huggingface.ENDS)),
-        sorted(to_state(read, back, huggingface.LAYERS, huggingface.ENDS)),
+        sorted(to_state(KINDS[kind], params, NANOCHAT.places)),
+        sorted(to_state(read, back, NANOCHAT.places)),
         strict=True,
     ):
         assert name == other
@@ -108,8 +109,8 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
 def test_weights_go_out_under_the_names_and_in_the_layout_of_transformers() -> None:
     golden = read("nanochat_v1_gqa")
     config = huggingface.read_config(golden.config)
-    params = to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS)
-    state = dict(to_state(config, params, huggingface.LAYERS, huggingface.ENDS))
+    params = to_params(config, golden.weights, NANOCHAT.places)
+    state = dict(to_state(config, params, NANOCHAT.places))
     assert state.keys() == golden.weights.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)

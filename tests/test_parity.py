@@ -11,8 +11,7 @@ import optax
 import pytest
 import reference
 from outside import (
-    HEAD_ENDS,
-    HEAD_LAYER,
+    HEAD_PLACES,
     Golden,
     head_model,
     read,
@@ -22,6 +21,7 @@ from configs import recipe
 from configs.recipe import Dial
 from jaxchat import optim
 from jaxchat.export import huggingface
+from jaxchat.export.nanochat import NANOCHAT
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -68,11 +68,11 @@ def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
     config = huggingface.read_config(golden.config)
     model = Transformer(dataclasses.replace(config, layer_loop=loop))
-    params = to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS)
+    params = to_params(config, golden.weights, NANOCHAT.places)
     ours = run(model, params, golden)
     assert np.abs(ours.logits - golden.arrays["logits"]).max() < 1e-4
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-6)
-    assert_tree_close(ours.gradients, to_params(config, golden.gradients, huggingface.LAYERS, huggingface.ENDS), 1e-4)
+    assert_tree_close(ours.gradients, to_params(config, golden.gradients, NANOCHAT.places), 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
@@ -80,7 +80,7 @@ def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant:
     golden = read(f"nanochat_v1_{variant}")
     config = huggingface.read_config(golden.config)
     model = Transformer(config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, huggingface.LAYERS, huggingface.ENDS))
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, NANOCHAT.places))
     params = model.unstack(params)
     expected = golden.arrays["generated"]
     prompt = len(expected) - 32
@@ -108,12 +108,12 @@ def test_head_family_equals_nanochat_and_the_reference(wide: bool) -> None:
     dtype = np.float64 if wide else np.float32
     with jax.enable_x64(wide):
         model = Transformer(config, dtype)
-        params = to_params(config, golden.weights, HEAD_LAYER, HEAD_ENDS)
+        params = to_params(config, golden.weights, HEAD_PLACES)
         ours = run(model, jax.tree.map(lambda w: jnp.asarray(w, dtype), params), golden)
     assert np.abs(theirs - golden.arrays["logits"]).max() < 1e-5  # the file holds float32
     assert np.abs(ours.logits - theirs).max() < (1e-11 if wide else 1e-4)
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-12 if wide else 1e-6)
-    expected = to_params(config, golden.gradients, HEAD_LAYER, HEAD_ENDS)
+    expected = to_params(config, golden.gradients, HEAD_PLACES)
     assert_tree_close(ours.gradients, expected, 1e-6 if wide else 1e-4)
 
 
@@ -272,14 +272,14 @@ def test_whole_optimizer_step_equals_the_reference() -> None:
             return optax.apply_updates(params, updates), state
 
         def tree(state: dict[str, np.ndarray]) -> Any:
-            place = to_params(config, state, HEAD_LAYER, HEAD_ENDS)
+            place = to_params(config, state, HEAD_PLACES)
             return jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), place)
 
         params = tree(golden.weights)
         state = tx.init(params)
         for gradient in gradients:
             params, state = step(params, state, tree(gradient))
-    assert_tree_close(params, to_params(config, theirs, HEAD_LAYER, HEAD_ENDS), 1e-7)  # schedules are float32
+    assert_tree_close(params, to_params(config, theirs, HEAD_PLACES), 1e-7)  # schedules are float32
 
 
 @pytest.mark.parametrize("steps", [30, 100, 600, 2_000])

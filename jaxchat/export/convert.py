@@ -59,7 +59,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
 
 def _to_huggingface(loaded: Loaded, out: Path, dtype: str) -> None:
     e = loaded.experiment
-    huggingface.check_exportable(e.model)
+    huggingface.family_of(e.model)  # Refuses before the parameters are loaded.
     huggingface.write(out, e.model, loaded.params(), loaded.tokenizer, length=e.data.row_length, dtype=dtype)
 
 

@@ -1,11 +1,11 @@
-"""Files of an export: safetensors shards, JSON, and directories that are created atomically."""
+"""Files of an export: safetensors, JSON, and directories that are created atomically."""
 
 import contextlib
 import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from jaxchat.errors import UserError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 4 << 30
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -39,40 +38,15 @@ def whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_weights(directory: Path, arrays: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes safetensors files of at most `shard_bytes` (or one array) each, with an index if there are several.
-
-    Holds the arrays of one file in memory at a time. Returns the number of values written.
-    """
-    save = _safetensors("safetensors.numpy").save_file
-    shard: dict[str, np.ndarray] = {}
-    shard_of: dict[str, int] = {}
-    total_bytes, values, shards = 0, 0, 1
-
-    def close() -> None:
-        save(shard, directory / f"piece-{shards}", metadata={"format": "pt"})
-        shard.clear()
-
-    for name, array in arrays:
-        if shard and sum(other.nbytes for other in shard.values()) + array.nbytes > shard_bytes:
-            close()
-            shards += 1
-        shard[name], shard_of[name] = array, shards
-        total_bytes, values = total_bytes + array.nbytes, values + array.size
-    close()
-    if shards == 1:
-        (directory / "piece-1").rename(directory / WEIGHTS)
-        return values
-    names = {i: f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)}
-    for i, name in names.items():
-        (directory / f"piece-{i}").rename(directory / name)
-    weight_map = {name: names[i] for name, i in shard_of.items()}
-    write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    return values
+def write_weights(directory: Path, arrays: Mapping[str, np.ndarray]) -> int:
+    """Writes a safetensors file; returns the number of values written."""
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    _safetensors("safetensors.numpy").save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
+    return sum(array.size for array in contiguous.values())
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a directory's safetensors files as float32.
+    """Reads all arrays of a directory's safetensors files, one or several with an index, as float32.
 
     Raises:
         UserError: a file is missing or damaged.

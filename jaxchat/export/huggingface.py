@@ -1,9 +1,4 @@
-"""Exports the October 2025 family to transformers' NanoChatForCausalLM, and imports it.
-
-Like this family, transformers normalises the embedding before the first layer, rotates by -theta, and normalises
-queries and keys after the rotation. Its configuration defaults are those of one published model, so config.json states
-all sizes and special ids.
-"""
+"""Exports models to transformers, and imports them; `FAMILIES` lists the families of models that both sides have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,35 +7,31 @@ from typing import Any
 import numpy as np
 
 from jaxchat.errors import UserError, first_line
-from jaxchat.export.files import DTYPES, SHARD_BYTES, read_json, read_weights, whole, write_json, write_weights
-from jaxchat.export.places import HEADS_IN, HEADS_OUT, TRANSPOSED, Place, to_params, to_state
+from jaxchat.export.files import DTYPES, read_json, read_weights, whole, write_json, write_weights
+from jaxchat.export.nanochat import NANOCHAT
+from jaxchat.export.places import Family, to_params, to_state
 from jaxchat.export.tokens import read_tokenizer, write_tokenizer
-from jaxchat.model import GQA, Layer, Model, ReluSquared, RMSNorm, RoPE
+from jaxchat.model import Model
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
 
-ARCHITECTURE = "NanoChatForCausalLM"
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (NANOCHAT,)}
 
-LAYERS = {
-    ("mixer", "q"): Place("model.layers.{}.self_attn.q_proj.weight", HEADS_OUT),
-    ("mixer", "k"): Place("model.layers.{}.self_attn.k_proj.weight", HEADS_OUT),
-    ("mixer", "v"): Place("model.layers.{}.self_attn.v_proj.weight", HEADS_OUT),
-    ("mixer", "o"): Place("model.layers.{}.self_attn.o_proj.weight", HEADS_IN),
-    ("mlp", "in"): Place("model.layers.{}.mlp.fc1.weight", TRANSPOSED),
-    ("mlp", "out"): Place("model.layers.{}.mlp.fc2.weight", TRANSPOSED),
-}
-ENDS = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
+
+def family_of(model: Model) -> Family:
+    """The family of a model; raises `UserError` with all features that the closest family lacks."""
+    family = min(FAMILIES.values(), key=lambda family: len(family.lacking(model)))
+    if used := family.lacking(model):
+        listed = ", ".join(used[:-1]) + " and " * (len(used) > 1) + used[-1]
+        raise UserError(
+            f"transformers' {family.architecture} does not support {listed}, which this model uses: evaluate the "
+            "checkpoint with python -m launch.harness, or export it with --to=stablehlo"
+        )
+    return family
 
 
 def write(
-    directory: Path,
-    model: Model,
-    params: Params,
-    tokenizer: Tokenizer,
-    *,
-    length: int,
-    dtype: str = "float32",
-    shard_bytes: int = SHARD_BYTES,
+    directory: Path, model: Model, params: Params, tokenizer: Tokenizer, *, length: int, dtype: str = "float32"
 ) -> int:
     """Writes weights, configuration, tokenizer and chat template to a new directory; returns the number of parameters.
 
@@ -49,23 +40,23 @@ def write(
     Raises:
         UserError: the model has a feature that transformers lacks, or the directory is not empty.
     """
-    check_exportable(model)
+    places = family_of(model).places
     with whole(directory) as place:
         write_json(place / "config.json", config_json(model, tokenizer, length=length, dtype=dtype))
         write_json(place / "generation_config.json", generation_json(tokenizer))
         write_tokenizer(place, tokenizer, length=length)
-        cast = ((name, np.ascontiguousarray(w, DTYPES[dtype])) for name, w in to_state(model, params, LAYERS, ENDS))
-        return write_weights(place, cast, shard_bytes=shard_bytes)
+        return write_weights(place, {name: np.asarray(w, DTYPES[dtype]) for name, w in to_state(model, params, places)})
 
 
 def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
-    """Reads a NanoChatForCausalLM: model, maximum number of positions, float32 parameters and tokenizer.
+    """Reads a model of transformers: the model, maximum number of positions, float32 parameters and tokenizer.
 
     Raises:
         UserError: files are missing, describe another architecture or do not match each other.
     """
     config = read_json(directory / "config.json")
     model = read_config(config)
+    places = FAMILIES[config["model_type"]].places
     tokenizer = tokenizer or read_tokenizer(directory)
     if tokenizer.vocab_size != model.vocab:
         raise UserError(
@@ -74,64 +65,25 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
         )
     weights = read_weights(directory)
     if model.tied:
-        weights.pop(ENDS["head"], None)
+        weights.pop(places[("head",)].name, None)
     try:
-        params = to_params(model, weights, LAYERS, ENDS)
+        params = to_params(model, weights, places)
     except ValueError as error:
         raise UserError(f"the weights in {directory} do not match its config.json: {first_line(error)}") from None
     return model, int(config["max_position_embeddings"]), params, tokenizer
 
 
-def check_exportable(model: Model) -> None:
-    """Raises `UserError` with all features of the model that NanoChatForCausalLM lacks."""
-    layer, mixers = model.pattern[0], [layer.mixer for layer in model.pattern]
-    mixer = mixers[0]
-    lacking = {
-        "layers of different kinds": len(set(model.pattern)) > 1,
-        "norms other than before each mixer and MLP": (layer.placement, layer.norm) != ("before", model.norm),
-        "windows": any(m.window is not None for m in mixers),
-        "value embeddings": any(m.value_embedding is not None for m in mixers),
-        "a smear": model.smear is not None,
-        "a backout": model.backout is not None,
-        "scales of the residual stream": model.residual_scales is not None,
-        f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
-        "a norm of queries and keys that differs from the other norms": mixer.qk_norm != model.norm,
-        "position embeddings other than RoPE by -theta": mixer.rope is None or mixer.rope.direction != -1,
-        f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
-    }
-    if used := [name for name, is_used in lacking.items() if is_used]:
-        listed = ", ".join(used[:-1]) + " and " * (len(used) > 1) + used[-1]
-        raise UserError(
-            f"transformers' {ARCHITECTURE} does not support {listed}, which this model uses: evaluate the checkpoint "
-            "with python -m launch.harness, or export it with --to=stablehlo"
-        )
-
-
 def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) -> dict[str, Any]:
     """Content of config.json. There is no padding id, because torch would zero the gradient of its embedding."""
-    mixer = model.pattern[0].mixer
-    assert mixer.rope is not None
+    family = family_of(model)
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "nanochat",
-        "vocab_size": model.vocab,
-        "hidden_size": model.width,
-        "intermediate_size": model.pattern[0].mlp.hidden,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": mixer.heads,
-        "num_key_value_heads": mixer.kv_heads,
-        "head_dim": mixer.head_dim,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write_config(model),
         "max_position_embeddings": length,
-        "hidden_act": "relu2",
-        "attention_dropout": 0.0,
-        "attention_bias": False,
-        "rms_norm_eps": model.norm.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope.base},
-        "final_logit_softcapping": model.softcap,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.end,
         "pad_token_id": None,
-        "tie_word_embeddings": model.tied,
         "use_cache": True,
         "dtype": dtype,
     }
@@ -144,39 +96,12 @@ def generation_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def read_config(config: Mapping[str, Any]) -> Model:
-    """Builds the model of a config.json; raises `UserError` for other architectures or unsupported settings."""
-    if config.get("model_type") != "nanochat":
-        kind = config.get("model_type")
-        raise UserError(f"config.json has model type {kind!r}: only 'nanochat' ({ARCHITECTURE}) can be imported")
-    rope = config.get("rope_parameters") or {}
-    expected = {"hidden_act": "relu2", "attention_bias": False}
-    unsupported = [f"{name}={config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
-    if rope.get("rope_type", "default") != "default":
-        unsupported.append(f"rope_type={rope['rope_type']!r}")
-    if unsupported:
-        raise UserError(f"config.json has {unsupported[0]}, which jaxchat does not support")
+    """Builds the model of a config.json; raises `UserError` for other families or unsupported settings."""
+    if (family := FAMILIES.get(config.get("model_type", ""))) is None:
+        known = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
+        raise UserError(f"config.json has model type {config.get('model_type')!r}: only {known} can be imported")
     try:
-        heads, norm = config["num_attention_heads"], RMSNorm(config.get("rms_norm_eps", 1e-6))
-        mixer = GQA(
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope=RoPE(float(rope.get("rope_theta", 10_000.0))),
-            qk_norm=norm,
-            init="normal",
-        )
-        return Model(
-            vocab=config["vocab_size"],
-            width=config["hidden_size"],
-            depth=config["num_hidden_layers"],
-            pattern=(Layer(mixer, ReluSquared(config["intermediate_size"], init="normal", init_scale=1.0), norm),),
-            norm=norm,
-            embed_std=1.0,
-            head_std=0.0,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            softcap=config.get("final_logit_softcapping", 15.0),
-            isolate_documents=False,
-        )
+        return family.read_config(config)
     except KeyError as error:
         raise UserError(f"config.json has no {error.args[0]}: check that the file is complete") from None
     except (TypeError, ValueError) as error:

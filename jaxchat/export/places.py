@@ -1,49 +1,56 @@
 """Maps parameter trees to state dicts of other projects: the name of each parameter, and its layout.
 
-State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inputs, outputs) with a separate head axis.
+State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inputs, outputs), with an axis each for
+heads and their channels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxchat.model import GQA, Model, Transformer
+from jaxchat.model import Model, Transformer
+from jaxchat.model.part import Spec
 from jaxchat.model.transformer import Params
 
 Array = np.ndarray
 
 
-class Layout(NamedTuple):
-    """Conversions of a matrix from the state dict (`read`) and to it (`write`)."""
-
-    read: Callable[[Array, GQA], Array]
-    write: Callable[[Array], Array]
-
-
 class Place(NamedTuple):
-    """Name of a layer's parameter in a state dict, with `{}` for the layer index, and its layout."""
+    """Name of a parameter in a state dict, with `{}` for the layer index.
+
+    `linear` is false for parameters that are stored as they are, such as embedding tables and scalars.
+    """
 
     name: str
-    layout: Layout
+    linear: bool = True
 
 
-HEADS_OUT = Layout(
-    lambda w_OI, mixer: w_OI.T.reshape(w_OI.shape[1], -1, mixer.head_dim),
-    lambda w_MHD: w_MHD.reshape(w_MHD.shape[0], -1).T,
-)
-HEADS_IN = Layout(
-    lambda w_OI, mixer: w_OI.T.reshape(-1, mixer.head_dim, w_OI.shape[0]),
-    lambda w_HDM: w_HDM.reshape(-1, w_HDM.shape[-1]).T,
-)
-TRANSPOSED = Layout(lambda w_OI, _: w_OI.T, lambda w_IO: w_IO.T)
-
-Layers = Mapping[tuple[str, str], Place]
-Ends = Mapping[str, str]
+Places = Mapping[tuple[str, ...], Place]  # By path: ("embed",) outside the layers, ("mixer", "q") in each layer.
 
 
-def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: Ends) -> Params:
+class Family(NamedTuple):
+    """A family of models in transformers: the name of its class, its model type, and how it relates to our models.
+
+    Attributes:
+        lacking: lists the features of a model that the family does not have.
+        write_config: the entries of config.json that describe a model without lacking features.
+        read_config: the model of a config.json. May raise KeyError, TypeError or ValueError for an invalid one, and
+            UserError for a setting that we do not have.
+        places: names and layouts of the parameters.
+    """
+
+    architecture: str
+    model_type: str
+    lacking: Callable[[Model], list[str]]
+    write_config: Callable[[Model], dict[str, Any]]
+    read_config: Callable[[Mapping[str, Any]], Model]
+    places: Places
+
+
+def to_params(config: Model, state: Mapping[str, Array], places: Places) -> Params:
     """Converts a state dict (of weights or gradients) to our parameter tree; vocabulary padding is zero.
 
     Raises:
@@ -51,63 +58,71 @@ def to_params(config: Model, state: Mapping[str, Array], layers: Layers, ends: E
     """
     used = set()
 
-    def take(name: str) -> Array:
+    def take(name: str, linear: bool, shape: tuple[int, ...], spec: Spec) -> Array:
         used.add(name)
         if name not in state:
             raise ValueError(f"{name} is missing")
-        return np.asarray(state[name])
+        value, sizes = np.asarray(state[name]), _sizes(config, shape, spec)
+        stored = _matrix(sizes, spec)[::-1] if linear else sizes
+        if value.shape != stored if linear else value.size != math.prod(sizes):
+            raise ValueError(f"{name} has shape {value.shape}, expected {stored}")
+        padded = np.zeros(shape, value.dtype)
+        padded[tuple(map(slice, sizes))] = (value.T if linear else value).reshape(sizes)
+        return padded
 
-    def end(path: Any, shape: Any) -> Array:
-        name = path[-1].key
-        value = take(ends[name])
-        value = value.T if name == "head" else value
-        # State dicts may hold scalars and gates with extra axes of size one.
-        value = value.reshape(()) if shape.ndim == 0 else value[0] if value.ndim > shape.ndim else value
-        return _padded(value, shape, config, ends[name])
+    def read(path: Any, leaf: Any, spec: Spec) -> Array:
+        place, position = places[_key(path)], _position(path)
+        if position is None:
+            return take(*place, leaf.shape, spec)
+        layers = range(position, config.depth, len(config.pattern))
+        return np.stack([take(place.name.format(i), place.linear, leaf.shape[1:], _own(spec)) for i in layers])
 
-    def stacked(position: int, path: Any, shape: Any) -> Array:
-        place, mixer = layers[tuple(step.key for step in path)], config.pattern[position].mixer
-        names = [place.name.format(i) for i in range(position, config.depth, len(config.pattern))]
-        try:
-            value = np.stack([place.layout.read(take(name), mixer) for name in names])
-        except ValueError as error:
-            raise ValueError(f"{names[0]}: {error}") from None
-        return _padded(value, shape, config, names[0])
-
-    def layer(position: int, tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, shape: stacked(position, path, shape), tree)
-
-    shapes = Transformer(config).shapes()
-    params = {
-        "ends": jax.tree_util.tree_map_with_path(end, shapes["ends"]),
-        "layers": tuple(layer(i, tree) for i, tree in enumerate(shapes["layers"])),
-    }
+    transformer = Transformer(config)
+    params: Params = jax.tree_util.tree_map_with_path(read, transformer.shapes(), transformer.specs())
     if left := sorted(set(state) - used):
         others = f" and {len(left) - 1} more" * (left[1:] != [])
         raise ValueError(f"unexpected parameters: {left[0]}{others}")
     return params
 
 
-def to_state(config: Model, params: Params, layers: Layers, ends: Ends) -> Iterator[tuple[str, Array]]:
-    """Yields the entries of a state dict without vocabulary padding; of `ends`, it writes only embedding and head."""
-    embed_VM = np.asarray(params["ends"]["embed"])
-    yield ends["embed"], embed_VM[: config.vocab]
-    if not config.tied:
-        head_MV = np.asarray(params["ends"]["head"])
-        yield ends["head"], head_MV[:, : config.vocab].T
-    for position, stacked in enumerate(params["layers"]):
-        for (part, name), place in layers.items():
-            arrays = np.asarray(stacked[part][name])
-            for repeat, array in enumerate(arrays):
-                yield place.name.format(position + repeat * len(config.pattern)), place.layout.write(array)
+def to_state(config: Model, params: Params, places: Places) -> Iterator[tuple[str, Array]]:
+    """Yields the entries of a state dict, without vocabulary padding."""
+
+    def put(value: Array, linear: bool, spec: Spec) -> Array:
+        sizes = _sizes(config, value.shape, spec)
+        value = value[tuple(map(slice, sizes))]
+        return value.reshape(_matrix(sizes, spec)).T if linear else value
+
+    specs = jax.tree.leaves(Transformer(config).specs(), is_leaf=lambda x: isinstance(x, Spec))
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
+        (name, linear), position, value = places[_key(path)], _position(path), np.asarray(leaf)
+        if position is None:
+            yield name, put(value, linear, spec)
+        else:
+            for repeat, own in enumerate(value):
+                yield name.format(position + repeat * len(config.pattern)), put(own, linear, _own(spec))
 
 
-def _padded(value: Array, shape: Any, config: Model, name: str) -> Array:
-    """Pads a value with zeros along the vocabulary axis; raises ValueError if another size differs from `shape`."""
-    vocab = (config.vocab, config.padded_vocab)
-    pairs = zip(value.shape, shape.shape)
-    if value.ndim != len(shape.shape) or any(have != want and (have, want) != vocab for have, want in pairs):
-        raise ValueError(f"{name} has shape {value.shape}, expected {shape.shape}")
-    out = np.zeros(shape.shape, value.dtype)
-    out[tuple(slice(size) for size in value.shape)] = value
-    return out
+def _key(path: Any) -> tuple[str, ...]:
+    """The names in a path of the parameter tree, after "ends" or "layers" and the position in the pattern."""
+    return tuple(step.key for step in path[1:] if hasattr(step, "key"))
+
+
+def _position(path: Any) -> int | None:
+    """The position in the pattern of a layer's parameter; None outside the layers."""
+    return path[1].idx if path[0].key == "layers" else None
+
+
+def _own(spec: Spec) -> Spec:
+    """The Spec of one layer's parameter, without the stack axis."""
+    return spec._replace(axes=spec.axes[1:])
+
+
+def _sizes(config: Model, shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:
+    """A shape without vocabulary padding."""
+    return tuple(config.vocab if axis in ("vocab", "tokens") else size for axis, size in zip(spec.axes, shape))
+
+
+def _matrix(sizes: tuple[int, ...], spec: Spec) -> tuple[int, int]:
+    """The two sides of a matrix: inputs, outputs."""
+    return math.prod(sizes[: spec.inputs]), math.prod(sizes[spec.inputs :])

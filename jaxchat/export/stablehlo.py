@@ -68,7 +68,7 @@ def write(
         write_json(place / "signature.json", signature)
         tokenizer.save(place / "tokenizer")
         (place / "README.md").write_text(readme(signature, tokenizer.chat_format.bos), encoding="utf-8")
-        return write_weights(place, ((name, np.asarray(leaf)) for name, leaf in named.items()), shard_bytes=1 << 62)
+        return write_weights(place, {name: np.asarray(leaf) for name, leaf in named.items()})
 
 
 def _serialize(exported: export.Exported) -> bytes:
