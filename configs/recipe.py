@@ -331,7 +331,7 @@ def _july2026(dial: Dial) -> Model:
             kv_heads=heads,
             head_dim=dial.head_dim,
             window=short if local else None,
-            rope=RoPE(100_000.0),
+            positions=RoPE(100_000.0),
             qk_norm=RMSNorm(),
             qk_scale=1.2,
             value_embedding=ValueEmbedding() if layer % 2 == (dial.depth - 1) % 2 else None,

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxchat.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def _layers(value: dict[str, Any]) -> dict[str, Any]:
@@ -18,7 +18,17 @@ def _layers(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "model": model}
 
 
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _layers}
+def _positions(value: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 to 3: a mixer's field `rope` is now `positions`, which may be another encoding."""
+    if "model" not in value:
+        return value
+    pattern = [{**layer, "mixer": dict(layer["mixer"])} for layer in value["model"]["pattern"]]
+    for layer in pattern:
+        layer["mixer"]["positions"] = layer["mixer"].pop("rope")
+    return {**value, "model": {**value["model"], "pattern": pattern}}
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _layers, 2: _positions}
 
 
 def upgraded(value: dict[str, Any], path: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def head_model(c: dict[str, Any]) -> Model:
             c["kv_heads"],
             c["width"] // c["heads"],
             window=window,
-            rope=RoPE(100_000.0),
+            positions=RoPE(100_000.0),
             qk_norm=norm,
             qk_scale=1.2,
             value_embedding=ValueEmbedding() if i % 2 == last % 2 else None,

@@ -59,8 +59,8 @@ def october2025(**changes: Any) -> Model:
 def mixed(**changes: Any) -> Model:
     """One kv head, the narrowest window, a layer with neither rotation nor norm, SwiGLU, a tied head, no softcap."""
     pattern = (
-        GQA(heads=4, kv_heads=1, head_dim=4, window=1, rope=RoPE(direction=1)),
-        GQA(heads=2, kv_heads=2, head_dim=8, window=4, rope=None, qk_norm=None),
+        GQA(heads=4, kv_heads=1, head_dim=4, window=1, positions=RoPE(direction=1)),
+        GQA(heads=2, kv_heads=2, head_dim=8, window=4, positions=None, qk_norm=None),
         GQA(heads=4, kv_heads=2, head_dim=4, window=None),
     )
     fields: dict[str, Any] = {

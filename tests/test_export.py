@@ -31,7 +31,7 @@ from jaxchat.tokenizer.chat_format import NANOCHAT
 
 KINDS = {
     "plain": model(),
-    "grouped": model(pattern=(GQA(heads=4, kv_heads=2, head_dim=8, rope=RoPE(5_000.0)),), depth=3),
+    "grouped": model(pattern=(GQA(heads=4, kv_heads=2, head_dim=8, positions=RoPE(5_000.0)),), depth=3),
     "tied": model(tied=True, softcap=None),
     "pattern": model(pattern=(GQA(heads=2, kv_heads=2, head_dim=8),) * 2),
 }
@@ -134,7 +134,7 @@ REFUSED = {
     "SwiGLU layers": model(mlp=SwiGLU(24)),
     "queries and keys scaled by 1.2": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qk_scale=1.2),)),
     "norm of queries and keys that differs": model(norm=RMSNorm(1e-5)),
-    "embeddings other than RoPE": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, rope=RoPE(direction=1)),)),
+    "embeddings other than RoPE": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, positions=RoPE(direction=1)),)),
 }
 
 

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from flax import linen as nn
 from jax import Array
 
 from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.part import Spec
+from jaxchat.model.choice import facts
+from jaxchat.model.kernels import unsupported
+from jaxchat.model.part import Spec, param
+from jaxchat.model.positions import POSITIONS, Encoding
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.optimizer import Optimizer
 
@@ -68,6 +72,43 @@ def test_cached_decode_equals_the_full_forward(make: Any) -> None:
     rings = [LENGTH if window is None else window + 1 + PIECE for window in windows]
     assert slots == rings
     assert all(ring < seen.min() for ring, window in zip(rings, windows) if window is not None), "no ring came round"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """A learned embedding of positions, and ALiBi's bias (arXiv:2108.12409)."""
+
+    length: int = LENGTH
+
+
+class SlopeEncoding(Encoding):
+    biased = True
+
+    @nn.compact
+    def embed(self, x_BTM: Array, positions_BT: Array) -> Array:
+        shape = (self.config.length, self.static.width)
+        table = param(self, "table", ("length", "embed"), shape, nn.initializers.normal(1.0), group="embed")
+        return x_BTM + table[positions_BT]
+
+    def bias(self, heads: int, q_positions_BT: Array, k_positions_BS: Array) -> Array:
+        slope_1H11 = 2.0 ** -jnp.arange(1.0, heads + 1)[None, :, None, None]
+        return -slope_1H11 * (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :])
+
+
+def test_a_position_encoding_may_change_the_embedding_and_add_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POSITIONS, Slope, SlopeEncoding)
+    mixer = GQA(heads=4, kv_heads=2, head_dim=4, window=5, positions=Slope())
+    config = small.october2025(pattern=(mixer,))
+    assert Transformer(config).shapes()["ends"]["positions_0"]["table"].shape == (LENGTH, 16)
+    test_cached_decode_equals_the_full_forward(lambda: config)
+    plain = small.october2025(pattern=(dataclasses.replace(mixer, positions=None),))
+    tokens_BT = np.zeros((1, 8), np.int32)  # Equal tokens: without positions all queries have the same result.
+    for c, equal in ((plain, True), (config, False)):
+        hidden_BTM = Transformer(c).apply(small.parameters(c), tokens_BT).hidden
+        assert np.allclose(hidden_BTM[:, :1], hidden_BTM, atol=1e-5) == equal
+    device = jax.devices()[0]
+    reason = unsupported("cudnn", facts(MIXERS[GQA].kernel(mixer), config, jnp.float32, device))
+    assert "cudnn cannot add the bias" in str(reason)
 
 
 @functools.cache

@@ -31,6 +31,8 @@ def test_a_run_of_format_1_is_read_as_the_same_experiment(tmp_path: Path) -> Non
     value = json.loads(path.read_text())
     assert value.pop("format") == FORMAT
     layers = value["model"].pop("pattern")
+    for layer in layers:
+        layer["mixer"]["rope"] = layer["mixer"].pop("positions")
     value["model"] |= {"pattern": [layer["mixer"] for layer in layers], "mlp": layers[0]["mlp"]}
     del value["optimizer"]["steps_exponent"]  # A field that came later has its default.
     path.write_text(json.dumps(value))

@@ -40,7 +40,7 @@ def lacking(model: Model) -> list[str]:
         "scales of the residual stream": model.residual_scales is not None,
         f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
         "a norm of queries and keys that differs from the other norms": mixer.qk_norm != model.norm,
-        "position embeddings other than RoPE by -theta": mixer.rope is None or mixer.rope.direction != -1,
+        "position embeddings other than RoPE by -theta": getattr(mixer.positions, "direction", 0) != -1,
         f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
     }
     return [name for name, is_used in features.items() if is_used]
@@ -61,7 +61,7 @@ def write_config(model: Model) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attention_bias": False,
         "rms_norm_eps": model.norm.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope.base},
+        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.positions.base},
         "final_logit_softcapping": model.softcap,
         "tie_word_embeddings": model.tied,
     }
@@ -81,7 +81,7 @@ def read_config(config: Mapping[str, Any]) -> Model:
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        rope=RoPE(float(rope.get("rope_theta", 10_000.0))),
+        positions=RoPE(float(rope.get("rope_theta", 10_000.0))),
         qk_norm=norm,
         init="normal",
     )

@@ -6,10 +6,11 @@ Arrays are named by their shape:
     V vocabulary (padded)   L layers   N stacked matrices   C gate channels
 """
 
-from jaxchat.model.attention import GQA, RoPE, ValueEmbedding
+from jaxchat.model.attention import GQA, ValueEmbedding
 from jaxchat.model.layer import Layer
 from jaxchat.model.mlp import ReluSquared, SwiGLU
 from jaxchat.model.norms import RMSNorm
+from jaxchat.model.positions import RoPE
 from jaxchat.model.quantized import Float8, Int8
 from jaxchat.model.transformer import Backout, Model, ResidualScales, Smear, Transformer
 

@@ -1,9 +1,10 @@
-"""Grouped-query attention with rotary positions and windows; `MIXERS` maps a configuration type to its module.
+"""Grouped-query attention with windows; `MIXERS` maps a configuration type to its module.
 
 All backends follow the mask rule of `dense.visible`: `kernels.BACKENDS` attend without a cache,
 `decoding_kernels.DECODING` with one.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +19,10 @@ from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import Init, centred_uniform, initializer, look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Attends, Aux, Context, Static, param
+from jaxchat.model.positions import POSITIONS, Positions, RoPE
 from jaxchat.model.products import product
 
 GATE_INIT = (0.0, 0.02)
-
-
-@dataclass(frozen=True)
-class RoPE:
-    """Rotary position embedding that pairs channel i of a head with channel i + D/2 (arXiv:2104.09864).
-
-    `direction` is the sign of the angles: -1 as in nanochat, +1 as in Llama. Attention depends only on position
-    differences, so the sign matters only for imported weights.
-    """
-
-    base: float = 10_000.0
-    direction: int = -1
-
-    def angles(self, positions_BT: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine of direction * position * base^(-2i/D), each (B, T, 1, D/2); angles in float32."""
-        wide, half = jnp.promote_types(dtype, jnp.float32), head_dim // 2
-        frequency_D = self.base ** (-jnp.arange(half, dtype=wide) / half)
-        angle = positions_BT[:, :, None, None].astype(wide) * frequency_D[None, None, None] * self.direction
-        return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -58,7 +41,7 @@ class GQA:
     kv_heads: int
     head_dim: int
     window: int | None = None
-    rope: RoPE | None = RoPE()
+    positions: Positions = RoPE()
     qk_norm: Norm | None = RMSNorm()
     qk_scale: float = 1.0
     value_embedding: ValueEmbedding | None = None
@@ -71,17 +54,6 @@ class GQA:
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: rotary positions pair its halves")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for all earlier tokens")
-
-
-def _angles_of(config: GQA) -> str:
-    """The key of a layer's rotary angles in `Context.shared`; a string, because JAX sorts dictionary keys."""
-    return f"{config.rope} {config.head_dim}"
-
-
-def rotate(x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each pair (x[i], x[i + D/2]) by its angle."""
-    first, second = jnp.split(x_BTHD, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -102,25 +74,26 @@ class GroupedQueryAttention(nn.Module):
         q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
         if c.value_embedding is not None:
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
-        q_BTHD, k_BTKD = self._prepare("q", q_BTHD, context), self._prepare("k", k_BTKD, context)
+        code = POSITIONS[type(c.positions)](c.positions, self.static, name="positions")
+        q_BTHD, k_BTKD = (self._prepare(n, code.rotate(x, context)) for n, x in (("q", q_BTHD), ("k", k_BTKD)))
+        bias = {"bias": functools.partial(code.bias, H)} if code.biased else {}
         if cache is None:
             # Tokens of a segment are in order, so differences of indices equal differences of positions.
-            o_BTHD = BACKENDS[self.static.attention](q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window)
+            attend = BACKENDS[self.static.attention]
+            o_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window, **bias)
         else:
             assert context.length_B is not None
             cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
-            attend = DECODING[self.static.decoding]
-            o_BTHD = attend(q_BTHD, cache, context.positions_BT, context.length_B, c.window)
+            decode = DECODING[self.static.decoding]
+            o_BTHD = decode(q_BTHD, cache, context.positions_BT, context.length_B, c.window, **bias)
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2)
         # One contracted axis: with two, XLA may transpose the matrix again for every decoded token.
         o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
         return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
 
-    def _prepare(self, name: str, x_BTHD: jax.Array, context: Context) -> jax.Array:
-        """Rotates, normalises and scales queries or keys, in this order."""
+    def _prepare(self, name: str, x_BTHD: jax.Array) -> jax.Array:
+        """Normalises and scales rotated queries or keys."""
         c = self.config
-        if c.rope is not None:
-            x_BTHD = rotate(x_BTHD, *context.shared[_angles_of(c)])
         if c.qk_norm is not None:
             x_BTHD = NORMS[type(c.qk_norm)](c.qk_norm, self.static, name=f"{name}_norm")(x_BTHD)
         return x_BTHD if c.qk_scale == 1.0 else x_BTHD * c.qk_scale
@@ -148,14 +121,12 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def share(config: GQA, context: Context, dtype: Any) -> dict[Any, Any]:
-        """Rotary cosines and sines, computed once for all layers with the same rotary configuration."""
-        if config.rope is None:
-            return {}
-        return {_angles_of(config): config.rope.angles(context.positions_BT, config.head_dim, dtype)}
+        return POSITIONS[type(config.positions)].share(config.positions, config.head_dim, context, dtype)
 
     @staticmethod
     def kernel(config: GQA) -> Attends:
-        return Attends(config.heads, config.kv_heads, config.head_dim, config.window)
+        biased = POSITIONS[type(config.positions)].biased
+        return Attends(config.heads, config.kv_heads, config.head_dim, config.window, biased)
 
     @staticmethod
     def keeps_all(config: GQA) -> bool:

@@ -98,9 +98,8 @@ def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:
 def facts(mixer: Attends, model: Model, dtype: Any, device: Any) -> Facts:
     capability = devices.capability(device) or 0.0
     present = device in jax.devices()
-    return Facts(
-        device.platform, dtype, mixer.head_dim, model.isolate_documents, mixer.window, capability, present=present
-    )
+    isolate = model.isolate_documents
+    return Facts(device.platform, dtype, mixer.head_dim, isolate, mixer.window, capability, present, mixer.bias)
 
 
 @functools.cache

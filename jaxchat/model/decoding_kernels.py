@@ -15,23 +15,29 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxchat import sharding
 from jaxchat.model.cache import KVCache, slot_positions
-from jaxchat.model.dense import MASKED, attend_cached, visible
+from jaxchat.model.dense import MASKED, Bias, attend_cached, visible
 
 BLOCK_BYTES = 1 << 20  # Bytes of keys per kernel step; values take as many, and both are double-buffered.
 MOST_SLOTS = 512  # Maximum number of slots per block.
 SUBLANES, LANES = 16, 128  # A TPU's bfloat16 tile: block sides are multiples of it, or the array's whole side.
 
-Backend = Callable[[jax.Array, KVCache, jax.Array, jax.Array, int | None], jax.Array]
+Backend = Callable[..., jax.Array]
 
 
 def xla(
-    q_BTHD: jax.Array, cache: KVCache, positions_BT: jax.Array, length_B: jax.Array, window: int | None
+    q_BTHD: jax.Array,
+    cache: KVCache,
+    positions_BT: jax.Array,
+    length_B: jax.Array,
+    window: int | None,
+    *,
+    bias: Bias | None = None,
 ) -> jax.Array:
     """Dense products with the whole cache, on any device; `length_B` is the number of positions written."""
     slot_BS = slot_positions(length_B, cache.k_BKSD.shape[2])
     seen_BTS = visible(positions_BT, slot_BS, window=window)
     k_BKSD, v_BKSD = (x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache)
-    return attend_cached(q_BTHD, k_BKSD, v_BKSD, seen_BTS)
+    return attend_cached(q_BTHD, k_BKSD, v_BKSD, seen_BTS, None if bias is None else bias(positions_BT, slot_BS))
 
 
 def filled(

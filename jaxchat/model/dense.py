@@ -4,6 +4,7 @@ The rule covers training, packing, padding, windows and decoding: a query at pos
 same segment if 0 <= k <= q and, with a window W, k > q - 1 - W (so W + 1 keys).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxchat.model.products import sum_of_products
 
+Bias = Callable[[jax.Array, jax.Array], jax.Array]  # Of query and key positions to scores (B or 1, H, T, S).
 MASKED = -1e30  # Finite, so that the softmax of a query without visible keys is finite.
 
 
@@ -32,17 +34,33 @@ def visible(
     return seen
 
 
-def attend(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the visible keys; scores and softmax in float32. Returns (B, T, H, D)."""
-    return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS)
+def attend(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    seen_BTS: jax.Array,
+    bias_BHTS: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(D) + bias) v over the visible keys; scores and softmax in float32. Returns (B, T, H, D)."""
+    return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS, bias_BHTS)
 
 
-def attend_cached(q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+def attend_cached(
+    q_BTHD: jax.Array,
+    k_BKSD: jax.Array,
+    v_BKSD: jax.Array,
+    seen_BTS: jax.Array,
+    bias_BHTS: jax.Array | None = None,
+) -> jax.Array:
     """`attend` for keys and values with heads before slots, the layout of a cache."""
     B, T, H, D = q_BTHD.shape
     K, G = k_BKSD.shape[1], H // k_BKSD.shape[1]
     q_BKRD = (q_BTHD * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    o_BKRD = _attend_heads(q_BKRD, k_BKSD, v_BKSD, seen_BTS)
+    if bias_BHTS is None:
+        o_BKRD = _attend_heads(q_BKRD, k_BKSD, v_BKSD, seen_BTS)
+    else:
+        bias_BKRS = bias_BHTS.reshape(len(bias_BHTS), K, G * T, -1)
+        o_BKRD = _attend_forward(q_BKRD, k_BKSD, v_BKSD, seen_BTS, bias_BKRS)[0]
     return o_BKRD.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -55,13 +73,16 @@ def _attend_heads(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_
     return _attend_forward(q_BKRD, k_BKSD, v_BKSD, seen_BTS)[0]
 
 
-def _attend_forward(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> Any:
+def _attend_forward(
+    q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array, bias_BKRS: Any = None
+) -> Any:
     """The softmax is normalised after the product with v, which has fewer columns than there are keys."""
     B, K, R, _ = q_BKRD.shape
     T, S = seen_BTS.shape[1:]
     s_BKRS = _product(q_BKRD, k_BKSD, 3, 3)
-    bias_BTS = jnp.where(seen_BTS, 0, MASKED).astype(s_BKRS.dtype)
-    s_BKRS = (s_BKRS.reshape(B, K, R // T, T, S) + bias_BTS[:, None, None]).reshape(B, K, R, S)
+    s_BKRS = s_BKRS if bias_BKRS is None else s_BKRS + bias_BKRS
+    hide_BTS = jnp.where(seen_BTS, 0, MASKED).astype(s_BKRS.dtype)
+    s_BKRS = (s_BKRS.reshape(B, K, R // T, T, S) + hide_BTS[:, None, None]).reshape(B, K, R, S)
     e_BKRS = jnp.exp(s_BKRS - jnp.max(s_BKRS, axis=-1, keepdims=True))
     sum_BKR1 = jnp.sum(e_BKRS, axis=-1, keepdims=True)
     e_BKRS = e_BKRS.astype(v_BKSD.dtype)
@@ -98,6 +119,7 @@ def attend_row(
     segments_BT: jax.Array | None,
     *,
     window: int | None,
+    bias: Bias | None = None,
 ) -> jax.Array:
     """Self-attention of whole rows in blocks of queries, skipping keys that no query of the block can see.
 
@@ -118,5 +140,6 @@ def attend_row(
             None if segments_BT is None else segments_BT[:, keys],
             window=window,
         )
-        blocks.append(attend(q_BTHD[:, rows], k_BTKD[:, keys], v_BTKD[:, keys], seen_BTS))
+        bias_BHTS = None if bias is None else bias(positions_BT[:, rows], positions_BT[:, keys])
+        blocks.append(attend(q_BTHD[:, rows], k_BTKD[:, keys], v_BTKD[:, keys], seen_BTS, bias_BHTS))
     return jnp.concatenate(blocks, axis=1)

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model.dense import attend_row
+from jaxchat.model.dense import Bias, attend_row
 
 NAME = "attention"  # Checkpoint name of the outputs that the rematerialisation policy "attention" saves.
 LANES = 128  # Width of a TPU's vectors; splash attention's blocks are multiples of it.
@@ -35,6 +35,7 @@ class Backend(Protocol):
         segments_BT: jax.Array | None,
         window: int | None,
         /,
+        **bias: Bias,
     ) -> jax.Array: ...
 
 
@@ -48,10 +49,13 @@ class Facts(NamedTuple):
     window: int | None = None
     capability: float = 0.0
     present: bool = True
+    bias: bool = False
 
 
 def unsupported(name: str, facts: Facts) -> str | None:
     """The reason why a backend cannot be used, as a clause for a message; None if it can."""
+    if facts.bias and name in _REASONS:
+        return f"{name} cannot add the bias of a position encoding to the scores"
     return _REASONS[name](name, facts) if name in _REASONS else None
 
 
@@ -88,25 +92,34 @@ _REASONS: Mapping[str, Callable[[str, Facts], str | None]] = {
 
 
 def xla(
-    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    *,
+    bias: Bias | None = None,
+    remat: bool = False,
 ) -> jax.Array:
-    """Dense products, on any device; float32 scores are saved for the gradient."""
-    return checkpoint_name(_dense(q_BTHD, k_BTKD, v_BTKD, segments_BT, window), NAME)
+    """Dense products, on any device, and the only backend with a `bias` of the scores.
 
-
-def xla_remat(
-    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
-) -> jax.Array:
-    """`xla`, recomputed for the gradient. Memory plans use it for a fused kernel, which also saves no scores."""
-    attend = jax.checkpoint(functools.partial(_dense, window=window))
-    return checkpoint_name(attend(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
+    Float32 scores are saved for the gradient. With `remat` they are recomputed: memory plans use this for a fused
+    kernel, which also saves no scores.
+    """
+    attend = functools.partial(_dense, window=window, bias=bias)
+    return checkpoint_name((jax.checkpoint(attend) if remat else attend)(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
 
 
 def _dense(
-    q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, segments_BT: jax.Array | None, window: int | None
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    bias: Bias | None = None,
 ) -> jax.Array:
     index_1T = jnp.arange(q_BTHD.shape[1], dtype=jnp.int32)[None]
-    return attend_row(q_BTHD, k_BTKD, v_BTKD, index_1T, segments_BT, window=window)
+    return attend_row(q_BTHD, k_BTKD, v_BTKD, index_1T, segments_BT, window=window, bias=bias)
 
 
 def splash(
@@ -304,7 +317,7 @@ def _on_each_device(
 
 BACKENDS: Mapping[str, Backend] = {
     "xla": xla,
-    "xla_remat": xla_remat,
+    "xla_remat": functools.partial(xla, remat=True),
     "cudnn": cudnn,
     "splash": splash,
     "splash_interpreted": functools.partial(splash, interpret=True),

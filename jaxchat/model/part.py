@@ -76,6 +76,7 @@ class Attends(NamedTuple):
     kv_heads: int
     head_dim: int
     window: int | None
+    bias: bool = False
 
 
 def add_aux(parts: "list[Aux]") -> Aux:

@@ -16,6 +16,7 @@ from jaxchat.model.layer import Block, Layer
 from jaxchat.model.layers import look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
 from jaxchat.model.part import Aux, Context, Spec, Static, Weighted, add_aux, is_boxed, param, stacked
+from jaxchat.model.positions import encodings
 from jaxchat.model.quantized import Matmul
 
 EMBED = ("vocab", "embed")  # Logical axes of the embedding.
@@ -87,6 +88,10 @@ class Model:
         return self.pattern * self.repeats
 
     @property
+    def mixers(self) -> tuple[Any, ...]:
+        return tuple(layer.mixer for layer in self.layers)
+
+    @property
     def padded_vocab(self) -> int:
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -133,6 +138,8 @@ class Ends(nn.Module):
             param(self, "smear_scale", (), (), nn.initializers.zeros_init(), group="scalars")
         if c.backout is not None:
             param(self, "backout_scale", (), (), nn.initializers.constant(c.backout.init), group="scalars")
+        for code in encodings(c.mixers, self.static):
+            code.embed(jnp.zeros((1, 1, M)), jnp.zeros((1, 1), jnp.int32))
         for name in ("embed_norm", "final_norm"):
             NORMS[type(c.norm)](c.norm, self.static, name=name)(jnp.zeros((1, 1, M)))
 
@@ -250,8 +257,9 @@ class Transformer:
 
     def empty_cache(self, batch: int, length: int, *, write: int) -> Cache:
         """An empty cache for `length` positions per row; one call of `apply` may add up to `write` tokens."""
-        mixers = [layer.mixer for layer in self.config.layers]
-        layers = tuple(MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in mixers)
+        layers = tuple(
+            MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in self.config.mixers
+        )
         return Cache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def unstack(self, params: Params) -> Params:
@@ -280,6 +288,9 @@ class Transformer:
             return self._normalise(ends, "embed_norm", look_up(ends["embed"], tokens_BT, EMBED, self.dtype))
 
         c, x_BTM = self.config, embed(context.tokens_BT)
+        for code in encodings(c.mixers, self.static):
+            params = {"params": ends.get(code.name, {})}
+            x_BTM = code.apply(params, x_BTM, context.positions_BT, method="embed")
         if c.smear is None:
             return x_BTM
         first_B1M = jnp.zeros_like(x_BTM[:, :1]) if last_B is None else embed(last_B[:, None])
@@ -291,8 +302,8 @@ class Transformer:
     def _share(self, context: Context) -> Context:
         """Adds the values that equal layers compute once to the context."""
         shared: dict[Any, Any] = {}
-        for layer in dict.fromkeys(self.config.pattern):
-            shared |= MIXERS[type(layer.mixer)].share(layer.mixer, context, self.dtype)
+        for mixer in dict.fromkeys(self.config.mixers):
+            shared |= MIXERS[type(mixer)].share(mixer, context, self.dtype)
         return context._replace(shared=shared)
 
     def _layer(
