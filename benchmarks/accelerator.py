@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks import decoding, options, report, rl, timing, training
 from jaxchat import command_line, compilation, errors, launcher, serialization, signals
 from jaxchat.experiment import Experiment
-from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING
+from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING, kernel_calls
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.objectives.logprobs import weighted_nll
 from jaxchat.sharding import Mesh
@@ -99,14 +99,13 @@ def rollouts(run: Run) -> Cases:
 def attention(run: Run) -> Cases:
     """Every backend, with and without documents and a window."""
     e, bench = run.experiment(), run.bench
-    mixers = [layer.mixer for layer in e.model.pattern]
-    mixer = next((mixer for mixer in mixers if mixer.window), mixers[0])
-    B, T, H, D = bench.rows, e.data.row_length, mixer.heads, mixer.head_dim
+    call = max(kernel_calls(e.model), key=lambda call: call.window or 0)
+    B, T, H, D = bench.rows, e.data.row_length, call.heads, call.head_dim
     dtype, keys = compilation.compute_dtype(e, jax.devices()[0], launcher.log), jax.random.split(jax.random.key(0), 4)
     arguments = [jax.random.normal(key, (B, T, H, D), dtype) for key in keys]
     segments_BT = jnp.broadcast_to(jnp.arange(T) // min(training.DOCUMENT, T // 2), (B, T)).astype(jnp.int32)
     names = [name for name in BACKENDS if name in ("xla", "xla_remat", PREFERRED.get(jax.default_backend()))]
-    for window, documents, name in itertools.product(dict.fromkeys((None, mixer.window)), (True, False), names):
+    for window, documents, name in itertools.product(dict.fromkeys((None, call.window)), (True, False), names):
         segments, flops = segments_BT if documents else None, attention_flops(B, T, H, D, window=window)
         forward = lambda q, k, v, do, name=name, s=segments, w=window: BACKENDS[name](q, k, v, s, w)  # noqa: E731
         both = jax.value_and_grad(lambda q, k, v, do, f=forward: jnp.sum(f(q, k, v, do) * do), (0, 1, 2))

@@ -97,12 +97,11 @@ def measure(
 
 
 def step_bytes(transformer: Transformer, rows: int, length: int) -> int:
-    """Bytes that one decoding step must read: every matrix once, and each row's keys and values so far."""
+    """Bytes that one decoding step must read: every matrix once, and each row's cache for `length` positions."""
     c, counts = transformer.config, parameter_counts(transformer.config)
     matrices = counts["total"] - counts["value_embeddings"] - (0 if c.tied else counts["embed"])
-    mixers = [layer.mixer for layer in c.layers]
-    cache = sum(2 * min(length, (m.window or length) + 1) * m.kv_heads * m.head_dim for m in mixers)
-    return jnp.dtype(transformer.dtype).itemsize * (matrices + rows * cache)
+    cache = jax.tree.leaves(jax.eval_shape(lambda: transformer.empty_cache(rows, length, write=0)).layers)
+    return jnp.dtype(transformer.dtype).itemsize * (matrices + sum(leaf.size for leaf in cache))
 
 
 def copy_bandwidth() -> float:

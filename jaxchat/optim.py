@@ -84,7 +84,7 @@ def make(config: Optimizer, specs: Any, *, steps: int, dtype: Any = jnp.float32)
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     groups = {name: adamw(group) for name, group in own.items() if isinstance(group, AdamW)}
     groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, specs, steps=steps, dtype=dtype)
-    labels = jax.tree.map(lambda spec: spec.group, specs, is_leaf=_is_spec)
+    labels = jax.tree.map(lambda spec: spec.group, specs)
     if unknown := set(jax.tree.leaves(labels)) - groups.keys():
         raise ValueError(f"unknown optimizer group {sorted(unknown)[0]!r}: add it as a field of Optimizer")
     parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
@@ -104,7 +104,7 @@ def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.Grad
     c = config.muon or Muon()
     factor, momentum, decay = (f(config, steps) for f in (learning_rate_factor, muon_momentum, muon_decay))
     triples = POLAR_EXPRESS if c.polar_express else NEWTON_SCHULZ
-    views = [_View(spec) for spec in jax.tree.leaves(specs, is_leaf=_is_spec) if spec.group == "matrices"]
+    views = [_View(spec) for spec in jax.tree.leaves(specs) if spec.group == "matrices"]
 
     def init(params: Any) -> MuonState:
         def mean_squares(view: "_View", w: jax.Array) -> jax.Array:
@@ -236,7 +236,3 @@ def _by_shape(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[tuple[t
     for i, (view, x_NRC) in enumerate(zip(views, stacks, strict=True)):
         groups.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides), []).append(i)
     return groups
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, Spec)

@@ -16,7 +16,7 @@ from jaxchat.model import GQA, Model, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import facts
 from jaxchat.model.kernels import unsupported
-from jaxchat.model.part import Spec, param
+from jaxchat.model.part import param
 from jaxchat.model.positions import POSITIONS, Encoding
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.optimizer import Optimizer
@@ -226,7 +226,7 @@ def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
     config = make()
     transformer, batch = Transformer(config), 3
     groups = {field.name for field in dataclasses.fields(Optimizer)} | {"matrices"}
-    for spec in jax.tree.leaves(transformer.specs(), is_leaf=lambda x: isinstance(x, Spec)):
+    for spec in jax.tree.leaves(transformer.specs()):
         assert spec.group in groups and 1 <= spec.inputs < max(len(spec.axes), 2)
     long, short = (transformer.empty_cache(batch, length, write=2).layers for length in (12, 8))
     for layer, cache, like in zip(config.layers, long, short, strict=True):

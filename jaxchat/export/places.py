@@ -4,6 +4,7 @@ State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inpu
 heads and their channels.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def to_state(config: Model, params: Params, places: Places) -> Iterator[tuple[st
         value = value[tuple(map(slice, sizes))]
         return value.reshape(_matrix(sizes, spec)).T if linear else value
 
-    specs = jax.tree.leaves(Transformer(config).specs(), is_leaf=lambda x: isinstance(x, Spec))
+    specs = jax.tree.leaves(Transformer(config).specs())
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
         (name, linear), position, value = places[_key(path)], _position(path), np.asarray(leaf)
         if position is None:
@@ -115,7 +116,7 @@ def _position(path: Any) -> int | None:
 
 def _own(spec: Spec) -> Spec:
     """The Spec of one layer's parameter, without the stack axis."""
-    return spec._replace(axes=spec.axes[1:])
+    return dataclasses.replace(spec, axes=spec.axes[1:])
 
 
 def _sizes(config: Model, shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:

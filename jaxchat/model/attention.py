@@ -83,7 +83,7 @@ class GroupedQueryAttention(nn.Module):
             o_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window, **bias)
         else:
             assert context.length_B is not None
-            cache = kv.write(cache, k_BTKD, v_BTKD, context.positions_BT)
+            cache = kv.write(cache, context.positions_BT, k_BTKD, v_BTKD)
             decode = DECODING[self.static.decoding]
             o_BTHD = decode(q_BTHD, cache, context.positions_BT, context.length_B, c.window, **bias)
         w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2)

@@ -1,5 +1,7 @@
 """The key-value cache: a ring buffer of slots per row. Functions take a cache and return the new one.
 
+`resize` and `write` work for any NamedTuple of arrays (batch, heads, slots, size).
+
 Position p is stored in slot p % slots, so a row's length determines which position each slot holds.
 """
 
@@ -21,12 +23,7 @@ class KVCache(NamedTuple):
         return KVCache(*[("batch", "kv_heads", None, None)] * 2)  # type: ignore[arg-type]
 
     def resize(self, length_B: jax.Array, like: Any) -> "KVCache":
-        """Copies the rows into rings with the number of slots of `like`; a smaller ring drops the oldest positions."""
-        old, slots = self.k_BKSD.shape[2], like.k_BKSD.shape[2]
-        if slots == old:
-            return self
-        index_BS = jnp.maximum(slot_positions(length_B, slots), 0) % old
-        return KVCache(*(jnp.take_along_axis(x, index_BS[:, None, :, None], axis=2) for x in self))
+        return resize(self, length_B, like)
 
 
 def empty(
@@ -49,13 +46,22 @@ def slot_positions(length_B: jax.Array, slots: int) -> jax.Array:
     return jnp.maximum(last_B1 - (last_B1 - slot_S) % slots, -1)
 
 
-def write(cache: KVCache, k_BTKD: jax.Array, v_BTKD: jax.Array, positions_BT: jax.Array) -> KVCache:
-    """Writes each token's key and value to the slot of its position, except for padding (position -1)."""
-    slots = cache.k_BKSD.shape[2]
+def resize(cache: Any, length_B: jax.Array, like: Any) -> Any:
+    """Copies the rows into rings with the number of slots of `like`; a smaller ring drops the oldest positions."""
+    old, slots = cache[0].shape[2], like[0].shape[2]
+    if slots == old:
+        return cache
+    index_BS = jnp.maximum(slot_positions(length_B, slots), 0) % old
+    return type(cache)(*(jnp.take_along_axis(x, index_BS[:, None, :, None], axis=2) for x in cache))
+
+
+def write(cache: Any, positions_BT: jax.Array, *new_BTKD: jax.Array) -> Any:
+    """Writes a value per token for each array to the slot of its position, except for padding (position -1)."""
+    slots = cache[0].shape[2]
     rows = jnp.arange(positions_BT.shape[0])[:, None]
     slot_BT = jnp.where(positions_BT >= 0, positions_BT % slots, slots)
 
     def put(old_BKSD: jax.Array, new_BTKD: jax.Array) -> jax.Array:
         return old_BKSD.at[rows, :, slot_BT].set(new_BTKD.astype(old_BKSD.dtype), mode="drop")
 
-    return KVCache(put(cache.k_BKSD, k_BTKD), put(cache.v_BKSD, v_BTKD))
+    return type(cache)(*map(put, cache, new_BTKD))

@@ -13,13 +13,10 @@ from jaxchat.model.transformer import Model, Transformer
 @functools.cache
 def parameter_counts(config: Model) -> dict[str, int]:
     """Parameters by part: embed, value_embeddings, head, matrices (those of the layers), scalars, total."""
-    params = Transformer(config).shapes()
+    transformer = Transformer(config)
     counts = dict.fromkeys(("embed", "value_embeddings", "head", "matrices", "scalars"), 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = path[-1].key
-        part = {"value_embedding": "value_embeddings", "embed": "embed", "head": "head"}.get(name)
-        part = part or ("matrices" if path[0].key == "layers" else "scalars")
-        counts[part] += math.prod(leaf.shape)
+    for spec, leaf in zip(*map(jax.tree.leaves, (transformer.specs(), transformer.shapes())), strict=True):
+        counts[spec.group if spec.group in counts else "scalars"] += math.prod(leaf.shape)
     return counts | {"total": sum(counts.values())}
 
 

@@ -41,7 +41,10 @@ def attend(
     seen_BTS: jax.Array,
     bias_BHTS: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D) + bias) v over the visible keys; scores and softmax in float32. Returns (B, T, H, D)."""
+    """softmax(q k^T / sqrt(D) + bias) v over the visible keys; scores and softmax in float32.
+
+    Returns (B, T, H, the size of v's heads).
+    """
     return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS, bias_BHTS)
 
 
@@ -61,7 +64,7 @@ def attend_cached(
     else:
         bias_BKRS = bias_BHTS.reshape(len(bias_BHTS), K, G * T, -1)
         o_BKRD = _attend_forward(q_BKRD, k_BKSD, v_BKSD, seen_BTS, bias_BKRS)[0]
-    return o_BKRD.reshape(B, K, G, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return o_BKRD.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
 @jax.custom_vjp

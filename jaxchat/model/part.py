@@ -15,7 +15,9 @@ A mixer's cache is a NamedTuple of arrays whose first axis is the batch. It has 
 tuples of logical axes) and a method `resize(length_B, like)` (copies the rows into arrays with the shapes of `like`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -89,9 +91,10 @@ def add_aux(parts: "list[Aux]") -> Aux:
     return Aux(*sums)
 
 
-class Spec(NamedTuple):
+@dataclass(frozen=True)
+class Spec:
     """Metadata of a parameter: logical axes, optimizer group, and the number of leading axes that form the input side
-    of its matrix (for Muon)."""
+    of its matrix (for Muon). A leaf in trees."""
 
     axes: tuple[str, ...]
     group: str
@@ -142,5 +145,4 @@ def is_boxed(x: Any) -> bool:
 
 def stacked(box: Boxed) -> Boxed:
     """Adds the logical axis `layers` to a parameter that was stacked over the repeats of the pattern."""
-    spec = box.spec._replace(axes=("layers", *box.spec.axes))
-    return Boxed(box.value, spec)
+    return Boxed(box.value, dataclasses.replace(box.spec, axes=("layers", *box.spec.axes)))

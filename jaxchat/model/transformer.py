@@ -15,7 +15,7 @@ from jaxchat.model.attention import GATE_INIT, MIXERS
 from jaxchat.model.layer import Block, Layer
 from jaxchat.model.layers import look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
-from jaxchat.model.part import Aux, Context, Spec, Static, Weighted, add_aux, is_boxed, param, stacked
+from jaxchat.model.part import Aux, Context, Static, Weighted, add_aux, is_boxed, param, stacked
 from jaxchat.model.positions import encodings
 from jaxchat.model.quantized import Matmul
 
@@ -194,7 +194,7 @@ class Transformer:
 
     def axes(self) -> Any:
         """The tree of `init` with a tuple of logical axes for each leaf."""
-        return jax.tree.map(lambda spec: spec.axes, self.specs(), is_leaf=lambda x: isinstance(x, Spec))
+        return jax.tree.map(lambda spec: spec.axes, self.specs())
 
     def _boxed(self, key: jax.Array) -> Params:
         c, static = self.config, Static(self.config.width, self.config.padded_vocab)
