@@ -6,6 +6,7 @@ Arguments are a dictionary and tuples of arrays, so that a caller needs only JAX
 
 from collections.abc import Mapping
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import jax
@@ -80,11 +81,8 @@ def _serialize(exported: export.Exported) -> bytes:
 
 def readme(signature: Mapping[str, Any], bos: str) -> str:
     """README text on calling the programs, with code for greedy decoding; `bos` is the first token of a document."""
-    values = {**signature, "bos": bos, "last": signature["length"] - 1, "platforms": ", ".join(signature["platforms"])}
-    text = README
-    for name in ("rows", "piece", "vocab", "last", "platforms", "bos"):
-        text = text.replace("{" + name + "}", str(values[name]))
-    return text
+    platforms = ", ".join(signature["platforms"])
+    return Template(README).substitute(signature, bos=bos, last=signature["length"] - 1, platforms=platforms)
 
 
 def named_leaves(params: Params) -> dict[str, Any]:
@@ -100,15 +98,15 @@ def named_leaves(params: Params) -> dict[str, Any]:
 README = """\
 # A chat model as two programs
 
-`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for {platforms}. They need JAX alone, no jaxchat.
+`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX alone, no jaxchat.
 
-    prefill(parameters, tokens ({rows}, {piece}) int32, positions ({rows}, {piece}) int32, cache)
-    decode(parameters, tokens ({rows}, 1) int32, positions ({rows}, 1) int32, cache)
-        -> logits ({rows}, {vocab}) float32 after the last token of each row, cache
+    prefill(parameters, tokens (${rows}, ${piece}) int32, positions (${rows}, ${piece}) int32, cache)
+    decode(parameters, tokens (${rows}, 1) int32, positions (${rows}, 1) int32, cache)
+        -> logits (${rows}, ${vocab}) float32 after the last token of each row, cache
 
 `parameters` are the arrays of `model.safetensors` by name. `cache` is a tuple of arrays, zeros at first, whose shapes
-and types are in `signature.json`. Positions count from 0 to {last} in each row; -1 marks padding, which is neither
-written nor seen. A prompt begins with the id of {bos} (`tokenizer/tokenizer.json`, a jaxchat tokenizer around the
+and types are in `signature.json`. Positions count from 0 to ${last} in each row; -1 marks padding, which is neither
+written nor seen. A prompt begins with the id of ${bos} (`tokenizer/tokenizer.json`, a jaxchat tokenizer around the
 sentencepiece model `tokenizer/tokenizer.model`); an answer ends at one of `end_tokens`.
 
 ```python

@@ -109,15 +109,8 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def empty(config: GQA, batch: int, length: int, *, write: int, dtype: jnp.dtype) -> kv.KVCache:
-        return kv.empty(
-            batch,
-            length,
-            window=config.window,
-            write=write,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-        )
+        shape = (batch, config.kv_heads, kv.ring_slots(length, config.window, write), config.head_dim)
+        return kv.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @staticmethod
     def share(config: GQA, context: Context, dtype: Any) -> dict[Any, Any]:

@@ -26,18 +26,13 @@ class KVCache(NamedTuple):
         return resize(self, length_B, like)
 
 
-def empty(
-    batch: int, length: int, *, window: int | None, write: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> KVCache:
-    """An empty cache for `length` positions.
+def ring_slots(length: int, window: int | None, write: int) -> int:
+    """Number of slots for `length` positions, where one call writes up to `write` tokens.
 
-    `write` is the maximum number of tokens that one call writes. A windowed layer keeps window + 1 + `write` slots, so
-    that the first token of a call still has every key of its window in the ring, even after up to `write` tokens were
-    rolled back.
+    A windowed layer keeps window + 1 + `write`, so that the first token of a call still has every key of its window in
+    the ring, even after up to `write` tokens were rolled back.
     """
-    slots = length if window is None else min(length, window + 1 + write)
-    shape = (batch, kv_heads, slots, head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return length if window is None else min(length, window + 1 + write)
 
 
 def slot_positions(length_B: jax.Array, slots: int) -> jax.Array:

@@ -35,27 +35,12 @@ def visible(
 
 
 def attend(
-    q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
-    seen_BTS: jax.Array,
-    bias_BHTS: jax.Array | None = None,
+    q_BTHD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array, bias_BHTS: jax.Array | None = None
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D) + bias) v over the visible keys; scores and softmax in float32.
 
-    Returns (B, T, H, the size of v's heads).
+    Keys and values have heads before slots, the layout of a cache. Returns (B, T, H, the size of v's heads).
     """
-    return attend_cached(q_BTHD, k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2), seen_BTS, bias_BHTS)
-
-
-def attend_cached(
-    q_BTHD: jax.Array,
-    k_BKSD: jax.Array,
-    v_BKSD: jax.Array,
-    seen_BTS: jax.Array,
-    bias_BHTS: jax.Array | None = None,
-) -> jax.Array:
-    """`attend` for keys and values with heads before slots, the layout of a cache."""
     B, T, H, D = q_BTHD.shape
     K, G = k_BKSD.shape[1], H // k_BKSD.shape[1]
     q_BKRD = (q_BTHD * D**-0.5).reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
@@ -144,5 +129,6 @@ def attend_row(
             window=window,
         )
         bias_BHTS = None if bias is None else bias(positions_BT[:, rows], positions_BT[:, keys])
-        blocks.append(attend(q_BTHD[:, rows], k_BTKD[:, keys], v_BTKD[:, keys], seen_BTS, bias_BHTS))
+        k_BKSD, v_BKSD = (x_BTKD[:, keys].swapaxes(1, 2) for x_BTKD in (k_BTKD, v_BTKD))
+        blocks.append(attend(q_BTHD[:, rows], k_BKSD, v_BKSD, seen_BTS, bias_BHTS))
     return jnp.concatenate(blocks, axis=1)

@@ -8,7 +8,7 @@ differences of positions, and a segment is one run of equal ids. Under a mesh ea
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +26,7 @@ MOST_RUNS = 32  # Maximum documents per row for cuDNN: the memory it saves for t
 PACKED = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type", "sliding_window_length")
 
 
-class Backend(Protocol):
-    def __call__(
-        self,
-        q_BTHD: jax.Array,
-        k_BTKD: jax.Array,
-        v_BTKD: jax.Array,
-        segments_BT: jax.Array | None,
-        window: int | None,
-        /,
-        **bias: Bias,
-    ) -> jax.Array: ...
+Backend = Callable[..., jax.Array]
 
 
 class Facts(NamedTuple):

@@ -1,9 +1,8 @@
 """Initializers, and look-ups in embedding tables."""
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +14,33 @@ Initializer = Callable[..., jax.Array]
 Init = Literal["uniform", "normal", "zeros"]
 
 
-class _LookUp(NamedTuple):
-    """Static facts of a look-up: the table's logical axes, number of rows and type, and the type of the result."""
-
-    axes: tuple[str, ...]
-    rows: int
-    table_dtype: Any
-    dtype: Any
-
-
 def look_up(table: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:
     """The table's row for each token, (B, T, ...), in `dtype`; the gradient is accumulated in at least float32.
 
-    Under a mesh the table is first gathered in `dtype`. In the backward pass each batch shard accumulates its own
-    gradient, and the sum is scattered. Left to the partitioner, every device would gather all devices' activations.
+    Under a mesh the table, with logical `axes`, is first gathered in `dtype`. In the backward pass each batch shard
+    accumulates its own gradient, and the sum is scattered. Left to the partitioner, every device would gather all
+    devices' activations.
     """
-    facts = _LookUp(axes, table.shape[0], jnp.dtype(table.dtype), jnp.dtype(dtype))
-    return _look_up(facts, table, tokens_BT)
+    rows, table_dtype = table.shape[0], table.dtype
+    gathered = tuple(None if name in ("embed", "tokens") else name for name in axes)
 
+    @jax.custom_vjp
+    def find(table: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        if sharding.device_count() == 1:
+            return table[tokens_BT].astype(dtype)
+        return sharding.constrain(table.astype(dtype), gathered)[tokens_BT]
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _look_up(facts: _LookUp, table: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    if sharding.device_count() == 1:
-        return table[tokens_BT].astype(facts.dtype)
-    return sharding.constrain(table.astype(facts.dtype), _gathered(facts.axes))[tokens_BT]
+    def backward(tokens_BT: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+        shards = sharding.batch_shards() if len(tokens_BT) % sharding.batch_shards() == 0 else 1
+        wide = jnp.promote_types(table_dtype, jnp.float32)
+        tokens_SN = tokens_BT.reshape(shards, -1)
+        g = g.reshape(*tokens_SN.shape, *g.shape[2:]).astype(wide)
+        added = jax.vmap(lambda tokens_N, g: jnp.zeros((rows, *g.shape[1:]), wide).at[tokens_N].add(g))(tokens_SN, g)
+        total = added[0] if shards == 1 else sharding.add_shards(added, axes)
+        return total.astype(table_dtype), None
 
-
-def _look_up_forward(facts: _LookUp, table: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _look_up(facts, table, tokens_BT), tokens_BT
-
-
-def _look_up_backward(facts: _LookUp, tokens_BT: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-    shards = sharding.batch_shards() if len(tokens_BT) % sharding.batch_shards() == 0 else 1
-    wide = jnp.promote_types(facts.table_dtype, jnp.float32)
-    tokens_SN = tokens_BT.reshape(shards, -1)
-    g = g.reshape(*tokens_SN.shape, *g.shape[2:]).astype(wide)
-    added = jax.vmap(lambda tokens_N, g: jnp.zeros((facts.rows, *g.shape[1:]), wide).at[tokens_N].add(g))(tokens_SN, g)
-    if shards == 1:
-        return added[0].astype(facts.table_dtype), None
-    return sharding.add_shards(added, facts.axes).astype(facts.table_dtype), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-def _gathered(axes: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Axes of a table that every batch shard holds whole."""
-    return tuple(None if name in ("embed", "tokens") else name for name in axes)
+    find.defvjp(lambda table, tokens_BT: (find(table, tokens_BT), tokens_BT), backward)
+    return find(table, tokens_BT)
 
 
 def initializer(kind: Init, fan_in: int, fan_out: int, scale: float = 1.0) -> Initializer:

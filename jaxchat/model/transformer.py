@@ -307,12 +307,12 @@ class Transformer:
         return context._replace(shared=shared)
 
     def _layer(
-        self, i: Any, j: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, scales: Any, context: Context, cache: Any
+        self, i: Any, j: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, ends: Any, context: Context, cache: Any
     ) -> tuple[jax.Array, Any, Aux]:
         """Applies layer i, which is layer j of the pattern, to the residual stream; i may be traced."""
         c = self.config
-        if scales is not None:
-            resid, x0 = (s.astype(x_BTM.dtype) for s in scales)
+        if c.residual_scales is not None:
+            resid, x0 = (ends[name][i].astype(x_BTM.dtype) for name in ("resid_scale", "x0_scale"))
             x_BTM = resid * x_BTM + x0 * x0_BTM
         if context.key is not None:
             context = context._replace(key=jax.random.fold_in(context.key, i))
@@ -325,19 +325,13 @@ class Transformer:
             forward = jax.checkpoint(forward, policy=_POLICIES[c.remat], prevent_cse=c.layer_loop == "unroll")
         return forward(p, x_BTM, context, cache)
 
-    def _scales(self, params: Params) -> Any:
-        ends = params["ends"]
-        return None if self.config.residual_scales is None else (ends["resid_scale"], ends["x0_scale"])
-
     def _unroll(
         self, params: Params, x_BTM: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, jax.Array, tuple[Any, ...], Aux]:
         c, x0_BTM, middle_BTM, caches, auxes = self.config, x_BTM, x_BTM, [], []
-        scales = self._scales(params)
         for i, p in enumerate(self._layers(params)):
-            own = None if scales is None else (scales[0][i], scales[1][i])
             before = None if cache is None else cache.layers[i]
-            x_BTM, after, aux = self._layer(i, i % len(c.pattern), p, x_BTM, x0_BTM, own, context, before)
+            x_BTM, after, aux = self._layer(i, i % len(c.pattern), p, x_BTM, x0_BTM, params["ends"], context, before)
             caches.append(after)
             auxes.append(aux)
             if i == c.depth // 2:
@@ -347,22 +341,19 @@ class Transformer:
     def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, Aux]:
         """The layers of `_unroll` as a scan over repeats of the pattern: compile time does not grow with depth."""
         c, P, x0_BTM = self.config, len(self.config.pattern), x_BTM
-        scales = self._scales(params)
-        stacked_scales = None if scales is None else tuple(s.reshape(c.repeats, P) for s in scales)
 
         def repeat(carry: Any, xs: Any) -> Any:
             x_BTM, middle_BTM = carry
-            index, layers, scales = xs
+            index, layers = xs
             auxes = []
             for j in range(P):
-                own = None if scales is None else (scales[0][j], scales[1][j])
-                x_BTM, _, aux = self._layer(index * P + j, j, layers[j], x_BTM, x0_BTM, own, context, None)
+                x_BTM, _, aux = self._layer(index * P + j, j, layers[j], x_BTM, x0_BTM, params["ends"], context, None)
                 auxes.append(aux)
                 if c.backout is not None and j == (c.depth // 2) % P:
                     middle_BTM = jnp.where(index == (c.depth // 2) // P, x_BTM, middle_BTM)
             return (x_BTM, middle_BTM), add_aux(auxes)
 
-        xs = (jnp.arange(c.repeats), params["layers"], stacked_scales)
+        xs = (jnp.arange(c.repeats), params["layers"])
         (x_BTM, middle_BTM), aux = jax.lax.scan(repeat, (x_BTM, x0_BTM), xs)
         return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), aux)
 

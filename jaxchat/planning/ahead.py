@@ -122,21 +122,22 @@ def remedy(
         found, tried = best(e, topology, log)
         if found is not None:
             return f"set {flags(found)}"
-    if e.mesh.fsdp < topology.chips // e.mesh.tensor:
-        split = dataclasses.replace(e.mesh, data=0, fsdp=topology.chips // e.mesh.tensor)
+    most = topology.chips * e.mesh.fsdp // e.mesh.split
+    if e.mesh.fsdp < most:
+        split = dataclasses.replace(e.mesh, data=0, fsdp=most)
         found, _ = best(dataclasses.replace(e, mesh=split), topology, log)
         if found is not None:
             free = "--mesh.data=0 " if e.mesh.data else ""
             return f"set {free}--mesh.fsdp={split.fsdp} {flags(found)}"
     whole, per_state = sum(plan.state_bytes(e).values()), 1.0
     if needed := [one.bytes for one in tried if math.isfinite(one.bytes)]:
-        per_state = min(needed) / whole * e.mesh.fsdp * e.mesh.tensor
+        per_state = min(needed) / whole * e.mesh.split
     for depth in range(e.depth - 1, 0, -1):
         try:
             smaller = in_bfloat16(dataclasses.replace(shallower(depth), micro_rows="auto"))
         except (UserError, ValueError):  # The model or batch of this depth does not divide among the devices.
             continue
-        expected = per_state * sum(plan.state_bytes(smaller).values()) / (e.mesh.fsdp * e.mesh.tensor)
+        expected = per_state * sum(plan.state_bytes(smaller).values()) / e.mesh.split
         if expected > topology.chip.memory * compilation.MEMORY_SHARE:
             continue  # Extrapolated from the memory of the full depth, it cannot fit.
         log(f"{topology.name}: {e.name} does not fit at depth={e.depth} with any setting; trying depth={depth}")
