@@ -12,7 +12,7 @@ import small
 from flax import linen as nn
 from jax import Array
 
-from jaxchat.model import GQA, Model, Transformer
+from jaxchat.model import GQA, Model, Smear, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import facts
 from jaxchat.model.kernels import unsupported
@@ -98,7 +98,7 @@ class SlopeEncoding(Encoding):
 def test_a_position_encoding_may_change_the_embedding_and_add_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(POSITIONS, Slope, SlopeEncoding)
     mixer = GQA(heads=4, kv_heads=2, head_dim=4, window=5, positions=Slope())
-    config = small.october2025(pattern=(mixer,))
+    config = small.october2025(pattern=(mixer,), smear=Smear(channels=8))
     assert Transformer(config).shapes()["ends"]["positions_0"]["table"].shape == (LENGTH, 16)
     test_cached_decode_equals_the_full_forward(lambda: config)
     plain = small.october2025(pattern=(dataclasses.replace(mixer, positions=None),))

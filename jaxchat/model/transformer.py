@@ -288,16 +288,17 @@ class Transformer:
             return self._normalise(ends, "embed_norm", look_up(ends["embed"], tokens_BT, EMBED, self.dtype))
 
         c, x_BTM = self.config, embed(context.tokens_BT)
+        if c.smear is not None:
+            first_B1M = jnp.zeros_like(x_BTM[:, :1]) if last_B is None else embed(last_B[:, None])
+            previous_BTM = jnp.concatenate([first_B1M, x_BTM[:, :-1]], axis=1)
+            gate_BT = jax.nn.sigmoid(x_BTM[..., : c.smear.channels] @ ends["smear_gate"].astype(self.dtype))
+            gate_BT = jnp.where(context.positions_BT > 0, gate_BT * ends["smear_scale"].astype(self.dtype), 0)
+            x_BTM = x_BTM + gate_BT[..., None] * previous_BTM
         for code in encodings(c.mixers, self.static):
-            params = {"params": ends.get(code.name, {})}
-            x_BTM = code.apply(params, x_BTM, context.positions_BT, method="embed")
-        if c.smear is None:
-            return x_BTM
-        first_B1M = jnp.zeros_like(x_BTM[:, :1]) if last_B is None else embed(last_B[:, None])
-        previous_BTM = jnp.concatenate([first_B1M, x_BTM[:, :-1]], axis=1)
-        gate_BT = jax.nn.sigmoid(x_BTM[..., : c.smear.channels] @ ends["smear_gate"].astype(self.dtype))
-        gate_BT = jnp.where(context.positions_BT > 0, gate_BT * ends["smear_scale"].astype(self.dtype), 0)
-        return x_BTM + gate_BT[..., None] * previous_BTM
+            params = {"params": ends.get(str(code.name), {})}
+            encoded: Any = code.apply(params, x_BTM, context.positions_BT, method="embed")
+            x_BTM = encoded
+        return x_BTM
 
     def _share(self, context: Context) -> Context:
         """Adds the values that equal layers compute once to the context."""
