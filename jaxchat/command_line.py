@@ -213,7 +213,8 @@ def _mistake(report: str, names: list[str]) -> str:
     unknown = re.search(r"^Unrecognized (?:options|arguments): (\S+?),?(?:\s|$)", text)
     if unknown and unknown.group(1).startswith("--"):
         name = unknown.group(1).removeprefix("--").split("=")[0].replace("-", "_")
-        guess = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        moved = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
+        guess = difflib.get_close_matches(name, moved or names, n=1, cutoff=0.5)
         return f"unknown field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
     if unknown:
         return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"

@@ -357,6 +357,11 @@ def command(module, *argv, **more):
     "module, argv, said",
     [
         ("train", ["--config=configs/tiny.py", "--save_evry=3"], "did you mean --save_every?"),
+        (
+            "train",
+            ["--config=configs/tiny.py", "--model.pattern.0.mixer.rope.base=5"],
+            "did you mean --model.pattern.0.mixer.positions.base?",
+        ),
         ("train", ["--config=configs/tiny.py", "--data.train=nowhere.txt"], "nowhere.txt does not exist"),
         ("chat", ["--checkpoint=nowhere", "--prompt=a"], "no checkpoint in nowhere"),
     ],
