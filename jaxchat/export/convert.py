@@ -44,23 +44,20 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     if options.to == "huggingface" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
     loaded = load_checkpoint(options.checkpoint)
+    e = loaded.experiment
     if options.to == "huggingface":
-        _to_huggingface(loaded, out, options.dtype)
+        huggingface.family_of(e.model)  # Refuses before the parameters are loaded.
+        length = e.data.row_length
+        huggingface.write(out, e.model, loaded.params(), loaded.tokenizer, length=length, dtype=options.dtype)
     else:
         _to_stablehlo(loaded, out, options.dtype, **sizes)
     return {
         "out": str(out),
-        "parameters": parameter_counts(loaded.experiment.model)["total"],
+        "parameters": parameter_counts(e.model)["total"],
         "checkpoint": f"{loaded.directory}@{loaded.step}",
         "to": options.to,
         "dtype": options.dtype,
     }
-
-
-def _to_huggingface(loaded: Loaded, out: Path, dtype: str) -> None:
-    e = loaded.experiment
-    huggingface.family_of(e.model)  # Refuses before the parameters are loaded.
-    huggingface.write(out, e.model, loaded.params(), loaded.tokenizer, length=e.data.row_length, dtype=dtype)
 
 
 def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: int, piece: int) -> None:

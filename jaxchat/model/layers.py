@@ -59,12 +59,7 @@ def initializer(kind: Init, fan_in: int, fan_out: int, scale: float = 1.0) -> In
 
 def centred_uniform(std: float) -> Initializer:
     """Uniform around zero with the given standard deviation."""
-    bound = math.sqrt(3.0) * std
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return uniform_between(-math.sqrt(3.0) * std, math.sqrt(3.0) * std)
 
 
 def uniform_between(low: float, high: float) -> Initializer:

@@ -102,23 +102,11 @@ class Spec:
 
 
 @flax.struct.dataclass
-class Boxed(nn.meta.AxisMetadata[Any]):
+class Boxed:
     """A parameter with its Spec, as `init` returns it."""
 
     value: Any
     spec: Spec = flax.struct.field(pytree_node=False)
-
-    def unbox(self) -> Any:
-        return self.value
-
-    def replace_boxed(self, val: Any) -> "Boxed":
-        return Boxed(val, self.spec)
-
-    def add_axis(self, index: int, params: Any) -> "Boxed":
-        return self
-
-    def remove_axis(self, index: int, params: Any) -> "Boxed":
-        return self
 
 
 def param(
@@ -136,7 +124,7 @@ def param(
         raise ValueError(f"parameter {name} has {len(axes)} logical axes but {len(shape)} dimensions")
     spec = Spec(axes, group, inputs)
     value: Any = module.param(name, lambda key: Boxed(init(key, shape, jnp.float32), spec))
-    return value
+    return value.value if is_boxed(value) else value
 
 
 def is_boxed(x: Any) -> bool:
