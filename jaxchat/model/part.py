@@ -13,6 +13,7 @@ with `param` (shape, logical axes, initializer, optimizer group) and uses no mut
 
 A mixer's cache is a NamedTuple of arrays whose first axis is the batch. It has a property `axes` (the same tree with
 tuples of logical axes) and a method `resize(length_B, like)` (copies the rows into arrays with the shapes of `like`).
+A mixer that needs positions has a field `positions`, which `POSITIONS` maps to a module in the same way.
 """
 
 import dataclasses
