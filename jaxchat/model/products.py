@@ -14,7 +14,7 @@ NAME = "product"  # Checkpoint name of the results, which the rematerialisation 
 def product(x: jax.Array, w: jax.Array, matmul: Matmul = None) -> jax.Array:
     """Contracts the last axis of x with the first of w: (..., K) and (K, ...) to (..., ...), in x's type; w is float32.
 
-    In eight bits the operands are flattened to (N, K) and (K, F), and gradients use the types in `FORMATS`.
+    In eight bits the operands are flattened to (N, K) and (K, F), and gradients use the types in its `formats`.
     A non-finite number makes its row or column of the result non-finite.
     """
     if matmul is None:

@@ -5,7 +5,6 @@ operands first, with the same result. Scales multiply the output. Parameters sta
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,34 +14,6 @@ import jax.numpy as jnp
 # Bits of a float32: all but the sign, the exponent, and 2^-100, the smallest maximum that a scale is computed for.
 MAGNITUDE, EXPONENT, LEAST = 0x7FFFFFFF, 0x7F800000, (127 - 100) << 23
 
-
-@dataclass(frozen=True)
-class Int8:
-    """Products in int8. Each row of the left operand and column of the right one is scaled to a maximum of 127.
-
-    Attributes:
-        weight_gradient: also compute weight gradients in int8. They are sums over tokens, so a channel's largest token
-            sets the scale, and the other tokens lose precision (arXiv:2304.13013).
-    """
-
-    weight_gradient: bool = False
-
-
-@dataclass(frozen=True)
-class Float8:
-    """Products in eight-bit floats (arXiv:2209.05433): e4m3, but e5m2 for gradients of outputs.
-
-    Scales are powers of two, so scaling does not round.
-
-    Attributes:
-        scaling: "tensor" uses one scale per matrix, like nanochat; "row" uses one per row of the left operand and
-            column of the right one, so that no token's scale depends on another token.
-    """
-
-    scaling: Literal["tensor", "row"] = "tensor"
-
-
-Matmul = Int8 | Float8 | None  # None is the compute type.
 Pair = tuple[Any, Any]
 
 
@@ -58,24 +29,50 @@ class Formats(NamedTuple):
     by_row: bool
 
 
+@dataclass(frozen=True)
+class Int8:
+    """Products in int8. Each row of the left operand and column of the right one is scaled to a maximum of 127.
+
+    Attributes:
+        weight_gradient: also compute weight gradients in int8. They are sums over tokens, so a channel's largest token
+            sets the scale, and the other tokens lose precision (arXiv:2304.13013).
+    """
+
+    weight_gradient: bool = False
+
+    @property
+    def formats(self) -> Formats:
+        whole = (jnp.int8, jnp.int8)
+        return Formats(whole, whole, whole if self.weight_gradient else None, True)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Products in eight-bit floats (arXiv:2209.05433): e4m3, but e5m2 for gradients of outputs.
+
+    Scales are powers of two, so scaling does not round.
+
+    Attributes:
+        scaling: "tensor" uses one scale per matrix, like nanochat; "row" uses one per row of the left operand and
+            column of the right one, so that no token's scale depends on another token.
+    """
+
+    scaling: Literal["tensor", "row"] = "tensor"
+
+    @property
+    def formats(self) -> Formats:
+        fine, wide = jnp.float8_e4m3fn, jnp.float8_e5m2
+        return Formats((fine, fine), (wide, fine), (fine, wide), self.scaling == "row")
+
+
+Matmul = Int8 | Float8 | None  # None is the compute type.
+
+
 class Scaled(NamedTuple):
     """A quantized matrix: values times a broadcast scale."""
 
     values: jax.Array
     scale: jax.Array
-
-
-def _int8(matmul: Int8) -> Formats:
-    whole = (jnp.int8, jnp.int8)
-    return Formats(whole, whole, whole if matmul.weight_gradient else None, True)
-
-
-def _float8(matmul: Float8) -> Formats:
-    fine, wide = jnp.float8_e4m3fn, jnp.float8_e5m2
-    return Formats((fine, fine), (wide, fine), (fine, wide), matmul.scaling == "row")
-
-
-FORMATS: Mapping[type, Callable[[Any], Formats]] = {Int8: _int8, Float8: _float8}
 
 
 def quantize(a: jax.Array, dtype: Any, axis: int | None) -> Scaled:
@@ -112,14 +109,14 @@ def quantized_product(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> jax.Arra
 
 
 def _forward(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> tuple[jax.Array, Pair]:
-    formats = FORMATS[type(matmul)](matmul)
+    formats = matmul.formats
     return _multiply(x_NK, w_KF, formats.forward, by_row=formats.by_row).astype(x_NK.dtype), (x_NK, w_KF)
 
 
 def _backward(matmul: Any, saved: Pair, g_NF: jax.Array) -> Pair:
     """Straight-through estimator: the gradient ignores rounding (Bengio et al. 2013, arXiv:1308.3432)."""
     x_NK, w_KF = saved
-    formats = FORMATS[type(matmul)](matmul)
+    formats = matmul.formats
     dx_NK = _multiply(g_NF, w_KF.T, formats.input_gradient, by_row=formats.by_row)
     dw_KF = _multiply(x_NK.T, g_NF, formats.weight_gradient, by_row=formats.by_row)
     return dx_NK.astype(x_NK.dtype), dw_KF.astype(w_KF.dtype)
