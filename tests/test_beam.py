@@ -17,8 +17,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.export import huggingface
-from jaxchat.export.nanochat import NANOCHAT
+from jaxchat.export import huggingface, nanochat
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 
@@ -81,7 +80,7 @@ def test_one_beam_is_greedy(engine: Engine) -> None:
 def transformers_engine() -> Engine:
     golden = read("nanochat_v1_gqa")
     config = huggingface.read_config(golden.config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, NANOCHAT.places))
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
     return Engine(Transformer(config), params, Letters(), EngineConfig(length=32))  # type: ignore[arg-type]
 
 

@@ -21,8 +21,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.export import huggingface, stablehlo
-from jaxchat.export.nanochat import NANOCHAT
+from jaxchat.export import huggingface, nanochat, stablehlo
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
@@ -54,7 +53,7 @@ def test_an_exported_models_logits_equal_transformers(kind: str, tmp_path: Path)
     params = small.parameters(KINDS[kind])
     path = export(tmp_path / "out", KINDS[kind], params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
-    assert type(theirs).__name__ == NANOCHAT.architecture
+    assert type(theirs).__name__ == nanochat.FAMILY.architecture
     with torch.no_grad():
         found = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
     assert np.abs(found - logits(KINDS[kind], params)).max() < 1e-4
@@ -98,8 +97,8 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
         KINDS[kind].softcap,
     )
     for (name, mine), (other, theirs) in zip(
-        sorted(to_state(KINDS[kind], params, NANOCHAT.places)),
-        sorted(to_state(read, back, NANOCHAT.places)),
+        sorted(to_state(KINDS[kind], params, nanochat.FAMILY.places)),
+        sorted(to_state(read, back, nanochat.FAMILY.places)),
         strict=True,
     ):
         assert name == other
@@ -109,8 +108,8 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
 def test_weights_go_out_under_the_names_and_in_the_layout_of_transformers() -> None:
     golden = read("nanochat_v1_gqa")
     config = huggingface.read_config(golden.config)
-    params = to_params(config, golden.weights, NANOCHAT.places)
-    state = dict(to_state(config, params, NANOCHAT.places))
+    params = to_params(config, golden.weights, nanochat.FAMILY.places)
+    state = dict(to_state(config, params, nanochat.FAMILY.places))
     assert state.keys() == golden.weights.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(value, golden.weights[name], err_msg=name)

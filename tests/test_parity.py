@@ -20,8 +20,7 @@ from outside import (
 from configs import recipe
 from configs.recipe import Dial
 from jaxchat import optim
-from jaxchat.export import huggingface
-from jaxchat.export.nanochat import NANOCHAT
+from jaxchat.export import huggingface, nanochat
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -68,11 +67,11 @@ def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
     config = huggingface.read_config(golden.config)
     model = Transformer(dataclasses.replace(config, layer_loop=loop))
-    params = to_params(config, golden.weights, NANOCHAT.places)
+    params = to_params(config, golden.weights, nanochat.FAMILY.places)
     ours = run(model, params, golden)
     assert np.abs(ours.logits - golden.arrays["logits"]).max() < 1e-4
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-6)
-    assert_tree_close(ours.gradients, to_params(config, golden.gradients, NANOCHAT.places), 1e-4)
+    assert_tree_close(ours.gradients, to_params(config, golden.gradients, nanochat.FAMILY.places), 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
@@ -80,7 +79,7 @@ def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant:
     golden = read(f"nanochat_v1_{variant}")
     config = huggingface.read_config(golden.config)
     model = Transformer(config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, NANOCHAT.places))
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
     params = model.unstack(params)
     expected = golden.arrays["generated"]
     prompt = len(expected) - 32

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from jaxchat.errors import UserError, first_line
+from jaxchat.export import nanochat
 from jaxchat.export.files import DTYPES, read_json, read_weights, whole, write_json, write_weights
-from jaxchat.export.nanochat import NANOCHAT
 from jaxchat.export.places import Family, to_params, to_state
 from jaxchat.export.tokens import read_tokenizer, write_tokenizer
 from jaxchat.model import Model
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (NANOCHAT,)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (nanochat.FAMILY,)}
 
 
 def family_of(model: Model) -> Family:

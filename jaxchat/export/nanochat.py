@@ -99,4 +99,4 @@ def read_config(config: Mapping[str, Any]) -> Model:
     )
 
 
-NANOCHAT = Family("NanoChatForCausalLM", "nanochat", lacking, write_config, read_config, PLACES)
+FAMILY = Family("NanoChatForCausalLM", "nanochat", lacking, write_config, read_config, PLACES)
