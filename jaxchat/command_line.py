@@ -10,6 +10,7 @@ This module knows no field names.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -18,7 +19,6 @@ import re
 import types
 import typing
 from collections.abc import Container, Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +29,44 @@ from jaxchat.serialization import flags
 
 
 def parse(
-    cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None, more: Sequence[str] = ()
+    cls: type,
+    argv: Sequence[str],
+    *,
+    default: Any = None,
+    description: str | None = None,
+    more: Sequence[str] = (),
+    **settings: Any,
 ) -> Any:
     """Parses `--field=value` arguments into dataclass `cls`. Raises `UserError` for a mistake; `--help` exits with 0.
 
-    `more` are further names, besides the fields, to suggest for a misspelt one.
+    `more` are further names, besides the fields, to suggest for a misspelt one; `settings` are for `tyro.cli`.
     """
-    return _parsed(cls, _flags(cls, argv), default, more, description=description)
+    if default is not None:
+        settings["default"] = default
+    settings |= {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(cls, args=_flags(cls, argv), description=description, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        names = [field.name for field in dataclasses.fields(cls)] if default is None else flags(default)
+        raise UserError(_mistake(text.getvalue(), [*names, *more])) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def parse_known(
     cls: type, argv: Sequence[str], *, default: Any = None, description: str | None = None
 ) -> tuple[Any, list[str]]:
-    """Parses the fields of dataclass `cls` in `argv`; returns its value and the remaining arguments."""
-    settings: dict[str, Any] = {"description": description, "return_unknown_args": True}
-    result: tuple[Any, list[str]] = _parsed(cls, _flags(cls, argv), default, **settings)
+    """Parses the fields of dataclass `cls` in `argv`; returns its value and the remaining arguments.
+
+    Without a `description`, `--help` is one of the remaining arguments.
+    """
+    settings: dict[str, Any] = {"return_unknown_args": True, "add_help": description is not None}
+    result: tuple[Any, list[str]] = parse(cls, argv, default=default, description=description, **settings)
     return result
-
-
-def _parsed(cls: type, argv: Sequence[str], default: Any, more: Sequence[str] = (), **settings: Any) -> Any:
-    if default is not None:
-        settings["default"] = default
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text):
-            return tyro.cli(cls, args=list(argv), config=options, use_underscores=True, **settings)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_mistake(text.getvalue(), [*_names(cls, default), *more])) from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def load(argv: Sequence[str], *, description: str | None = None) -> Any:
@@ -68,16 +74,14 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
 
     `description` is the launcher's text for `--help`, which without `--config` lists the configurations.
     """
-    if _asks_help(argv) and not any(word.partition("=")[0] == "--config" for word in argv):
-        _print_help(description)
-    path, stage, rest = _config_argument(argv)
+    path, stage, rest = _config_argument(argv, description)
     module = _import(path)
     known: dict[str, Any] = {} if stage is None else {"stage": stage}
     dial: dict[str, Any] = {}
     about = "\n\n".join(text.strip() for text in (description, module.__doc__) if text)
     if hasattr(module, "DIAL"):
         start = getattr(module, "DIALS", {}).get(stage, module.DIAL)
-        known["dial"], rest = _read_dial(start, rest)
+        known["dial"], rest = parse_known(type(start), rest, default=start)
         dial = _dial_flags(start)
         dial_flags = " ".join(f"--{name}={value}" for name, value in dial.items())
         about += f"\n\nApplied first; other fields are derived from these: {dial_flags}"
@@ -90,19 +94,19 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
 
 def _flags(cls: type, argv: Sequence[str]) -> list[str]:
     """The arguments, with a boolean `--name` that has no value expanded to `--name=True`."""
-    switches = {f.name for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
+    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
     following = [*argv[1:], ""]
     return [
-        f"{word}=True" if word[2:].replace("-", "_") in switches and after not in ("True", "False") else word
+        f"{word}=True" if word[:2] + word[2:].replace("-", "_") in switches and after not in ("True", "False") else word
         for word, after in zip(argv, following)
     ]
 
 
-def joined(argv: Sequence[str], *options: str) -> list[str]:
-    """The arguments with `--config FILE` and the same form of other `options` joined to one word, `--config=FILE`."""
+def joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config FILE` joined to one word, `--config=FILE`."""
     words, result = iter(argv), []
     for word in words:
-        value = next(words, None) if word.removeprefix("--") in ("config", *options) and word[:2] == "--" else None
+        value = next(words, None) if word == "--config" else None
         result.append(word if value is None else f"{word}={value}")
     return result
 
@@ -122,46 +126,39 @@ def stage_arguments(argv: Sequence[str], stage: str, stages: Container[str]) -> 
     return [f"{word}:{stage}" if word.startswith("--config=") else word for word in selected]
 
 
-def _asks_help(argv: Sequence[str]) -> bool:
-    return "--help" in argv or "-h" in argv
-
-
 def _print_help(description: str | None) -> None:
     """Prints the usage and the configurations, and exits."""
     print((description or "").strip())
     print("\nusage: --config=FILE[:STAGE] [--field=value ...]; to list the fields: --config=FILE --help\n")
     for path in _configs(Path("configs")):
-        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        print(f"  --config={path}  {about.splitlines()[0] if about else ''}")
+        about = "(not valid Python)"
+        with contextlib.suppress(SyntaxError, ValueError):  # ValueError: a null byte, up to Python 3.11.
+            about = ast.get_docstring(ast.parse(path.read_bytes())) or " "
+        print(f"  --config={path}  {about.splitlines()[0]}")
     raise SystemExit(0)
 
 
 def _configs(directory: Path) -> list[Path]:
     """The Python files of a directory that define `get_config`."""
-    files = sorted(directory.glob("*.py"))
-    return [path for path in files if "def get_config(" in path.read_text(encoding="utf-8", errors="replace")]
+    return [path for path in sorted(directory.glob("*.py")) if b"def get_config(" in path.read_bytes()]
 
 
-def _config_argument(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
-    rest, spec = [], None
-    words = iter(argv)
-    for word in words:
-        if word == "--config":
-            spec = next(words, None)
-        elif word.startswith("--config="):
-            spec = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    if not spec:
+def _config_argument(argv: Sequence[str], description: str | None) -> tuple[Path, str | None, list[str]]:
+    """The file and the stage of `--config=FILE[:STAGE]`, the last one, and the other arguments."""
+    words = joined(argv)
+    specs = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    if not specs and ("--help" in argv or "-h" in argv):
+        _print_help(description)
+    if not specs or not specs[-1]:
         raise UserError("no configuration given: choose one, such as --config=configs/tiny.py")
-    name, _, stage = spec.partition(":")
+    name, _, stage = specs[-1].partition(":")
     path = Path(name)
     if not path.is_file():
         near = [str(file) for file in _configs(path.parent)]
         guess = difflib.get_close_matches(str(path), near, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"{path.parent}/ contains {', '.join(near) or 'none'}"
         raise UserError(f"no configuration file {path}: {hint}")
-    return path, stage or None, rest
+    return path, stage or None, [word for word in words if not word.startswith("--config=")]
 
 
 def _import(path: Path) -> types.ModuleType:
@@ -172,17 +169,12 @@ def _import(path: Path) -> types.ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
     except ImportError as error:
         raise UserError(f"{path} cannot be imported: {first_line(error)}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config(stage)")
     return module
-
-
-def _read_dial(default: Any, argv: list[str]) -> tuple[Any, list[str]]:
-    """The dial with its overrides applied, and the remaining arguments."""
-    return (default, argv) if _asks_help(argv) else parse_known(type(default), argv, default=default)
 
 
 def _dial_flags(dial: Any) -> dict[str, Any]:
@@ -194,21 +186,13 @@ def _dial_flags(dial: Any) -> dict[str, Any]:
     return values
 
 
-def _names(cls: type, default: Any) -> list[str]:
-    """The dotted names of every field."""
-    return [field.name for field in dataclasses.fields(cls)] if default is None else list(flags(default))
-
-
 def _mistake(report: str, names: list[str]) -> str:
     """Extracts one sentence from tyro's framed report."""
     # If standard output is not UTF-8, the frame consists of lines of hyphens only.
     lines = [re.sub(r"[│╭╮╰╯─]+|^\s*-{3,}\s*$", " ", line).strip() for line in report.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(line for line in lines if line))
-    text = re.sub(
-        r"^(Parsing error|Unrecognized options|Required options|Value error|Missing argument|Invalid choice)\s*",
-        "",
-        text,
-    )
+    titles = "Parsing error|Unrecognized options|Required options|Value error|Missing argument|Invalid choice"
+    text = re.sub(rf"^({titles})\s*", "", text)
     text = re.sub(r"\s*For full helptext.*$", "", text).strip()
     unknown = re.search(r"^Unrecognized (?:options|arguments): (\S+?),?(?:\s|$)", text)
     if unknown and unknown.group(1).startswith("--"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxchat.errors import UserError
 from jaxchat.serialization import json_line
+from jaxchat.signals import Interrupted
 
 
 def log(text: str) -> None:
@@ -17,7 +18,10 @@ def log(text: str) -> None:
 
 
 def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
-    """Runs a launcher and prints its result as JSON; exits with 2 on a `UserError` or full disk, 130 on Ctrl-C."""
+    """Runs a launcher and prints its result as JSON.
+
+    Exits with 2 on a `UserError` or full disk, with 75 if a signal stopped a run that can be resumed, 130 on Ctrl-C.
+    """
     for stream in (sys.stdin, sys.stdout):  # Invalid input or an unprintable character must not stop the program.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -37,6 +41,9 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         what = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
         print(f"error: {what} ({error.strerror}): free some space and start again", file=sys.stderr)
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
+        raise SystemExit(75) from None  # As processes.EXIT_RESTART.
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,7 +1,7 @@
 """The modes of launch.chat: answers to a prompt, beam search, an explanation, a score, or a conversation."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ from jaxchat.loading import load_engine
 from jaxchat.tokenizer import chat as conversation
 
 
-def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
-    """Runs launch.chat; returns the result for the last line of output, None after a conversation read from `lines`."""
+def run(options: Any) -> dict[str, object] | None:
+    """Runs launch.chat; returns the result for the last line of output, None after a conversation read from stdin."""
     sampling, tools = _sampling(options), named_tools(options.tools)
     _check(options)
     directory, _ = checkpoint.locate(options.checkpoint)
@@ -41,7 +41,7 @@ def run(options: Any, lines: Iterator[str]) -> dict[str, object] | None:
     if options.score is not None:
         return _score(engine, options.score)
     if options.prompt is None:
-        _talk(engine, sampling, chats, tools, lines)
+        _talk(engine, sampling, chats, tools)
         return None
     prompt = _prompt(engine, options.prompt, chats)
     if options.beams:
@@ -134,8 +134,9 @@ def _score(engine: Engine, text: str) -> dict[str, object]:
     return {"tokens": len(scored), "loss": round(loss, 6), "logprob": round(-loss * len(scored), 6)}
 
 
-def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool], lines: Iterator[str]) -> None:
-    """Holds a conversation, or continues texts, one per line, until an empty line."""
+def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool]) -> None:
+    """Holds a conversation, or continues texts, one per line of stdin, until an empty line."""
+    lines = (line.rstrip("\n") for line in sys.stdin)
     if chats:
         print(HELP, file=sys.stderr)
         talk(Dialogue(engine, sampling, tools), lines, sys.stdout, sys.stderr)

@@ -5,7 +5,6 @@ Trains every variant with every seed, on the same rows, for as many tokens as th
 options are those of launch.train and apply to every variant. Run the same command again to resume.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,43 +19,29 @@ class Compare:
 
     variants: tuple[str, ...] = ()
     """Each is "NAME: --field=value ...", flags may be empty; the first is the baseline for the others."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each variant is trained once with each seed; differences are paired by seed."""
+    seeds: tuple[int, ...] = (0, 1, 2)  # Each variant is trained once with each seed; differences are paired by seed.
     equal: Literal["tokens", "time"] = "tokens"
     """Give each variant as many tokens, or as much time, as the first; not to one with its own --steps."""
-    measure: str = "val_bpb"
-    """Name of the number to compare, from the last line of launch.train."""
+    measure: str = "val_bpb"  # Name of the number to compare, from the last line of launch.train.
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
-    try:
-        with signals.raised() as stopped:
-            options, rest = command_line.parse_known(Compare, argv, description=__doc__)
+    with signals.raised() as stopped:
+        options, rest = command_line.parse_known(Compare, argv, description=__doc__)
+        if any(word.partition("=")[0] == "--seed" for word in rest):
+            raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
 
-            if any(word.partition("=")[0] == "--seed" for word in rest):
-                raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
+        def load(flags: Sequence[str]) -> Experiment:
+            return command_line.load(["--name=compare", *rest, *flags])
 
-            def load(flags: Sequence[str]) -> Experiment:
-                return command_line.load(["--name=compare", *rest, *flags])
+        from jaxchat import comparison, compilation, processes
 
-            from jaxchat import comparison, compilation, processes
-
-            variants = comparison.read_variants(options.variants, load)
-            with processes.joined():
-                compilation.prepare_backend(load([]))
-                result = comparison.run(
-                    variants,
-                    load,
-                    seeds=options.seeds,
-                    equal=options.equal,
-                    measure=options.measure,
-                    stopped=stopped,
-                    log=launcher.log,
-                )
-                return processes.from_first(result)
-    except signals.Interrupted as stop:
-        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
-        raise SystemExit(75) from None
+        variants = comparison.read_variants(options.variants, load)
+        with processes.joined():
+            compilation.prepare_backend(load([]))
+            how = {"seeds": options.seeds, "equal": options.equal, "measure": options.measure}
+            result = comparison.run(variants, load, **how, stopped=stopped, log=launcher.log)
+            return processes.from_first(result)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,15 @@ class Convert:
 
     checkpoint: str
     """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300; with --from, the directory to import."""
-    out: str
-    """Directory to create; with --from, a stage such as runs/imported/pretrain."""
-    to: Literal["huggingface", "stablehlo"] | None = None
-    """Format to export to."""
-    source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None
-    """Format to import from."""
+    out: str  # Directory to create; with --from, a stage such as runs/imported/pretrain.
+    to: Literal["huggingface", "stablehlo"] | None = None  # Format to export to.
+    source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None  # Format to import from.
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights; with --to=stablehlo also of the matrix products."""
-    tokenizer: str | None = None
-    """With --from: directory of a jaxchat tokenizer, if the imported directory has none."""
-    rows: int = 0
-    """With --to=stablehlo: batch size; 0 is 1."""
-    length: int = 0
-    """With --to=stablehlo: context length; 0 is the row length of training."""
-    piece: int = 0
-    """With --to=stablehlo: tokens per prefill chunk; 0 is 128."""
+    tokenizer: str | None = None  # With --from: directory of a jaxchat tokenizer, if the imported directory has none.
+    rows: int = 0  # With --to=stablehlo: batch size; 0 is 1.
+    length: int = 0  # With --to=stablehlo: context length; 0 is the row length of training.
+    piece: int = 0  # With --to=stablehlo: tokens per prefill chunk; 0 is 128.
 
 
 def main(argv: list[str]) -> dict[str, object]:

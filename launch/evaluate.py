@@ -7,10 +7,9 @@ facts; your own FILE.py:CLASS; bits per byte of texts, bpb:FILES.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from jaxchat import command_line, errors, launcher
+from jaxchat import command_line, launcher
 from jaxchat.sharding import Mesh
 
 
@@ -18,30 +17,20 @@ from jaxchat.sharding import Mesh
 class Evaluate:
     """Options of launch.evaluate."""
 
-    checkpoint: str = ""
-    """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300."""
+    checkpoint: str = ""  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
     tasks: tuple[str, ...] = ("bpb",)
-    limit: int = 0
-    """Number of questions per task; 0 asks all."""
+    limit: int = 0  # Number of questions per task; 0 asks all.
     style: Literal["auto", "chat", "text"] = "auto"
     """Prompt in chat turns or in plain text; auto decides by the stage of the checkpoint."""
-    samples: int = 1
-    """Number of answers per problem."""
-    temperature: float = 0.0
-    """0 is greedy decoding."""
-    max_tokens: int = 512
-    """Length limit of an answer."""
+    samples: int = 1  # Number of answers per problem.
+    temperature: float = 0.0  # 0 is greedy decoding.
+    max_tokens: int = 512  # Length limit of an answer.
     seed: int = 0
-    mode: Literal["nanochat", "dclm"] = "nanochat"
-    """Prompt format of the CORE tasks."""
-    slots: int = 64
-    """Number of answers decoded at the same time."""
-    mesh: Mesh = Mesh()
-    """Device mesh; all devices by default."""
-    out: str = ""
-    """Directory for results and records; by default eval/ in the checkpoint's directory."""
-    compare: tuple[str, ...] = ()
-    """Instead of an evaluation: compare two directories of results, question by question."""
+    mode: Literal["nanochat", "dclm"] = "nanochat"  # Prompt format of the CORE tasks.
+    slots: int = 64  # Number of answers decoded at the same time.
+    mesh: Mesh = Mesh()  # Device mesh; all devices by default.
+    out: str = ""  # Directory for results and records; by default eval/ in the checkpoint's directory.
+    compare: tuple[str, ...] = ()  # Instead of an evaluation: compare two directories of results, question by question.
     sandbox_check: str = ""
     """Instead of an evaluation: report how HumanEval programs are sandboxed on this machine, and judge the reference
     solutions in this directory."""
@@ -49,26 +38,9 @@ class Evaluate:
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
     options = command_line.parse(Evaluate, argv, description=__doc__)
-    if options.compare:
-        from jaxchat.evaluation.compare import compare
-
-        if len(options.compare) != 2:
-            raise errors.UserError("--compare needs two directories of results, such as runs/NAME/sft/eval/500-...")
-        return compare(Path(options.compare[0]), Path(options.compare[1]))
-    if options.sandbox_check:
-        from jaxchat.tasks.humaneval import check_sandbox
-
-        return check_sandbox(options.sandbox_check)
-    if not options.checkpoint:
-        raise errors.UserError("give a checkpoint, such as --checkpoint=runs/tiny/pretrain")
-    for name, least in (("limit", 0), ("max_tokens", 1), ("samples", 1), ("slots", 1)):
-        if getattr(options, name) < least:
-            raise errors.UserError(f"--{name}={getattr(options, name)} must be at least {least}")
-    from jaxchat import processes
     from jaxchat.evaluation import asking
 
-    with processes.joined():
-        return processes.from_first(asking.run(options))
+    return asking.run(options)
 
 
 if __name__ == "__main__":

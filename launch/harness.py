@@ -14,25 +14,16 @@ from jaxchat import command_line, launcher
 class Harness:
     """Options of launch.harness."""
 
-    checkpoint: str
-    """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300."""
+    checkpoint: str  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
     tasks: tuple[str, ...]
-    include_path: str | None = None
-    """Directory of additional task files (YAML)."""
-    limit: int | None = None
-    """Number of examples per task; None takes all."""
-    num_fewshot: int | None = None
-    """Number of few-shot examples in each prompt; None takes the task's own."""
-    chat: bool = False
-    """Apply the chat template, for fine-tuned models."""
-    max_tokens: int = 0
-    """Length limit of generated answers; 0 takes the task's own."""
-    length: int = 0
-    """Context length; 0 is the row length of training."""
-    bootstrap: int = 1000
-    """Number of bootstrap resamples for standard errors without a formula."""
-    out: str | None = None
-    """Directory for results.json and a record of every example."""
+    include_path: str | None = None  # Directory of additional task files (YAML).
+    limit: int | None = None  # Number of examples per task; None takes all.
+    num_fewshot: int | None = None  # Number of few-shot examples in each prompt; None takes the task's own.
+    chat: bool = False  # Apply the chat template, for fine-tuned models.
+    max_tokens: int = 0  # Length limit of generated answers; 0 takes the task's own.
+    length: int = 0  # Context length; 0 is the row length of training.
+    bootstrap: int = 1000  # Number of bootstrap resamples for standard errors without a formula.
+    out: str | None = None  # Directory for results.json and a record of every example.
 
 
 def main(argv: list[str]) -> dict[str, object]:

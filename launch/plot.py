@@ -10,10 +10,8 @@ from jaxchat import command_line, launcher
 class Plot:
     """Options of launch.plot."""
 
-    runs: tuple[str, ...]
-    """Stage directories."""
-    out: str = "curves.png"
-    """Picture to write; the extension sets the format (.png, .svg, .pdf)."""
+    runs: tuple[str, ...]  # Stage directories.
+    out: str = "curves.png"  # Picture to write; the extension sets the format (.png, .svg, .pdf).
 
 
 def main(argv: list[str]) -> dict[str, object]:

@@ -1,41 +1,39 @@
 """Runs every stage: python -m launch.speedrun --config=configs/tiny.py [--field=value ...] [--sft:field=value ...]
 
 Runs pretraining, SFT and RL, and writes runs/NAME/report.md. --field=value applies to every stage, --sft:field=value to
-one. Run the same command again to resume; finished stages are skipped.
+one; --dollars_per_hour=3 adds the cost to the report. Run it again to resume; finished stages are skipped.
 """
 
-import sys
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from jaxchat import command_line, launcher, signals
-from jaxchat.command_line import joined, stage_arguments
-from jaxchat.errors import UserError
 from jaxchat.experiment import SPEEDRUN, STAGES
 
 
-def main(argv: list[str]) -> Mapping[str, object] | None:
-    price, rest = None, []
-    for word in joined(argv, "dollars_per_hour"):
-        if word.startswith("--dollars_per_hour="):
-            try:
-                price = float(word.partition("=")[2])
-            except ValueError:
-                raise UserError(f"{word} is not a number: give dollars, such as --dollars_per_hour=2.5") from None
-        else:
-            rest.append(word)
-    try:
-        with signals.raised() as stopped:
-            stages = [
-                command_line.load(stage_arguments(rest, stage, STAGES), description=__doc__) for stage in SPEEDRUN
-            ]
-            from jaxchat import compilation, processes, speedrun
+@dataclass(frozen=True)
+class Speedrun:
+    """Options of launch.speedrun."""
 
-            with processes.joined():
-                compilation.prepare_backend(stages[0])
-                return processes.from_first(speedrun.run(stages, stopped, launcher.log, dollars_per_hour=price))
-    except signals.Interrupted as stop:
-        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
-        raise SystemExit(75) from None
+    dollars_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.dollars_per_hour or 0.0) < math.inf:
+            raise ValueError(f"--dollars_per_hour={self.dollars_per_hour} must be finite and not negative")
+
+
+def main(argv: list[str]) -> Mapping[str, object] | None:
+    price, rest = command_line.parse_known(Speedrun, argv)
+    with signals.raised() as stopped:
+        arguments = [command_line.stage_arguments(rest, stage, STAGES) for stage in SPEEDRUN]
+        stages = [command_line.load(words, description=__doc__) for words in arguments]
+        from jaxchat import compilation, processes, speedrun
+
+        with processes.joined():
+            compilation.prepare_backend(stages[0])
+            result = speedrun.run(stages, stopped, launcher.log, dollars_per_hour=price.dollars_per_hour)
+            return processes.from_first(result)
 
 
 if __name__ == "__main__":

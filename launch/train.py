@@ -4,24 +4,19 @@ Makes the tokenizer and the rows if they are missing, and resumes from the lates
 it saves a checkpoint and exits with status 75, so that a scheduler can restart it.
 """
 
-import sys
 from collections.abc import Mapping
 
 from jaxchat import command_line, launcher, signals
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
-    try:
-        with signals.raised() as stopped:
-            experiment = command_line.load(argv, description=__doc__)
-            from jaxchat import compilation, processes, stages
+    with signals.raised() as stopped:
+        experiment = command_line.load(argv, description=__doc__)
+        from jaxchat import compilation, processes, stages
 
-            with processes.joined():
-                compilation.prepare_backend(experiment)
-                return processes.from_first(stages.run(experiment, stopped))
-    except signals.Interrupted as stop:
-        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
-        raise SystemExit(75) from None
+        with processes.joined():
+            compilation.prepare_backend(experiment)
+            return processes.from_first(stages.run(experiment, stopped))
 
 
 if __name__ == "__main__":

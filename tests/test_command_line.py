@@ -18,7 +18,7 @@ import launch.chat
 import launch.prepare
 import launch.tokenizer
 import launch.train
-from jaxchat import checkpoint
+from jaxchat import checkpoint, launcher
 from jaxchat.data import cache, prepare
 from jaxchat.errors import UserError
 from jaxchat.stages import running
@@ -252,7 +252,7 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
 
     monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(SystemExit) as stop:
-        launch.train.main(flags(place, steps=4))
+        launcher.run(lambda _: launch.train.main(flags(place, steps=4)))
     assert stop.value.code == 75 and contents(place / "runs") == before
     said = "stopped by a signal; prepared data is kept: start again to continue"
     out, err = capsys.readouterr()
@@ -273,7 +273,7 @@ def test_a_signal_that_a_library_swallows_exits_with_75_all_the_same(place, trai
     real, before = getattr(module, name), contents(place / "runs")
     monkeypatch.setattr(module, name, swallowing)
     with pytest.raises(SystemExit) as stop:
-        launch.train.main(flags(place, steps=4))
+        launcher.run(lambda _: launch.train.main(flags(place, steps=4)))
     assert stop.value.code == 75 and contents(place / "runs") == before
     assert capsys.readouterr().err.splitlines()[-1].endswith("start again to continue")
 

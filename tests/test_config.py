@@ -218,6 +218,11 @@ def test_a_choice_that_does_not_exist_lists_those_that_do():
     assert "best_fit" in mistake("--data.packing=worst") and "--data.packing" in mistake("--data.packing=worst")
 
 
+def test_a_value_that_ends_like_a_switch_is_a_value():
+    chat = command_line.parse(launch.chat.Chat, ["--prompt", "myexplain", "--explain", "--checkpoint", "a-explain"])
+    assert (chat.prompt, chat.explain, chat.checkpoint) == ("myexplain", True, "a-explain")
+
+
 def test_a_field_without_its_value_is_named():
     assert "--save_every" in mistake("--save_every") and "\n" not in mistake("--save_every")
 
@@ -242,13 +247,18 @@ def test_an_unknown_stage_lists_those_there_are():
         command_line.load(["--config=configs/tiny.py:dessert"])
 
 
-def test_a_config_file_that_is_no_configuration_says_so(tmp_path):
+def test_a_config_file_that_is_no_configuration_says_so(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("SIZE = 3\n")
     with pytest.raises(UserError, match=r"mine\.py has no function get_config"):
         command_line.load([f"--config={path}"])
     path.write_text("def get_config(:\n")
     with pytest.raises(UserError, match=r"mine\.py, line 1"):
+        command_line.load([f"--config={path}"])
+    (tmp_path / "wrong_part.py").write_text("\n1 +\n")
+    path.write_text("import wrong_part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"wrong_part\.py, line 2"):
         command_line.load([f"--config={path}"])
     for missing in ("import nowhere_at_all", "from jaxchat.model import NoSuchLayer"):
         path.write_text(missing + "\n")
@@ -337,6 +347,18 @@ def test_help_without_a_configuration_says_which_there_are(name, capsys):
         HELP[name][0].main(["--help"])
     assert stop.value.code == 0
     assert f"python -m launch.{name}" in capsys.readouterr().out
+
+
+def test_help_lists_a_configuration_that_python_cannot_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    texts = {"a": '"""Good."""\ndef get_config(): ...', "b": "def get_config(:", "c": "def get_config(): ...\0"}
+    for name, text in texts.items():
+        (tmp_path / "configs" / f"{name}.py").write_text(text)
+    with pytest.raises(SystemExit):
+        command_line.load(["--help"])
+    shown = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "--config=configs" in line]
+    assert shown == ["Good.", "(not valid Python)", "(not valid Python)"]
 
 
 def test_every_launcher_has_a_help_test():

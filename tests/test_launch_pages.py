@@ -67,15 +67,16 @@ def read(command):
     if name in OPTIONS:
         command_line.parse(OPTIONS[name], argv)
     elif name == "plan":
-        own, rest = launch.plan.split(argv)
+        options, rest = command_line.parse_known(launch.plan.Plan, argv)
         for words in launch.plan.stages(rest):
             command_line.load(words)
-        for named in filter(None, own.get("topology", "").split(",")):
+        for named in filter(None, options.topology.split(",")):
             topology(named)
     elif name == "compare":
         options, rest = command_line.parse_known(launch.compare.Compare, argv)
         comparison.read_variants(options.variants, lambda flags: command_line.load([*rest, *flags]))
     elif name == "speedrun":
+        _, argv = command_line.parse_known(launch.speedrun.Speedrun, argv)
         for stage in STAGES:
             command_line.load(command_line.stage_arguments(argv, stage, STAGES))
     elif name != "bench" and "--help" not in argv:

@@ -62,6 +62,13 @@ def flags(place: Path) -> list[str]:
     return [*(f"--{key}={value}" for key, value in common.items()), "--sft:data.epochs", "--prompts", "Hello!"]
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("price", ["nan", "inf", "-1", "cheap"])
+def test_a_price_that_is_none_is_refused(price):
+    with pytest.raises(UserError, match="--dollars_per_hour"):
+        launch.speedrun.main(["--config=configs/tiny.py", f"--dollars_per_hour={price}"])
+
+
 @pytest.mark.slow
 def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)

@@ -1,6 +1,7 @@
 """Implements launch.evaluate: scores a checkpoint and keeps records from which an interrupted evaluation resumes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
@@ -12,7 +13,9 @@ import jax
 
 from jaxchat import checkpoint, processes
 from jaxchat.data.cache import locked
+from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate
+from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.published import report
 from jaxchat.evaluation.table import score_table
 from jaxchat.experiment import Experiment
@@ -20,11 +23,33 @@ from jaxchat.launcher import log
 from jaxchat.loading import load_engine
 from jaxchat.serialization import to_json
 from jaxchat.sharding import decoding_mesh
+from jaxchat.tasks.humaneval import check_sandbox
 
 
-def run(options: Any) -> Mapping[str, object]:
-    """Evaluates a checkpoint with the options of launch.evaluate; writes records, results and a comparison with
-    published scores. Returns the output directory and the result of every task."""
+def run(options: Any) -> Mapping[str, object] | None:
+    """Runs launch.evaluate: evaluates a checkpoint, compares two evaluations, or checks the sandbox.
+
+    Raises:
+        UserError: an option is invalid, or what it names does not exist.
+    """
+    if options.compare:
+        if len(options.compare) != 2:
+            raise UserError("--compare needs two directories of results, such as runs/NAME/sft/eval/500-...")
+        return compare(*map(Path, options.compare))
+    if options.sandbox_check:
+        return check_sandbox(options.sandbox_check)
+    if not options.checkpoint:
+        raise UserError("give a checkpoint, such as --checkpoint=runs/tiny/pretrain")
+    for name, least in (("limit", 0), ("max_tokens", 1), ("samples", 1), ("slots", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name}={getattr(options, name)} must be at least {least}")
+    with processes.joined():
+        return processes.from_first(score(options))
+
+
+def score(options: Any) -> Mapping[str, object]:
+    """Evaluates a checkpoint; writes records, results and a comparison with published scores. Returns the output
+    directory and the result of every task."""
     directory, step = checkpoint.locate(options.checkpoint)
     runs = directory.parent.parent
     jax.config.update("jax_compilation_cache_dir", str((runs / "cache" / "xla").absolute()))
@@ -33,15 +58,8 @@ def run(options: Any) -> Mapping[str, object]:
     style = options.style if options.style != "auto" else ("chat" if chats else "text")
     if style == "chat" and not chats:
         log(f"warning: {directory} was not trained on conversations; use --style=text to prompt it as a base model")
-    settings = evaluate.Settings(
-        style=style,  # type: ignore[arg-type]
-        limit=options.limit or None,
-        samples=options.samples,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-        mode=options.mode,
-    )
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(evaluate.Settings)}
+    settings = evaluate.Settings(**given | {"style": style, "limit": options.limit or None})
     processes.check_same("the evaluation", (options, step), "start every process with the same command")
     jobs = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
     engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,22 @@ def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[
                 return tried[-1], tried
             choices = compilation.smaller_choices(choices, tried[-1].bytes, state=state, limit=limit)
     return None, tried
+
+
+def fits(
+    e: Experiment, topologies: Sequence[Topology], log: Log, *, shallower: Callable[[int], Experiment]
+) -> dict[str, dict[str, Any]]:
+    """`fit` by topology. One of several on which the experiment does not fit has the reason; a single one raises."""
+    results: dict[str, dict[str, Any]] = {}
+    for there in topologies:
+        try:
+            results[there.name] = fit(e, there, log, shallower=shallower)
+        except UserError as error:
+            if len(topologies) == 1:
+                raise
+            log(f"{there.name}: {error}")
+            results[there.name] = {"fits": False, "why": str(error)}
+    return results
 
 
 def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int], Experiment]) -> dict[str, Any]:
