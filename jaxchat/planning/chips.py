@@ -9,6 +9,11 @@ from jaxchat.devices import PEAK_FLOPS
 from jaxchat.errors import UserError, first_line
 
 GiB = 1 << 30
+SAME_ON_ALL = (  # Fields of every GPU's description.
+    "threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152 "
+    "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 "
+    "registers_per_core_limit: 65536 registers_per_block_limit: 65536"
+)
 
 
 @dataclass(frozen=True)
@@ -27,28 +32,12 @@ class Gpu:
 
     def target(self, name: str) -> str:
         """A GpuTargetConfigProto in text form."""
-        fields = {
-            "threads_per_block_limit": 1024,
-            "threads_per_warp": 32,
-            "shared_memory_per_block": 49_152,
-            "shared_memory_per_core": self.shared_per_core,
-            "threads_per_core_limit": 2048,
-            "core_count": self.cores,
-            "fpus_per_core": self.fpus,
-            "block_dim_limit_x": 2**31 - 1,
-            "block_dim_limit_y": 65_535,
-            "block_dim_limit_z": 65_535,
-            "memory_bandwidth": int(self.bandwidth),
-            "l2_cache_size": self.l2,
-            "clock_rate_ghz": self.clock_ghz,
-            "device_memory_size": self.memory,
-            "shared_memory_per_block_optin": self.shared_per_block,
-            "registers_per_core_limit": 65_536,
-            "registers_per_block_limit": 65_536,
-        }
-        settings = " ".join(f"{key}: {value}" for key, value in fields.items())
         return (
-            f"gpu_device_info {{ {settings} cuda_compute_capability {{ major: {self.capability} }} }} "
+            f"gpu_device_info {{ {SAME_ON_ALL} shared_memory_per_core: {self.shared_per_core} "
+            f"shared_memory_per_block_optin: {self.shared_per_block} core_count: {self.cores} "
+            f"fpus_per_core: {self.fpus} memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2} "
+            f"clock_rate_ghz: {self.clock_ghz} device_memory_size: {self.memory} "
+            f"cuda_compute_capability {{ major: {self.capability} }} }} "
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 } '
             f'device_description_str: "{name}"'
         )
