@@ -28,14 +28,12 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
     rows, sampling = dict[str, Any](), SamplingParams(0.0, max_tokens=bench.max_tokens)
 
     def answers(job: Solving, slots: int) -> Callable[[], list[str]]:
-        shape, problems = (
-            EngineConfig(length, slots=slots, prefill_batch=min(8, slots)),
-            problems_of(job.task, "test")[: bench.limit],
-        )
+        shape = EngineConfig(length, slots=slots, prefill_batch=min(8, slots))
+        problems = problems_of(job.task, "test")[: bench.limit]
         engine = Engine(transformer, params, loaded.tokenizer, shape)
         solved = lambda part: solve(engine, job.task, part, sampling=sampling, style=style, log=launcher.log)  # noqa: E731
         parts = [problems] if slots > 1 else [[problem] for problem in problems]
-        return lambda: [record.text for part in parts for record in solved(part).records]
+        return lambda: [record.text for part in parts for own in solved(part).records for record in own]
 
     if questions:
         many, one = (Scorer(transformer, params, length=length, batch_tokens=size) for size in (None, 1))

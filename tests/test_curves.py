@@ -48,5 +48,9 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a record"):
         read_metrics(tmp_path)
+    for line in ("5", "[]", "null", '{"loss":1}', "\xff"):
+        (tmp_path / "metrics.jsonl").write_text(line, encoding="latin-1")
+        with pytest.raises(UserError, match="line 1 is not a record"):
+            read_metrics(tmp_path)

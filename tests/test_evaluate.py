@@ -18,8 +18,8 @@ from test_core import bundle
 from jaxchat.data import tinyworld
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
+from jaxchat.evaluation import choice
 from jaxchat.evaluation import evaluate as evaluation
-from jaxchat.evaluation.choice import mmlu
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
@@ -92,7 +92,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     def stop(self: Records, index: int, record: Any) -> None:
         if len(asked) == 25:
             raise KeyboardInterrupt
-        asked.append((self.path.name, index))
+        asked.append((self.about["task"], index))
         add(self, index, record)
 
     monkeypatch.setattr(Records, "add", stop)
@@ -102,7 +102,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
         file.write('{"index": 3, "ri')  # as a kill leaves it
 
     def count(self: Records, index: int, record: Any) -> None:
-        asked.append((self.path.name, index))
+        asked.append((self.about["task"], index))
         add(self, index, record)
 
     monkeypatch.setattr(Records, "add", count)
@@ -179,6 +179,7 @@ BAD_ROWS = {
     '{"query": 5, "choices": ["a", "b"], "gold": 0}': "line 1: not a question with text choices",
     '{"question": "q", "choices": "abcd", "answer": 1}': "line 1: not a question with text choices",
     '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}': "line 1: not a question",
+    '{"question": "q", "choices": ["a", "b"], "answer": true}': "line 1: not a question with text choices",
     '{"question": "q", "choices": ["a", "b"], "answer": 2}': "index 2 of 2 choices",
     "": "has no rows",
 }
@@ -189,7 +190,7 @@ BAD_ROWS = {
 def test_a_row_that_is_no_question_is_named(row: str, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(row + "\n")
     with pytest.raises(UserError, match=BAD_ROWS[row]):
-        mmlu(str(tmp_path), "test", tmp_path)
+        choice.read("test", str(tmp_path), tmp_path)
 
 
 @pytest.mark.quick
@@ -201,10 +202,13 @@ def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) ->
     path.write_text(f'{{"task":"a"}}\n{line}\n')
     with pytest.raises(UserError, match=r"a\.jsonl line 2 is not a record"):
         Records(path, {"task": "a"})
-    with pytest.raises(UserError, match="damaged or incomplete"):
+    with pytest.raises(UserError, match="line 2 is not a record"):
         compare(tmp_path, tmp_path)
     path.write_text("5\n")
-    with pytest.raises(UserError, match="damaged or incomplete"):
+    with pytest.raises(UserError, match="line 1 is not a record"):
+        compare(tmp_path, tmp_path)
+    path.write_text('{"task":')
+    with pytest.raises(UserError, match="has no records"):
         compare(tmp_path, tmp_path)
     with pytest.raises(UserError, match="choose another with --out"):
         Records(path / "b.jsonl", {})

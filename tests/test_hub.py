@@ -284,16 +284,16 @@ def test_questions_with_choices_come_from_the_hub(monkeypatch, tmp_path):
             patch.setattr(hub, "download", functools.partial(hub.download, endpoint=server.endpoint))
             try:
                 if files is arc:
-                    found = choice.arc("", "arc_easy", tmp_path)
+                    found = choice.read("arc_easy", "", tmp_path)
                     assert [(one.question, one.choices, one.gold) for one in found] == [
                         ("Which is hot?", ("ice", "fire"), 1),
                         ("Which is wet?", ("sea", "sand"), 0),
                     ]
                 else:
-                    assert choice.mmlu("", "test", tmp_path) == [
+                    assert choice.read("test", "", tmp_path) == [
                         choice.Choice("Which?", tuple("abcd"), 2, "small_things")
                     ]
-                    assert len(choice.mmlu("", "dev", tmp_path)) == 2
+                    assert len(choice.read("dev", "", tmp_path)) == 2
             finally:
                 server.close()
 

@@ -16,11 +16,16 @@ from jaxchat.data.tinyworld.problems import Step
 from jaxchat.errors import UserError
 from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
-from jaxchat.tasks.gsm8k import GSM8K, judge
+from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.numbers import last_number, read_number
 from jaxchat.tasks.rewards import REWARDS
 
 SHARED = Path(os.environ.get("JAXCHAT_DATA", Path(__file__).parents[2] / "shared/data")) / "gsm8k"
+
+
+def judge(answer, text):
+    """GSM8K's strict and lenient verdict."""
+    return GSM8K().score(Problem.ask("", answer), text)
 
 
 @pytest.mark.quick

@@ -5,7 +5,8 @@ A base model gets lm-evaluation-harness's prompt; its answer is the choice with 
 text of the choice, in MMLU its letter, after five examples of the same subject.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
 from jaxchat.launcher import log
+from jaxchat.tasks.files import read_rows
 from jaxchat.tokenizer import Tokenizer, chat
 
-HUB: Mapping[str, tuple[str, sources.Split]] = {
-    "arc_easy": ("hub:arc-easy", "val"),
-    "arc_challenge": ("hub:arc-challenge", "val"),
-    "test": ("hub:mmlu-test", "val"),
-    "dev": ("hub:mmlu-test", "train"),
+HUB: Mapping[str, tuple[str, str, sources.Split]] = {  # The task of a file, and its data set and split on the hub.
+    "arc_easy": ("arc_easy", "arc-easy", "val"),
+    "arc_challenge": ("arc_challenge", "arc-challenge", "val"),
+    "test": ("mmlu", "mmlu-test", "val"),
+    "dev": ("mmlu", "mmlu-test", "train"),
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOTS = 5
@@ -34,24 +36,6 @@ class Choice(NamedTuple):
     choices: tuple[str, ...]
     gold: int
     subject: str = ""
-
-
-def arc(place: str, name: str, downloads: Path) -> list[Choice]:
-    """Reads arc_easy or arc_challenge from `name`.jsonl[.gz] in `place`, a directory or CORE bundle, or from the hub.
-
-    Raises:
-        UserError: the file is missing, or a row is malformed.
-    """
-    return list(_read(name, (place, f"{place}/eval_data/world_knowledge") if place else (), downloads))
-
-
-def mmlu(place: str, split: str, downloads: Path) -> list[Choice]:
-    """Reads MMLU's test or dev questions from `split`.jsonl[.gz] in a directory; from the hub if `place` is empty.
-
-    Raises:
-        UserError: the file is missing, or a row is malformed.
-    """
-    return list(_read(split, (place,) if place else (), downloads))
 
 
 def in_turns(choice: Choice, tokenizer: Tokenizer) -> Question:
@@ -89,11 +73,11 @@ def mmlu_questions(
     place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
 ) -> list[Question]:
     """Builds MMLU's test questions, at most `limit`; base models get `SHOTS` dev examples of the same subject."""
-    tests = mmlu(place, "test", downloads)[:limit]
+    tests = read("test", place, downloads)[:limit]
     if style == "chat":
         return [in_turns(choice, tokenizer) for choice in tests]
     examples: dict[str, list[Choice]] = {}
-    for one in mmlu(place, "dev", downloads):
+    for one in read("dev", place, downloads):
         examples.setdefault(one.subject, []).append(one)
     if zero_shot := [choice for choice in tests if choice.subject not in examples]:
         log(
@@ -108,7 +92,15 @@ def arc_questions(
 ) -> list[Question]:
     """Builds the questions of arc_easy or arc_challenge, at most `limit`."""
     make: Callable[[Choice, Tokenizer], Question] = in_turns if style == "chat" else arc_in_text
-    return [make(choice, tokenizer) for choice in arc(place, name, downloads)[:limit]]
+    return [make(choice, tokenizer) for choice in read(name, place, downloads)[:limit]]
+
+
+# Tasks by name; their arguments are the place of their files, downloads, style, tokenizer and limit.
+QUESTIONS: Mapping[str, Callable[..., list[Question]]] = {
+    "arc_easy": partial(arc_questions, "arc_easy"),
+    "arc_challenge": partial(arc_questions, "arc_challenge"),
+    "mmlu": mmlu_questions,
+}
 
 
 def _with_letters(choice: Choice) -> str:
@@ -127,13 +119,18 @@ def _in_text(prompt: str, answers: Sequence[str], gold: int, tokenizer: Tokenize
     return Question(tuple(items), gold, "sum")
 
 
-def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]:
-    """Reads `name`.jsonl[.gz] from the first of `places` that has it, or from the hub if there are no places."""
-    paths = [path for place in places if (path := sources.plain_or_gzipped(Path(place, f"{name}.jsonl")))]
-    if places and not paths:
-        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {places[0]}: name the directory that contains it")
-    data_set, split = HUB[name]
-    for where, row in sources.rows(str(paths[0]) if places else data_set, split, downloads=downloads):
+def read(name: str, place: str, downloads: Path) -> list[Choice]:
+    """Reads `name`.jsonl[.gz] in the directory or CORE bundle `place`, or from the hub if that is empty. `name` is
+    arc_easy, arc_challenge, or test or dev of MMLU.
+
+    Raises:
+        UserError: the file is missing or empty, or a row is malformed.
+    """
+    task, data_set, split = HUB[name]
+    in_bundle = Path(place, "eval_data", "world_knowledge")
+    directory = str(in_bundle) if place and task != "mmlu" and in_bundle.is_dir() else place
+    choices = []
+    for where, row in read_rows(task, f"{name}.jsonl", directory, downloads, split, hub=data_set):
         try:
             choice = _choice(row)
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -143,7 +140,8 @@ def _read(name: str, places: Sequence[str], downloads: Path) -> Iterator[Choice]
                 f"{where}: the answer has index {choice.gold} of {len(choice.choices)} choices; "
                 f"expected an index from 0 and at most {len(LETTERS)} choices"
             )
-        yield choice
+        choices.append(choice)
+    return choices
 
 
 def _choice(row: Any) -> Choice:

@@ -173,49 +173,39 @@ def examples(mode: Mode, rows: int, shots: int) -> list[list[int]]:
 
 def question(mode: Mode, task: CoreTask, row: Row, shown: Sequence[Row], tokenizer: Tokenizer) -> Question:
     """Builds the question of a row with few-shot examples `shown`; raises ValueError if its choices share no tokens."""
-    gold = int(row.get("gold", 0))
-    if mode == "dclm":
-        return _tokenized_separately(task, row, shown, gold, tokenizer)
-    before = "".join(f"{_before_answer(task, one)}{task.delimiter}{_answer(task, one)}\n\n" for one in shown)
+    pairs, gold = _pairs(task.kind, row)
+    solved = [task.delimiter.join(options[right]) for options, right in (_pairs(task.kind, one) for one in shown)]
     encode = lambda text: [tokenizer.bos, *tokenizer.encode(text)]  # noqa: E731
+    if mode == "dclm":  # The answer begins with a space and is tokenized separately.
+        start, gap = encode("\n\n".join(solved)), "\n\n" if shown else ""
+        items = tuple(
+            Item(
+                [*start, *tokenizer.encode((gap + left + task.delimiter).rstrip())],
+                tokenizer.encode(right if right.startswith(" ") else f" {right}"),
+            )
+            for left, right in pairs
+        )
+        return Question(items, gold, "greedy" if task.kind == "language_modeling" else "mean")
+    before = "".join(f"{one}\n\n" for one in solved)
+    texts = [encode(before + task.delimiter.join(pair)) for pair in pairs]
     if task.kind == "multiple_choice":
-        return choices([encode(f"{before}{row['query']}{task.delimiter}{c}") for c in row["choices"]], gold)
+        return choices(texts, gold)
     if task.kind == "schema":
-        end = task.delimiter + row["continuation"]
-        return schema([encode(f"{before}{context}{end}") for context in row["context_options"]], gold)
-    text = before + row["context"].strip() + task.delimiter
+        return schema(texts, gold)
     # A space at the end of the prompt belongs to the answer's first token.
-    prompt, whole = encode(text.strip()), encode(text + row["continuation"])
+    prompt, (whole,) = encode(f"{before}{pairs[0][0]}{task.delimiter}".strip()), texts
     if whole[: len(prompt)] != prompt:  # nanochat raises an error here; we use the shared tokens as the context.
         prompt = whole[: min(common(prompt, whole), len(whole) - 1)]
     return Question((Item(prompt, whole[len(prompt) :]),), 0, "greedy")
 
 
-def _tokenized_separately(task: CoreTask, row: Row, shown: Sequence[Row], gold: int, tokenizer: Tokenizer) -> Question:
-    """Builds the question in mode "dclm": the answer begins with a space and is tokenized separately."""
-    before = "\n\n".join(f"{_before_answer(task, one)}{task.delimiter}{_answer(task, one)}" for one in shown)
-    gap = "\n\n" if shown else ""
-
-    def item(left: str, right: str) -> Item:
-        context = [tokenizer.bos, *tokenizer.encode(before), *tokenizer.encode((gap + left + task.delimiter).rstrip())]
-        return Item(context, tokenizer.encode(right if right.startswith(" ") else f" {right}"))
-
-    if task.kind == "multiple_choice":
-        return Question(tuple(item(row["query"], c) for c in row["choices"]), gold, "mean")
-    if task.kind == "schema":
-        return Question(tuple(item(c, row["continuation"]) for c in row["context_options"]), gold, "mean")
-    return Question((item(row["context"], row["continuation"]),), 0, "greedy")
-
-
-def _before_answer(task: CoreTask, row: Row) -> str:
-    """Text of a few-shot example before its answer."""
-    if task.kind == "multiple_choice":
-        return str(row["query"])
-    return str(row["context_options"][row["gold"]]) if task.kind == "schema" else str(row["context"]).strip()
-
-
-def _answer(task: CoreTask, row: Row) -> str:
-    return str(row["choices"][row["gold"]] if task.kind == "multiple_choice" else row["continuation"])
+def _pairs(kind: Kind, row: Row) -> tuple[list[tuple[str, str]], int]:
+    """The texts before and after the delimiter for each choice of a row, and the index of the right choice."""
+    if kind == "multiple_choice":
+        return [(row["query"], choice) for choice in row["choices"]], row["gold"]
+    if kind == "schema":
+        return [(context, row["continuation"]) for context in row["context_options"]], row["gold"]
+    return [(row["context"].strip(), row["continuation"])], 0
 
 
 def _invalid(kind: Kind, row: Any) -> str:

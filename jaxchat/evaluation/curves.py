@@ -9,16 +9,20 @@ from jaxchat.errors import UserError
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl of a stage directory. Raises `UserError` if it is missing or a line is not JSON."""
+    """Reads metrics.jsonl of a stage directory. Raises `UserError` if it is missing or a line is not a record."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"no metrics.jsonl in {directory}: name a stage directory such as runs/tiny/pretrain")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            records.append(json.loads(line))
+            match json.loads(line):
+                case {"step": int()} as record:
+                    records.append(record)
+                case _:
+                    raise ValueError
         except ValueError:
-            raise UserError(f"{path} line {number} is not JSON: restart the run once to repair the file") from None
+            raise UserError(f"{path} line {number} is not a record: restart the run once to repair the file") from None
     return records
 
 

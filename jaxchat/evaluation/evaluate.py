@@ -1,10 +1,11 @@
 """Evaluates a checkpoint on tasks: questions by likelihood, problems by generation, texts by bits per byte."""
 
+import contextlib
 import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from jaxchat.data.source import Reading
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.choice import arc_questions, mmlu_questions
+from jaxchat.evaluation.choice import QUESTIONS
 from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
-from jaxchat.evaluation.questions import Answer, Question, ask_together
+from jaxchat.evaluation.questions import Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.evaluation.statistics import wilson
@@ -34,7 +35,7 @@ from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
 TOGETHER = 256  # Number of problems solved before their records are written.
-OWN = ("core", "arc_easy", "arc_challenge", "mmlu", "bpb")  # Tasks that jobs() knows in addition to load_task's.
+OWN = ("core", "bpb", *QUESTIONS)  # Tasks that jobs() knows in addition to load_task's.
 CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
 
@@ -85,6 +86,8 @@ class Texts:
 
 
 Job = Asked | Solving | Texts
+Log = Callable[[str], None]
+Opened = Callable[[str, Iterable[Any]], contextlib.AbstractContextManager[Records]]
 
 
 def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]:
@@ -99,9 +102,8 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
         name, _, place = spec.partition(":")
         if name == "core" or name.startswith("core/"):
             parsed += _core_jobs(name, place, settings.mode, downloads)
-        elif name in ("arc_easy", "arc_challenge", "mmlu"):
-            make = mmlu_questions if name == "mmlu" else partial(arc_questions, name)
-            parsed.append(Asked(name, partial(make, place, downloads, settings.style), {"chance": 0.25}))
+        elif name in QUESTIONS:
+            parsed.append(Asked(name, partial(QUESTIONS[name], place, downloads, settings.style), {"chance": 0.25}))
         elif name == "bpb":
             texts = place or "tinyworld:val"
             try:
@@ -133,13 +135,7 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
 
 
 def evaluate(
-    engine: Engine,
-    found: Sequence[Job],
-    settings: Settings,
-    out: Path,
-    about: Mapping[str, Any],
-    *,
-    log: Callable[[str], None],
+    engine: Engine, found: Sequence[Job], settings: Settings, out: Path, about: Mapping[str, Any], *, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Runs all jobs; returns results by task name, with CORE and ChatCORE if their tasks are among the jobs.
 
@@ -151,15 +147,14 @@ def evaluate(
     for job in found:  # Errors in any task's problems are reported before the first task runs.
         if isinstance(job, Solving):
             problems_of(job.task, "test")
-    results: dict[str, dict[str, Any]] = {}
-    about = {**about, "settings": to_json(settings)}
+    records = partial(_records, out, {**about, "settings": to_json(settings)})
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
-    asked = [job for job in found if isinstance(job, Asked)]
-    if asked:
-        results |= _ask(engine, scorer, asked, settings, out, about, log)
+    results: dict[str, dict[str, Any]] = {}
+    if asked := [job for job in found if isinstance(job, Asked)]:
+        results |= _ask(scorer, engine.tokenizer, asked, settings.limit, records, log)
     for job in found:
         if isinstance(job, Solving):
-            results[job.name] = _solve(engine, job, settings, out, about, log)
+            results[job.name] = _solve(engine, job, settings, records, log)
         elif isinstance(job, Texts):
             results[job.name] = bits_per_byte(scorer, engine.tokenizer, job.spec, settings.limit)
         if not isinstance(job, Asked):
@@ -167,22 +162,30 @@ def evaluate(
     return results | summaries(results)
 
 
+@contextlib.contextmanager
+def _records(out: Path, about: Mapping[str, Any], name: str, questions: Iterable[Any]) -> Iterator[Records]:
+    """Opens the records of a task: process 0 reads and writes the file, and shares what was in it with the others.
+
+    A hash of `questions` in the first line tells whether the records belong to them.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for question in questions:
+        digest.update(repr(question).encode(errors="replace"))
+    path = out / f"{name.replace('/', '-')}.jsonl" if jax.process_index() == 0 else None
+    with contextlib.closing(Records(path, {**about, "task": name, "questions": digest.hexdigest()})) as records:
+        records.done = gather(records.done)[0]
+        yield records
+
+
 def _ask(
-    engine: Engine,
-    scorer: Scorer,
-    asked: Sequence[Asked],
-    settings: Settings,
-    out: Path,
-    about: Mapping[str, Any],
-    log: Callable[[str], None],
+    scorer: Scorer, tokenizer: Tokenizer, asked: Sequence[Asked], limit: int | None, records_of: Opened, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Answers the questions of all tasks together, so that their items share batches."""
     questions, owners, records = [], [], {}
-    try:
+    with contextlib.ExitStack() as files:
         for job in asked:
-            own = job.questions(engine.tokenizer, settings.limit)
-            header = {**about, "task": job.name, "questions": fingerprint(own)}
-            records[job.name] = kept = _records(out, job.name, header)
+            own = job.questions(tokenizer, limit)
+            records[job.name] = kept = files.enter_context(records_of(job.name, own))
             log(f"{job.name}: {len(own)} questions" + (f", {len(kept.done)} already answered" if kept.done else ""))
             for index, question in enumerate(own):
                 if index not in kept.done:
@@ -190,28 +193,13 @@ def _ask(
                     owners.append((job.name, index))
         for count, (number, answer) in enumerate(ask_together(scorer, questions), 1):
             name, index = owners[number]
-            records[name].add(index, _record(questions[number], answer))
+            records[name].add(index, {"gold": questions[number].gold, **answer._asdict()})
             if count % max(len(questions) // 20, 1) == 0:
                 log(f"{count:,} of {len(questions):,} questions")
-        results = {job.name: share(list(records[job.name].done.values()), job.baselines) for job in asked}
-    finally:
-        for kept in records.values():
-            kept.close()
+    results = {job.name: share(list(records[job.name].done.values()), job.baselines) for job in asked}
     for name, result in results.items():
         log(f"{name}: {summary(result)}")
     return results
-
-
-def _record(question: Question, answer: Answer) -> dict[str, Any]:
-    return {"gold": question.gold, **answer._asdict()}
-
-
-def fingerprint(questions: Iterable[Any]) -> str:
-    """Hash of a task's questions (16 hex digits), which tells whether records belong to the same questions."""
-    digest = hashlib.blake2b(digest_size=8)
-    for question in questions:
-        digest.update(repr(question).encode(errors="replace"))
-    return digest.hexdigest()
 
 
 def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
@@ -224,30 +212,20 @@ def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) 
     return result | {"truncated": sum(record["truncated"] > 0 for record in records)}
 
 
-def _solve(
-    engine: Engine, job: Solving, s: Settings, out: Path, about: Mapping[str, Any], log: Callable[[str], None]
-) -> dict[str, Any]:
+def _solve(engine: Engine, job: Solving, s: Settings, records_of: Opened, log: Log) -> dict[str, Any]:
     """Solves the test problems in batches of `TOGETHER` and scores the answers."""
     problems = list(problems_of(job.task, "test"))[: s.limit]
-    questions_hash = fingerprint((problem.messages, problem.answer) for problem in problems)
-    with _records(out, job.name, {**about, "task": job.name, "questions": questions_hash}) as records:
-        unsolved = [i for i in range(len(problems)) if i not in records.done]
-        for start in range(0, len(problems), TOGETHER):
-            missing = [i for i in unsolved if start <= i < start + TOGETHER]
-            if not missing:
-                continue
+    with records_of(job.name, ((problem.messages, problem.answer) for problem in problems)) as records:
+        for start in range(len(records.done), len(problems), TOGETHER):  # Records are written in order.
+            batch = problems[start : start + TOGETHER]
             # Problem i is sampled with seed + i, so a resumed evaluation gives the same answers.
-            first = min(missing)
-            sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + first)
-            batch = problems[first : start + TOGETHER]
+            sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + start)
             solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=log)
-            for i in range(first, min(start + TOGETHER, len(problems))):
-                answers = [record for record in solved.records if record.problem == i - first]
-                if i in missing:
-                    verdicts = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
-                    texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
-                    records.add(i, {"right": answers[0].strict, **verdicts, **texts})
-            log(f"{job.name}: {min(start + TOGETHER, len(problems)):,} of {len(problems):,} problems")
+            for i, answers in enumerate(solved.records, start):
+                verdicts = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
+                texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
+                records.add(i, {"right": answers[0].strict, **verdicts, **texts})
+            log(f"{job.name}: {start + len(batch):,} of {len(problems):,} problems")
         done = [records.done[i] for i in range(len(problems))]
     strict, lenient = ([answer for record in done for answer in record[how]] for how in ("strict", "lenient"))
     low, high = wilson(sum(strict), len(strict)) if s.samples == 1 else (None, None)
@@ -285,12 +263,8 @@ def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
     core = {name: result for name, result in results.items() if name.startswith("core/")}
     if len(core) > 1:
         mean = lambda key: sum(result[key] for result in core.values()) / len(core)  # noqa: E731
-        means["core"] = {
-            "core": mean("centered_v1"),
-            "core_v2": mean("centered_v2"),
-            "tasks": len(core),
-            "of": len(CORE),
-        }
+        averages = {"core": mean("centered_v1"), "core_v2": mean("centered_v2")}
+        means["core"] = averages | {"tasks": len(core), "of": len(CORE)}
     if CHATCORE.keys() <= results.keys():
         shares = [centered(results[name]["accuracy"], chance) for name, chance in CHATCORE.items()]
         means["chatcore"] = {"chatcore": sum(shares) / len(shares)}
@@ -314,10 +288,3 @@ def summary(result: Mapping[str, Any]) -> str:
     interval = "" if result["low"] is None else f" ({100 * result['low']:.2f} to {100 * result['high']:.2f})"
     cut = f", {result['truncated']} truncated" if result.get("truncated") else ""
     return f"{100 * result['accuracy']:.2f}%{interval} of {result['count']:,}{cut}"
-
-
-def _records(out: Path, name: str, about: Mapping[str, Any]) -> Records:
-    """Opens a task's records: process 0 reads and writes the file, and shares the finished records with the others."""
-    kept = Records(out / f"{name.replace('/', '-')}.jsonl" if jax.process_index() == 0 else None, about)
-    kept.done = gather(kept.done)[0]
-    return kept

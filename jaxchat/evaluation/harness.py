@@ -179,12 +179,8 @@ class Adapter:
 
     def get_model_info(self) -> dict[str, Any]:
         """Model description that lm-eval writes next to its results."""
-        loaded = self.loaded
-        return {
-            "checkpoint": f"{loaded.directory}@{loaded.step}",
-            "length": self.length,
-            "tokenizer": self.tokenizer_name,
-        }
+        checkpoint = f"{self.loaded.directory}@{self.loaded.step}"
+        return {"checkpoint": checkpoint, "length": self.length, "tokenizer": self.tokenizer_name}
 
 
 def windows(tokens: list[int], first: int, length: int) -> list[Item]:

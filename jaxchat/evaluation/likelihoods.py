@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations given their contexts, batched by length; shared contexts are computed once."""
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -118,9 +119,7 @@ class Scorer:
         over = max(len(context) + len(continuation) - self.length - 1, 0)
         if over < len(context):
             return Item(context[over:], continuation), over
-        beyond = (
-            over - len(context) + 1
-        )  # The context is cut; the first remaining token of the continuation is context.
+        beyond = over - len(context) + 1  # The first remaining token of the continuation becomes the context.
         return Item(continuation[beyond - 1 : beyond], continuation[beyond:]), over
 
     def _run(self, batches: Iterable[Iterator[Any]]) -> Iterator[tuple[list[Any], np.ndarray, np.ndarray]]:
@@ -137,7 +136,7 @@ class Scorer:
 
     def _row_batches(self, rows: list[_Row]) -> Iterator[Any]:
         shape = lambda row: (row_size(len(row.tokens), self.length), answer_size(len(row.at)))  # noqa: E731
-        for (T, N), batch in _batches(sorted(rows, key=shape, reverse=True), shape, lambda T, N: self._count(T)):
+        for (T, N), batch in _batches(rows, shape, lambda T, N: self._count(T)):
             B = self._count(T)
             tokens_BT, at_BN, targets_BN = (np.zeros((B, n), np.int32) for n in (T, N, N))
             owners = []
@@ -152,7 +151,7 @@ class Scorer:
             longest = max(len(items[i].continuation) for i in tree.items)
             return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), _power(longest, 4)
 
-        for (T, K, C), batch in _batches(sorted(trees, key=shape, reverse=True), shape, self._tree_count):
+        for (T, K, C), batch in _batches(trees, shape, self._tree_count):
             B = self._tree_count(T, K, C)
             context_BT, length_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
             read_BKC, targets_BKC = (np.zeros((B, K, C), np.int32) for _ in range(2))
@@ -251,15 +250,11 @@ def _row(item: Item, number: int) -> _Row:
 
 
 def _batches(inputs: list[Any], shape: Any, limit: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Splits sorted inputs into batches of equal shape with at most `limit(*shape)` inputs."""
-    start = 0
-    while start < len(inputs):
-        same = shape(inputs[start])
-        end = start + 1
-        while end < len(inputs) and end - start < limit(*same) and shape(inputs[end]) == same:
-            end += 1
-        yield same, inputs[start:end]
-        start = end
+    """Splits inputs, largest shape first, into batches of equal shape with at most `limit(*shape)` inputs."""
+    for same, group in itertools.groupby(sorted(inputs, key=shape, reverse=True), shape):
+        equal, count = list(group), limit(*same)
+        for start in range(0, len(equal), count):
+            yield same, equal[start : start + count]
 
 
 def _fetch(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ def ask_together(scorer: Scorer, questions: Sequence[Question]) -> Iterator[tupl
         yield from enumerate(share_out(part, lambda own: [one for _, one in sorted(ask(scorer, own))]), start)
 
 
-def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Question:
+def choices(texts: Sequence[Sequence[int]], gold: int) -> Question:
     """Builds a question from tokenized texts that share a beginning, which becomes the context.
 
     At least one token of each text is scored.
@@ -100,7 +100,7 @@ def choices(texts: Sequence[Sequence[int]], gold: int, by: By = "mean") -> Quest
     start = min(min(common(texts[0], text), len(text) - 1) for text in texts)
     if start < 1:
         raise ValueError("its choices have no text in common")
-    return Question(tuple(Item(text[:start], text[start:]) for text in texts), gold, by)
+    return Question(tuple(Item(text[:start], text[start:]) for text in texts), gold, "mean")
 
 
 def schema(texts: Sequence[Sequence[int]], gold: int) -> Question:

@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from jaxchat.data.cache import make_directory
@@ -24,16 +23,16 @@ class Records:
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self.about = json.loads(json_line(dict(about)))
-        self.done: dict[int, dict[str, Any]] = {}
-        self._file: io.BufferedRandom | io.BytesIO = io.BytesIO()
-        if path is None:
-            return
-        self.path = path
-        size = self._read() if path.exists() else 0
-        make_directory(path.parent, "--out")
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        self._file.truncate(size)
-        self._file.seek(size)
+        self.done, size = dict[int, dict[str, Any]](), 0
+        self._file: io.BufferedWriter | io.BytesIO = io.BytesIO()
+        if path is not None:
+            if path.exists():
+                known, self.done, size = _read(path)
+                if size and known != self.about:
+                    raise UserError(f"{path} belongs to another evaluation: remove it, or set another --out")
+            make_directory(path.parent, "--out")
+            self._file = open(path, "ab")  # noqa: SIM115
+            self._file.truncate(size)
         if not size:
             self._write(self.about)
 
@@ -46,51 +45,36 @@ class Records:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "Records":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
-
     def _write(self, value: Any) -> None:
         self._file.write(json_line(value).encode() + b"\n")
         self._file.flush()
-
-    def _read(self) -> int:
-        """Reads the file into `done`; returns the size of its complete lines in bytes."""
-        *lines, _ = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-                if number > 1:
-                    self.done[_index(value)] = value
-            except ValueError:
-                raise UserError(f"{self.path} line {number} is not a record: remove the file to start over") from None
-            if number == 1 and value != self.about:
-                raise UserError(f"{self.path} belongs to another evaluation: remove it, or set another --out")
-        return sum(len(line) + 1 for line in lines)
 
 
 def read_records(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Reads a records file: its first line and the records by question number.
 
     Raises:
-        UserError: the file is missing, incomplete or damaged.
+        UserError: the file is damaged or has no complete line.
     """
-    try:
-        about, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if "task" not in about:
-            raise ValueError
-        return about, {_index(record): record for record in records}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run the evaluation first") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged or incomplete: finish the evaluation first") from None
+    about, records, size = _read(path)
+    if not size:
+        raise UserError(f"{path} has no records: run the evaluation again")
+    return about, records
 
 
-def _index(record: Any) -> int:
-    """Question number of a record; raises ValueError if it is malformed."""
-    match record:
-        case {"index": int(index), "right": bool()}:
-            return index
-    raise ValueError
+def _read(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]], int]:
+    """The first line, the records by question number, and the size in bytes of the complete lines of a file."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    about, records = dict[str, Any](), dict[int, dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
+        try:
+            match json.loads(line):
+                case {"task": _} as about if number == 1:
+                    pass
+                case {"index": int(index), "right": bool()} as record if number > 1:
+                    records[index] = record
+                case _:
+                    raise ValueError
+        except ValueError:
+            raise UserError(f"{path} line {number} is not a record: remove the file to start over") from None
+    return about, records, sum(len(line) + 1 for line in lines)

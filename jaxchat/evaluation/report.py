@@ -25,16 +25,8 @@ def write(
     """Writes report.md and its plots into the run directory `place`; returns the path of the report."""
     lines = [f"# {place.name}", "", *plan(place, stages), "", "## Scores", "", *scores(stages, progress)]
     lines += ["", asked(place / stages[-1]), *published(stages, progress)]
-    lines += [
-        "",
-        *forgetting(stages, progress),
-        "",
-        *stability(stages, progress),
-        "",
-        "## Time",
-        "",
-        *times(stages, progress, dollars_per_hour),
-    ]
+    lines += ["", *forgetting(stages, progress), "", *stability(stages, progress)]
+    lines += ["", "## Time", "", *times(stages, progress, dollars_per_hour)]
     for stage in stages:
         lines += ["", f"## {stage}", ""]
         picture = place / "pictures" / f"{stage}.png"
@@ -57,11 +49,8 @@ def plan(place: Path, stages: Sequence[str]) -> list[str]:
     for stage in stages:
         e = json.loads((place / stage / "experiment.json").read_text(encoding="utf-8"))
         rl, model = e.get("rl"), e["model"]
-        step = (
-            f"{e['batch_tokens']:,} tokens"
-            if rl is None
-            else f"{rl['prompts']} prompts x {rl['samples']} answers, {rl['objective']}"
-        )
+        answers = rl and f"{rl['prompts']} prompts x {rl['samples']} answers, {rl['objective']}"
+        step = answers or f"{e['batch_tokens']:,} tokens"
         source = e["data"]["train"] if rl is None else rl["tasks"]
         about = f"depth {model['depth']}, width {model['width']}, vocabulary {model['vocab']:,}"
         lines.append(f"| {stage} | {about} | {e['steps']:,} | {step} | {', '.join(source)} |")
@@ -111,9 +100,8 @@ def forgetting(stages: Sequence[str], progress: Mapping[str, Any]) -> list[str]:
         return ["The bits per byte of the pretraining text were not measured after the last stage."]
     change = last / base - 1
     sentence = f"Bits per byte of the pretraining text went from {base:.4f} to {last:.4f} ({change:+.1%})."
-    measured = [
-        (stage, progress[stage]["result"]["val_bpb"]) for stage in stages if "val_bpb" in progress[stage]["result"]
-    ]
+    results = {stage: progress[stage]["result"] for stage in stages}
+    measured = [(stage, result["val_bpb"]) for stage, result in results.items() if "val_bpb" in result]
     lost = [
         f"{after} {worse:.4f} after {better:.4f} ({worse / better - 1:+.1%})"
         for (_, better), (after, worse) in itertools.pairwise(measured)

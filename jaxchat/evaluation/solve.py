@@ -1,10 +1,9 @@
 """Solves problems by generating all answers in one batch and scoring them with their task."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
@@ -20,38 +19,26 @@ from jaxchat.tokenizer import chat
 Style = Literal["chat", "text"]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """An answer and its scores. An answer that could not be judged has an `error` and counts as wrong."""
 
-    problem: int
-    sample: int
     text: str
     strict: bool
     lenient: bool
-    tokens: int
-    finish_reason: str
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Solved:
+class Solved(NamedTuple):
     """Results of a task.
 
     Attributes:
-        strict, lenient: shares of right answers by strict and lenient scoring.
-        pass_at: strict and lenient pass@k for k = 1, 2, 4, ... up to the number of answers per problem.
-        by_kind: strict share per kind of problem.
+        pass_at: strict and lenient pass@k for k = 1, 2, 4, ... up to the number of answers per problem; pass@1 is the
+            share of right answers.
+        records: of every problem, one record per answer.
     """
 
-    strict: float
-    lenient: float
     pass_at: Mapping[int, tuple[float, float]]
-    by_kind: Mapping[str, float]
-    mean_tokens: float
-    finish_reasons: Mapping[str, int]
-    errors: int
-    records: tuple[Record, ...]
+    records: Sequence[Sequence[Record]]
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
@@ -88,10 +75,17 @@ def solve(
     def answer(part: Sequence[tuple[int, Problem]]) -> list[list[Record]]:
         return _answer(engine, task, part, n, sampling, style)
 
-    records = [record for own in share_out(list(enumerate(problems)), answer) for record in own]
-    if failed := [record for record in records if record.error]:
-        log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
-    return _summary(problems, records, n)
+    records = share_out(list(enumerate(problems)), answer)
+    every = [record for own in records for record in own]
+    if failed := [record for record in every if record.error]:
+        log(f"warning: {len(failed)} of {len(every)} answers to {task.name} could not be judged: {failed[0].error}")
+
+    def mean(how: Callable[[Record], bool], k: int) -> float:
+        return sum(pass_at_k(n, sum(map(how, own)), k) for own in records) / max(len(records), 1)
+
+    ks = [1 << i for i in range(n.bit_length())]
+    pass_at = {k: (mean(lambda record: record.strict, k), mean(lambda record: record.lenient, k)) for k in ks}
+    return Solved(pass_at, records)
 
 
 def _answer(
@@ -122,10 +116,7 @@ def _answer(
         completions.append(answers)
     pairs = [(problem, answer) for (_, problem), own in zip(problems, completions) for answer in own]
     scores = iter(_scores(task, [(problem, answer.text) for problem, answer in pairs if answer.error is None]))
-    return [
-        [_record(task, None if answer.error else next(scores), answer, number, i) for i, answer in enumerate(own)]
-        for (number, _), own in zip(problems, completions)
-    ]
+    return [[_record(task, None if answer.error else next(scores), answer) for answer in own] for own in completions]
 
 
 def _request(
@@ -157,7 +148,7 @@ def _scores(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
     return scores
 
 
-def _record(task: Task, verdict: Any, answer: Completion, number: int, sample: int) -> Record:
+def _record(task: Task, verdict: Any, answer: Completion) -> Record:
     """Builds the record of an answer from what `_scores` returned for it; anything but a Score is an error."""
     error, score = answer.error, Score(False, False)
     if error is None:
@@ -166,28 +157,4 @@ def _record(task: Task, verdict: Any, answer: Completion, number: int, sample: i
         else:
             reason = verdict if isinstance(verdict, Exception) else f"it returned {verdict!r} instead of a Score"
             error = f"the task {task.name} failed on {answer.text[:80]!r}: {reason}"
-    return Record(number, sample, answer.text, *score, len(answer.tokens), answer.finish_reason, error)
-
-
-def _summary(problems: Sequence[Problem], records: Sequence[Record], n: int) -> Solved:
-    strict, lenient = ([0] * len(problems) for _ in range(2))
-    kinds: dict[str, list[bool]] = {}
-    for record in records:
-        strict[record.problem] += record.strict
-        lenient[record.problem] += record.lenient
-        kinds.setdefault(problems[record.problem].kind, []).append(record.strict)
-    count = max(len(problems), 1)
-    ks = [1 << i for i in range(n.bit_length()) if 1 << i <= n]
-    pass_at = {
-        k: tuple(sum(pass_at_k(n, right, k) for right in counts) / count for counts in (strict, lenient)) for k in ks
-    }
-    return Solved(
-        strict=sum(strict) / (count * n),
-        lenient=sum(lenient) / (count * n),
-        pass_at=pass_at,  # type: ignore[arg-type]
-        by_kind={kind: sum(right) / len(right) for kind, right in kinds.items()},
-        mean_tokens=sum(record.tokens for record in records) / max(len(records), 1),
-        finish_reasons=Counter(record.finish_reason for record in records),
-        errors=sum(record.error is not None for record in records),
-        records=tuple(records),
-    )
+    return Record(answer.text, *score, error)

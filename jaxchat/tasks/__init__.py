@@ -28,8 +28,8 @@ TASKS: Mapping[str, type[Any]] = {
 def load_task(spec: str, downloads: Path | None = None) -> Task:
     """Loads a task: a name in TASKS, or FILE.py:CLASS for the user's own.
 
-    gsm8k:DIRECTORY and humaneval:DIRECTORY read local files. Without a directory these tasks are downloaded from the
-    hub to `downloads`. Raises `UserError` if the task is unknown or cannot be loaded.
+    A task that reads files takes a directory and `downloads`: gsm8k:DIRECTORY reads local files, gsm8k is downloaded
+    from the hub to `downloads`. Raises `UserError` if the task is unknown or cannot be loaded.
     """
     name, _, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     if name.endswith(".py"):

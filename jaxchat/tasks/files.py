@@ -17,18 +17,24 @@ class FromFiles:
         self._directory, self._downloads = directory, downloads
 
     def _read(self, file: str, side: sources.Split) -> Iterator[tuple[str, Any]]:
-        """Yields (location, row) pairs from `file`[.gz], or from split `side` of the hub's data set.
+        return read_rows(self.name, file, self._directory, self._downloads, side)
 
-        Raises:
-            UserError: the file is missing, or there is neither a directory nor one to download to.
-        """
-        task, spec = self.name, f"hub:{self.name}"
-        if self._directory:
-            path = sources.plain_or_gzipped(Path(self._directory, file))
-            if path is None:
-                problem = f"no {file} or {file}.gz in {self._directory}"
-                raise UserError(f"{problem}: {task}:DIRECTORY must name their directory")
-            spec = str(path)
-        elif self._downloads is None:
-            raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
-        yield from sources.rows(spec, side, downloads=self._downloads)
+
+def read_rows(
+    task: str, file: str, directory: str, downloads: Path | None, side: sources.Split, *, hub: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yields (location, row) pairs from `file`[.gz] in `directory`; if that is empty, from split `side` of the hub's
+    data set `hub`, by default the one with the name of the task.
+
+    Raises:
+        UserError: the file is missing, or there is neither a directory nor one to download to.
+    """
+    spec = f"hub:{hub or task}"
+    if directory:
+        path = sources.plain_or_gzipped(Path(directory, file))
+        if path is None:
+            raise UserError(f"no {file} or {file}.gz in {directory}: {task}:DIRECTORY must name their directory")
+        spec = str(path)
+    elif downloads is None:
+        raise UserError(f"the task {task} needs files: name their directory with {task}:DIRECTORY")
+    yield from sources.rows(spec, side, downloads=downloads)

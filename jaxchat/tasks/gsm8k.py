@@ -40,31 +40,19 @@ class GSM8K(FromFiles):
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict scoring requires the answer after the last ####; lenient also accepts it as the text's last number."""
-        return Score(*judge(problem.answer, text))
-
-
-def judge(answer: str, text: str) -> tuple[bool, bool]:
-    """Strict and lenient verdict on `text`, see `GSM8K.score`."""
-    finals, value = _FINAL.findall(text), read_number(answer)
-    strict = bool(finals) and same_number(finals[-1], answer)
-    return strict, strict or (value is not None and last_number(text) == value)
-
-
-def final_answer(solution: str) -> str | None:
-    """Text after the last #### of a worked solution; None if there is no ####."""
-    finals = _FINAL.findall(solution)
-    return finals[-1].strip() if finals else None
+        finals, value = _FINAL.findall(text), read_number(problem.answer)
+        strict = bool(finals) and same_number(finals[-1], problem.answer)
+        return Score(strict, strict or (value is not None and last_number(text) == value))
 
 
 def _problem(row: Any) -> Problem:
     """Parses a row; raises ValueError if it is malformed."""
     try:
-        question, solution = row["question"], row["answer"]
-        answer = final_answer(solution)
+        question, finals = row["question"], _FINAL.findall(row["answer"])
         if not isinstance(question, str):
             raise TypeError
     except (KeyError, TypeError):
         raise ValueError("not an object with a question and an answer") from None
-    if answer is None or read_number(answer) is None:
+    if not finals or read_number(finals[-1]) is None:
         raise ValueError("no number after #### in the answer")
-    return Problem.ask(question, answer)
+    return Problem.ask(question, finals[-1].strip())

@@ -20,7 +20,7 @@ Split = Literal["train", "test"]
 
 
 class Problem(NamedTuple):
-    """Messages, the last from the user, the right answer, and an optional kind for scores by kind."""
+    """Messages, the last from the user, the right answer, and an optional kind."""
 
     messages: Sequence[Mapping[str, Any]]
     answer: str
