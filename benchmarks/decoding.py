@@ -22,9 +22,12 @@ from jaxchat.decode.speculative import Speculation
 from jaxchat.experiment import Experiment
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Transformer
+from jaxchat.tokenizer.chat_format import NANOCHAT
 
 FEW, MANY = 64, 256  # Stored prefixes.
-TOKENIZER: Any = SimpleNamespace(bos=0, end=0, decode_bytes=lambda ids: b"")  # Random ids have no text.
+TOKENIZER: Any = SimpleNamespace(
+    bos=0, end=0, chat_format=NANOCHAT, decode_bytes=lambda ids: b""
+)  # Random ids have no text.
 
 
 def random_prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
