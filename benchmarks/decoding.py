@@ -25,9 +25,8 @@ from jaxchat.model.transformer import Transformer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
 FEW, MANY = 64, 256  # Stored prefixes.
-TOKENIZER: Any = SimpleNamespace(
-    bos=0, end=0, chat_format=NANOCHAT, decode_bytes=lambda ids: b""
-)  # Random ids have no text.
+# Random ids have no text.
+TOKENIZER: Any = SimpleNamespace(bos=0, end=0, specials={}, chat_format=NANOCHAT, decode_bytes=lambda ids: b"")
 
 
 def random_prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:

@@ -109,7 +109,7 @@ BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl is empty"),
     "empty.txt": (b"", "empty.txt is empty"),
     "binary.txt": (bytes(range(256)) * 20, "binary.txt looks like a binary file"),
-    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl line 1 is not valid JSON"),
+    "binary.jsonl": (bytes(range(256)) * 20, "binary.jsonl looks like a binary file"),
     "latin.txt": ("caf\u00e9 ".encode("latin-1") * 50, "--data.encoding"),
     "cut.jsonl.gz": (gzip.compress(b'{"text":"some words"}\n' * 999)[:40], "cut.jsonl.gz is not a complete gzip file"),
     "no.jsonl.gz": (b"not gzip at all", "no.jsonl.gz is not a"),
