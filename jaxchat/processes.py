@@ -27,8 +27,7 @@ from jaxchat.errors import UserError, first_line
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 JOIN_SECONDS = 300  # A slow host may still be installing.
-HEARTBEAT_SECONDS = 2.0
-HEARTBEAT_TIMEOUT = 30.0  # Seconds without a heartbeat after which a process counts as lost.
+TIMEOUT = "JAXCHAT_HEARTBEAT_TIMEOUT"  # Seconds without a heartbeat after which a process counts as lost; default 30.
 EXIT_RESTART = 75  # EX_TEMPFAIL: a scheduler should restart the job.
 FOREVER_MS = 7 * 24 * 3600 * 1000  # Timeout of barriers; heartbeats detect a lost process earlier.
 HEARTBEAT_KEY = "jaxchat/alive"
@@ -42,13 +41,13 @@ def grouped(environment: Mapping[str, str]) -> bool:
     """Whether the environment makes this process one of several.
 
     Raises:
-        UserError: the address is set, but another of the three variables is missing, or one is invalid.
+        UserError: some of the three variables are set and others are not, or one is invalid.
     """
     present = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
-    if environment.get(ADDRESS):
-        if len(present) < 3:
-            missing = " and ".join(name for name in (COUNT, INDEX) if name not in present)
-            raise UserError(f"{ADDRESS} is set without {missing}: set all three or none")
+    if 0 < len(present) < 3:
+        missing = " and ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in present)
+        raise UserError(f"{' and '.join(present)} is set without {missing}: set all three or none")
+    if present:
         count, index = environment[COUNT], environment[INDEX]
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise UserError(f"{INDEX}={index} is invalid with {COUNT}={count}: number the processes from 0")
@@ -79,28 +78,31 @@ def tpu_hosts(environment: Mapping[str, str]) -> int:
 def joined() -> Iterator[None]:
     """Context manager that joins the group if the environment describes one. Enter it before JAX initializes.
 
-    If a process fails, the others stop and print its error. If one is lost, the others exit with status 75 within half
-    a minute; a restart of all resumes from the last checkpoint. If process 0 is lost, JAX itself ends the others, with
-    a message of its own and status 134.
+    If a process fails, the others stop and print its error. If one is lost, the others exit with status 75 after
+    JAXCHAT_HEARTBEAT_TIMEOUT seconds (default 30); a restart of all resumes from the last checkpoint. If process 0 is
+    lost, JAX itself ends the others, with a message of its own and status 134.
 
     Raises:
-        UserError: the group could not be joined.
+        UserError: the group could not be joined, or the timeout is not a number.
     """
     if not grouped(os.environ) or jax.distributed.is_initialized():
         yield
         return
-    _join(os.environ)
-    watch = _Watch()
+    timeout = os.environ.get(TIMEOUT) or "30"
+    if not (timeout.isdecimal() and int(timeout)):
+        raise UserError(f"{TIMEOUT}={timeout} is not a number of seconds")
+    _join(os.environ, int(timeout))
+    watch = _Watch(int(timeout))
     try:
         yield
         gather(None)  # No process leaves before all are done.
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         watch.leave_with(error)
     watch.end("done")
     jax.distributed.shutdown()
 
 
-def _join(environment: Mapping[str, str]) -> None:
+def _join(environment: Mapping[str, str], timeout: int) -> None:
     # jaxchat handles signals itself: a checkpoint is saved at a step on which all processes agree.
     jax.config.update("jax_enable_preemption_service", False)
     group: dict[str, Any] = {}
@@ -117,8 +119,9 @@ def _join(environment: Mapping[str, str]) -> None:
             jax.distributed.initialize(
                 **group,
                 initialization_timeout=2 * JOIN_SECONDS,
-                heartbeat_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
-                shutdown_timeout_seconds=2 * int(HEARTBEAT_TIMEOUT),
+                # JAX sends heartbeats at half of this, and so may find a process lost after half of this already.
+                heartbeat_timeout_seconds=4 * timeout,
+                shutdown_timeout_seconds=4 * timeout,
             )
         except (RuntimeError, ValueError) as error:
             failed.append(error)
@@ -130,9 +133,9 @@ def _join(environment: Mapping[str, str]) -> None:
         while thread.is_alive() and time.monotonic() - start < JOIN_SECONDS:
             thread.join(0.2)
     except KeyboardInterrupt as stop:
-        _leave(f"stopped by a signal; {stop}: start again to continue", EXIT_RESTART)
+        _exit(EXIT_RESTART, f"stopped by a signal; {stop}: start again to continue")
     if thread.is_alive():
-        _leave(f"error: the processes did not find each other in {JOIN_SECONDS} s: {remedy}", 2)
+        _exit(2, f"error: the processes did not find each other in {JOIN_SECONDS} s: {remedy}")
     if failed:
         raise UserError(f"the processes did not find each other ({first_line(failed[0])}): {remedy}") from failed[0]
 
@@ -152,102 +155,102 @@ def joined_count() -> int:
 class _Watch:
     """Sends heartbeats to the other processes, and ends this process if another one is lost or has failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: int) -> None:
+        self._timeout, self._beat_seconds = timeout, timeout / 15
         self._ended, group = threading.Event(), _group()
         self._store, self._index, self._count = group.client, group.process_id, group.num_processes
-        self._last: dict[int, tuple[str, float]] = {}
+        self._others = dict.fromkeys(set(range(self._count)) - {self._index}, ("", time.monotonic()))
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        beat = 0
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            beat += 1
+        for beat in itertools.count():
             try:
-                self._publish(f"alive {beat} of {os.environ.get(COUNT, self._count)}")
-                heartbeats = dict(self._store.key_value_dir_get(HEARTBEAT_KEY))
+                self._publish(f"alive {beat} of {self._count}")
+                self._read()
             except jax.errors.JaxRuntimeError:
                 self._stop("process 0 is lost")
-            for other in range(self._count):
-                self._check(other, heartbeats.get(f"{HEARTBEAT_KEY}/{other}", ""))
+            for other, (text, changed) in self._others.items():
+                status, silent = text.partition(" ")[0], time.monotonic() - changed > self._timeout
+                if status == "alive" and not text.endswith(f" of {self._count}"):
+                    self._stop(f"process {other} has a different {COUNT}")
+                if status == "failed":
+                    self._stop(f"process {other} failed ({text.removeprefix('failed ')})")
+                if status == "stopping" and silent and not Agreement.stopping:
+                    self._stop(f"process {other} was stopped by a signal")
+                if status in ("alive", "") and silent:
+                    self._stop(f"process {other} is lost")
+            if self._ended.wait(self._beat_seconds):
+                return
 
     def _publish(self, text: str) -> None:
         self._store.key_value_set(f"{HEARTBEAT_KEY}/{self._index}", text, allow_overwrite=True)
 
-    def _check(self, other: int, text: str) -> None:
-        now = time.monotonic()
-        if self._last.get(other, ("", 0.0))[0] != text or other not in self._last:
-            self._last[other] = text, now
-        silent, status = now - self._last[other][1], text.partition(" ")[0]
-        if status == "alive" and text.rpartition(" ")[2] != os.environ.get(COUNT, str(self._count)):
-            self._stop(f"process {other} has a different {COUNT}")
-        if status == "failed" and other != self._index:
-            self._stop(f"process {other} failed ({text.removeprefix('failed ')})")
-        if status == "stopping" and silent > HEARTBEAT_TIMEOUT and not Agreement.stopping:
-            self._stop(f"process {other} was stopped by a signal")
-        if status not in ("stopping", "done") and silent > HEARTBEAT_TIMEOUT:
-            self._stop(f"process {other} is lost")
+    def _read(self) -> None:
+        """Updates the last heartbeat of every other process and the time at which it was new."""
+        texts = dict(self._store.key_value_dir_get(HEARTBEAT_KEY))
+        for other, (before, _) in self._others.items():
+            text = texts.get(f"{HEARTBEAT_KEY}/{other}", "")
+            if text != before:
+                self._others[other] = text, time.monotonic()
 
     def _stop(self, reason: str) -> None:
-        if not self._ended.is_set():
+        # An error of this process itself, if it follows at once, is reported instead.
+        if not self._ended.wait(self._beat_seconds):
             print(f"{reason}, so process {self._index} stops: start all again to continue", file=sys.stderr, flush=True)
-            self._let_others_read()
-            _leave("", EXIT_RESTART)
-
-    def _let_others_read(self) -> None:
-        """Waits if this is process 0, which hosts the key-value store: without it JAX would end the others."""
-        if self._index == 0:
-            time.sleep(3 * HEARTBEAT_SECONDS)
+            self._leave("left", EXIT_RESTART)
 
     def end(self, text: str) -> None:
         """Stops the heartbeats and publishes `text` as this process's last status."""
         self._ended.set()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._publish(text)
 
+    def _leave(self, status: str, code: int) -> NoReturn:
+        """Ends this process with exit code `code` once no other process is at work.
+
+        Process 0 hosts the key-value store and therefore leaves last: without it JAX would end the others.
+        """
+        self.end(status)
+        self._wait_while("", "alive")
+        if self._index == 0:
+            self._wait_while("failed", "stopping")
+            time.sleep(2 * self._beat_seconds)  # For those that have published that they leave, and are about to.
+        self.end("left")
+        _exit(code)
+
+    def _wait_while(self, *statuses: str) -> None:
+        """Waits while the status of a process that is not silent is one of `statuses`."""
+
+        def busy() -> bool:
+            self._read()
+            earliest = time.monotonic() - self._timeout
+            return any(text.partition(" ")[0] in statuses and at > earliest for text, at in self._others.values())
+
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while busy():
+                time.sleep(self._beat_seconds / 10)
+
     def leave_with(self, error: BaseException) -> NoReturn:
-        """Ends this process with the message and status of its launcher, after the others have read the reason."""
+        """Ends this process with the message and exit code of its launcher, and tells the others the reason."""
         if isinstance(error, signals.Interrupted):
             print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
-            self._stop_together()
-            _leave("", EXIT_RESTART)
+            self._leave("stopping", EXIT_RESTART)
+        code, message = 1, ""
         if _broken(error):
-            # If another process is lost, the watch finds out which one, and ends this one.
-            time.sleep(2 * HEARTBEAT_SECONDS)
-        status = self._report_error(error)  # First, because JAX may end this process while it waits.
-        self.end(f"failed {first_line(error)}")
-        time.sleep(HEARTBEAT_SECONDS)
-        self._let_others_read()
-        _leave("", status)
-
-    def _report_error(self, error: BaseException) -> int:
-        """Prints an error as the launcher would, and returns the exit status."""
-        if isinstance(error, SystemExit):
-            return error.code if isinstance(error.code, int) else 1
-        if _broken(error):
+            time.sleep(3 * self._beat_seconds)  # If another process failed, the watch says which one and why.
             problem = f"another process or the connection to it is lost ({first_line(error)})"
-            print(f"error: {problem}: start all again to continue", file=sys.stderr, flush=True)
-            return EXIT_RESTART
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
-
-    def _stop_together(self) -> None:
-        """Waits until no other process is at work; they stop at the agreed step, after saving."""
-        self.end("stopping")
-        before, since = None, time.monotonic()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while time.monotonic() - since < HEARTBEAT_TIMEOUT:
-                alive = [text for _, text in self._store.key_value_dir_get(HEARTBEAT_KEY) if text.startswith("alive")]
-                if not alive:
-                    break
-                if alive != before:
-                    before, since = alive, time.monotonic()
-                time.sleep(HEARTBEAT_SECONDS)
-            self._let_others_read()
+            code, message = EXIT_RESTART, f"error: {problem}: start all again to continue"
+        elif isinstance(error, UserError):
+            code, message = 2, f"error: {error}"
+        # Printed first, because JAX may end this process while it waits.
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+        self._leave(f"failed {first_line(error)}", code)
 
 
 def _broken(error: BaseException | None) -> bool:
@@ -257,13 +260,13 @@ def _broken(error: BaseException | None) -> bool:
     return error is not None and "RESOURCE_EXHAUSTED" not in str(error)
 
 
-def _leave(text: str, status: int) -> NoReturn:
+def _exit(code: int, message: str = "") -> NoReturn:
     """Ends the process at once; a regular exit would wait for the others."""
-    if text:
-        print(text, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(code)
 
 
 class Agreement:
@@ -275,6 +278,7 @@ class Agreement:
     stopping = False  # True once all agreed to stop: a process that is silent from then on has only stopped earlier.
 
     def __init__(self) -> None:
+        Agreement.stopping = False
         self._before: jax.Array | None = None
         if jax.process_count() > 1:
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -296,7 +300,7 @@ class Agreement:
 def barrier() -> None:
     """Waits up to a week for all processes; a first collective would time out after half a minute."""
     if jax.process_count() > 1:
-        _group().client.wait_at_barrier(f"jaxchat/meet/{next(_barriers)}", timeout_in_ms=FOREVER_MS)
+        _group().client.wait_at_barrier(f"jaxchat/barrier/{next(_barriers)}", timeout_in_ms=FOREVER_MS)
 
 
 def gather(value: Result) -> list[Result]:
@@ -305,7 +309,9 @@ def gather(value: Result) -> list[Result]:
         return [value]
     barrier()
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).ravel()
+    # As bytes, because JAX would make 32 bits of a 64-bit integer.
+    size_bytes = np.asarray(multihost_utils.process_allgather(np.array([len(mine)], np.int64).view(np.uint8)))
+    sizes = size_bytes.ravel().view(np.int64)
     padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
@@ -350,15 +356,12 @@ def check_shared(directory: Path, option: str) -> None:
     """Raises `UserError` if the processes do not see the same files in a directory, set by the flag `option`."""
     if jax.process_count() == 1:
         return
-    mark = directory / "shared"
-    (token,) = gather(f"{time.time_ns()}")[:1]
+    mark = directory / f"shared-{gather(time.time_ns())[0]}"
     if jax.process_index() == 0:
-        mark.write_text(token)
-    gather(None)  # Waits until process 0 has written it.
-    seen = mark.read_text() if mark.exists() else ""
-    everywhere = all(gather(seen == token))
-    if jax.process_index() == 0:
-        mark.unlink(missing_ok=True)
+        mark.touch()
+    barrier()
+    everywhere = all(gather(mark.exists()))
+    mark.unlink(missing_ok=True)
     if not everywhere:
         raise UserError(
             f"{directory} is not the same directory for every process: set {option} to one that all can access, "

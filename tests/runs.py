@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from documents import environment
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, processes
 from jaxchat.experiment import Experiment
 from jaxchat.model import Transformer
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 8  # Seconds without a heartbeat after which a process counts as lost.
 TIMES = ("seconds", "sample_seconds", "score_seconds", "train_seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
@@ -32,10 +33,11 @@ def launch_group(count, *arguments, program="launch.train", own=None, **variable
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    group = variables | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    group = {processes.TIMEOUT: str(PATIENCE), processes.ADDRESS: address, processes.COUNT: str(count)} | variables
     own = own or [[]] * count
     return [
-        launch(*arguments, *own[index], program=program, **group, JAX_PROCESS_ID=str(index)) for index in range(count)
+        launch(*arguments, *own[index], program=program, **group, **{processes.INDEX: str(index)})
+        for index in range(count)
     ]
 
 

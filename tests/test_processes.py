@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from documents import corpus
-from runs import ROOT, finish, finish_group, launch, launch_group, parameters, records
+from runs import PATIENCE, ROOT, finish, finish_group, launch, launch_group, parameters, records
 
 from jaxchat import checkpoint, processes, sharding
 from jaxchat.errors import UserError
@@ -36,7 +36,6 @@ class Letters:
 def test_a_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "tpu_hosts", lambda environment: 1)
     assert not processes.grouped({})
-    assert not processes.grouped({processes.COUNT: "2"})
     assert processes.grouped(HAND)
     assert processes.grouped({"SLURM_STEP_NUM_TASKS": "4"}) and not processes.grouped({"SLURM_STEP_NUM_TASKS": "1"})
     assert processes.grouped({"OMPI_COMM_WORLD_SIZE": "2"})
@@ -50,6 +49,7 @@ def test_a_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) ->
     ("changes", "said"),
     [
         ({processes.COUNT: ""}, "is set without JAX_NUM_PROCESSES"),
+        ({processes.ADDRESS: ""}, "is set without JAX_COORDINATOR_ADDRESS"),
         ({processes.INDEX: "2"}, "JAX_PROCESS_ID=2 is invalid with JAX_NUM_PROCESSES=2"),
         ({processes.INDEX: "-1"}, "number the processes from 0"),
         ({processes.ADDRESS: "host"}, "as HOST:PORT"),
@@ -80,6 +80,17 @@ def test_work_is_shared_out_and_put_in_order(monkeypatch: pytest.MonkeyPatch) ->
         parts.append([item * 10 for item in items[index::3]])
         if index == 2:
             assert processes.share_out(items, lambda own: [item * 10 for item in own]) == [n * 10 for n in items]
+
+
+def test_no_size_is_sent_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX makes 32 bits of a 64-bit integer, too few for the bytes of a large value."""
+    sent: list[np.ndarray] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
+    send = lambda x: sent.append(x) or np.stack([x, x])  # noqa: E731
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", send)
+    assert processes.gather("words") == ["words"] * 2
+    assert [(x.dtype, x.nbytes) for x in sent] == [(np.uint8, 8), (np.uint8, sent[1].size)]
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)])
@@ -257,7 +268,7 @@ launcher.run(main)
 def test_a_slow_hash_is_waited_for_and_what_one_cannot_read_all_pass_over(place: Path) -> None:
     (place / "unlucky.py").write_text(UNLUCKY)
     stage, unlucky = place / "runs/unlucky/pretrain", {"program": "unlucky", "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"}
-    slow = unlucky | {"HASH_SECONDS": str(processes.HEARTBEAT_TIMEOUT + 10)}
+    slow = unlucky | {"HASH_SECONDS": str(PATIENCE + 4)}
     group = launch_group(2, *flags(place, "pretrain", "unlucky", steps=LONG, save_every=LONG, eval_every=0), **slow)
     began(group, stage)
     group[1].send_signal(signal.SIGTERM)
@@ -280,6 +291,19 @@ def test_what_one_process_refuses_ends_all(place: Path, tmp_path: Path) -> None:
     own = [[f"--directory={tmp_path}/{index}"] for index in range(2)]
     told = finish_group(launch_group(2, *flags(place, "pretrain", "apart"), own=own), [2, 2])
     assert all("is not the same directory for every process" in err for _, err in told)
+
+
+def test_a_timeout_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (HAND | {processes.TIMEOUT: "soon"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="JAXCHAT_HEARTBEAT_TIMEOUT=soon is not a number"), processes.joined():
+        pass
+
+
+def test_a_new_run_has_not_agreed_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.Agreement, "stopping", True)
+    processes.Agreement()
+    assert not processes.Agreement.stopping
 
 
 def test_an_error_that_comes_of_a_lost_process_is_known() -> None:
