@@ -21,7 +21,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.solve import solve
 from jaxchat.sandbox import filter as calls_filter
-from jaxchat.sandbox import landlock, run, walls
+from jaxchat.sandbox import landlock, run
 from jaxchat.sandbox.literals import NotLiteral, decode, encode
 from jaxchat.sandbox.run import WALLS, Job, Limits, SandboxError, find_protection, judge, judge_many
 from jaxchat.tasks import load_task
@@ -177,13 +177,15 @@ def test_a_test_that_calls_nothing_and_a_wall_that_is_none_break_and_are_not_wro
             task.score(task.problems("test")[0], "")
 
 
-# Neither namespaces nor Landlock refuse these to a process of one's own user.
+# Landlock does not refuse these to a process of one's own user.
 UNHELD = (
     "os.chmod(OUTSIDE, 0o600)",
     "os.fchmod(2, 0o600)",
     "os.utime(OUTSIDE)",
     "os.setxattr(OUTSIDE, 'user.a', b'a')",
     "os.chown(OUTSIDE, os.getuid(), os.getgid())",
+    "os.setuid(os.getuid())",
+    "os.setgroups([])",
     "os.truncate(OUTSIDE, 0)",
     "os.sched_setaffinity(ME, os.sched_getaffinity(ME))",
     "fcntl.fcntl(0, fcntl.F_SETOWN, ME)",
@@ -201,13 +203,13 @@ def test_every_wall_that_works_here_holds(wall, tmp_path):
         pytest.skip(f"{found}")
     shield = works[0]
     assert not shield.holes or wall == "limits", shield.sentence
-    seen = "import os\ndef f(): return [os.listdir('.'), sorted(os.environ), [n for n in range(100) if alive(n)]]\n"
+    seen = "import os\ndef f(): return [sorted(os.environ), [n for n in range(100) if alive(n)]]\n"
     seen += "def alive(n):\n    try: os.fstat(n)\n    except OSError: return False\n    return True\n"
     reason = told(seen, "raise OSError(repr(candidate()))", protection=shield)
-    files, names, descriptors = eval(reason.removeprefix("OSError: "))
-    assert files == [] and set(names) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE"} and descriptors == [0, 1, 2, 3, 4]
-    written = "def f():\n    open('a', 'w').write('b')\n    return open('a').read()"
-    assert told(written, "assert candidate() == 'b'", protection=shield) == ""
+    names, descriptors = eval(reason.removeprefix("OSError: "))
+    assert set(names) <= {"PYTHONHASHSEED", "PWD", "LC_CTYPE"} and descriptors == [0, 1, 2, 3, 4]
+    written = "def f():\n    try: open('a', 'w').write('b')\n    except OSError: return 'refused'\n"
+    assert told(written, "assert candidate() == 'refused'", protection=shield) == ""
     if shield.filter:
         (outside := tmp_path / "outside").touch()
         acts = ", ".join(f"lambda: {act}" for act in UNHELD)
@@ -317,23 +319,6 @@ def test_problems_asked_of_a_base_model_end_where_the_function_does(task):
 def test_many_are_judged_in_their_order():
     jobs = [Job(f"def f(): return {i % 3}", "f", "def check(candidate): assert candidate() == 1") for i in range(7)]
     assert [found.verdict == "right" for found in judge_many(jobs, workers=3)] == [i % 3 == 1 for i in range(7)]
-
-
-def test_a_directory_is_removed_however_deep_it_is(tmp_path):
-    place, outside = tmp_path / "place", tmp_path / "outside"
-    for path in (place, outside):
-        path.mkdir()
-    (outside / "kept").write_text("")
-    here = os.open(place, os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("d", dir_fd=here)
-        os.symlink(outside, "link", dir_fd=here)
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = below
-    os.close(here)
-    walls.remove(str(place))
-    assert os.listdir(tmp_path) == ["outside"] and os.listdir(outside) == ["kept"]
 
 
 @pytest.mark.quick

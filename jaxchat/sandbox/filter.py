@@ -1,9 +1,9 @@
 """System call filter (Linux seccomp) that a process installs on itself, irrevocably and without privileges.
 
 The filter refuses with EPERM calls that start or access other processes, use the network, change mounts or namespaces,
-keep memory beyond the process, raise limits, or change file attributes that Landlock does not protect (mode, owner,
-times). It is a second defence behind namespaces, and the first without them. System call numbers come from the kernel's
-tables (arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
+keep memory beyond the process, raise limits, switch users, or change file attributes that Landlock does not protect
+(mode, owner, times). It is a second defence behind bubblewrap, and the first without it. System call numbers come from
+the kernel's tables (arch/x86/entry/syscalls, include/uapi/asm-generic/unistd.h).
 """
 
 import ctypes
@@ -35,6 +35,9 @@ _REFUSED = """
     removexattr 197 14           lremovexattr 198 15          fremovexattr 199 16          removexattrat 466 466
     truncate 76 45               sched_setaffinity 203 122    migrate_pages 256 238        move_pages 279 239
     inotify_init 253 -           inotify_init1 294 26         fanotify_init 300 262        file_setattr 469 469
+    setuid 105 146               setgid 106 144               setreuid 113 145             setregid 114 143
+    setgroups 116 159            setresuid 117 147            setresgid 119 149            setfsuid 122 151
+    setfsgid 123 152
 """
 _SET_OWNER = (8, 15)  # F_SETOWN and F_SETOWN_EX of fcntl could signal any process of the same user.
 # Column in the table above, AUDIT_ARCH_* constant and number of fcntl.
@@ -56,11 +59,11 @@ def refused_calls(machine: str) -> dict[str, int]:
     return {name: int(numbers[column]) for name, numbers in rows if numbers[column] != "-"}
 
 
-def close() -> bool:
-    """Installs the filter on this process; returns False if the machine or the kernel does not support it."""
+def close() -> None:
+    """Installs the filter on this process, unless the machine or the kernel does not support it; `run.py` probes it."""
     machine = os.uname().machine
     if machine not in _MACHINES:
-        return False
+        return
     _, architecture, fcntl = _MACHINES[machine]
     numbers = sorted(refused_calls(machine).values())
     refuse = (_RETURN, 0, 0, _REFUSE | errno.EPERM)
@@ -76,6 +79,5 @@ def close() -> bool:
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in code))
     program = _Program(len(code), ctypes.cast(buffer, ctypes.c_void_p))
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
-        return False
-    return libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0) == 0
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0)

@@ -46,7 +46,7 @@ def shut(setup: Mapping[str, Any]) -> None:
     limits = {
         "AS": setup["memory_bytes"],
         "CPU": setup["cpu_seconds"],
-        "FSIZE": setup["file_bytes"],
+        "FSIZE": 0,
         "NOFILE": setup["open_files"],
         "NPROC": 0,
         "CORE": 0,
@@ -63,9 +63,9 @@ def shut(setup: Mapping[str, Any]) -> None:
         os.setresgid(*[setup["user"]] * 3)
         os.setresuid(*[setup["user"]] * 3)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Writing beyond RLIMIT_FSIZE raises OSError instead.
+    die_with_parent()
     if sys.platform == "linux":
         drop_capabilities()
-        die_with_parent()
         if setup["files"] is not None:
             landlock.confine(*setup["files"])
         calls_filter.close()
@@ -86,5 +86,6 @@ def lower(kind: int, limit: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent dies. A change of user id resets this setting."""
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    """Asks Linux to kill this process when its parent dies. A change of user id resets this setting."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)

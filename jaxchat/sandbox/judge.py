@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
@@ -44,7 +43,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    _die_with_parent()
+    die_with_parent()
     with contextlib.suppress(EOFError):
         while True:
             job = receive(jobs, 1 << 30)
@@ -62,7 +61,7 @@ def main() -> None:
 
 def _work(job: Mapping[str, Any], verdicts: int) -> NoReturn:
     try:
-        _die_with_parent()
+        die_with_parent()
         for kind, limit in (
             (resource.RLIMIT_CPU, job["limits"]["cpu_seconds"] + _OWN_SECONDS),
             (resource.RLIMIT_AS, max(_OWN_BYTES, 2 * job["limits"]["memory_bytes"])),
@@ -74,11 +73,6 @@ def _work(job: Mapping[str, Any], verdicts: int) -> NoReturn:
         os.write(verdicts, json.dumps([verdict, reason[:2000]]).encode())
     finally:
         os._exit(0)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        die_with_parent()
 
 
 def _judge(job: Mapping[str, Any]) -> tuple[str, str]:
@@ -101,9 +95,7 @@ def _program(job: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     user = user if job["another_user"] else None
     with _alarm(_STARTUP_SECONDS, _Broken(f"{wall}: no process started within {_STARTUP_SECONDS} s")):
         try:
-            process = walls.start(
-                wall, user=user, directory=job["directory"], directory_bytes=job["limits"]["directory_bytes"]
-            )
+            process = walls.start(wall, user)
         except (OSError, subprocess.SubprocessError) as error:
             raise _Broken(f"{wall}: {error}") from None
     assert process.stdin is not None and process.stdout is not None
@@ -111,7 +103,7 @@ def _program(job: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     try:
         with _alarm(_STARTUP_SECONDS, _Broken(f"{wall}: Python did not start within {_STARTUP_SECONDS} s")):
             try:
-                setup = {"user": user, "files": walls.files(wall, job["directory"])}
+                setup = {"user": user, "files": walls.files(wall)}
                 send(calls, {**job["limits"], **setup, "program": job["program"], "entry_point": job["entry"]})
                 if receive(answers, 100) != "ready":
                     raise NotLiteral("unexpected first message")

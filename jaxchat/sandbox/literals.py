@@ -10,6 +10,7 @@ import struct
 from typing import Any
 
 DEPTH = 64
+_CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _HEADER = struct.Struct(">I")
 
 
@@ -41,8 +42,8 @@ def encode(value: Any, depth: int = DEPTH) -> Any:
         case bytes():
             return ["bytes", value.hex()]
         case list() | tuple() | set() | frozenset():
-            kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
-            return [kind.__name__, [encode(part, inner) for part in value]]
+            kind = next(name for name, kind in _CONTAINERS.items() if isinstance(value, kind))
+            return [kind, [encode(part, inner) for part in value]]
         case dict():
             return ["dict", [[encode(key, inner), encode(part, inner)] for key, part in dict.items(value)]]
     raise NotLiteral(f"a {type(value).__name__} is not a literal")
@@ -67,14 +68,8 @@ def decode(value: Any, depth: int = DEPTH) -> Any:
                 return complex(real, imaginary)
             case ["bytes", str(digits)]:
                 return bytes.fromhex(digits)
-            case ["list", list(parts)]:
-                return [decode(part, inner) for part in parts]
-            case ["tuple", list(parts)]:
-                return tuple(decode(part, inner) for part in parts)
-            case ["set", list(parts)]:
-                return {decode(part, inner) for part in parts}
-            case ["frozenset", list(parts)]:
-                return frozenset(decode(part, inner) for part in parts)
+            case ["list" | "tuple" | "set" | "frozenset" as kind, list(parts)]:
+                return _CONTAINERS[kind](decode(part, inner) for part in parts)
             case ["dict", list(parts)]:
                 return {decode(key, inner): decode(part, inner) for key, part in parts}
     except (TypeError, ValueError, OverflowError) as error:  # For example a list as a key, or invalid digits.

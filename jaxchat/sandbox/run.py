@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -32,16 +32,12 @@ class Limits:
         cpu_seconds: CPU time, the main limit, because it does not depend on the load of the machine.
         wall_seconds: wall time, which limits programs that wait.
         memory_bytes: address space, including about 20 MB for Python itself.
-        file_bytes: size of a single file.
-        directory_bytes: size of all files together, enforced only in bubblewrap and namespaces.
         message_bytes: size of the answer to one call, as JSON.
     """
 
     cpu_seconds: int = 5
     wall_seconds: float = 60.0
     memory_bytes: int = 512 << 20
-    file_bytes: int = 1 << 20
-    directory_bytes: int = 16 << 20
     open_files: int = 32
     message_bytes: int = 1 << 20
 
@@ -78,8 +74,7 @@ class Protection(NamedTuple):
     def sentence(self) -> str:
         kinds = {
             "bubblewrap": "bubblewrap (only Python's files, read-only; no other processes; no network)",
-            "namespaces": "namespaces (only Python's files, read-only; no other processes; no network)",
-            "limits": "process limits (neither bubblewrap nor namespaces work here)",
+            "limits": "process limits (bubblewrap is not installed or does not work here)",
         }
         parts = [kinds[self.wall]]
         parts += ["a separate user"] if self.another_user else []
@@ -153,39 +148,16 @@ class _Judge:
         assert self._process.stdin is not None and self._process.stdout is not None
         requests, answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         seconds = self._limits.wall_seconds + _GRACE_SECONDS
-        with _directory(self._protection.wall) as directory:
-            request = {
-                **job._asdict(),
-                "limits": asdict(self._limits),
-                "wall": self._protection.wall,
-                "another_user": self._protection.another_user,
-                "directory": directory,
-            }
-            try:
-                send(requests, request)
-                if select.select([answers], [], [], seconds)[0]:
-                    return Verdict(*receive(answers, 1 << 20))
-                reason = f"no verdict within {seconds:g} s"
-            except (OSError, EOFError):
-                reason = "the judge process died"
-            self.__exit__()
-            return Verdict("broken", reason)
-
-
-@contextlib.contextmanager
-def _directory(wall: Wall) -> Iterator[str]:
-    """Yields an empty temporary directory and removes it; bubblewrap and namespaces make their own in memory."""
-    if wall != "limits":
-        yield "/"
-        return
-    place = tempfile.mkdtemp(prefix="jaxchat-")
-    own = f"{place}/own"
-    os.mkdir(own, 0o700)
-    os.chmod(place, 0o711)
-    try:
-        yield own
-    finally:
-        walls.remove(place)
+        request = {**job._asdict(), "limits": asdict(self._limits), **self._protection._asdict()}
+        try:
+            send(requests, request)
+            if select.select([answers], [], [], seconds)[0]:
+                return Verdict(*receive(answers, 1 << 20))
+            reason = f"no verdict within {seconds:g} s"
+        except (OSError, EOFError):
+            reason = "the judge process died"
+        self.__exit__()
+        return Verdict("broken", reason)
 
 
 _FILES = ("read files", "write files")
