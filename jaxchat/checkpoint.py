@@ -6,19 +6,21 @@ checkpoint's files, so that a damaged checkpoint is recognised before it is read
 once an older one has been restored in its place.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxchat import processes
+from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, check_local, first_line
 from jaxchat.machine import cores
 from jaxchat.serialization import difference, from_json, to_json
@@ -28,7 +30,6 @@ EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 SIZES = "sizes.json"
-CHUNK_BYTES = 4 << 20  # Bytes that a hash reads at a time.
 
 Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files, by relative name.
 
@@ -38,18 +39,17 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, *, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.directory = epath.Path(directory) / CHECKPOINTS
+        self.directory = Path(directory) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         try:
-            self._manager = ocp.CheckpointManager(_absolute(self.directory), options=options)
+            self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {first_line(error)}") from error
         # One thread, so that a checkpoint is hashed after it is committed, in parallel with training.
         self._thread = ThreadPoolExecutor(1)
-        self._committed: Future[None] | None = None
-        self._recorded: Future[None] | None = None
+        self._pending: list[Future[None]] = []  # The last save: committed and, in process 0, hashed.
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -57,36 +57,37 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Starts writing `state`, a named tuple with a field `params`, and JSON `facts`, unless the step is saved."""
-        self._finish()
-        if step in self._manager.all_steps():
-            return
-        rest = state._replace(params=None)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave(rest._asdict()),
-            facts=ocp.args.JsonSave(facts),
-        )
-        try:
+        with self._writing():
+            for pending in self._pending:
+                pending.result()
+            if step in self._manager.all_steps():
+                return
+            rest = state._replace(params=None)
+            items = ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(rest._asdict()),
+                facts=ocp.args.JsonSave(facts),
+            )
             self._manager.save(step, args=items)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._write_error(error) from error
-        self._committed = self._thread.submit(self._manager.wait_until_finished)
+        self._pending = [self._thread.submit(self._manager.wait_until_finished)]
         if jax.process_index() == 0:
-            self._recorded = self._thread.submit(self._record, step, self._committed)
+            self._pending.append(self._thread.submit(self._record, step, self._pending[0]))
 
     def wait(self) -> None:
         """Waits until the last save is committed; raises `UserError` if it could not be written."""
-        try:
-            if self._committed is not None:
-                self._committed.result()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._write_error(error) from error
+        with self._writing():
+            for committed in self._pending[:1]:
+                committed.result()
 
-    def _finish(self) -> None:
-        """Waits until the last save is committed and its hashes are written."""
-        self.wait()
-        if self._recorded is not None:
-            self._recorded.result()
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a failure to write a checkpoint into a `UserError`."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            problem = f"the checkpoint could not be written to {self.directory} ({first_line(error)})"
+            last = f"the last good one is step {self.steps()[-1]}" if self.steps() else "no earlier one exists"
+            raise UserError(f"{problem}; {last}") from error
 
     def _record(self, step: int, committed: "Future[None]") -> None:
         if committed.exception() is None:
@@ -124,20 +125,19 @@ class Checkpoints:
         independent = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=independent) as reader:
-                return reader.restore(_absolute(self.directory / str(step)), args=items)
+                return reader.restore((self.directory / str(step)).absolute(), args=items)
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
             raise ValueError(first_line(error)) from error
 
     def close(self) -> None:
         """Waits for pending writes and closes; raises `UserError` if a checkpoint could not be written."""
-        try:
-            self._finish()
-        finally:
-            self._thread.shutdown()
+        with self._writing():
             try:
-                self._manager.close()
-            except (OSError, ValueError, RuntimeError) as error:  # It reports a failed write again.
-                raise self._write_error(error) from error
+                for pending in self._pending:
+                    pending.result()
+            finally:
+                self._thread.shutdown()
+                self._manager.close()  # It reports a failed write again.
 
     def _move_aside(self, steps: list[int], warn: Any) -> None:
         """Moves checkpoints to checkpoints-damaged/. Deleting them could lose good data if the disk misread them."""
@@ -155,23 +155,16 @@ class Checkpoints:
             processes.gather(None)  # Waits until process 0 has moved them.
             self._manager.reload()
 
-    def _write_error(self, error: Exception) -> UserError:
-        steps = self.steps()
-        last = f"the last good one is step {steps[-1]}" if steps else "no earlier one exists"
-        return UserError(f"the checkpoint could not be written to {self.directory} ({first_line(error)}); {last}")
 
-
-def record_files(directory: epath.Path, steps: list[int], *, fresh: int) -> None:
+def record_files(directory: Path, steps: list[int], *, fresh: int) -> None:
     """Writes sizes.json for the checkpoints in `steps`; hashes only the files of `fresh` and of unrecorded steps."""
     known = _read_sizes(directory)
     recorded = {str(step): known.get(str(step)) for step in steps if step != fresh}
     sizes = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
-    temporary = directory.parent / (SIZES + ".tmp")
-    temporary.write_text(json.dumps(sizes, indent=1) + "\n")
-    temporary.replace(directory.parent / SIZES)
+    write_text(directory.parent / SIZES, json.dumps(sizes, indent=1) + "\n")
 
 
-def check_files(directory: epath.Path, step: int, *, part: str = "") -> None:
+def check_files(directory: Path, step: int, *, part: str = "") -> None:
     """Raises ValueError naming a file whose size, or whose hash if its name starts with `part`, has changed."""
     recorded = _read_sizes(directory).get(str(step))
     if recorded is None:  # The run was killed between finishing the checkpoint and recording it.
@@ -181,7 +174,7 @@ def check_files(directory: epath.Path, step: int, *, part: str = "") -> None:
     for name, entry in recorded.items():
         # Earlier versions recorded only the size.
         wanted, hashes[name] = entry if isinstance(entry, list) else (entry, None)
-        size = paths[name].stat().length if name in paths else 0
+        size = paths[name].stat().st_size if name in paths else 0
         if size != wanted:
             raise ValueError(f"{name} has {size} bytes, not {wanted}")
     checked = [name for name, digest in hashes.items() if digest and name.startswith(part)]
@@ -190,42 +183,29 @@ def check_files(directory: epath.Path, step: int, *, part: str = "") -> None:
             raise ValueError(f"{name} does not match its recorded hash")
 
 
-def _measure(directory: epath.Path) -> Files:
+def _measure(directory: Path) -> Files:
     paths = _files(directory)
-    return {name: (paths[name].stat().length, digest) for name, digest in _hashes(paths).items()}
+    return {name: (paths[name].stat().st_size, digest) for name, digest in _hashes(paths).items()}
 
 
-def _files(directory: epath.Path, inside: str = "") -> dict[str, epath.Path]:
+def _files(directory: Path) -> dict[str, Path]:
     """Every file below a directory, by its relative name."""
-    files: dict[str, epath.Path] = {}
-    for path in sorted(directory.iterdir()):
-        if path.is_dir():
-            files |= _files(path, f"{inside}{path.name}/")
-        else:
-            files[inside + path.name] = path
-    return files
+    return {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
-def _hashes(paths: dict[str, epath.Path]) -> dict[str, str]:
+def _hashes(paths: dict[str, Path]) -> dict[str, str]:
     """BLAKE2b hashes of files, by name; files are read in parallel and in chunks."""
 
-    def digest(path: epath.Path) -> str:
-        state = hashlib.blake2b(digest_size=16)
+    def digest(path: Path) -> str:
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                state.update(chunk)
-        return state.hexdigest()
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
         return dict(zip(paths, pool.map(digest, paths.values())))
 
 
-def _read_sizes(directory: epath.Path) -> dict[str, Any]:
-    path = directory.parent / SIZES
-    try:
-        value = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        return {}
+def _read_sizes(directory: Path) -> dict[str, Any]:
+    value = read_json(directory.parent / SIZES)
     return value if isinstance(value, dict) else {}
 
 
@@ -240,7 +220,7 @@ def locate(path: str) -> tuple[Path, int]:
         check_local("checkpoint", path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    name, _, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
+    name, at, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
     directory = Path(name)
     if not (directory / EXPERIMENT).is_file():
         inside = [p.parent.name for p in sorted(directory.glob(f"*/{EXPERIMENT}"))] if directory.is_dir() else []
@@ -251,47 +231,47 @@ def locate(path: str) -> tuple[Path, int]:
     steps = finished_steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
-    if wanted and (not wanted.isdecimal() or int(wanted) not in steps):
-        raise UserError(f"no checkpoint {wanted} in {directory}: there are {', '.join(map(str, steps))}")
+    if at and (not wanted.isdecimal() or int(wanted) not in steps):
+        raise UserError(f"no checkpoint {wanted or at} in {directory}: there are {', '.join(map(str, steps))}")
     return directory, int(wanted) if wanted else steps[-1]
 
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
     """The parameters of one checkpoint, in the shapes and shardings of `abstract`."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    checkpoints = epath.Path(directory) / CHECKPOINTS
-    with ocp.StandardCheckpointer() as reader:
-        try:
-            check_files(checkpoints, step, part="params/")
-            return reader.restore(_absolute(checkpoints / str(step) / "params"), abstract)
-        except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
-            others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
-            hint = f"; try {others[0]}" if others else ""
-            raise UserError(f"checkpoint {step} in {directory} cannot be read: {first_line(error)}{hint}") from error
+    try:
+        return _load(directory, step, "params", abstract)
+    except ValueError as error:
+        others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
+        hint = f"; try {others[0]}" if others else ""
+        raise UserError(f"checkpoint {step} in {directory} cannot be read: {error}{hint}") from error
 
 
 def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
     """The optimizer state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
-    checkpoints = epath.Path(directory) / CHECKPOINTS
+    try:
+        return _load(directory, step, "rest", abstract._replace(params=None)._asdict())["optimizer"]
+    except ValueError as error:
+        problem = f"the optimizer state of {directory}@{step} cannot be restored for this experiment ({error})"
+        raise UserError(f"{problem}: leave out --warm_optimizer") from error
+
+
+def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
+    """Reads one part of a checkpoint; raises ValueError if that fails."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    checkpoints = (directory / CHECKPOINTS).absolute()
     with ocp.StandardCheckpointer() as reader:
         try:
-            check_files(checkpoints, step, part="rest/")
-            rest = abstract._replace(params=None)._asdict()
-            return reader.restore(_absolute(checkpoints / str(step) / "rest"), rest)["optimizer"]
+            check_files(checkpoints, step, part=f"{part}/")
+            return reader.restore(checkpoints / str(step) / part, abstract)
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
-            raise UserError(
-                f"the optimizer state of {directory}@{step} cannot be restored for this experiment "
-                f"({first_line(error)}): leave out --warm_optimizer"
-            ) from error
+            raise ValueError(first_line(error)) from error
 
 
 def write_experiment(directory: Path, experiment: Any) -> None:
     """Writes experiment.json atomically."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / (EXPERIMENT + ".tmp")
     value = {"format": FORMAT, **to_json(experiment)}
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(directory / EXPERIMENT)
+    write_text(directory / EXPERIMENT, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_experiment(directory: Path, cls: type) -> Any:
@@ -326,7 +306,3 @@ def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> No
 def abstract_like(shapes: Any, placements: Any) -> Any:
     """Adds shardings to shapes and types: the `abstract` argument of a restore."""
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements)
-
-
-def _absolute(path: Any) -> Any:
-    return epath.Path(Path(path).absolute())

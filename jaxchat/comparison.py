@@ -1,26 +1,25 @@
 """Compares variants of an experiment: trains them with the same seeds on the same rows and tabulates differences."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.data import cache
 from jaxchat.data.cache import read_json, write_json
 from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw_groups, read_metrics
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.experiment import RESUMABLE, Experiment
-from jaxchat.stages.stage import inherited
+from jaxchat.stages.running import run_lock
+from jaxchat.stages.stage import Log, inherited
 from jaxchat.train import Diverged
 
 RESULTS = "compare.json"
@@ -29,7 +28,6 @@ LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss", "bpb", "compile_seconds", "pea
 HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Suffixes.
 OWN = ("name", "directory", "seed")  # Fields that the comparison sets for every run.
 Load = Callable[[Sequence[str]], Experiment]
-Log = Callable[[str], None]
 
 
 class Row(NamedTuple):
@@ -96,7 +94,9 @@ def run(
     place = load([]).run_directory
     log = log if jax.process_index() == 0 else lambda _: None
     trained = functools.partial(_trained, place, stopped, log)
-    with _lock(place, log):
+    with run_lock(place, "compares", log):
+        if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
+            raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
         planned = _planned(variants, load, equal, trained)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for seed, name in itertools.product(seeds, variants):  # Seed by seed, so that an early end leaves whole pairs.
@@ -132,18 +132,14 @@ def rows(values: Mapping[str, Sequence[float | None]], *, lower: bool) -> list[R
         mean = statistics.fmean(finite) if finite else None
         pairs = [(x, y) for x, y in zip(base, own) if x is not None and y is not None]
         diverged = len(own) - len(finite)
-        if diverged:
-            verdict = f"diverged with {diverged} of {len(own)} seeds"
-        elif own is base:
-            verdict = "baseline"
-        else:
-            verdict = ""
         difference = interval = None
         if own is not base and pairs:
             difference, interval = paired_means(*zip(*pairs))
-            if not verdict:
-                verdict = _verdict(interval, lower=lower)
-        table.append(Row(name, list(own), mean, difference, interval, verdict or "undecided"))
+        if diverged:
+            verdict = f"diverged with {diverged} of {len(own)} seeds"
+        else:
+            verdict = "baseline" if own is base else _verdict(interval, lower=lower)
+        table.append(Row(name, list(own), mean, difference, interval, verdict))
     return table
 
 
@@ -203,19 +199,6 @@ def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Ex
     if any(processes.gather(stopped())):
         raise signals.Interrupted(f"{key} is finished")
     return results[key]
-
-
-@contextlib.contextmanager
-def _lock(place: Path, log: Log) -> Iterator[None]:
-    """Locks the comparison's directory; raises `UserError` if it is already locked or compare.json is damaged."""
-    if jax.process_index():
-        yield
-        return
-    refusal = f"another process compares in {place}: wait until it ends, or give this comparison its own --name"
-    with cache.locked(place, log, refusal=refusal):
-        if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
-            raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
-        yield
 
 
 def _value(result: Mapping[str, Any], measure: str) -> float | None:

@@ -162,12 +162,12 @@ def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> t
             return compiled, step_bytes(compiled)
         except jax.errors.JaxRuntimeError as error:
             message = str(error)
+            if "RESOURCE_EXHAUSTED" in message:
+                size = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", message)
+                return None, float(size[1]) * 1024 ** ("KMGT".index(size[2]) + 1) if size else math.inf
             unknown = re.search(r"No such compile option: '(\w+)'", message)
-            if unknown is None and "RESOURCE_EXHAUSTED" not in message:
+            if unknown is None or unknown[1] not in options:
                 raise
-        if unknown is None:
-            size = re.search(r"(?:Used|required for[^(]*\() ?([\d.]+)([KMGT])", message)
-            return None, float(size[1]) * 1024 ** ("KMGT".index(size[2]) + 1) if size else math.inf
         log(f"this compiler has no setting {unknown[1]}: compiling without it")
         del options[unknown[1]]
 

@@ -10,39 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOPs per second of one device, from the vendors' data sheets, by prefix of JAX's device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-}
-
-# Memory bytes per second of one device, from Google Cloud's TPU pages and NVIDIA's data sheets, by the same prefixes.
-PEAK_BANDWIDTH = {
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5e": 0.819e12,
-    "TPU v5p": 2.765e12,
-    "TPU v5": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "TPU v6e": 1.64e12,
-    "NVIDIA A100-SXM4-80GB": 2.039e12,
-    "NVIDIA H100 80GB HBM3": 3.352e12,
-    "NVIDIA H200": 4.8e12,
-    "NVIDIA B200": 7.672e12,
-    "NVIDIA L4": 0.3e12,
-    "NVIDIA GeForce RTX 4090": 1.008e12,
+# Dense bfloat16 FLOPs per second and memory bytes per second of one device (None: not known), from Google Cloud's TPU
+# pages and NVIDIA's data sheets, by prefix of JAX's device_kind.
+PEAKS: Mapping[str, tuple[float, float | None]] = {
+    "TPU v4": (275e12, 1.2e12),
+    "TPU v5 lite": (197e12, 0.819e12),
+    "TPU v5e": (197e12, 0.819e12),
+    "TPU v5p": (459e12, 2.765e12),
+    "TPU v5": (459e12, 2.765e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+    "TPU v6e": (918e12, 1.64e12),
+    "NVIDIA A100": (312e12, None),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
+    "NVIDIA H100": (989e12, None),
+    "NVIDIA H100 PCIe": (756e12, None),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.352e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA B200": (2250e12, 7.672e12),
+    "NVIDIA L4": (121e12, 0.3e12),
+    "NVIDIA GeForce RTX 4090": (165e12, 1.008e12),
 }
 
 
@@ -50,12 +36,12 @@ def peak_flops(device: Any) -> float | None:
     """Peak FLOPs per second of one device: from the table (None for an unknown kind), or measured on a CPU."""
     if device.platform == "cpu":
         return _measured_peak() / jax.local_device_count()
-    return _of_kind(PEAK_FLOPS, device)
+    return _peaks(device)[0]
 
 
 def peak_bandwidth(device: Any) -> float | None:
     """Peak memory bandwidth of one device in bytes per second; None for an unknown kind or a CPU."""
-    return _of_kind(PEAK_BANDWIDTH, device)
+    return _peaks(device)[1]
 
 
 def capability(device: Any) -> float | None:
@@ -66,10 +52,10 @@ def capability(device: Any) -> float | None:
         return None
 
 
-def _of_kind(table: Mapping[str, float], device: Any) -> float | None:
-    """The entry whose key is the longest prefix of the device's kind, or None."""
-    known = [kind for kind in table if device.device_kind.startswith(kind)]
-    return table[max(known, key=len)] if known else None
+def _peaks(device: Any) -> tuple[float | None, float | None]:
+    """The entry whose key is the longest prefix of the device's kind."""
+    known = [kind for kind in PEAKS if device.device_kind.startswith(kind)]
+    return PEAKS[max(known, key=len)] if known else (None, None)
 
 
 def _measured_peak(size: int = 1024, repeats: int = 4) -> float:

@@ -45,8 +45,7 @@ class Loaded(NamedTuple):
                 placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
             except ValueError as error:
                 raise UserError(str(error)) from None
-        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-        return checkpoint.load_params(self.directory, self.step, abstract)
+        return checkpoint.load_params(self.directory, self.step, checkpoint.abstract_like(shapes, placed))
 
 
 def load_checkpoint(path: str) -> Loaded:

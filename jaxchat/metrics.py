@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 from rich.console import Console
 
+from jaxchat.data.cache import write_text
 from jaxchat.serialization import json_line
 
 
@@ -29,9 +30,7 @@ class JsonLines:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         earlier = [line for line in lines if _step_of(line) <= resumed_step]
         self._present = {_kind(json.loads(line)) for line in earlier if _step_of(line) == resumed_step}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(line + "\n" for line in earlier))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -49,9 +48,9 @@ def _kind(record: dict[str, Any]) -> tuple[int, frozenset[str]]:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for a line that a crash truncated."""
+    """The step of a line; infinity for a line without one, for example because a crash truncated it."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -5,7 +5,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxchat.errors import UserError
@@ -27,17 +27,19 @@ def _without_infinities(value: Any) -> Any:
 def flags(dataclass_value: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of a nested dataclass by dotted name."""
     leaves: dict[str, Any] = {}
-    for field in dataclasses.fields(dataclass_value):
-        value, name = getattr(dataclass_value, field.name), prefix + field.name
-        parts = value if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]) else None
-        if dataclasses.is_dataclass(value):
-            leaves |= flags(value, name + ".")
-        elif parts is not None:
-            for i, part in enumerate(parts):
-                leaves |= flags(part, f"{name}.{i}.")
-        else:
-            leaves[name] = value
+    for name, part in _parts(dataclass_value, prefix):
+        leaves |= flags(part, name + ".") if dataclasses.is_dataclass(part) else {name: part}
     return leaves
+
+
+def _parts(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The fields of a dataclass by dotted name; the members of a tuple of dataclasses count as numbered fields."""
+    for field in dataclasses.fields(value):
+        part, name = getattr(value, field.name), prefix + field.name
+        if isinstance(part, tuple) and part and dataclasses.is_dataclass(part[0]):
+            yield from ((f"{name}.{i}", one) for i, one in enumerate(part))
+        else:
+            yield name, part
 
 
 def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
@@ -52,15 +54,12 @@ def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     return types | {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _types(value: Any) -> dict[str, str]:
+def _types(value: Any, prefix: str = "") -> dict[str, str]:
     """The type names of the dataclasses nested in a dataclass value, by dotted name."""
     names: dict[str, str] = {}
-    for field in dataclasses.fields(value):
-        part = getattr(value, field.name)
-        parts = {f"{field.name}.{i}": one for i, one in enumerate(part)} if isinstance(part, tuple) else {}
-        for name, one in (parts or {field.name: part}).items():
-            if dataclasses.is_dataclass(one):
-                names |= {name: type(one).__name__, **{f"{name}.{n}": kind for n, kind in _types(one).items()}}
+    for name, part in _parts(value, prefix):
+        if dataclasses.is_dataclass(part):
+            names |= {name: type(part).__name__, **_types(part, name + ".")}
     return names
 
 

@@ -1,7 +1,6 @@
 """The full pipeline: runs every stage of a configuration in order and writes a report."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,18 +10,17 @@ from typing import Any
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.data.cache import write_json
+from jaxchat.data.cache import read_json, write_json
 from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.loading import load_checkpoint
 from jaxchat.serialization import json_line
 from jaxchat.stages.scores import TaskScores
-from jaxchat.stages.stage import inherited
+from jaxchat.stages.stage import Log, inherited
 
 PROGRESS = "speedrun.json"
 BASE = "scoring the base model"
 CLOCK_SECONDS = 5.0  # Interval of writing a stage's time; a kill loses at most so much.
-Log = Callable[[str], None]
 
 
 def run(
@@ -118,8 +116,5 @@ def _shared_progress(place: Path) -> dict[str, Any]:
 
 def _read(place: Path) -> dict[str, Any]:
     """The content of speedrun.json; empty if it is missing or damaged."""
-    try:
-        progress: Any = json.loads((place / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return dict(progress) if isinstance(progress, Mapping) else {}
+    progress = read_json(place / PROGRESS)
+    return progress if isinstance(progress, dict) else {}

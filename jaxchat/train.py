@@ -42,10 +42,9 @@ def init_state(transformer: Transformer, tx: optax.GradientTransformation, key: 
 def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
     """Shardings of an abstract state: parameters by their logical `axes`, optimizer moments like their parameters."""
     placed = sharding.placements(mesh, state.params, axes)
-    by_shape: dict[tuple[str, tuple[int, ...]], Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
-        shape = _at(state.params, path).shape
-        by_shape[(jax.tree_util.keystr(path), shape)] = leaf
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    named = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
+    by_shape = dict(zip(named, jax.tree.leaves(placed), strict=True))
 
     def like_parameter(path: Any, leaf: Any) -> Any:
         # A moment's path ends in its parameter's path: find the longest suffix that names one of the same shape.
@@ -78,31 +77,8 @@ def train_step(
     only its first `count` micro-batches are computed. A micro-batch's random key is determined by the seed, the step
     and its index. A step whose loss, gradient or new parameters are not finite only changes the counters.
     """
-    columns = {name: column for name, column in batch.items() if name != "count"}
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    at = lambda i: {name: column[i] for name, column in columns.items()}  # noqa: E731
-
-    def gradient(i: Any, columns: Batch) -> tuple[Sum, Any]:
-        def total(params: Params) -> tuple[jax.Array, Sum]:
-            result = loss(params, columns, jax.random.fold_in(step_key, i))
-            return result.total, result
-
-        (_, result), grads = jax.value_and_grad(total, has_aux=True)(state.params)
-        return result, grads
-
-    def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, gradient(*micro_batch)), None
-
-    micro_batches = next(iter(columns.values())).shape[0]
-    if "count" not in batch and micro_batches == 1:
-        (total, weight, statistics), grads = gradient(0, at(0))
-    else:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0, at(0)))
-        if "count" in batch:
-            sums = jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, (i, at(i)))[0], zero)
-        else:
-            sums, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), columns))
-        (total, weight, statistics), grads = sums
+    (total, weight, statistics), grads = _summed_gradient(state.params, batch, loss, step_key)
     inverse = 1 / jnp.maximum(weight, 1e-9)
     grads = jax.tree.map(lambda g: g * inverse, grads)
     mean, norm = total * inverse, optax.tree.norm(grads)
@@ -130,6 +106,32 @@ def train_step(
             raise ValueError(f"a statistic cannot be named {name!r}: every step has a metric of that name")
         metrics[name] = value / jnp.maximum(weight, 1e-9)
     return after, metrics
+
+
+def _summed_gradient(params: Params, batch: Batch, loss: Loss, step_key: jax.Array) -> tuple[Sum, Params]:
+    """The loss and its gradient, summed over the micro-batches of a batch."""
+    columns = {name: column for name, column in batch.items() if name != "count"}
+    at = lambda i: {name: column[i] for name, column in columns.items()}  # noqa: E731
+
+    def gradient(i: Any, columns: Batch) -> tuple[Sum, Params]:
+        def total(params: Params) -> tuple[jax.Array, Sum]:
+            result = loss(params, columns, jax.random.fold_in(step_key, i))
+            return result.total, result
+
+        (_, result), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return result, grads
+
+    def add(carry: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, gradient(*micro_batch)), None
+
+    micro_batches = next(iter(columns.values())).shape[0]
+    if "count" not in batch and micro_batches == 1:
+        return gradient(0, at(0))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0, at(0)))
+    if "count" in batch:
+        return jax.lax.fori_loop(0, batch["count"], lambda i, carry: add(carry, (i, at(i)))[0], zero)
+    sums, _ = jax.lax.scan(add, zero, (jnp.arange(micro_batches), columns))
+    return sums
 
 
 class Hooks(NamedTuple):
@@ -209,9 +211,3 @@ def fit(
                 hooks.sample(number, state)
             clock = time.perf_counter()
     return state
-
-
-def _at(tree: Any, path: Any) -> Any:
-    for key in path:
-        tree = tree[key.idx] if isinstance(key, jax.tree_util.SequenceKey) else tree[key.key]
-    return tree

@@ -217,6 +217,8 @@ def test_a_checkpoint_is_located_by_its_stage_and_step(copy):
     (copy / "experiment.json").write_text("{}")
     assert checkpoint.locate(str(copy)) == (copy, 3)
     assert checkpoint.locate(f"{copy}@2") == (copy, 2)
+    with pytest.raises(UserError, match=r"no checkpoint @ in .*: there are 2, 3"):
+        checkpoint.locate(f"{copy}@")
     for wrong in ("1", "x", "\u00b2"):
         with pytest.raises(UserError, match=rf"no checkpoint {wrong} in .*: there are 2, 3"):
             checkpoint.locate(f"{copy}@{wrong}")
@@ -259,6 +261,19 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(copy):
     assert "error: the checkpoint could not be written to " in done.stderr
     assert done.stderr.count("the last good one is step 3") == 1
     assert read(copy)[0] == 3
+
+
+def test_sizes_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "record_files", full)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1), {})
+    for act in (lambda: checkpoints.save(2, state(2), {}), checkpoints.close):
+        with pytest.raises(UserError, match=r"could not be written to .*No space left.*; the last good one is step 1"):
+            act()
+    assert read(tmp_path)[0] == 1
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ def test_a_setting_that_the_compiler_does_not_know_is_left_out_aloud(monkeypatch
     assert program.options == [{"old": True, "new": 1}, {"old": True}] and "no setting new" in said[0]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compilation.compile_lowered(Program("INTERNAL: broken"), setup(), said.append)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'theirs'"):
+        compilation.compile_lowered(Program("No such compile option: 'theirs'"), setup(), said.append)
 
 
 def test_what_a_compiler_says_that_it_would_need_is_read():

@@ -67,6 +67,13 @@ def test_numbers_that_are_not_finite_are_null_in_metrics(tmp_path):
     assert "NaN" not in text and "Infinity" not in text
 
 
+def test_a_line_whose_step_is_no_number_is_removed(tmp_path):
+    kept, *odd = '{"step":1}', '{"step":"one"}', '{"step":[1]}', "[1]", '{"ste'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*odd, kept]))
+    metrics.JsonLines(tmp_path / "metrics.jsonl", 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == kept + "\n"
+
+
 @pytest.mark.parametrize(
     "loss, val_bpb, said", [(math.nan, 2.0, "loss=nan"), (None, math.inf, "val_bpb=inf"), (2.0, math.nan, "val_bpb")]
 )

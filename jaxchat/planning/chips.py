@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxchat.devices import PEAK_FLOPS
+from jaxchat.devices import PEAKS
 from jaxchat.errors import UserError, first_line
 
 GiB = 1 << 30
@@ -48,7 +48,7 @@ class Chip:
     """A kind of chip.
 
     Attributes:
-        kind: its key in devices.PEAK_FLOPS.
+        kind: its key in devices.PEAKS.
         memory: bytes available to a program; for a GPU 75 percent of its memory, JAX's default preallocation.
         dollars: approximate on-demand price per hour in 2026; --dollars_per_chip_hour overrides it.
         cores: how much a chip adds to the number in a topology's name: v5p-16 has 8 chips of 2 cores.
@@ -62,7 +62,7 @@ class Chip:
 
     @property
     def peak_flops(self) -> float:
-        return PEAK_FLOPS[self.kind]
+        return PEAKS[self.kind][0]
 
 
 def _gpu(kind: str, dollars: float, gpu: Gpu) -> Chip:

@@ -18,7 +18,7 @@ from jaxchat.objectives.objective import Objective
 from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.rl.settings import RL
-from jaxchat.stages.scores import pretrained_text, task_scores
+from jaxchat.stages.scores import TaskScores, pretrained_text
 from jaxchat.stages.stage import Log, locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
@@ -77,7 +77,7 @@ class Reinforcement:
         )
         self._stream.cursor = facts.get("cursor", 0)
         self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
-        self._tasks = task_scores(setup, self._tokenizer, self._log)
+        self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
 
     def batch_at(self, index: int, state: State) -> Any:
         jax.block_until_ready(state.params)  # So that training time is not counted as sampling time.
@@ -108,7 +108,7 @@ class Reinforcement:
         if self._text is not None:
             scores["val_rows"] = self._text.rows_in_all if last else min(e.eval_rows or 2**31, self._text.rows_in_all)
             scores["val_bpb"] = self._text(state.params, scores["val_rows"])
-        return scores | ({} if self._tasks is None else self._tasks(state.params))
+        return scores | self._tasks(state.params)
 
     def facts(self, number: int) -> dict[str, Any]:
         return {"cursor": self._stream.cursor}

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxchat import devices, metrics, optim, processes
 from jaxchat.compilation import Setup
+from jaxchat.data.cache import write_text
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
@@ -134,9 +135,7 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     path = e.stage_directory / "samples.md"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     earlier = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(earlier + lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(earlier + lines))
 
 
 def _sampled_step(part: str) -> int:

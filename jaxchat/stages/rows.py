@@ -1,6 +1,5 @@
 """Pretraining and SFT stages: batches of rows on disk, scored by bits per byte, loss and tasks."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,19 +8,20 @@ import jax
 from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare, streams
+from jaxchat.data.cache import write_json
 from jaxchat.errors import UserError
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
-from jaxchat.stages.scores import pretrained_text, task_scores
+from jaxchat.stages.scores import TaskScores, pretrained_text
 from jaxchat.stages.stage import Log
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
 
-class FromRows:
-    """Stage that trains on rows on disk; see `stages.stage.Stage` for the methods."""
+class FromText:
+    """Pretraining on documents, scored by bits per byte of held-out ones; see `stages.stage.Stage` for the methods."""
 
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         self._tokenizer, self._log = tokenizer, log
@@ -32,11 +32,7 @@ class FromRows:
         self._row_hashes = [part.directory.name for part in self._rows["train"]]  # They identify the rows' content.
         processes.check_same("what --data.train names", self._row_hashes, "give every host the same documents")
         self._stream = streams.RowStream(
-            self._rows["train"],
-            e.data.weights,
-            epochs=e.data.epochs,
-            seed=e.seed,
-            batch_rows=e.batch_rows,
+            self._rows["train"], e.data.weights, epochs=e.data.epochs, seed=e.seed, batch_rows=e.batch_rows
         )
         self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
         self._batches: Iterator[Any] = iter(())
@@ -55,11 +51,15 @@ class FromRows:
             )
         self._batches = device_batches(setup, self._stream, start, micro_rows)
         self._text, self._loss = self._held_out(setup, micro_rows)
-        self._tasks = task_scores(setup, self._tokenizer, self._log)
+        self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
         """Evaluations on held-out data: bits per byte of text, and the loss on conversations; None for neither."""
-        raise NotImplementedError
+        bytes_per_token = self._tokenizer.bytes_per_token
+        return self._on_rows(setup, batch_rows=micro_rows, bytes_per_token=bytes_per_token), None
+
+    def _on_rows(self, setup: Setup, **settings: Any) -> HeldOut:
+        return HeldOut(setup.transformer, setup.mesh, rows=self._rows["val"], **settings)
 
     def batch_at(self, index: int, state: State) -> Any:
         return next(self._batches)
@@ -74,7 +74,7 @@ class FromRows:
             scores["val_bpb"] = self._text(state.params, scores["val_rows"])
         if self._loss is not None:
             scores["val_loss"] = self._loss(state.params)
-        return scores | ({} if self._tasks is None else self._tasks(state.params))
+        return scores | self._tasks(state.params)
 
     numbers = None
 
@@ -88,37 +88,21 @@ class FromRows:
     def write_sources(self) -> None:
         """Writes the manifests of the training and held-out rows to the run directory."""
         directory = self._experiment.run_directory / "rows"
-        directory.mkdir(parents=True, exist_ok=True)
         prefix = f"{self._experiment.stage}-" if self._experiment.chats else ""
         for split, parts in self._rows.items():
-            manifests = [part.manifest for part in parts]
-            (directory / f"{prefix}{split}.json").write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
+            write_json(directory / f"{prefix}{split}.json", [part.manifest for part in parts])
 
     def close(self) -> None:
         if hasattr(self._batches, "close"):
             self._batches.close()
 
 
-class FromText(FromRows):
-    """Pretraining on documents, scored by bits per byte of held-out documents."""
-
-    def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
-        text = HeldOut(
-            setup.transformer,
-            setup.mesh,
-            rows=self._rows["val"],
-            bytes_per_token=self._tokenizer.bytes_per_token,
-            batch_rows=micro_rows,
-        )
-        return text, None
-
-
-class FromConversations(FromRows):
+class FromConversations(FromText):
     """SFT on conversations, scored by the loss on held-out ones and by bits per byte of the pretraining text."""
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
-        loss = HeldOut(setup.transformer, setup.mesh, rows=self._rows["val"], batch_rows=micro_rows)
-        return pretrained_text(setup, self._tokenizer, micro_rows, self._log), loss
+        text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
+        return text, self._on_rows(setup, batch_rows=micro_rows)
 
 
 def device_batches(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,9 @@ from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
-from jaxchat.stages.stage import Stage, inherited, locate_start, started
+from jaxchat.stages.stage import Log, Stage, inherited, locate_start, started
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, fit, init_state
-
-Log = Callable[[str], None]
 
 
 def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     setup = make_setup(e, terminal.log)
     cache.make_directory(e.stage_directory, "--directory")
     processes.check_shared(e.stage_directory, "--directory")
-    with run_lock(e, terminal.log):
+    with run_lock(e.stage_directory, "trains", terminal.log):
         setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log, stopped)
         terminal.steps = stage.steps
         peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Outside of the mesh, because a CPU's is measured.
@@ -188,13 +187,13 @@ def _start(
 
 
 @contextlib.contextmanager
-def run_lock(e: Experiment, log: Callable[[str], None]) -> Iterator[None]:
-    """Locks the stage directory against a second run; raises `UserError` if it is already locked."""
+def run_lock(directory: Path, does: str, log: Log) -> Iterator[None]:
+    """Locks a directory against a second process that `does` the same; `UserError` if it is already locked."""
     if jax.process_index():
         yield
         return
-    refusal = f"another process trains in {e.stage_directory}: wait until it ends, or give this run its own --name"
-    with cache.locked(e.stage_directory, log, refusal=refusal):
+    refusal = f"another process {does} in {directory}: wait until it ends, or give this one its own --name"
+    with cache.locked(directory, log, refusal=refusal):
         yield
 
 

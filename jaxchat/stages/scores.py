@@ -44,18 +44,11 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
     )
 
 
-def task_scores(setup: Setup, tokenizer: Tokenizer, log: Log) -> "TaskScores | None":
-    """Evaluation on the tasks of an experiment; None if it has none."""
-    e = setup.experiment
-    style: Style = "chat" if e.chats else "text"
-    return TaskScores(e, setup.transformer, tokenizer, log, style=style, mesh=setup.mesh) if e.tasks else None
-
-
 class TaskScores:
     """Scores parameters on the tasks of an experiment, each time on the same problems with the same noise.
 
-    `style`: "text" prompts with plain text, for base models; "chat" with turns. The constructor reads the task files
-    and raises `UserError` for invalid ones.
+    `style`: "text" prompts with plain text, for base models; "chat" with turns; by default the experiment's. The
+    constructor reads the task files and raises `UserError` for invalid ones.
     """
 
     def __init__(
@@ -65,13 +58,13 @@ class TaskScores:
         tokenizer: Tokenizer,
         log: Log,
         *,
-        style: Style,
+        style: Style | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self._experiment, self._transformer, self._tokenizer, self._log = e, transformer, tokenizer, log
-        self._style: Style = style
+        self._style: Style = style or ("chat" if e.chats else "text")
         self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
-        self._jobs = jobs(e.tasks, Settings(style), e.cache_directory / "downloads")
+        self._jobs = jobs(e.tasks, Settings(self._style), e.cache_directory / "downloads")
         limit = e.eval_problems
         self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
         self._problems = {
@@ -83,7 +76,7 @@ class TaskScores:
     def __call__(self, params: Params) -> dict[str, float]:
         """Returns scores by name: NAME_strict and NAME_lenient of problems, NAME_accuracy of questions, bpb, core."""
         scores: dict[str, float] = {}
-        if self._global_mesh is not None:
+        if self._global_mesh is not None and self._jobs:
             params = processes.own_copy(self._global_mesh, params)
         for job in self._jobs:
             if isinstance(job, Solving):
