@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.data.cache import read_json, write_json
+from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw_groups, read_metrics
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.stages.running import run_lock
-from jaxchat.stages.stage import Log, inherited
+from jaxchat.stages.stage import inherited
 from jaxchat.train import Diverged
 
 RESULTS = "compare.json"

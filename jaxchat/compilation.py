@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxchat import checkpoint, devices, optim, processes, sharding, xla
+from jaxchat.data.cache import Log
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
@@ -71,7 +72,7 @@ def prepare_backend(experiment: Experiment) -> None:
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
-def compute_dtype(experiment: Experiment, device: Any, log: Callable[[str], None]) -> Any:
+def compute_dtype(experiment: Experiment, device: Any, log: Log) -> Any:
     """The experiment's dtype; "auto" is bfloat16 on accelerators that compute fast in it, float32 elsewhere."""
     if experiment.dtype != "auto":
         return jnp.dtype(experiment.dtype)
@@ -81,14 +82,14 @@ def compute_dtype(experiment: Experiment, device: Any, log: Callable[[str], None
     return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
 
 
-def warn_of_float8(experiment: Experiment, device: Any, log: Callable[[str], None]) -> None:
+def warn_of_float8(experiment: Experiment, device: Any, log: Log) -> None:
     """Logs a warning if float8 products are not faster: TPUs before the seventh, GPUs before capability 8.9."""
     slow = device.device_kind.startswith("TPU v") or (devices.capability(device) or 9.0) < 8.9
     if isinstance(experiment.matmul, Float8) and slow:
         log(f"warning: {device.device_kind} has no float8 units: --matmul=float8 rounds like float8 but is not faster")
 
 
-def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequence[Any] | None = None) -> Setup:
+def make_setup(experiment: Experiment, log: Log, devices: Sequence[Any] | None = None) -> Setup:
     """Derives mesh, model, optimizer and placements. `devices` (default: JAX's) may be absent ones, to compile for."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
     devices = list(jax.devices() if devices is None else devices)
@@ -113,7 +114,7 @@ def make_setup(experiment: Experiment, log: Callable[[str], None], devices: Sequ
     return Setup(experiment, mesh, transformer, tx, abstract, loss)
 
 
-def compile_step(setup: Setup, log: Callable[[str], None]) -> Compiled:
+def compile_step(setup: Setup, log: Log) -> Compiled:
     """Compiles the training step.
 
     With micro_rows "auto" it is the largest micro-batch whose memory, by the compiler's own analysis, fits a device.
@@ -149,7 +150,7 @@ def smaller_choices(choices: Sequence[int], needed: float, *, state: float, limi
     return [n for n in choices[1:] if n <= most] or list(choices[1:][-1:])
 
 
-def compile_lowered(lowered: Any, setup: Setup, log: Callable[[str], None]) -> tuple[Any, float]:
+def compile_lowered(lowered: Any, setup: Setup, log: Log) -> tuple[Any, float]:
     """A program compiled with the experiment's XLA settings, and the bytes that it needs per device. If the compiler
     runs out of memory: None, and the bytes that its message names, or infinity.
 

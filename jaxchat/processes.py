@@ -320,8 +320,6 @@ def gather(value: Result) -> list[Result]:
 def share_out(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
     """`work(items)` with the items divided among the processes. Every process gets all results, in order."""
     index, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return list(work(items))
     results: list[Any] = [None] * len(items)
     for start, part in enumerate(gather(list(work(items[index::count])))):
         results[start::count] = part

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 
 from jaxchat import checkpoint, processes, signals, stages
-from jaxchat.data.cache import read_json, write_json
+from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.loading import load_checkpoint
 from jaxchat.serialization import json_line
 from jaxchat.stages.scores import TaskScores
-from jaxchat.stages.stage import Log, inherited
+from jaxchat.stages.stage import inherited
 
 PROGRESS = "speedrun.json"
 BASE = "scoring the base model"

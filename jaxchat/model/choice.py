@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import devices
+from jaxchat.data.cache import Log
 from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model.attention import MIXERS
@@ -23,8 +24,6 @@ PREFERRED_DECODING = {"tpu": "filled"}
 TRIED_LENGTH, TRIED_WINDOW = 384, 50
 TRIED_SLOTS = {False: 1100, True: 602}  # Cache slots without and with a window; not multiples of the kernel's blocks.
 TOLERANCE = 0.03  # Relative to the largest value; a window that is off by one changes more than 0.1.
-
-Log = Callable[[str], None]
 
 
 def choose_attention(wanted: str, model: Model, *, length: int, dtype: Any, device: Any, log: Log) -> str:

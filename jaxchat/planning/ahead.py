@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxchat import compilation
+from jaxchat.data.cache import Log
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.planning import plan
@@ -17,7 +18,6 @@ from jaxchat.planning.chips import GiB, Topology
 from jaxchat.planning.decoding import fit_decoding
 
 REMATS = ("none", "dots", "attention", "full")  # From the fastest to the least memory.
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxchat import checkpoint, processes, sharding
 from jaxchat.compilation import Setup
+from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
@@ -19,7 +20,7 @@ from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import TaskScores, pretrained_text
-from jaxchat.stages.stage import Log, locate_start
+from jaxchat.stages.stage import locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
@@ -28,8 +29,6 @@ from jaxchat.tasks import load_task, problems_of
 from jaxchat.tasks.rewards import REWARDS
 from jaxchat.tasks.task import Problem, Task
 from jaxchat.tokenizer import Tokenizer, chat
-
-Log = Callable[[str], None]
 
 
 class Group(NamedTuple):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxchat import devices, metrics, optim, processes
-from jaxchat.compilation import Setup
-from jaxchat.data.cache import write_text
+from jaxchat.compilation import Compiled, Setup
+from jaxchat.data.cache import Log, write_text
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
@@ -37,7 +37,7 @@ class StepLog:
         peak: float | None,
         writers: list[metrics.Writer],
         more: Callable[[int, dict[str, float]], dict[str, Any]] | None = None,
-        log: Callable[[str], None] = log,
+        log: Log = log,
     ) -> None:
         e = setup.experiment
         self.stability, self._log = Stability(e.model.vocab if e.rl is None else None), log
@@ -102,7 +102,7 @@ class StepLog:
         return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
 
 
-def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Callable[[str], None]) -> None:
+def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Log) -> None:
     """Answers each prompt greedily (a base model continues it) and appends the texts to samples.md.
 
     Entries of this step and of later ones, left from before a restart, are replaced.
@@ -134,13 +134,9 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
         log(f"  | {prompt}{' ' * chats}{text}")
     path = e.stage_directory / "samples.md"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    earlier = [part for part in re.split(r"^(?=\n## Step \d+$)", before, flags=re.M) if _sampled_step(part) < number]
-    write_text(path, "".join(earlier + lines))
-
-
-def _sampled_step(part: str) -> int:
-    heading = re.match(r"\n## Step (\d+)$", part, flags=re.M)
-    return int(heading[1]) if heading else -1
+    head, *parts = re.split(r"^\n## Step (\d+)$", before, flags=re.M)
+    earlier = [f"\n## Step {step}{text}" for step, text in zip(parts[::2], parts[1::2]) if int(step) < number]
+    write_text(path, "".join([head, *earlier, *lines]))
 
 
 def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[metrics.Writer]:
@@ -158,9 +154,7 @@ def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[
     return writers
 
 
-def describe(
-    setup: Setup, micro_rows: int, compile_seconds: float, peak: float | None, log: Callable[[str], None]
-) -> None:
+def describe(setup: Setup, compiled: Compiled, peak: float | None, log: Log) -> None:
     """Logs the plan of a run: sizes, batches, mesh, dtype, attention and peak."""
     e, counts = setup.experiment, parameter_counts(setup.experiment.model)
     flops = flops_per_token(e.model, e.data.row_length)["total"]
@@ -170,7 +164,7 @@ def describe(
     each = f"{e.batch_tokens:,} tokens = {e.steps * e.batch_tokens:,} tokens"
     if e.rl is not None:
         each = f"{e.rl.update_samples:,} of {e.rl.prompts} prompts x {e.rl.samples} answers, {e.rl.objective}"
-    log(f"{e.steps:,} steps x {each}  micro-batches of {micro_rows} rows x {e.data.row_length}")
+    log(f"{e.steps:,} steps x {each}  micro-batches of {compiled.rows} rows x {e.data.row_length}")
     isolated = "isolated" if e.model.isolate_documents else "not isolated"
     peak_text = "unknown peak: no MFU" if peak is None else f"peak {peak / 1e12:.2f} TFLOP/s per device"
     dtypes = f"{setup.transformer.dtype}"
@@ -179,5 +173,5 @@ def describe(
     log(
         f"{mesh} on {device.device_kind}  {dtypes}  "
         f"attention {setup.transformer.attention}, documents {isolated}  "
-        f"{peak_text}  compiled in {compile_seconds:.1f} s"
+        f"{peak_text}  compiled in {compiled.seconds:.1f} s"
     )

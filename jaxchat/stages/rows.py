@@ -8,14 +8,13 @@ import jax
 from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare, streams
-from jaxchat.data.cache import write_json
+from jaxchat.data.cache import Log, write_json
 from jaxchat.errors import UserError
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
 from jaxchat.stages.scores import TaskScores, pretrained_text
-from jaxchat.stages.stage import Log
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxchat import checkpoint, devices, metrics, processes, signals
-from jaxchat.compilation import Setup, compile_step, make_setup
+from jaxchat.compilation import Compiled, Setup, compile_step, make_setup
 from jaxchat.data import cache, prepare
+from jaxchat.data.cache import Log
 from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
-from jaxchat.stages.stage import Log, Stage, inherited, locate_start, started
+from jaxchat.stages.stage import Stage, inherited, locate_start, started
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, fit, init_state
 
@@ -68,9 +69,7 @@ class Built(NamedTuple):
     setup: Setup
     stage: Stage
     tokenizer: Tokenizer
-    step: Any
-    micro_rows: int
-    compile_seconds: float
+    compiled: Compiled
     peak: float | None
     checkpoints: checkpoint.Checkpoints
     start: int
@@ -84,20 +83,20 @@ def build(
     """Compiles the step, restores or initializes the state, and writes experiment, tokenizer and data manifests."""
     e = setup.experiment
     raise_if_interrupted(stopped)
-    step, micro_rows, compile_seconds, _ = compile_step(setup, log)
-    describe(setup, micro_rows, compile_seconds, peak, log)
+    compiled = compile_step(setup, log)
+    describe(setup, compiled, peak, log)
     processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
     with signals.noted() as interrupted:  # So that a signal during the restore is not mistaken for a damaged file.
         start, state, facts = _start(setup, checkpoints, log)
     raise_if_interrupted(lambda: stopped() or interrupted())
-    stage.begin(setup, micro_rows, start, facts)
+    stage.begin(setup, compiled.rows, start, facts)
     # The first files of the run; an experiment that was refused before this point does not occupy its name.
     if jax.process_index() == 0:
         tokenizer.save(e.run_directory / "tokenizer")
         checkpoint.write_experiment(e.stage_directory, e)
         stage.write_sources()
-    return Built(setup, stage, tokenizer, step, micro_rows, compile_seconds, peak, checkpoints, start, state, facts)
+    return Built(setup, stage, tokenizer, compiled, peak, checkpoints, start, state, facts)
 
 
 def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> tuple[dict[str, Any], StepLog]:
@@ -135,7 +134,7 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
         agreed = processes.Agreement()
         hooks = Hooks(step_log, save, score, sample, lambda: agreed(stopped() or interrupted()))
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
-        fit(b.state, b.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
+        fit(b.state, b.compiled.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
         b.checkpoints.wait()
         if b.start == e.steps:
             score(e.steps, b.state, True)
@@ -155,17 +154,15 @@ def result(b: Built, results: dict[str, Any], step_log: StepLog) -> dict[str, An
         "mfu": step_log.mfu,
         "unstable_steps": step_log.stability.unstable_steps,
         "instabilities": step_log.stability.reports,
-        "compile_seconds": round(b.compile_seconds, 2),
-        "micro_rows": b.micro_rows,
+        "compile_seconds": round(b.compiled.seconds, 2),
+        "micro_rows": b.compiled.rows,
         "attention": b.setup.transformer.attention,
         "peak_memory_bytes": devices.memory_bytes(),
         "checkpoint": str(e.stage_directory),
     }
 
 
-def _start(
-    setup: Setup, checkpoints: checkpoint.Checkpoints, log: Callable[[str], None]
-) -> tuple[int, State, dict[str, Any]]:
+def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple[int, State, dict[str, Any]]:
     """Restores the latest checkpoint, or initializes a state with its shardings; returns step, state and metadata."""
     e = setup.experiment
     restored = checkpoints.restore(setup.abstract, log)

@@ -8,6 +8,7 @@ import jax
 from jaxchat import checkpoint, processes
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare
+from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -18,7 +19,6 @@ from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.stages.stage import Log
 from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 

@@ -16,7 +16,6 @@ from jaxchat.objectives.objective import Objective
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
 
-Log = Callable[[str], None]
 Record = dict[str, Any]
 
 
