@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jaxchat import checkpoint
 from jaxchat.decode import explain
-from jaxchat.decode.beam import BeamParams, beam_search
+from jaxchat.decode.beam import beam_search
 from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
@@ -106,7 +106,7 @@ def _report(answers: Sequence[Completion]) -> dict[str, object]:
 
 
 def _beams(engine: Engine, prompt: list[int], options: Any) -> dict[str, object]:
-    beams = beam_search(engine, prompt, BeamParams(options.beams, max_tokens=options.max_tokens))
+    beams = beam_search(engine, prompt, beams=options.beams, max_tokens=options.max_tokens)
     for beam in beams:
         print(f"{beam.score:8.4f}  {beam.text}")
     best = beams[0]

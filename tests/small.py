@@ -113,7 +113,7 @@ def dispatches(engine: Any) -> Counter[str]:
         before = sum(len(sample.tokens) for sample in samples)
         append(steps)
         useful = sum(len(sample.tokens) for sample in samples) - before
-        counts.update({"dispatches": 1, "slot steps": steps.token_KB.size, "useful steps": useful})
+        counts.update({"dispatches": 1, "slot steps": steps.token_B.size, "useful steps": useful})
 
     engine.slots._append_all = counted
     return counts

@@ -13,7 +13,7 @@ import pytest
 import small
 from letters import Letters
 
-from jaxchat.decode import compiled
+from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
@@ -264,20 +264,6 @@ def test_a_full_context_ends_the_answer(engine: Engine) -> None:
     assert len(ask(engine, prompt(LENGTH - 1), WARM).tokens) == 1
 
 
-def test_likely_tokens_come_with_their_logprobs(engine: Engine) -> None:
-    asked = dataclasses.replace(WARM, top_logprobs=4)
-    (answer,), (plain,) = engine.generate([Request(prompt(9), asked), Request(prompt(9), WARM)])
-    assert plain.tokens == answer.tokens
-    assert plain.top_logprobs == ()
-    assert [len(pairs) for pairs in answer.top_logprobs] == [4] * 20
-    for token, logprob, pairs in zip(answer.tokens, answer.logprobs, answer.top_logprobs):
-        values = [value for _, value in pairs]
-        assert values == sorted(values, reverse=True)
-        assert dict(pairs).get(token, min(values)) >= logprob - 1e-5
-        if token in dict(pairs):
-            assert dict(pairs)[token] == pytest.approx(logprob, abs=1e-5)
-
-
 def kept_by_teacher(engine: Engine, tokens: Sequence[int], answer: Completion, params: SamplingParams) -> np.ndarray:
     """For each token of an answer, what `truncate` keeps of the full forward's logits, (T, V)."""
     logits_TV = engine.forward([*tokens, *answer.tokens])[len(tokens) - 1 : -1] / params.temperature
@@ -398,10 +384,10 @@ def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> 
 
 
 def test_a_second_engine_of_the_same_model_compiles_nothing(engine: Engine) -> None:
-    programs = (compiled.unstack, compiled.empty, compiled.prefill, compiled.admit, compiled.decode, compiled.move)
+    compiled = (programs.unstack, programs.empty, programs.prefill, programs.admit, programs.decode, programs.move)
     request = Request(prompt(9), GREEDY)
     first = engine.generate([request])
-    before = [program._cache_size() for program in programs]
+    before = [program._cache_size() for program in compiled]
     again = make(july2026(), SHAPE)
     assert [answers[0].tokens for answers in again.generate([request])] == [answers[0].tokens for answers in first]
-    assert [program._cache_size() for program in programs] == before
+    assert [program._cache_size() for program in compiled] == before

@@ -1,6 +1,5 @@
 """The compiled decoding step: nothing of the size of a cache or a matrix is copied, and nothing is sorted."""
 
-import functools
 import re
 from typing import Any
 
@@ -27,9 +26,8 @@ def compiled(level: Level, history: bool, attend: Any = None) -> str:
     whole = jnp.int32
     running = programs.DecodeState(*(jax.ShapeDtypeStruct(shape, whole) for shape in ((B,), (B,), (B,), (B, 4))))
     past = History(*(jax.ShapeDtypeStruct((B, VOCAB), dtype) for dtype in (jnp.bool_, whole, jnp.float32)))
-    decode = jax.jit(functools.partial(programs.decode, model), donate_argnums=(1, 2), static_argnames=("level", "top"))
     rows, forced = pack([(SamplingParams(), 0)] * B), jax.ShapeDtypeStruct((4, B), whole)
-    lowered = decode.lower(params, cache, past if history else None, running, rows, forced, level=level, top=False)
+    lowered = programs.decode.lower(model, params, cache, past if history else None, running, rows, forced, level=level)
     return str(lowered.compile().as_text())
 
 
@@ -70,8 +68,7 @@ def test_a_chunk_makes_no_second_cache() -> None:
     params = jax.eval_shape(model.unstack, model.shapes())
     cache = jax.eval_shape(lambda: model.empty_cache(8, 4096, write=1))
     running = programs.DecodeState(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (8,), (8,), (8, 4))))
-    decode = jax.jit(functools.partial(programs.decode, model), donate_argnums=1, static_argnames=("level", "top"))
     rows, forced = pack([(SamplingParams(), 0)] * 8), jax.ShapeDtypeStruct((4, 8), jnp.int32)
-    program = decode.lower(params, cache, None, running, rows, forced, level="plain", top=False).compile()
+    program = programs.decode.lower(model, params, cache, None, running, rows, forced, level="plain").compile()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert program.memory_analysis().temp_size_in_bytes < held / 3

@@ -85,6 +85,20 @@ def test_speculation_changes_no_token(config: Any, guesser: str) -> None:
         assert counts["dispatches"] - before == np.ceil(full), "a model that guesses itself is always right"
 
 
+def test_a_draft_pauses_while_guesses_are_rejected_and_then_knows_what_was_decoded_without_it() -> None:
+    config, request = JULY, Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=97, ignore_end=True))
+    found = {}
+    for guesser, least in (("stranger", 0.0), ("stranger", 1.0), ("itself", 5.0)):
+        engine = make(config, dataclasses.replace(ALWAYS, least=least), slots=1, draft=drafts(config)[guesser])
+        counts = small.dispatches(engine)
+        engine.generate([request])
+        found[guesser, least] = counts["dispatches"]
+    assert found["stranger", 0.0] == 96 / ALWAYS.rounds, "no guess is accepted, and none is left out"
+    assert found["stranger", 1.0] < 20, "most dispatches decode 8 steps without guesses"
+    # 15 tokens, a pause of 4 * 8, 15 tokens, a pause of 8 * 8, of which 34 are left.
+    assert found["itself", 5.0] == 1 + 4 + 1 + np.ceil(34 / 8), "after a pause every guess is accepted again"
+
+
 @pytest.mark.parametrize("guesser", ["lookup", "stranger"])
 def test_what_is_remembered_holds_no_guess(guesser: str) -> None:
     engine = make(JULY, draft=drafts(JULY)[guesser])
@@ -105,11 +119,11 @@ def test_what_is_remembered_holds_no_guess(guesser: str) -> None:
     assert [one.tokens for (one,) in again] == [one.tokens for (one,) in plain(JULY).generate(longer)]
 
 
-def test_penalties_tools_and_likely_tokens_go_on_without_guesses() -> None:
+def test_penalties_and_tools_go_on_without_guesses() -> None:
     asked = [
         Request([1, 2, 3] * 5, SamplingParams(0.0, frequency_penalty=2.0, max_tokens=30)),
         Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=30)),
-        Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=30, top_logprobs=2), tools=(Calculator(),)),
+        Request([1, 2, 3] * 5, SamplingParams(0.0, max_tokens=30), tools=(Calculator(),)),
     ]
     ours, theirs = make(JULY).generate(asked), plain(JULY).generate(asked)
     assert [one.tokens for (one,) in ours] == [one.tokens for (one,) in theirs]
@@ -120,8 +134,8 @@ def test_a_draft_model_lies_on_the_mesh_of_the_model() -> None:
     mesh = make_mesh(Mesh(data=2, tensor=2), rows=2, devices=jax.devices()[:4])
     params = jax.tree.map(jnp.asarray, small.parameters(config))
     sharded = make(config, slots=2, draft=(Transformer(config), params), mesh=mesh)
-    assert sharded._draft is not None
-    head = sharded._draft[1]["ends"]["head"]
+    assert sharded.slots._draft_params is not None
+    head = sharded.slots._draft_params["ends"]["head"]
     assert head.sharding.shard_shape(head.shape) == (16, 32), "the vocabulary, split in two"
     asked = requests()[4:7]
     expected = make(config, None, slots=2).generate(asked)

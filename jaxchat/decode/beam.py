@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import compiled
+from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine
 from jaxchat.errors import UserError
 from jaxchat.model.transformer import Cache, Params, Transformer
@@ -17,42 +16,12 @@ from jaxchat.model.transformer import Cache, Params, Transformer
 NEVER = -1e9  # Score of an empty place in a list of beams.
 
 
-@dataclass(frozen=True)
-class BeamParams:
-    """Number of beams, and when the search ends.
-
-    Attributes:
-        beams: number of hypotheses kept at each step, and maximum number of results.
-        max_tokens: length limit of an answer.
-        length_penalty: a finished hypothesis scores its log-probability divided by its length to this power.
-        early_stopping: True stops once `beams` hypotheses are finished. False stops once the best unfinished one,
-            scored at its current length, cannot beat the worst finished one. "never" is the same, but with a positive
-            `length_penalty` scores it at the length limit.
-        stop_tokens: tokens that end a hypothesis, in addition to the tokenizer's end tokens.
-    """
-
-    beams: int = 4
-    max_tokens: int = 128
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    stop_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.beams < 1 or self.max_tokens < 1:
-            raise UserError(f"beams={self.beams} and max_tokens={self.max_tokens} must be at least 1")
-        if not np.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty={self.length_penalty} must be a finite number")
-        if self.early_stopping not in (True, False, "never"):
-            raise UserError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
-
-
 class Beam(NamedTuple):
-    """A finished hypothesis: text, tokens, score, and the sum of its tokens' log-probabilities."""
+    """A finished hypothesis: text, tokens, score."""
 
     text: str
     tokens: tuple[int, ...]
     score: float
-    logprob: float
 
 
 class Search(NamedTuple):
@@ -67,52 +36,71 @@ class Search(NamedTuple):
     going_logprob_W: jax.Array
     ended_WN: jax.Array
     ended_score_W: jax.Array
-    ended_logprob_W: jax.Array
     open: jax.Array
 
 
-def beam_search(engine: Engine, prompt: Sequence[int], params: BeamParams | None = None) -> list[Beam]:
-    """Returns the best answers to a prompt, best first; `UserError` if the prompt is invalid (`Engine.check`)."""
-    params = params or BeamParams()
+def beam_search(
+    engine: Engine,
+    prompt: Sequence[int],
+    *,
+    beams: int = 4,
+    max_tokens: int = 128,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    stop_tokens: Sequence[int] = (),
+) -> list[Beam]:
+    """Returns the best answers to a prompt, best first; `UserError` if the prompt is invalid (`Engine.check`).
+
+    Args:
+        beams: number of hypotheses kept at each step, and maximum number of results.
+        max_tokens: length limit of an answer.
+        length_penalty: a finished hypothesis scores its log-probability divided by its length to this power.
+        early_stopping: True stops once `beams` hypotheses are finished. False stops once the best unfinished one,
+            scored at its current length, cannot beat the worst finished one. "never" is the same, but with a positive
+            `length_penalty` scores it at the length limit.
+        stop_tokens: tokens that end a hypothesis, in addition to the tokenizer's end tokens.
+    """
+    if beams < 1 or max_tokens < 1:
+        raise UserError(f"beams={beams} and max_tokens={max_tokens} must be at least 1")
     prompt = engine.check(prompt)
-    W, most = params.beams, min(params.max_tokens, engine.shape.length - len(prompt))
-    stops = np.array(sorted(engine.ends | set(params.stop_tokens)), np.int32)
+    most = min(max_tokens, engine.shape.length - len(prompt))
+    stops = np.array(sorted({*engine.ends, *stop_tokens}), np.int32)
+    settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     with engine.on_mesh():
         row, logits_1V = engine.read(prompt)
-        cache = compiled.move(engine.transformer, row, np.zeros(W, np.int32), length=engine.shape.length, write=1)
-        none_W = jnp.full((W,), NEVER, jnp.float32)
-        empty = jnp.full((W, most), -1, jnp.int32)
+        first_W, none_W = np.zeros(beams, np.int32), jnp.full((beams,), NEVER, jnp.float32)
+        empty = jnp.full((beams, most), -1, jnp.int32)
         state = Search(
             step=jnp.int32(0),
-            logits_WV=jnp.repeat(logits_1V[:1], W, axis=0),
-            cache=cache,
+            logits_WV=jnp.repeat(logits_1V[:1], beams, axis=0),
+            cache=programs.move(engine.transformer, row, first_W, length=engine.shape.length, write=1),
             going_WN=empty,
             going_logprob_W=none_W.at[0].set(0.0),
             ended_WN=empty,
             ended_score_W=none_W,
-            ended_logprob_W=none_W,
             open=jnp.bool_(True),
         )
-        start, steps = np.int32(len(prompt)), min(engine.shape.steps, most)
         while bool(state.open):
-            state = search(engine.transformer, params, engine.params, state, stops, start, steps)
-    ended = jax.device_get((state.ended_WN, state.ended_score_W, state.ended_logprob_W))
-    beams = []
-    for tokens_N, score, logprob in zip(*ended):
+            arguments = (engine.transformer, engine.params, state, stops, np.int32(len(prompt)))
+            state = search(*arguments, **settings, steps=min(engine.shape.steps, most))
+    found = []
+    for tokens_N, score in zip(*jax.device_get((state.ended_WN, state.ended_score_W))):
         if score > NEVER / 2:
             tokens = tuple(int(token) for token in tokens_N if token >= 0)
-            beams.append(Beam(engine.tokenizer.decode(tokens), tokens, float(score), float(logprob)))
-    return beams
+            found.append(Beam(engine.tokenizer.decode(tokens), tokens, float(score)))
+    return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("length_penalty", "early_stopping", "steps"))
 def search(
     transformer: Transformer,
-    asked: BeamParams,
     params: Params,
     state: Search,
     stops_E: jax.Array,
     start: jax.Array,
+    *,
+    length_penalty: float,
+    early_stopping: bool | str,
     steps: int,
 ) -> Search:
     """Advances every beam by `steps` tokens. Finished hypotheses stay as they are once the search is closed.
@@ -121,7 +109,7 @@ def search(
     """
 
     def turn(state: Search, _: None) -> tuple[Search, None]:
-        at, parent_W = advance(state, stops_E, asked)
+        at, parent_W = advance(state, stops_E, length_penalty=length_penalty, early_stopping=early_stopping)
         token_W = at.going_WN[:, state.step]
         position_W = jnp.where(at.open, start + state.step, -1)
         cache = jax.tree.map(lambda x: x[parent_W], state.cache)
@@ -137,7 +125,9 @@ def search(
     return jax.lax.scan(turn, state, None, length=steps)[0]
 
 
-def advance(state: Search, stops_E: jax.Array, asked: BeamParams) -> tuple[Search, jax.Array]:
+def advance(
+    state: Search, stops_E: jax.Array, *, length_penalty: float, early_stopping: bool | str
+) -> tuple[Search, jax.Array]:
     """Extends all beams by one token and moves finished ones to `ended`; returns the state and each beam's parent."""
     W, V = state.logits_WV.shape
     N = state.going_WN.shape[1]
@@ -154,31 +144,26 @@ def advance(state: Search, stops_E: jax.Array, asked: BeamParams) -> tuple[Searc
 
     best_C = jnp.arange(ends_C.shape[0]) < W  # As in transformers, only the first W candidates may finish.
     exists_C = logprob_C > NEVER / 2
-    score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**asked.length_penalty, NEVER)
-    all_X = jnp.concatenate([state.ended_score_W, score_C])
-    score_W, index_W = jax.lax.top_k(all_X, W)
+    score_C = jnp.where(ends_C & best_C & exists_C, logprob_C / length**length_penalty, NEVER)
+    score_W, index_W = jax.lax.top_k(jnp.concatenate([state.ended_score_W, score_C]), W)
     ended_WN = jnp.concatenate([state.ended_WN, text_CN])[index_W]
-    ended_logprob_W = jnp.concatenate([state.ended_logprob_W, logprob_C])[index_W]
 
-    final_length = jnp.float32(N) if asked.early_stopping == "never" and asked.length_penalty > 0 else length
+    final_length = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
     ended_W = score_W > NEVER / 2
     worst_W = jnp.where(ended_W, jnp.min(score_W), NEVER)
-    still_open = jnp.any(going_W[0] / final_length**asked.length_penalty > worst_W) & ~jnp.all(ends_C)
-    if asked.early_stopping is True:
+    still_open = jnp.any(going_W[0] / final_length**length_penalty > worst_W) & ~jnp.all(ends_C)
+    if early_stopping is True:
         still_open &= ~jnp.all(ended_W)
 
     def if_open(new: Any, old: Any) -> Any:
         return jnp.where(state.open, new, old)
 
-    after = Search(
+    after = state._replace(
         step=state.step + 1,
-        logits_WV=state.logits_WV,
-        cache=state.cache,
         going_WN=text_CN[chosen_W],
         going_logprob_W=going_W,
         ended_WN=if_open(ended_WN, state.ended_WN),
         ended_score_W=if_open(score_W, state.ended_score_W),
-        ended_logprob_W=if_open(ended_logprob_W, state.ended_logprob_W),
         open=state.open & still_open,
     )
     return after, parent_C[chosen_W]

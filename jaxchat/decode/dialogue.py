@@ -101,16 +101,12 @@ def talk(dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO) -
             elif command.startswith("/"):
                 print(HELP if command == "/help" else f"{command} is unknown; {HELP}", file=notes)
             else:
-                _answer(dialogue, text, out, notes)
+                if show(dialogue.answer(text), out, dialogue.stop):
+                    print("(stopped)", file=notes)
+                if left_out := dialogue.left_out:
+                    print(f"({left_out} earlier messages did not fit the context and were left out)", file=notes)
         except UserError as error:
             print(error, file=notes)
-
-
-def _answer(dialogue: Dialogue, text: str, out: TextIO, notes: TextIO) -> None:
-    if show(dialogue.answer(text), out, dialogue.stop):
-        print("(stopped)", file=notes)
-    if dialogue.left_out:
-        print(f"({dialogue.left_out} earlier messages did not fit the context and were left out)", file=notes)
 
 
 def show(texts: Iterator[str], out: TextIO, stop: Callable[[], None]) -> bool:

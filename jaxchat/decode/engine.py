@@ -10,16 +10,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxchat.decode import compiled
-from jaxchat.decode.prompts import Plan, Prefixes, Reader, bucket, plan
+from jaxchat.decode import programs
+from jaxchat.decode.prompts import EngineConfig, Prefixes, bucket, plan, read
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
-from jaxchat.decode.slots import EngineConfig, Slots
+from jaxchat.decode.slots import PrefilledPrompt, Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
@@ -32,17 +33,6 @@ LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searc
 
 
 @dataclass
-class PrefilledPrompt:
-    """A prefilled prompt whose samples are waiting for a slot."""
-
-    cache: Cache
-    logits_RV: jax.Array
-    draft: Cache | None
-    row: int
-    waiting: deque[Sample]
-
-
-@dataclass
 class PromptStats:
     """Number of prompt tokens computed, and number reused from the prefix cache."""
 
@@ -51,9 +41,10 @@ class PromptStats:
 
 
 class Engine:
-    """Answers requests with one model: `submit`, then `step` until it returns False; or `follow`; or `generate`.
+    """Answers requests with one model: `submit`, then `step` until it returns False; or `generate`, or `follow`.
 
     Args:
+        params: None if `load` is called before the first request.
         mesh: shards rows over `data`, and heads, hidden units and vocabulary over `tensor`.
         speculation: settings of speculative decoding, which does not change the tokens. Guesses are looked up in the
             text, or come from `draft`, a smaller model of the same vocabulary and its parameters.
@@ -63,7 +54,7 @@ class Engine:
     def __init__(
         self,
         transformer: Transformer,
-        params: Params,
+        params: Params | None,
         tokenizer: Tokenizer,
         shape: EngineConfig,
         *,
@@ -75,29 +66,32 @@ class Engine:
         if draft is not None and (draft[0].config.vocab != transformer.config.vocab or shape.adapt or not speculation):
             raise UserError("a draft model needs the vocabulary of the model, `speculation`, and adapt=False")
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-        transformer = _with_decoding(transformer, decoding, device)
-        draft = None if draft is None else (_with_decoding(draft[0], decoding, device), draft[1])
+
+        def with_decoding(model: Transformer) -> Transformer:
+            name = choose_decoding(decoding, model.config, dtype=model.dtype, device=device, log=log)
+            return dataclasses.replace(model, decoding=name)
+
+        transformer = with_decoding(transformer)
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         mixers = [layer.mixer for layer in transformer.config.pattern]
         windowed = not all(MIXERS[type(mixer)].keeps_all(mixer) for mixer in mixers)
         self.prefixes = Prefixes(shape.prefix_cache_bytes, windowed=windowed)
-        self.prompt_stats = PromptStats()
         with self.on_mesh():
             if draft is not None:
-                draft = draft[0], compiled.unstack(draft[0], draft[1])
-                self._draft_reader = Reader(draft[0], shape.prefill_batch)
-            self._draft = draft
-            self.slots = Slots(transformer, shape, speculation, draft)
+                small = with_decoding(draft[0])
+                draft = small, programs.unstack(small, draft[1])
+            self.slots = Slots(transformer, shape, speculation=speculation, draft=draft)
         self.ends = {tokenizer.bos, tokenizer.end}
-        self._reader = Reader(transformer, shape.prefill_batch)
-        self._waiting: deque[Sample] = deque()
+        self.prompt_stats = PromptStats()
+        self._waiting: deque[deque[Sample]] = deque()  # The samples of each request.
         self._prefilled: deque[PrefilledPrompt] = deque()
-        self.load(params)
+        if params is not None:
+            self.load(params)
 
     def load(self, params: Params) -> None:
         """Replaces the parameters and clears the prefix cache."""
         with self.on_mesh():
-            self.params = compiled.unstack(self.transformer, params)
+            self.params = programs.unstack(self.transformer, params)
         self.prefixes.clear()
 
     def on_mesh(self) -> AbstractContextManager[Any]:
@@ -126,7 +120,7 @@ class Engine:
             Sample(self.tokenizer, request, prompt, index, context=self.shape.length, ends=self.ends)
             for index in range(request.n)
         ]
-        self._waiting.extend(samples)
+        self._waiting.append(deque(samples))
         return samples
 
     def check(self, prompt: Sequence[int], *, what: str = "the prompt", room: int = 1) -> tuple[int, ...]:
@@ -149,7 +143,8 @@ class Engine:
 
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
         """Prefills one prompt; returns its cache (in the first row) and the logits after it, (R, V)."""
-        return self._reader.read(self.params, [prompt], [None], self._plan(prompt, 0))
+        own_plan = plan(len(prompt), 0, self.shape)
+        return read(self.transformer, self.params, [prompt], [None], own_plan, rows=self.shape.prefill_batch)
 
     def forward(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of a text, (T, V) float32, computed in one call without a cache."""
@@ -157,7 +152,7 @@ class Engine:
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
         with self.on_mesh():
-            return np.asarray(compiled.forward(self.transformer, self.params, padded_1T)[: len(ids)])
+            return np.asarray(programs.forward(self.transformer, self.params, padded_1T)[: len(ids)])
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers every request, in order. An invalid request gets one completion that holds its error."""
@@ -203,63 +198,46 @@ class Engine:
             if sample.request.keep and sample.finish_reason in ("stop", "length", "context"):
                 self.prefixes.store(*self.slots.snapshot(sample))
         self.slots.release()
-        self._waiting = deque(sample for sample in self._waiting if not sample.finish_reason)
-        for prefilled in self._prefilled:
-            prefilled.waiting = deque(sample for sample in prefilled.waiting if not sample.finish_reason)
-        self._prefilled = deque(prefilled for prefilled in self._prefilled if prefilled.waiting)
+
+        def unfinished(samples: Iterable[Sample]) -> deque[Sample]:
+            return deque(sample for sample in samples if not sample.finish_reason)
+
+        self._waiting = deque(samples for samples in map(unfinished, self._waiting) if samples)
+        left = (prompt._replace(waiting=unfinished(prompt.waiting)) for prompt in self._prefilled)
+        self._prefilled = deque(prompt for prompt in left if prompt.waiting)
 
     def _enter(self) -> None:
         """Fills free slots in order of submission; a sample whose first token is its last frees its slot at once."""
         while (self._waiting or self._prefilled) and self.slots.free:
             if not self._prefilled:
                 self._read()
-            prefilled = self._prefilled[0]
-            count = min(self.slots.free, len(prefilled.waiting))
-            entering = [prefilled.waiting.popleft() for _ in range(count)]
+            prompt = self._prefilled[0]
+            entering = [prompt.waiting.popleft() for _ in range(min(self.slots.free, len(prompt.waiting)))]
             self.slots.fit(entering)
-            rows = [(prefilled.row, sample) for sample in entering]
-            self.slots.enter(prefilled.cache, prefilled.logits_RV, rows, prefilled.draft)
+            self.slots.enter(prompt, entering)
             self._leave()
 
     def _read(self) -> None:
         """Prefills the next prompt, once for all of its samples, together with later prompts of the same plan."""
-        groups: list[list[Sample]] = []
-        prefixes: list[tuple[int, Cache] | None] = []
-        shared_plan: Plan | None = None
-        skipped: list[Sample] = []  # Prompts with another plan wait for a later prefill.
-        for _ in range(LOOK_AHEAD * self.shape.prefill_batch):
-            if not self._waiting or len(groups) == self.shape.prefill_batch:
+        rows, chosen, prefixes = self.shape.prefill_batch, list[deque[Sample]](), list[tuple[int, Cache] | None]()
+        shared_plan = None
+        for samples in islice(self._waiting, LOOK_AHEAD * rows):
+            if len(chosen) == rows:
                 break
-            first = self._waiting[0]
-            group = []
-            while self._waiting and self._waiting[0].request is first.request:
-                group.append(self._waiting.popleft())
-            prefix = self.prefixes.find(first.prompt)
+            prompt = samples[0].prompt
+            prefix = self.prefixes.find(prompt)
             reused = 0 if prefix is None else prefix[0]
-            own_plan = self._plan(first.prompt, reused)
-            if shared_plan is not None and own_plan != shared_plan:
-                skipped += group
+            own_plan = plan(len(prompt), reused, self.shape)
+            if shared_plan not in (None, own_plan):
                 continue
             shared_plan = own_plan
-            groups.append(group)
+            chosen.append(samples)
             prefixes.append(prefix)
             self.prompt_stats.reused += reused
-            self.prompt_stats.computed += len(first.prompt) - reused
+            self.prompt_stats.computed += len(prompt) - reused
         assert shared_plan is not None
-        self._waiting.extendleft(reversed(skipped))
-        prompts, draft = [group[0].prompt for group in groups], None
-        cache, logits_RV = self._reader.read(self.params, prompts, prefixes, shared_plan)
-        if self._draft is not None:
-            longest = max((self._plan(prompt, 0) for prompt in prompts), key=lambda own: len(own.chunks))
-            draft, _ = self._draft_reader.read(self._draft[1], prompts, [None] * len(prompts), longest)
-        for row, group in enumerate(groups):
-            self._prefilled.append(PrefilledPrompt(cache, logits_RV, draft, row, deque(group)))
-
-    def _plan(self, prompt: Sequence[int], reused: int) -> Plan:
-        return plan(len(prompt), reused, prefill_chunk=self.shape.prefill_chunk, length=self.shape.length)
-
-
-def _with_decoding(transformer: Transformer, wanted: str, device: Any) -> Transformer:
-    """The transformer with the decoding backend chosen for a device."""
-    name = choose_decoding(wanted, transformer.config, dtype=transformer.dtype, device=device, log=log)
-    return dataclasses.replace(transformer, decoding=name)
+        for samples in chosen:
+            self._waiting.remove(samples)
+        prompts = [samples[0].prompt for samples in chosen]
+        cache, logits_RV = read(self.transformer, self.params, prompts, prefixes, shared_plan, rows=rows)
+        self._prefilled.extend(PrefilledPrompt(cache, logits_RV, row, group) for row, group in enumerate(chosen))

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.sampling import FILTERS, History, Rows, SamplingParams, beginning, pack, penalise
+from jaxchat.decode.sampling import FILTERS, History, Rows, SamplingParams, beginning, pack, penalise, warm
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -64,8 +64,7 @@ def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Arr
     z_TV = penalise(logits_TV, rows, history)
     greedy_T1 = (rows.temperature == 0)[:, None]
     best_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
-    warm_TV = z_TV / jnp.where(greedy_T1, 1.0, jnp.maximum(rows.temperature, 1e-6)[:, None])
-    steps = [warm_TV]
+    steps = [warm(z_TV, rows)]
     for name, row in FILTERS.items():
         steps.append(row.apply(steps[-1], rows.filters[name]))
     after = (jnp.where(greedy_T1, best_TV, jax.nn.softmax(z)) for z in steps)
@@ -75,8 +74,7 @@ def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Arr
 def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
     """Scores every token of a text but the first, given the tokens before it."""
     logits_TV = engine.forward(ids)[:-1].astype(np.float64)
-    shifted = logits_TV - logits_TV.max(axis=1, keepdims=True)
-    logprobs_TV = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logprobs_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=1, keepdims=True)
     return [
         Scored(token, float(logits_TV[t, token]), math.exp(logprobs_TV[t, token]), float(logprobs_TV[t, token]))
         for t, token in enumerate(ids[1:])

@@ -1,12 +1,17 @@
-"""The engine's compiled programs: prefill, admission into slots, decoding steps. Pure functions of their arguments."""
+"""The engine's compiled programs: prefill, admission into slots, decoding steps. Pure functions of their arguments.
 
+They are compiled once per model and shape: the transformer is a static argument, so a second engine of the same model
+compiles nothing. Updated caches are donated.
+"""
+
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxchat import sharding
-from jaxchat.decode.sampling import TOP_LOGPROBS, Choice, History, Level, Rows, choose
+from jaxchat.decode.sampling import Choice, History, Level, Rows, choose
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -24,19 +29,10 @@ class DecodeState(NamedTuple):
     stops_BN: Any
 
 
-class StepOutputs(NamedTuple):
-    """Output of K decoding steps per slot, (K, B): token (-1 for none), its log-probability under the model and under
-    the sampling distribution; if requested, the most likely tokens (K, B, N), and the support that the token was
-    sampled from, as packed bits (K, B, ceil(V / 8)).
-    """
-
-    token_KB: jax.Array
-    logprob_KB: jax.Array
-    sampling_logprob_KB: jax.Array
-    top_KBN: tuple[jax.Array, jax.Array] | None = None
-    support_KBC: jax.Array | None = None
+_SAMPLING = ("level", "return_support")
 
 
+@partial(jax.jit, static_argnums=0)
 def unstack(transformer: Transformer, params: Params) -> Params:
     """Parameters per layer in the compute dtype, with the shardings for decoding."""
     axes, pattern = transformer.axes(), transformer.config.pattern
@@ -46,16 +42,19 @@ def unstack(transformer: Transformer, params: Params) -> Params:
     return jax.tree.map(put, transformer.unstack(params), by_layer)
 
 
+@partial(jax.jit, static_argnums=0)
 def forward(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """The logits after every token of the first row, (T, V), without a cache."""
     return transformer.logits(params, transformer.apply(params, tokens_BT).hidden)[0]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
     """An empty cache, sharded over the mesh."""
     return place(transformer.empty_cache(batch, length, write=write))
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
 def prefill(
     transformer: Transformer,
     params: Params,
@@ -76,6 +75,7 @@ def prefill(
     return place(cache_after), jnp.where(read_R1, new_RV, logits_RV)
 
 
+@partial(jax.jit, donate_argnums=(0, 1), static_argnames=_SAMPLING)
 def admit(
     cache: Cache,
     history: History | None,
@@ -87,9 +87,8 @@ def admit(
     prompts: History | None,
     *,
     level: Level,
-    top: bool,
     return_support: bool = False,
-) -> tuple[Cache, History | None, Choice, tuple[jax.Array, jax.Array] | None]:
+) -> tuple[Cache, History | None, Choice]:
     """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each. A slot out of range marks
     padding. `history` and `prompts` are for penalties only.
     """
@@ -101,9 +100,10 @@ def admit(
         rows_N = jnp.arange(slot_N.shape[0])
         counts_NV = prompts.counts_BV.at[rows_N, choice.token_B].add(1)
         history = History(*map(put, history, prompts._replace(counts_BV=counts_NV)))
-    return seat(cache, source, take_N, slot_N), history, choice, most_likely(logits_NV) if top else None
+    return seat(cache, source, take_N, slot_N), history, choice
 
 
+@partial(jax.jit, donate_argnums=0)
 def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> Cache:
     """Copies rows `take_N` of `source` into slots `slot_N` of a cache; indices out of range are ignored."""
     rows = jax.tree.map(lambda x: x[take_N], source)
@@ -115,6 +115,7 @@ def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> C
     return place(Cache(layers, put(cache.length_B, rows.length_B), put(cache.last_B, rows.last_B)))
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), static_argnames=_SAMPLING)
 def decode(
     transformer: Transformer,
     params: Params,
@@ -125,11 +126,10 @@ def decode(
     forced_KB: jax.Array,
     *,
     level: Level,
-    top: bool,
     return_support: bool = False,
-) -> tuple[Cache, History | None, StepOutputs]:
-    """Decodes K steps. Each step processes every slot's last token and samples the next one, unless `forced_KB` gives
-    it (-1: not forced).
+) -> tuple[Cache, History | None, Choice]:
+    """Decodes K steps; returns the choices with leading axes (K, B), token -1 for none. Each step processes every
+    slot's last token and samples the next one, unless `forced_KB` gives it (-1: not forced).
 
     A slot that reaches a stop token or its limit pauses: its cache and token stay as they are until the next dispatch.
     """
@@ -144,13 +144,7 @@ def decode(
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
         if history is not None:
             history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))
-        outputs = StepOutputs(
-            jnp.where(paused_B, -1, next_B),
-            choice.logprob_B,
-            choice.sampling_logprob_B,
-            most_likely(logits_BV) if top else None,
-            choice.support_BC,
-        )
+        outputs = choice._replace(token_B=jnp.where(paused_B, -1, next_B))
         token_B = jnp.where(paused_B, token_B, next_B)
         position_B = jnp.where(paused_B, position_B, position_B + 1)
         stopped_B = jnp.any(token_B[:, None] == running.stops_BN, axis=1) & (forced_B < 0)
@@ -161,24 +155,13 @@ def decode(
     return place(cache), history, steps
 
 
-def recall(cache: Cache, source: Cache, row: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
-    """Copies the first `length` positions of a cache of one row into row `row`; `last` is the token at their end."""
-    zero = jnp.zeros((1,), jnp.int32)
-    return seat(cache, source._replace(length_B=length[None], last_B=last[None]), zero, row[None])
-
-
+@partial(jax.jit, static_argnums=0, static_argnames=("length", "write"))
 def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: int, write: int) -> Cache:
     """Copies rows `take_B` into a new cache of `length` positions that takes up to `write` tokens per call."""
     shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
     rows = jax.tree.map(lambda x: x[take_B], cache)
     layers = tuple(row.resize(rows.length_B, shape) for row, shape in zip(rows.layers, shapes.layers, strict=True))
     return place(rows._replace(layers=layers))
-
-
-def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely tokens and their log-probabilities, (B, N) each."""
-    values_BN, ids_BN = jax.lax.top_k(logits_BV, min(TOP_LOGPROBS, logits_BV.shape[1]))
-    return ids_BN, values_BN - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
 def place(cache: Cache) -> Cache:

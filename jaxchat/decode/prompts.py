@@ -1,15 +1,15 @@
-"""Prefill: prompts are processed in chunks of fixed lengths, after the longest prefix found in the prefix cache."""
+"""Sizes of an engine, and prefill: prompts are read in chunks of fixed lengths, after their longest stored prefix."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import compiled
+from jaxchat.decode import programs
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 SHORTEST_CHUNK = 16
@@ -21,6 +21,35 @@ def bucket(least: int, *, shortest: int, longest: int) -> int:
     return min(max(shortest, 1 << (least - 1).bit_length()), longest)
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """Static sizes of an engine. Changing any of them compiles new programs.
+
+    Attributes:
+        length: context length, in positions per cache row.
+        slots: maximum number of samples decoded at the same time.
+        steps: decoding steps per dispatch.
+        prefill_chunk: maximum number of prompt tokens processed in one prefill call.
+        prefill_batch: number of prompts prefilled together.
+        adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
+            requests use one compiled shape, so results are identical bit for bit.
+        prefix_cache_bytes: memory limit of the prefix cache.
+    """
+
+    length: int
+    slots: int = 8
+    steps: int = 8
+    prefill_chunk: int = 512
+    prefill_batch: int = 1
+    adapt: bool = True
+    prefix_cache_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("length", "slots", "steps", "prefill_chunk", "prefill_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
 class Plan(NamedTuple):
     """The compiled shapes for a prompt: length of its cache row, longest chunk, and the chunk sizes in order."""
 
@@ -29,10 +58,10 @@ class Plan(NamedTuple):
     chunks: tuple[int, ...]
 
 
-def plan(tokens: int, reused: int, *, prefill_chunk: int, length: int) -> Plan:
+def plan(tokens: int, reused: int, shape: EngineConfig) -> Plan:
     """The plan for a prompt of `tokens` tokens whose first `reused` tokens are in the prefix cache."""
-    row = bucket(tokens, shortest=SHORTEST_ROW, longest=length)
-    longest = min(prefill_chunk, row)
+    row = bucket(tokens, shortest=SHORTEST_ROW, longest=shape.length)
+    longest = min(shape.prefill_chunk, row)
     whole, last = divmod(tokens - reused, longest)
     chunks = (longest,) * whole
     if last:
@@ -88,35 +117,43 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(most) if one[i] != other[i]), most)
 
 
-@dataclass
-class Reader:
-    """Prefills `rows` prompts at a time; all prompts of a call have the same plan."""
+def next_chunk(texts: Sequence[Sequence[int]], done: list[int], *, rows: int, size: int) -> tuple[Any, Any]:
+    """The next `size` tokens of each text and their positions, (rows, size); padding has position -1.
 
-    transformer: Transformer
-    rows: int
+    `done` counts the tokens of each text that were returned before; it is updated.
+    """
+    tokens_RT, positions_RT = np.zeros((rows, size), np.int32), np.full((rows, size), -1, np.int32)
+    for row, text in enumerate(texts):
+        part = text[done[row] : done[row] + size]
+        tokens_RT[row, : len(part)] = part
+        positions_RT[row, : len(part)] = range(done[row], done[row] + len(part))
+        done[row] += len(part)
+    return tokens_RT, positions_RT
 
-    def read(
-        self,
-        params: Params,
-        prompts: Sequence[Sequence[int]],
-        found: Sequence[tuple[int, Cache] | None],
-        plan: Plan,
-    ) -> tuple[Cache, jax.Array]:
-        """Returns the cache of the prompts, one row each, and the logits after each, (R, V)."""
-        cache = compiled.empty(self.transformer, self.rows, plan.length, plan.longest)
-        done = [0] * len(prompts)
-        for row, reused in enumerate(found):
-            if reused is not None:
-                done[row], source = reused
-                length, last = np.int32(done[row]), np.int32(prompts[row][done[row] - 1])
-                cache = compiled.recall(cache, source, np.int32(row), length, last)
-        logits_RV = jnp.zeros((self.rows, self.transformer.config.vocab), jnp.float32)
-        for size in plan.chunks:
-            tokens_RT, positions_RT = np.zeros((self.rows, size), np.int32), np.full((self.rows, size), -1, np.int32)
-            for row, prompt in enumerate(prompts):
-                part = prompt[done[row] : done[row] + size]
-                tokens_RT[row, : len(part)] = part
-                positions_RT[row, : len(part)] = range(done[row], done[row] + len(part))
-                done[row] += len(part)
-            cache, logits_RV = compiled.prefill(self.transformer, params, tokens_RT, positions_RT, cache, logits_RV)
-        return cache, logits_RV
+
+def read(
+    transformer: Transformer,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    found: Sequence[tuple[int, Cache] | None],
+    plan: Plan,
+    *,
+    rows: int,
+) -> tuple[Cache, jax.Array]:
+    """Prefills prompts that have the same plan; returns their cache, one row each, and the logits after each, (R, V).
+
+    `found` are their prefixes in the prefix cache (see `Prefixes.find`).
+    """
+    cache = programs.empty(transformer, rows, plan.length, plan.longest)
+    done = [0] * len(prompts)
+    for row, reused in enumerate(found):
+        if reused is not None:
+            done[row], source = reused
+            length_1, last_1 = np.array([[done[row]], [prompts[row][done[row] - 1]]], np.int32)
+            source = source._replace(length_B=length_1, last_B=last_1)
+            cache = programs.seat(cache, source, np.zeros(1, np.int32), np.array([row], np.int32))
+    logits_RV = jnp.zeros((rows, transformer.config.vocab), jnp.float32)
+    for size in plan.chunks:
+        chunk = next_chunk(prompts, done, rows=rows, size=size)
+        cache, logits_RV = programs.prefill(transformer, params, *chunk, cache, logits_RV)
+    return cache, logits_RV

@@ -52,7 +52,6 @@ class Completion:
             "cancelled", or "error".
         seconds: from submission to the end.
         first_token_seconds: from submission to the first token.
-        top_logprobs: if requested, the most likely tokens and their log-probabilities; () for a token of tool output.
         error: why the request or a tool failed.
         support: the tokens that each token was sampled from, (tokens, ceil(V / 8)) uint8, one bit per token, lowest bit
             first; all bits are set for tool output. None if not requested, or if nothing was truncated.
@@ -66,7 +65,6 @@ class Completion:
     finish_reason: str
     seconds: float = 0.0
     first_token_seconds: float = 0.0
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     error: str | None = None
     support: np.ndarray | None = field(default=None, compare=False)
 

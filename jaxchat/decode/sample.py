@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,6 @@ class Sample:
         self._logprobs: list[float] = []
         self._sampling_logprobs: list[float] = []
         self._sampled: list[bool] = []
-        self._top: list[tuple[tuple[int, float], ...]] = []
         self._support: list[np.ndarray] = []
         self._start = self._end = time.perf_counter()
         self._first = 0.0
@@ -68,15 +67,9 @@ class Sample:
         """Whether the support of the sampling distribution is requested, and can be less than all tokens."""
         return self.request.return_support and self.request.sampling.level == "full"
 
-    def give(
-        self,
-        token: int,
-        logprob: float,
-        sampling_logprob: float,
-        top: Sequence[tuple[int, float]] = (),
-        support_C: np.ndarray | None = None,
-    ) -> None:
+    def give(self, token: Any, logprob: Any, sampling_logprob: Any, support_C: np.ndarray | None = None) -> None:
         """Appends a token that the device decoded; then finishes the sample or calls a tool if due."""
+        token = int(token)
         if self.finish_reason:
             self.surplus.append(token)
             return
@@ -88,10 +81,8 @@ class Sample:
         self.tokens.append(token)
         self.text[self.position] = token
         self._sampled.append(not forced)
-        self._logprobs.append(0.0 if forced else logprob)
-        self._sampling_logprobs.append(0.0 if forced else sampling_logprob)
-        if count := self.request.sampling.top_logprobs:
-            self._top.append(() if forced else tuple(top[:count]))
+        self._logprobs.append(0.0 if forced else float(logprob))
+        self._sampling_logprobs.append(0.0 if forced else float(sampling_logprob))
         if self.returns_support:
             assert support_C is not None
             self._support.append(np.full_like(support_C, 255) if forced else support_C.copy())
@@ -154,7 +145,6 @@ class Sample:
             finish_reason=self.finish_reason,
             seconds=self._end - self._start,
             first_token_seconds=max(0.0, self._first - self._start),
-            top_logprobs=tuple(self._top),
             error=self.error,
             support=np.stack(self._support) if self._support else None,
         )

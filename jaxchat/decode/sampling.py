@@ -20,8 +20,6 @@ from jaxchat.errors import UserError
 Level = Literal["greedy", "plain", "full"]
 LEVELS: tuple[Level, ...] = ("greedy", "plain", "full")
 
-TOP_LOGPROBS = 20  # Largest `top_logprobs` of a request.
-
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "greedy": {"temperature": 0.0},
     "plain": {"temperature": 1.0},
@@ -68,7 +66,6 @@ class SamplingParams(Truncation):
         stop: texts at which the answer ends; they are not part of it.
         stop_tokens: tokens at which the answer ends, in addition to the tokenizer's end tokens.
         ignore_end: do not stop at the tokenizer's end tokens.
-        top_logprobs: number of most likely tokens to report at each position.
     """
 
     temperature: float = 1.0
@@ -81,27 +78,25 @@ class SamplingParams(Truncation):
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_end: bool = False
-    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for name, least, most, meaning in (
             ("temperature", 0, math.inf, "a number from 0 (greedy) up"),
             *((name, *row.limits, row.meaning) for name, row in FILTERS.items()),
             ("repetition_penalty", math.ulp(0.0), math.inf, "above 0; 1 turns it off"),
-            ("presence_penalty", -math.inf, math.inf, "a number"),
-            ("frequency_penalty", -math.inf, math.inf, "a number"),
+            ("presence_penalty", -math.inf, math.inf, "a finite number"),
+            ("frequency_penalty", -math.inf, math.inf, "a finite number"),
             ("max_tokens", 1, math.inf, "at least 1"),
             ("seed", 0, 2**63 - 1, "from 0 to 2^63 - 1"),
-            ("top_logprobs", 0, TOP_LOGPROBS, f"from 0 to {TOP_LOGPROBS}"),
         ):
             value = getattr(self, name)
-            if not _number(value) or not least <= value <= most or value == math.inf:
+            if not _finite(value) or not least <= value <= most:
                 raise UserError(f"{name}={value} must be {meaning}")
             whole = name in _WHOLE or (name in FILTERS and FILTERS[name].dtype == np.int32)
             if whole and not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}={value} must be a whole number, {meaning}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
-        if not all(_whole(token) and _number(value) and math.isfinite(value) for token, value in biases):
+        if not all(_whole(token) and _finite(value) for token, value in biases):
             raise UserError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
         if not _listed(self.stop) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop={self.stop!r} must be a list of non-empty texts")
@@ -123,11 +118,11 @@ class SamplingParams(Truncation):
         return "plain" if self.temperature else "greedy"
 
 
-_WHOLE = ("max_tokens", "seed", "top_logprobs")
+_WHOLE = ("max_tokens", "seed")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+def _finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:
@@ -139,15 +134,12 @@ def _listed(value: Any) -> bool:
 
 
 class Rows(NamedTuple):
-    """Sampling parameters per row, arrays of shape (B,). `biased`: whether the row has a logit bias. `seed_low` and
-    `seed_high`: the two halves of the seed. `sample`: sample index.
-    """
+    """Sampling parameters per row, arrays of shape (B,). The seed comes in two halves; `sample` is the sample index."""
 
     temperature: Any
     repetition_penalty: Any
     presence_penalty: Any
     frequency_penalty: Any
-    biased: Any
     seed_low: Any
     seed_high: Any
     sample: Any
@@ -168,10 +160,10 @@ class Choice(NamedTuple):
     If requested, also the support of the distribution: (B, ceil(V / 8)) uint8, one bit per token, lowest bit first.
     """
 
-    token_B: jax.Array
-    logprob_B: jax.Array
-    sampling_logprob_B: jax.Array
-    support_BC: jax.Array | None = None
+    token_B: Any
+    logprob_B: Any
+    sampling_logprob_B: Any
+    support_BC: Any = None
 
 
 def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: int, vocab: int) -> History:
@@ -193,7 +185,6 @@ def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
     columns["filters"] = {
         name: np.array([min(getattr(p, name), 2**31 - 1) for p in params], row.dtype) for name, row in FILTERS.items()
     }
-    columns["biased"] = np.array([len(p.logit_bias) > 0 for p in params])
     columns["seed_low"] = np.array([p.seed & 0xFFFFFFFF for p in params], np.uint32)
     columns["seed_high"] = np.array([p.seed >> 32 for p in params], np.uint32)
     columns["sample"] = np.array([sample for _, sample in requests], np.uint32)
@@ -223,33 +214,34 @@ def choose(
     history: History | None = None,
     return_support: bool = False,
 ) -> Choice:
-    """Chooses one token per row: the most likely one at temperature 0, otherwise a sample.
+    """Chooses one token per row: the most likely one at temperature 0, otherwise a sample (by the Gumbel-max trick).
 
     `position_B` is the position of the previous token. `level` must cover every row; a row's token does not depend on
     it. `return_support` has no effect at level "greedy". `history` is needed if a row has penalties.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if level == "greedy":
-        z_BV = logits_BV
-        token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
-        return Choice(token_B, logprob(z_BV, token_B), jnp.zeros(z_BV.shape[:1], jnp.float32))
-    z_BV, best_B = process(logits_BV, rows, level=level, history=history)
-    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))  # argmax(z + gumbel) samples softmax(z).
-    token_B = jnp.where(rows.temperature == 0, best_B, jnp.argmax(z_BV + gumbel_BV, axis=-1)).astype(jnp.int32)
-    sampling_B = jnp.where(rows.temperature == 0, 0.0, logprob(z_BV, token_B))
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        zero_B = jnp.zeros(logits_BV.shape[:1], jnp.float32)
+        return Choice(token_B, logprob(logits_BV, token_B), zero_B)
+    penalised_BV = logits_BV
+    if level == "full" and history is not None:
+        penalised_BV = penalise(logits_BV, rows, history)
+    greedy_B = rows.temperature == 0
+    z_BV = warm(penalised_BV, rows)
+    if level == "full":
+        z_BV = truncate(z_BV, rows.filters)
+    gumbel_BV = -jnp.log(-jnp.log(noise(rows, position_B, z_BV.shape[1])))
+    sample_B = jnp.argmax(z_BV + gumbel_BV, axis=-1)
+    token_B = jnp.where(greedy_B, jnp.argmax(penalised_BV, axis=-1), sample_B).astype(jnp.int32)
+    sampling_B = jnp.where(greedy_B, 0.0, logprob(z_BV, token_B))
     support_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if return_support else None
     return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC)
 
 
-def process(
-    logits_BV: jax.Array, rows: Rows, *, level: Level, history: History | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Logits of the sampling distribution, -inf outside of its support, and the most likely token, (B,)."""
-    if level == "full" and history is not None:
-        logits_BV = penalise(logits_BV, rows, history)
-    best_B = jnp.argmax(logits_BV, axis=-1)
-    z_BV = logits_BV / jnp.where(rows.temperature == 0, 1.0, jnp.maximum(rows.temperature, 1e-6))[:, None]
-    return (truncate(z_BV, rows.filters) if level == "full" else z_BV), best_B
+def warm(logits_BV: jax.Array, rows: Rows) -> jax.Array:
+    """Logits divided by the temperature; rows of temperature 0 are left as they are."""
+    return logits_BV / jnp.where(rows.temperature == 0, 1.0, jnp.maximum(rows.temperature, 1e-6))[:, None]
 
 
 def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
@@ -260,7 +252,7 @@ def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
 
 def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
     """Logits after bias, repetition, presence and frequency penalties."""
-    z_BV = jnp.where(rows.biased[:, None], logits_BV + history.bias_BV, logits_BV)
+    z_BV = logits_BV + history.bias_BV
     answered_BV = history.counts_BV > 0
     repetition_B1 = rows.repetition_penalty[:, None]
     repeated_BV = jnp.where(z_BV > 0, z_BV / repetition_B1, z_BV * repetition_B1)

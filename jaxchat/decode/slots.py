@@ -1,84 +1,58 @@
 """Slots: the batch of samples that are decoded together, and their cache on the device."""
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode import compiled
-from jaxchat.decode.programs import DecodeState, StepOutputs
-from jaxchat.decode.prompts import SHORTEST_ROW, bucket
+from jaxchat.decode import programs
+from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, EngineConfig, bucket, next_chunk
 from jaxchat.decode.sample import Sample
-from jaxchat.decode.sampling import LEVELS, History, Level, Rows, SamplingParams, beginning, pack
-from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats
+from jaxchat.decode.sampling import LEVELS, Choice, History, Level, Rows, SamplingParams, beginning, pack
+from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats, speculate
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 _IDLE = (SamplingParams(temperature=0), 0)
 
 
-class Wanted(NamedTuple):
-    """What a dispatch must compute for its samples: the sampling level, and whether any sample reports the most likely
-    tokens, returns its support, or has penalties.
-    """
+class PrefilledPrompt(NamedTuple):
+    """A prefilled prompt (its row of a cache and of logits) whose samples are waiting for a slot."""
 
-    level: Level
-    top: bool
-    return_support: bool
-    penalised: bool
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Static sizes of an engine. Changing any of them compiles new programs.
-
-    Attributes:
-        length: context length, in positions per cache row.
-        slots: maximum number of samples decoded at the same time.
-        steps: decoding steps per dispatch.
-        prefill_chunk: maximum number of prompt tokens processed in one prefill call.
-        prefill_batch: number of prompts prefilled together.
-        adapt: shrink the batch and the cache to the smallest power of two that fits the active requests. If false, all
-            requests use one compiled shape, so results are identical bit for bit.
-        prefix_cache_bytes: memory limit of the prefix cache.
-    """
-
-    length: int
-    slots: int = 8
-    steps: int = 8
-    prefill_chunk: int = 512
-    prefill_batch: int = 1
-    adapt: bool = True
-    prefix_cache_bytes: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        for name in ("length", "slots", "steps", "prefill_chunk", "prefill_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    cache: Cache
+    logits_RV: jax.Array
+    row: int
+    waiting: deque[Sample]
 
 
 class Slots:
-    """The samples that are being decoded, with one slot and one cache row each, in the sizes of `shape`."""
+    """The active samples, their cache on the device, and its row of sampling parameters per slot."""
 
     def __init__(
         self,
         transformer: Transformer,
         shape: EngineConfig,
-        speculation: Speculation | None,
-        draft: tuple[Transformer, Params] | None,
+        *,
+        speculation: Speculation | None = None,
+        draft: tuple[Transformer, Params] | None = None,
     ) -> None:
         self.samples: list[Sample | None] = []
-        self._transformer, self._shape = transformer, shape
-        self._speculation, self._draft, self._write, self._most_new = speculation, draft, 1, shape.steps
-        self._draft_cache: Cache | None = None
+        self._transformer, self._shape, self._speculation = transformer, shape, speculation
+        self._draft = None if draft is None else draft[0]
+        self._draft_params = None if draft is None else draft[1]
+        self._write, self._most_new = 1, shape.steps
         if speculation is not None:
             self._write = speculation.tokens + 1
+            self._longest_chunk = max(self._write, min(shape.prefill_chunk, shape.length))
             self._most_new = max(shape.steps, speculation.rounds * self._write)
             self._acceptance = AcceptanceTracker(speculation.least)
-        if draft is not None:
-            self._draft_cache = compiled.empty(draft[0], shape.slots, shape.length, self._write)
+        self._draft_cache: Cache | None = None
+        if self._draft is not None:
+            self._draft_cache = programs.empty(self._draft, shape.slots, shape.length, self._longest_chunk)
+        self._drafted = [0] * shape.slots
+        """Number of positions of each slot in the draft model's cache."""
         self._length = 0
         self._cache: Cache | None = None
         self._history: History | None = None
@@ -106,75 +80,47 @@ class Slots:
             need = max((sample.position + 1 + self._most_new for sample in samples), default=1)
             slots = bucket(len(samples), shortest=1, longest=self._shape.slots)
             length = bucket(need, shortest=SHORTEST_ROW, longest=self._shape.length)
-        if (slots, length) == (len(self.samples), self._length):
-            return
         if entering and self.active:  # More samples may enter before the next dispatch: only grow.
             slots, length = max(slots, len(self.samples)), max(length, self._length)
+        if (slots, length) == (len(self.samples), self._length):
+            return
         if self._cache is None:
-            self._cache = compiled.empty(self._transformer, slots, length, self._write)
-            self.samples, self._length = [None] * slots, length
-        if (slots, length) != (len(self.samples), self._length):
+            self._cache, self.samples = programs.empty(self._transformer, slots, length, self._write), [None] * slots
+        else:
             order = list(range(len(self.samples)))
             if slots < len(order):
                 order.sort(key=lambda slot: self.samples[slot] is None)
             take = np.resize(np.array(order, np.int32), slots)  # New slots start as idle copies of others.
             self.samples = ([self.samples[slot] for slot in order] + [None] * slots)[:slots]
-            self._cache, self._length = (
-                compiled.move(self._transformer, self._cache, take, length=length, write=self._write),
-                length,
-            )
+            self._cache = programs.move(self._transformer, self._cache, take, length=length, write=self._write)
             if self._history is not None:
                 self._history = History(*(column[take] for column in self._history))
-        self._rows = None
+        self._length, self._rows = length, None
 
-    def enter(
-        self, source: Cache, logits_RV: jax.Array, entering: Sequence[tuple[int, Sample]], draft: Cache | None = None
-    ) -> None:
-        """Copies prefilled prompts into free slots and samples the first token of each.
-
-        `entering` pairs each sample with the row of `source` and `logits_RV` that holds its prompt. `draft` is the
-        draft model's cache of the same prompts.
-        """
+    def enter(self, prompt: PrefilledPrompt, entering: Sequence[Sample]) -> None:
+        """Copies a prefilled prompt into free slots and samples the first token of each sample."""
         assert self._cache is not None
         free = [slot for slot, sample in enumerate(self.samples) if sample is None]
-        width, vocab = logits_RV.shape
+        width, vocab = prompt.logits_RV.shape
         for start in range(0, len(entering), width):
             group = entering[start : start + width]
-            take, slot = np.zeros(width, np.int32), np.full(width, len(self.samples), np.int32)
+            take, slot = np.full(width, prompt.row, np.int32), np.full(width, len(self.samples), np.int32)
             params = [_IDLE] * width
-            for i, (row, sample) in enumerate(group):
-                take[i], slot[i] = row, free[start + i]
+            for i, sample in enumerate(group):
+                slot[i] = free[start + i]
                 params[i] = sample.request.sampling, sample.index
-                self.samples[slot[i]] = sample
+                self.samples[slot[i]], self._drafted[slot[i]] = sample, 0
             prompts = None
-            if any(sample.request.sampling.penalised for _, sample in group):
-                asked = [(sample.prompt, sample.request.sampling) for _, sample in group]
+            if self._history is not None or any(sample.request.sampling.penalised for sample in group):
+                asked = [(sample.prompt, sample.request.sampling) for sample in group]
                 prompts = beginning(asked, rows=width, vocab=vocab)
                 if self._history is None:
-                    empty = (jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts)
-                    self._history = History(*empty)
-            level, top, return_support, _ = _wanted([sample for _, sample in group])
-            self._cache, history, choice, likely = compiled.admit(
-                self._cache,
-                self._history if prompts is not None else None,
-                source,
-                logits_RV,
-                take,
-                slot,
-                pack(params),
-                prompts,
-                level=level,
-                top=top,
-                return_support=return_support,
-            )
-            if prompts is not None:
-                self._history = history
-            if draft is not None:
-                self._draft_cache = compiled.seat(self._draft_cache, draft, take, slot)
-            one = StepOutputs(choice.token_B, choice.logprob_B, choice.sampling_logprob_B, likely, choice.support_BC)
-            steps = jax.tree.map(lambda x: x[None], jax.device_get(one))
-            for i, (_, sample) in enumerate(group):
-                _append(sample, steps, 0, i)
+                    self._history = History(*(jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts))
+            arguments = (self._cache, self._history, prompt.cache, prompt.logits_RV, take, slot, pack(params), prompts)
+            self._cache, self._history, choice = programs.admit(*arguments, **_options(group))
+            first = jax.device_get(choice)
+            for i, sample in enumerate(group):
+                sample.give(*(None if column is None else column[i] for column in first))
         self._rows = None
 
     def decode(self, params: Params) -> None:
@@ -194,58 +140,61 @@ class Slots:
         if self._rows is None:
             asked = [(sample.request.sampling, sample.index) if sample else _IDLE for sample in self.samples]
             self._rows = jax.tree.map(jnp.asarray, pack(asked))
-        level, top, return_support, penalised = _wanted(self.active)
-        running = DecodeState(token, position, limit, stops)
-        speculates = not (top or return_support or penalised) and self._speculates()
-        if speculates:
-            text_BL = np.zeros((B, self._shape.length), np.int32)
-            for slot, sample in enumerate(self.samples):
-                if sample is not None:
-                    text_BL[slot] = sample.text
-            draft_params = None if self._draft is None else self._draft[1]
-            self._cache, self._draft_cache, steps = compiled.guess_and_verify(
-                self._transformer,
-                None if self._draft is None else self._draft[0],
-                params,
-                self._cache,
-                self._draft_cache,
-                running,
-                self._rows,
-                text_BL,
-                draft_params,
-                settings=self._speculation,
-                level=level,
-            )
+        options = _options(self.active)
+        penalised = any(sample.request.sampling.penalised for sample in self.active)
+        running = programs.DecodeState(token, position, limit, stops)
+        if not (options["return_support"] or penalised) and self._speculates():
+            steps = self._speculate(params, running, options["level"])
         else:
-            history = self._history if penalised else None
-            options = {"level": level, "top": top, "return_support": return_support}
-            arguments = (self._transformer, params, self._cache, history, running, self._rows, forced)
-            self._cache, history, steps = compiled.decode(*arguments, **options)
-            if penalised:
-                self._history = history
-        steps = jax.device_get(steps)
-        if speculates:  # (rounds, B, tokens) to (rounds * tokens, B)
-            count = (steps.token_KB >= 0).sum(axis=2)
-            self._acceptance.note(float((count - 1)[count > 0].mean()))
-            token_KB, logprob_KB, sampling_KB = (np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3])
-            steps = StepOutputs(token_KB, logprob_KB, sampling_KB)
+            if not penalised:
+                self._history = None
+            arguments = (self._transformer, params, self._cache, self._history, running, self._rows, forced)
+            self._cache, self._history, choice = programs.decode(*arguments, **options)
+            steps = jax.device_get(choice)
         self._append_all(steps)
 
     def _speculates(self) -> bool:
-        """Whether to speculate: no tool output is queued and, without a draft model, lookups are likely to succeed."""
-        if self._speculation is None or any(sample.forced for sample in self.active):
+        """Whether to speculate: no tool output is queued, and guesses are likely to be accepted."""
+        if self._speculation is None or any(sample.forced for sample in self.active) or not self._acceptance.wants():
             return False
-        if self._draft is not None:
-            return True
         ngram = self._speculation.ngram
-        return self._acceptance.wants() and any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
+        return self._draft is not None or any(repeats(s.text[: s.position + 1], ngram) for s in self.active)
 
-    def _append_all(self, steps: StepOutputs) -> None:
-        """Appends the decoded tokens to their samples."""
-        for k, slot in np.argwhere(steps.token_KB >= 0).tolist():
-            sample = self.samples[slot]
+    def _speculate(self, params: Params, running: programs.DecodeState, level: Level) -> Choice:
+        """Runs one dispatch of guesses and verification; returns its tokens, (rounds * tokens, B)."""
+        B = len(self.samples)
+        text_BL = np.zeros((B, self._shape.length), np.int32)
+        for slot, sample in enumerate(self.samples):
             if sample is not None:
-                _append(sample, steps, k, slot)
+                text_BL[slot] = sample.text
+        if self._draft is not None:
+            self._prefill_draft(self._draft, text_BL, running.position_B)
+        models, caches = (self._transformer, self._draft), (self._cache, self._draft_cache)
+        arguments = (*models, params, *caches, running, self._rows, text_BL, self._draft_params)
+        settings = {"settings": self._speculation, "level": level}
+        self._cache, self._draft_cache, choice = speculate(*arguments, **settings)
+        steps = jax.device_get(choice)
+        count_RB = (steps.token_B >= 0).sum(axis=2)
+        if self._draft is not None:
+            self._drafted = np.maximum(running.position_B + count_RB.sum(axis=0), 0).tolist()
+        self._acceptance.note(float((count_RB - 1)[count_RB > 0].mean()))
+        return Choice(*(np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3]))
+
+    def _prefill_draft(self, draft: Transformer, text_BL: np.ndarray, length_B: np.ndarray) -> None:
+        """Processes with the draft model what its cache lacks: new prompts, and tokens that were decoded without it."""
+        texts = [text_L[: max(length, 0)] for text_L, length in zip(text_BL, length_B)]
+        while (missing := max(len(text) - done for text, done in zip(texts, self._drafted))) > 0:
+            size = bucket(missing, shortest=SHORTEST_CHUNK, longest=self._longest_chunk)
+            chunk = next_chunk(texts, self._drafted, rows=len(texts), size=size)
+            logits_BV = jnp.zeros((len(texts), draft.config.vocab), jnp.float32)
+            arguments = (draft, self._draft_params, *chunk, self._draft_cache, logits_BV)
+            self._draft_cache, _ = programs.prefill(*arguments)
+
+    def _append_all(self, steps: Choice) -> None:
+        """Appends the decoded tokens to their samples."""
+        for k, slot in np.argwhere(steps.token_B >= 0).tolist():
+            if (sample := self.samples[slot]) is not None:
+                sample.give(*(None if column is None else column[k, slot] for column in steps))
 
     def snapshot(self, sample: Sample) -> tuple[tuple[int, ...], Cache]:
         """Returns the tokens in the cache of a finished sample that still has its slot, and the cache, one row."""
@@ -253,22 +202,13 @@ class Slots:
         tokens = (*sample.prompt, *sample.tokens, *sample.surplus)[:-1]
         length = bucket(len(tokens), shortest=SHORTEST_ROW, longest=self._shape.length)
         slot = np.array([self.samples.index(sample)], np.int32)
-        return tokens, compiled.move(self._transformer, self._cache, slot, length=length, write=self._write)
+        return tokens, programs.move(self._transformer, self._cache, slot, length=length, write=self._write)
 
 
-def _wanted(samples: Sequence[Sample]) -> Wanted:
+def _options(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a dispatch must compute for its samples: the sampling level, and whether any returns its support."""
     asked = [sample.request.sampling for sample in samples]
-    return Wanted(
-        level=max((params.level for params in asked), key=LEVELS.index),
-        top=any(params.top_logprobs for params in asked),
-        return_support=any(sample.returns_support for sample in samples),
-        penalised=any(params.penalised for params in asked),
-    )
-
-
-def _append(sample: Sample, steps: StepOutputs, k: int, slot: int) -> None:
-    """Appends the output of step k of a slot to its sample."""
-    logprob, sampling_logprob = float(steps.logprob_KB[k, slot]), float(steps.sampling_logprob_KB[k, slot])
-    likely = [] if steps.top_KBN is None else list(zip(*(column[k, slot].tolist() for column in steps.top_KBN)))
-    support_C = None if steps.support_KBC is None else np.asarray(steps.support_KBC[k, slot])
-    sample.give(int(steps.token_KB[k, slot]), logprob, sampling_logprob, likely, support_C)
+    return {
+        "level": max((params.level for params in asked), key=LEVELS.index),
+        "return_support": any(sample.returns_support for sample in samples),
+    }

@@ -9,14 +9,15 @@ variation distance of the two distributions. The optimum is 1 - d.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode.programs import DecodeState, StepOutputs, place
-from jaxchat.decode.sampling import Level, Rows, choose
+from jaxchat.decode.programs import DecodeState, place
+from jaxchat.decode.sampling import Choice, Level, Rows, choose
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -28,7 +29,7 @@ class Speculation:
         tokens: guessed tokens per call.
         ngram: a lookup guesses the tokens that followed the latest earlier occurrence of the last `ngram` tokens.
         rounds: calls per dispatch.
-        least: mean number of accepted guesses per call below which lookups are paused for some dispatches.
+        least: mean number of accepted guesses per call below which speculation pauses for some dispatches.
     """
 
     tokens: int = 7
@@ -131,7 +132,7 @@ def verify(
     guess_BD: jax.Array,
     *,
     level: Level,
-) -> tuple[Round, StepOutputs]:
+) -> tuple[Round, Choice]:
     """Processes the last token and the guesses in one call; appends the accepted guesses and one more token per row."""
     B, T = guess_BD.shape[0], guess_BD.shape[1] + 1
     step_T = jnp.arange(T, dtype=jnp.int32)[None]
@@ -148,9 +149,9 @@ def verify(
     chosen_BT, logprob_BT, sampling_logprob_BT = (x.reshape(B, T) for x in choice[:3])
     accepted_BD = jnp.cumprod((chosen_BT[:, :-1] == guess_BD) & read_BT[:, 1:], axis=1)
     stop_BT = jnp.any(chosen_BT[:, :, None] == running.stops_BN[:, None], axis=2)
-    first_stop_B = jnp.min(jnp.where(stop_BT, step_T, T), axis=1)
+    first_B = jnp.argmax(jnp.pad(stop_BT, ((0, 0), (0, 1)), constant_values=True), axis=1)  # T without a stop token.
     room_B = running.limit_B - at.position_B
-    count_B = jnp.minimum(jnp.minimum(jnp.sum(accepted_BD, axis=1) + 1, first_stop_B + 1), room_B)
+    count_B = jnp.minimum(jnp.minimum(jnp.sum(accepted_BD, axis=1) + 1, first_B + 1), room_B)
     count_B = jnp.where(at.paused_B, 0, count_B).astype(jnp.int32)
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
     token_B = jnp.where(at.paused_B, at.token_B, jnp.take_along_axis(chosen_BT, last_B1, axis=1)[:, 0])
@@ -160,18 +161,18 @@ def verify(
     output_BT = jnp.where(step_T < count_B[:, None], chosen_BT, -1)
     slot_BT = jnp.where(output_BT >= 0, positions_BT + 1, at.text_BL.shape[1])
     text_BL = at.text_BL.at[jnp.arange(B)[:, None], slot_BT].set(output_BT, mode="drop")
-    draft_cache = None if at.draft_cache is None else _shorten(at.draft_cache, at.paused_B, position_B, before_B)
-    cache = _shorten(cache, at.paused_B, position_B, before_B)
-    after = Round(token_B, position_B, at.paused_B | stopped_B, cache, draft_cache, text_BL)
-    return after, StepOutputs(output_BT, logprob_BT, sampling_logprob_BT)
+
+    def shorten(cache: Cache) -> Cache:
+        """Sets the length of a cache back to the accepted tokens; the next call overwrites the rejected ones."""
+        length_B = jnp.where(at.paused_B, cache.length_B, position_B)
+        return cache._replace(length_B=length_B, last_B=jnp.where(at.paused_B, cache.last_B, before_B))
+
+    draft_cache = None if at.draft_cache is None else shorten(at.draft_cache)
+    after = Round(token_B, position_B, at.paused_B | stopped_B, shorten(cache), draft_cache, text_BL)
+    return after, Choice(output_BT, logprob_BT, sampling_logprob_BT)
 
 
-def _shorten(cache: Cache, paused_B: jax.Array, length_B: jax.Array, last_B: jax.Array) -> Cache:
-    """Sets the length of a cache back to the accepted tokens; the next call overwrites the rejected ones."""
-    length_B, last_B = (jnp.where(paused_B, old, new) for old, new in zip(cache[1:], (length_B, last_B), strict=True))
-    return cache._replace(length_B=length_B, last_B=last_B)
-
-
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4), static_argnames=("settings", "level"))
 def speculate(
     transformer: Transformer,
     draft: Transformer | None,
@@ -185,10 +186,10 @@ def speculate(
     *,
     settings: Speculation,
     level: Level,
-) -> tuple[Cache, Cache | None, StepOutputs]:
-    """Runs `rounds` calls of guessing and verification; returns outputs (rounds, B, tokens + 1), token -1 for none."""
+) -> tuple[Cache, Cache | None, Choice]:
+    """Runs `rounds` calls of guessing and verification; returns choices (rounds, B, tokens + 1), token -1 for none."""
 
-    def turn(at: Round, _: None) -> tuple[Round, StepOutputs]:
+    def turn(at: Round, _: None) -> tuple[Round, Choice]:
         if draft is None or draft_params is None:
             guess_BD = lookup(at.text_BL, at.position_B, ngram=settings.ngram, tokens=settings.tokens)
         else:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import sharding
-from jaxchat.decode import compiled, programs
+from jaxchat.decode import programs
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.logprobs import score_tokens
 
@@ -85,7 +85,7 @@ class Scorer:
     def load(self, params: Params) -> None:
         """Replaces the parameters."""
         with self._on_mesh():
-            self._params = compiled.unstack(self.transformer, params)
+            self._params = programs.unstack(self.transformer, params)
 
     def __call__(self, items: Sequence[Item]) -> list[Scored]:
         """Scores of the items, in the same order."""

@@ -1,6 +1,5 @@
 """Compiles the engine's decoding steps ahead of time for absent hardware."""
 
-import functools
 from typing import Any
 
 import jax
@@ -29,21 +28,15 @@ def lower_decode(e: Experiment, topology: Topology, rows: int) -> Any:
     transformer = Transformer(e.model, dtype, decoding=decoding)
     mesh = make_mesh(Mesh(), rows=0, devices=devices)
     with jax.set_mesh(mesh):
-        shapes = _replicated(mesh, transformer.shapes())
-        params = _results(jax.jit(functools.partial(programs.unstack, transformer)).lower(shapes))
-        cache = _results(jax.jit(functools.partial(programs.empty, transformer, rows, length, 1)).lower())
+        params = _results(programs.unstack.lower(transformer, _replicated(mesh, transformer.shapes())))
+        cache = _results(programs.empty.lower(transformer, rows, length, 1))
         number = jax.ShapeDtypeStruct((rows,), jnp.int32)
         running = programs.DecodeState(number, number, number, jax.ShapeDtypeStruct((rows, 2), jnp.int32))
         sampled = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, pack([(SamplingParams(), 0)] * rows)))
-        decode = jax.jit(
-            functools.partial(programs.decode, transformer),
-            donate_argnums=(1, 2),
-            static_argnames=("level", "top", "return_support"),
-        )
         forced = jax.ShapeDtypeStruct((STEPS, rows), jnp.int32)
         arguments = _replicated(mesh, (running, sampled, forced))
-        static = {"level": SamplingParams().level, "top": False, "return_support": False}
-        return decode.lower(params, cache, None, *arguments, **static)
+        static = {"level": SamplingParams().level, "return_support": False}
+        return programs.decode.lower(transformer, params, cache, None, *arguments, **static)
 
 
 def fit_decoding(e: Experiment, topology: Topology, log: Any) -> dict[str, Any]:
