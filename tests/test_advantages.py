@@ -22,14 +22,12 @@ def test_advantages_equal_verls(rule: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
-def test_samples_that_do_not_count_are_left_out_of_their_group(rule: Any, bad: float | None) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_samples_that_do_not_count_are_left_out_of_their_group(rule: Any, bad: float) -> None:
     """verl with groups that lack them; a reward that is not finite does not count by itself."""
     rewards, valid = GOLDEN["rewards"], GOLDEN["valid"]
     assert set(valid.sum(axis=1)) >= {1, 2, 3}
-    found = group_advantages(rewards, rule, valid) if bad is None else None
-    if found is None:
-        found = group_advantages(np.where(valid, rewards, bad), rule)
+    found = group_advantages(np.where(valid, rewards, bad), rule)
     alone = valid & (valid.sum(axis=1, keepdims=True) == 1) & (rule != "none")
     expected = np.where(alone, 0, GOLDEN[f"advantages_of_valid/{rule}"])  # verl has no baseline for one sample
     np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
@@ -44,12 +42,11 @@ def test_rloo_of_tunixs_test_vector() -> None:
 @pytest.mark.parametrize("rule", RULES[1:])
 @pytest.mark.parametrize("reward", [0.0, 0.1, -7.3])
 def test_a_group_of_equal_rewards_has_no_advantage(rule: Any, reward: float) -> None:
-    rewards = np.array([[reward] * 3, [reward, reward, 5], [reward, np.nan, 5]])
-    valid = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]])
-    found = group_advantages(rewards, rule, valid)
+    rewards = np.array([[reward] * 3, [reward, reward, np.nan], [reward, np.nan, 5]])
+    found = group_advantages(rewards, rule)
     assert not np.any(found[:2]), "not even by rounding"
     assert found[2, 0] < 0 < found[2, 2] and found[2, 1] == 0
-    np.testing.assert_array_equal(equal_groups(rewards, valid), [True, True, False])
+    np.testing.assert_array_equal(equal_groups(rewards), [True, True, False])
 
 
 def test_a_group_without_a_valid_sample_teaches_nothing() -> None:
@@ -60,8 +57,6 @@ def test_a_group_without_a_valid_sample_teaches_nothing() -> None:
 
 
 def test_one_sample_a_prompt_has_nothing_to_be_compared_with() -> None:
-    with pytest.raises(ValueError, match="samples=1 must be at least 2"):
-        group_advantages(np.ones((3, 1)), "leave_one_out")
     assert not np.any(group_advantages(np.ones((3, 1)), "standard"))
     np.testing.assert_array_equal(group_advantages(np.ones((3, 1)), "none"), np.ones((3, 1)))
 
@@ -86,15 +81,6 @@ def test_token_weights_are_the_published_means(lengths: list[int], longest: int,
         assert np.all((weight > 0) == some) and np.all((share > 0) == some)
         total, divisor = (weight * sums).sum(), (share * lengths).sum()
         np.testing.assert_allclose(total / max(divisor, 1e-9), expected, rtol=1e-12, atol=1e-14)
-
-
-def test_lengths_and_bounds_are_checked() -> None:
-    with pytest.raises(ValueError, match="longest=0 must be at least 1"):
-        token_weights(np.array([1]), "constant", longest=0)
-    with pytest.raises(ValueError, match=r"lengths \(-1\) at least 0"):
-        token_weights(np.array([3, -1]), "constant", longest=5)
-    with pytest.raises(ValueError, match="cushion of 9 tokens must lie between 1 and longest=8"):
-        soft_overlong(np.array([1]), longest=8, cushion=9)
 
 
 def test_the_penalty_of_long_answers_falls_from_the_cushion_to_the_end() -> None:

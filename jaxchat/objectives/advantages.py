@@ -18,58 +18,42 @@ class Group(NamedTuple):
     rewards_PG: np.ndarray
     centred_PG: np.ndarray
     count_P1: np.ndarray
-    epsilon: float = STANDARD_EPSILON
 
 
 def _standard(group: Group) -> np.ndarray:
     """(R - mean) / (s + epsilon), with the standard deviation s over count - 1 (GRPO, arXiv 2402.03300)."""
     variance_P1 = np.sum(group.centred_PG**2, axis=1, keepdims=True) / np.maximum(group.count_P1 - 1, 1)
-    return group.centred_PG / (np.sqrt(variance_P1) + group.epsilon)
-
-
-def _leave_one_out(group: Group) -> np.ndarray:
-    """R minus the mean of the other samples: count / (count - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
-    if group.rewards_PG.shape[1] < 2:
-        raise ValueError("advantage=leave_one_out compares the samples of a prompt: samples=1 must be at least 2")
-    return group.centred_PG * group.count_P1 / np.maximum(group.count_P1 - 1, 1)
+    return group.centred_PG / (np.sqrt(variance_P1) + STANDARD_EPSILON)
 
 
 ADVANTAGES: Mapping[str, Callable[[Group], np.ndarray]] = {
     "none": lambda group: group.rewards_PG,
     "mean": lambda group: group.centred_PG,  # Dr. GRPO, arXiv 2503.20783.
     "standard": _standard,
-    "leave_one_out": _leave_one_out,
+    # R minus the mean of the other samples (RLOO, arXiv 2402.14740); `RL` checks that there are other samples.
+    "leave_one_out": lambda group: group.centred_PG * group.count_P1 / np.maximum(group.count_P1 - 1, 1),
 }
 
 
-def group_advantages(
-    rewards_PG: np.ndarray, rule: str, valid_PG: np.ndarray | None = None, *, epsilon: float = STANDARD_EPSILON
-) -> np.ndarray:
+def group_advantages(rewards_PG: np.ndarray, rule: str) -> np.ndarray:
     """Advantages (P, G) of samples relative to the other samples of their prompt; `rule` is a key of ADVANTAGES.
 
-    Samples that are not valid, or whose reward is not finite, are excluded from the group's statistics and get 0. With
-    a baseline, a group whose valid rewards are all equal (or only one) gets 0 as well.
+    Samples whose reward is not finite are invalid: they are excluded from the group's statistics and get 0. With a
+    baseline, a group whose valid rewards are all equal (or only one) gets 0 as well.
     """
-    rewards_PG, valid_PG = _valid_rewards(rewards_PG, valid_PG)
+    valid_PG = np.isfinite(rewards_PG)
     count_P1 = valid_PG.sum(axis=1, keepdims=True)
-    mean_P1 = rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
-    centred_PG = np.where(valid_PG & ~equal_groups(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0)
-    return ADVANTAGES[rule](Group(rewards_PG, centred_PG, count_P1, epsilon))
+    valid_rewards_PG = np.where(valid_PG, rewards_PG, 0.0)
+    mean_P1 = valid_rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
+    centred_PG = np.where(valid_PG & ~equal_groups(rewards_PG)[:, None], valid_rewards_PG - mean_P1, 0)
+    return ADVANTAGES[rule](Group(valid_rewards_PG, centred_PG, count_P1))
 
 
-def equal_groups(rewards_PG: np.ndarray, valid_PG: np.ndarray | None = None) -> np.ndarray:
-    """Whether all valid rewards of a prompt are equal, bool (P,): such a group gives no learning signal."""
-    rewards_PG, valid_PG = _valid_rewards(rewards_PG, valid_PG)
+def equal_groups(rewards_PG: np.ndarray) -> np.ndarray:
+    """Whether all finite rewards of a prompt are equal, bool (P,): such a group gives no learning signal."""
+    valid_PG = np.isfinite(rewards_PG)
     most_P = np.max(rewards_PG, axis=1, where=valid_PG, initial=-np.inf)
     return most_P <= np.min(rewards_PG, axis=1, where=valid_PG, initial=np.inf)
-
-
-def _valid_rewards(rewards_PG: np.ndarray, valid_PG: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards in float64 with 0 for invalid samples, and a mask of the samples that are valid and finite."""
-    rewards_PG = np.asarray(rewards_PG, np.float64)
-    finite_PG = np.isfinite(rewards_PG)
-    valid_PG = finite_PG if valid_PG is None else finite_PG & np.asarray(valid_PG, bool)
-    return np.where(valid_PG, rewards_PG, 0), valid_PG
 
 
 # Functions of 1 / length of a sequence (0 if empty) and `longest`: a token's weight and its share of the divisor.
@@ -95,9 +79,6 @@ def token_weights(lengths_N: np.ndarray, rule: str, *, longest: int) -> tuple[np
     on micro-batches. `lengths_N` counts the trained tokens of each sequence; an empty sequence gets 0 for both. `rule`
     is a key of AGGREGATES.
     """
-    lengths_N = np.asarray(lengths_N, np.float64)
-    if longest < 1 or lengths_N.min(initial=0) < 0:
-        raise ValueError(f"longest={longest} must be at least 1, and lengths ({lengths_N.min(initial=0):g}) at least 0")
     return AGGREGATES[rule](np.where(lengths_N > 0, 1.0, 0.0) / np.maximum(lengths_N, 1), longest)
 
 
@@ -118,6 +99,4 @@ def soft_overlong(lengths_N: np.ndarray, *, longest: int, cushion: int) -> np.nd
 
     0 up to longest - cushion, then linear down to -1 at `longest`.
     """
-    if not 0 < cushion <= longest:
-        raise ValueError(f"the cushion of {cushion} tokens must lie between 1 and longest={longest}")
-    return np.clip((longest - cushion - np.asarray(lengths_N, np.float64)) / cushion, -1, 0)
+    return np.clip((longest - cushion - lengths_N) / cushion, -1, 0)

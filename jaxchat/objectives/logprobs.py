@@ -6,6 +6,7 @@ tokens and the gradient of the head is summed over devices once, after the last 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -93,15 +94,14 @@ def score_tokens(
 
     def step(_: Any, chunk: Any) -> Any:
         h, targets, support = chunk
-        z, _ = _support_logits(shape, h, w_MV, targets, support)
+        z, _ = _logits(shape, h, w_MV, targets, support)
         norm = jax.nn.logsumexp(z, axis=-1)
         log_p = z - norm[..., None]
         entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
         target = _pick(z, targets)
         return (), TokenScores(target - norm, entropy, target >= z.max(axis=-1))
 
-    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, support_SBTC))
-    scores = jax.lax.scan(step, (), chunks)[1]
+    scores = _scan(shape, step, (), h_SBTM, targets_SBT, support_SBTC)[1]
     return jax.tree.map(lambda x: _whole(x).reshape(targets_BT.shape), scores)
 
 
@@ -132,12 +132,11 @@ def _logprobs(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, support_S
 def _logprobs_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, support_SBTC: Any) -> Any:
     def step(_: Any, chunk: Any) -> Any:
         h, targets, support = chunk
-        z, _ = _support_logits(shape, h, w_MV, targets, support)
+        z, _ = _logits(shape, h, w_MV, targets, support)
         norm = jax.nn.logsumexp(z, axis=-1)
         return (), (_pick(z, targets) - norm, norm)
 
-    chunks = jax.tree.map(functools.partial(_chunked, shape), (h_SBTM, targets_SBT, support_SBTC))
-    logprobs, norms = jax.lax.scan(step, (), chunks)[1]
+    logprobs, norms = _scan(shape, step, (), h_SBTM, targets_SBT, support_SBTC)[1]
     return _whole(logprobs), (h_SBTM, w_MV, targets_SBT, support_SBTC, _whole(norms))
 
 
@@ -146,15 +145,13 @@ def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
 
     def step(dw_SMV: jax.Array, chunk: Any) -> Any:
         h, targets, support, norms, g = chunk
-        z, slope = _support_logits(shape, h, w_MV, targets, support)
+        z, slope = _logits(shape, h, w_MV, targets, support)
         g = g[..., None]
         dz = (jnp.where(_is_target(targets, w_MV), g, 0) - jnp.exp(z - norms[..., None]) * g) * slope
         return _product_gradients(h, w_MV, dz, dw_SMV)
 
     columns = (h_SBTM, targets_SBT, support_SBTC, norms_SBT, g_SBT)
-    dw_SMV, dh = jax.lax.scan(
-        step, _no_gradient(h_SBTM, w_MV), jax.tree.map(functools.partial(_chunked, shape), columns)
-    )
+    dw_SMV, dh = _scan(shape, step, _no_gradient(h_SBTM, w_MV), *columns)
     return _whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype), None, None
 
 
@@ -165,19 +162,19 @@ _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 def _nll(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: Any) -> jax.Array:
     def step(total_S: jax.Array, chunk: Any) -> Any:
         h, targets, weights = chunk
-        z, _ = _logits(shape, h, w_MV)
+        z, _ = _logits(shape, h, w_MV, targets)
         nll = jax.nn.logsumexp(z, axis=-1) - _pick(z, targets)
         return total_S + jnp.sum(nll * weights, axis=(1, 2)), None
 
-    chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
-    return jnp.sum(jax.lax.scan(step, jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), chunks)[0])
+    start = jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM))
+    return jnp.sum(_scan(shape, step, start, h_SBTM, targets_SBT, weights_SBT)[0])
 
 
 def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weights_SBT: Any) -> Any:
     def step(carry: Any, chunk: Any) -> Any:
         total_S, dw_SMV = carry
         h, targets, weights = chunk
-        z, slope = _logits(shape, h, w_MV)
+        z, slope = _logits(shape, h, w_MV, targets)
         top = jnp.max(z, axis=-1, keepdims=True)
         e = jnp.exp(z - top)
         norm = jnp.sum(e, axis=-1, keepdims=True)
@@ -187,9 +184,8 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
         dw_SMV, dh = _product_gradients(h, w_MV, dz, dw_SMV)
         return (total_S + jnp.sum(nll * weights, axis=(1, 2)), dw_SMV), dh
 
-    chunks = (_chunked(shape, h_SBTM), _chunked(shape, targets_SBT), _chunked(shape, weights_SBT))
     start = (jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), _no_gradient(h_SBTM, w_MV))
-    (total_S, dw_SMV), dh = jax.lax.scan(step, start, chunks)
+    (total_S, dw_SMV), dh = _scan(shape, step, start, h_SBTM, targets_SBT, weights_SBT)
     return jnp.sum(total_S), (_whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype))
 
 
@@ -213,8 +209,13 @@ def _no_gradient(h_SBTM: jax.Array, w_MV: jax.Array) -> jax.Array:
     return jnp.zeros((h_SBTM.shape[0], *w_MV.shape), _wide(h_SBTM))
 
 
-def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-    """Logits in float32 after softcap and temperature, and their derivative with respect to the product h w."""
+def _logits(
+    shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, support: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | float]:
+    """Logits in float32 after softcap and temperature, and their derivative with respect to the product h w.
+
+    Outside the support, which always contains the target, logits are -inf.
+    """
     z = jnp.einsum("SBTM,MV->SBTV", h, w_MV.astype(h.dtype), preferred_element_type=_wide(h))
     slope: jax.Array | float = 1.0
     if shape.softcap is not None:
@@ -224,14 +225,6 @@ def _logits(shape: _Shape, h: jax.Array, w_MV: jax.Array) -> tuple[jax.Array, ja
         z, slope = z / shape.temperature, slope / shape.temperature
     if w_MV.shape[1] != shape.vocab:
         z = jnp.where(jnp.arange(w_MV.shape[1]) < shape.vocab, z, -jnp.inf)
-    return z, slope
-
-
-def _support_logits(
-    shape: _Shape, h: jax.Array, w_MV: jax.Array, targets: jax.Array, support: jax.Array | None
-) -> tuple[jax.Array, jax.Array | float]:
-    """`_logits` with -inf outside the support; the target always belongs to the support."""
-    z, slope = _logits(shape, h, w_MV)
     if support is None:
         return z, slope
     bits = (support[..., None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, None, None]) & 1
@@ -264,14 +257,18 @@ def _sharded(x: jax.Array) -> jax.Array:
     return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
 
 
-def _chunked(shape: _Shape, x: jax.Array) -> jax.Array:
-    """(S, B, T, ...) to (chunks, S, B, T / chunks, ...)."""
-    S, B, T = x.shape[:3]
-    return jnp.moveaxis(x.reshape(S, B, shape.chunks, T // shape.chunks, *x.shape[3:]), 2, 0)
+def _scan(shape: _Shape, step: Callable[[Any, Any], Any], carry: Any, *columns: jax.Array | None) -> Any:
+    """`jax.lax.scan` over chunks of columns: (S, B, T, ...) is cut to (chunks, S, B, T / chunks, ...)."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        S, B, T = x.shape[:3]
+        return jnp.moveaxis(x.reshape(S, B, shape.chunks, T // shape.chunks, *x.shape[3:]), 2, 0)
+
+    return jax.lax.scan(step, carry, jax.tree.map(cut, columns))
 
 
 def _whole(x: jax.Array) -> jax.Array:
-    """Inverse of `_chunked`."""
+    """(chunks, S, B, T / chunks, ...) to (S, B, T, ...)."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 

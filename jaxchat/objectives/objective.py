@@ -1,13 +1,14 @@
-"""The interface of objectives: configurations that map a model, parameters and a batch to a loss."""
+"""Objectives: configurations that map a model, parameters and a batch to a loss."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxchat.model.part import Weighted
-from jaxchat.model.transformer import Forward, Model, Params, Transformer
+from jaxchat.model.transformer import Model, Params, Transformer
 
 Column = tuple[tuple[int, ...], Any]  # Shape after the axes (micro-batches, rows), and type.
 Batch = Mapping[str, jax.Array]
@@ -24,28 +25,25 @@ class Sum(NamedTuple):
     statistics: Mapping[str, Weighted] = {}
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Objective:
     """A loss. If `ragged`, a batch may end with empty micro-batches; its entry `count` is the number of others."""
 
-    @property
-    def ragged(self) -> bool: ...
+    ragged: ClassVar[bool] = False
 
-    def columns(self, model: Model, length: int) -> Mapping[str, Column]:
-        """The columns of a batch of rows of `length` tokens."""
+    def columns(self, model: Model, length: int) -> dict[str, Column]:
+        """The columns of a batch of rows of `length` tokens: tokens, targets, segments, and weights of the targets."""
+        columns: dict[str, Column] = {name: ((length,), jnp.int32) for name in ("tokens", "targets", "segments")}
+        return columns | {"weights": ((length,), jnp.float32)}
+
+    def loss(self, transformer: Transformer, params: Params, hidden_BTM: jax.Array, batch: Batch) -> Sum:
+        """The total and weight of a micro-batch, given the final hidden states of its tokens."""
+        raise NotImplementedError
 
     def __call__(self, transformer: Transformer, params: Params, batch: Batch, key: jax.Array | None = None) -> Sum:
-        """The total and weight of a micro-batch; `key` is its random key."""
-
-
-def row_columns(length: int) -> dict[str, Column]:
-    """The columns of every batch: tokens, targets, segments, and the weights of the targets."""
-    columns: dict[str, Column] = {name: ((length,), jnp.int32) for name in ("tokens", "targets", "segments")}
-    return columns | {"weights": ((length,), jnp.float32)}
-
-
-def with_losses(own: Sum, forward: Forward) -> Sum:
-    """Adds the mean of each loss that the model's parts return to an objective's sum, and all to its statistics."""
-    total = own.total
-    for value, weight in forward.losses.values():
-        total = total + own.weight * value / jnp.maximum(weight, 1e-9)
-    return Sum(total, own.weight, {**own.statistics, **forward.losses, **forward.statistics})
+        """Adds the mean of each loss that the model's parts return to `loss`; `key` is the random key of the model."""
+        forward = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"], key=key)
+        total, weight, statistics = self.loss(transformer, params, forward.hidden, batch)
+        for part_total, part_weight in forward.losses.values():
+            total = total + weight * part_total / jnp.maximum(part_weight, 1e-9)
+        return Sum(total, weight, {**statistics, **forward.losses, **forward.statistics})

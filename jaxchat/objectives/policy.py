@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxchat.model.transformer import Model, Params, Transformer
 from jaxchat.objectives.advantages import Aggregate, Baseline
 from jaxchat.objectives.logprobs import token_logprobs
-from jaxchat.objectives.objective import Batch, Column, Sum, row_columns, with_losses
+from jaxchat.objectives.objective import Batch, Column, Objective, Sum
 
 LARGEST_LOG_RATIO = 20.0  # The exponential of larger values could overflow; verl uses the same bound.
 
@@ -65,7 +65,7 @@ OBJECTIVES: Mapping[str, Policy] = {
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Objective):
     """The surrogate loss of `policy` on batches of sampled sequences.
 
     `temperature` is the sampler's; `truncated` tells whether it sampled from a part of the vocabulary. A batch also has
@@ -79,24 +79,22 @@ class PolicyGradient:
     truncated: bool = False
     ragged: ClassVar[bool] = True
 
-    def columns(self, model: Model, length: int) -> Mapping[str, Column]:
-        names = ("norms", "advantages", "old_logprobs")
-        columns = row_columns(length) | {name: ((length,), jnp.float32) for name in names}
+    def columns(self, model: Model, length: int) -> dict[str, Column]:
+        columns = super().columns(model, length)
+        columns |= {name: ((length,), jnp.float32) for name in ("norms", "advantages", "old_logprobs")}
         return columns | ({"support": ((length, -(-model.vocab // 8)), jnp.uint8)} if self.truncated else {})
 
-    def __call__(self, transformer: Transformer, params: Params, batch: Batch, key: jax.Array | None = None) -> Sum:
-        c = transformer.config
-        forward = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"], key=key)
+    def loss(self, transformer: Transformer, params: Params, hidden_BTM: jax.Array, batch: Batch) -> Sum:
         logprobs_BT = token_logprobs(
-            forward.hidden,
+            hidden_BTM,
             transformer.head(params),
             batch["targets"],
-            vocab=c.vocab,
-            softcap=c.softcap,
+            vocab=transformer.config.vocab,
+            softcap=transformer.config.softcap,
             temperature=self.temperature,
             support_BTC=batch.get("support"),
         )
-        return with_losses(surrogate(self.policy, logprobs_BT, batch), forward)
+        return surrogate(self.policy, logprobs_BT, batch)
 
 
 def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:
@@ -114,7 +112,10 @@ def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Ar
     logprobs_BT = jnp.where(trained_BT, logprobs_BT, 0)
     gap_BT = logprobs_BT - jnp.where(trained_BT, batch["old_logprobs"], 0)
     advantages_BT = jnp.where(trained_BT, batch["advantages"], 0)
-    log_ratio_BT = RATIOS[policy.ratio](gap_BT, batch["segments"], trained_BT)
+    log_ratio_BT = gap_BT
+    if policy.ratio in SEQUENCE_RATIOS:
+        total_BT, length_BT = (_by_sequence(x_BT, batch["segments"]) for x_BT in (gap_BT, trained_BT))
+        log_ratio_BT = SEQUENCE_RATIOS[policy.ratio](total_BT, length_BT, gap_BT)
     ratio_BT = jnp.exp(jnp.clip(log_ratio_BT, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
     bound_BT = jnp.zeros_like(trained_BT)
     if policy.ratio == "none":
@@ -139,27 +140,13 @@ def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Ar
     return Sum(jnp.sum(batch["weights"] * loss_BT), jnp.sum(jnp.where(trained_BT, batch["norms"], 0)), means)
 
 
-def _of_tokens(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
-    return gap_BT
-
-
-def _of_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
-    """Log of GSPO's ratio in its token form: the sequence's value with the token's gradient (arXiv 2507.18071, 4.3)."""
-    total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
-    return total_BT / jnp.maximum(length_BT, 1) + gap_BT - jax.lax.stop_gradient(gap_BT)
-
-
-def _of_whole_sequences(gap_BT: jax.Array, segments_BT: jax.Array, trained_BT: jax.Array) -> jax.Array:
-    """Log of the ratio of whole sequences; its mean over tokens has the value and gradient of the sequence's ratio."""
-    total_BT, length_BT = _by_sequence(gap_BT, segments_BT), _by_sequence(trained_BT, segments_BT)
-    return total_BT + length_BT * (gap_BT - jax.lax.stop_gradient(gap_BT))
-
-
-RATIOS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    "none": _of_tokens,
-    "token": _of_tokens,
-    "sequence": _of_sequences,
-    "sequence_sum": _of_whole_sequences,
+# Functions of a sequence's total log-ratio, its number of trained tokens, and a token's log-ratio, each (B, T): the log
+# of the ratio in its token form, with the sequence's value and the token's gradient.
+SEQUENCE_RATIOS: Mapping[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    # GSPO (arXiv 2507.18071, 4.3).
+    "sequence": lambda total, length, gap: total / jnp.maximum(length, 1) + gap - jax.lax.stop_gradient(gap),
+    # Its mean over tokens has the value and gradient of the ratio of whole sequences.
+    "sequence_sum": lambda total, length, gap: total + length * (gap - jax.lax.stop_gradient(gap)),
 }
 
 

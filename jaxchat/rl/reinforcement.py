@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint, processes, sharding
@@ -55,24 +54,19 @@ class Reinforcement:
         self._setup, self._dispatched = setup, time.perf_counter()
         self._records: dict[int, dict[str, Any]] = {}
         shape = EngineConfig(length=e.data.row_length, slots=rl.slots, prefill_batch=8)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract.params)
-        zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), setup.abstract.params)  # noqa: E731
-        fresh = jax.jit(zeros, out_shardings=placed)()
-        own_copy = functools.partial(processes.own_copy, setup.mesh)
-        mesh = processes.own_mesh(setup.mesh)
-        self._engine = Engine(setup.transformer, own_copy(fresh), self._tokenizer, shape, mesh=mesh)
+        engine = Engine(setup.transformer, None, self._tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
         reference = None
         if rl.kl is not None:
             reference = checkpoint.load_params(*locate_start(e), setup.abstract.params)
         self._stream = RolloutStream(
             rl,
-            self._engine,
+            engine,
             scorer(setup),
             seed=e.seed,
             row_length=e.data.row_length,
             micro_rows=micro_rows,
             reference=reference,
-            own_copy=own_copy,
+            own_copy=functools.partial(processes.own_copy, setup.mesh),
             downloads=e.cache_directory / "downloads",
             log=self._log,
         )
@@ -126,8 +120,7 @@ class Reinforcement:
 
 def scorer(setup: Setup) -> Score:
     """Compiles the trainer's log-probabilities and entropies of a micro-batch, computed as in the training step."""
-    transformer, rl = setup.transformer, setup.experiment.rl
-    assert rl is not None
+    transformer, rl = setup.transformer, settings(setup.experiment)
 
     def score(params: Any, columns: Any) -> Any:
         hidden_BTM = transformer.apply(params, columns["tokens"], segments_BT=columns["segments"]).hidden

@@ -23,7 +23,7 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, first_line
 from jaxchat.objectives import advantages
 from jaxchat.processes import share_out
-from jaxchat.rl.answers import Answer, Columns, answer_of, lay_out, micro_batches
+from jaxchat.rl.answers import Columns, answer_of, lay_out, micro_batches
 from jaxchat.rl.settings import RL
 from jaxchat.tasks import load_task, problems_of
 from jaxchat.tasks.rewards import REWARDS
@@ -69,7 +69,7 @@ class RolloutStream:
         tasks = [load_task(spec, downloads) for spec in rl.tasks]
         self._problems = _usable_problems(rl, tasks, engine.tokenizer, row_length, log)
         self._order = grain.MapDataset.range(len(self._problems)).seed(seed).shuffle().repeat()
-        self._answers: list[Answer] = []
+        self._answers: list[Columns] = []
         self._warned: set[tuple[str, ...]] = set()
         self._failure = ""
         self.cursor = 0
@@ -104,13 +104,14 @@ class RolloutStream:
             for completion in group.answers
         ]
         advantages_PG = advantages.group_advantages(rewards_PG, rl.policy.advantage)  # 0 where NaN.
-        lengths_N = np.array([answer.trained_T.sum() for answer in self._answers])
+        lengths_N = np.array([np.count_nonzero(answer["trained"]) for answer in self._answers])
         lengths_N[np.isnan(rewards_PG).ravel()] = 0
         weights_N, norms_N = advantages.token_weights(lengths_N, rl.policy.aggregate, longest=rl.max_tokens)
         scored = self._score_all(params)
-        for answer, advantage, weight, norm in zip(self._answers, advantages_PG.ravel(), weights_N, norms_N):
-            answer.weight, answer.norm = float(weight), float(norm)
-            answer.advantages_T = answer.advantages_T + np.float32(advantage)
+        values = np.stack([advantages_PG.ravel(), weights_N, norms_N], axis=1).astype(np.float32)
+        for answer, (advantage, weight, norm) in zip(self._answers, values):
+            answer["weights"], answer["norms"] = weight * answer["trained"], norm * answer["trained"]
+            answer["advantages"] += advantage
         done = time.perf_counter()
         self.facts = {
             **_summary(groups),
@@ -163,18 +164,22 @@ class RolloutStream:
     def _answered(self, drawn: Sequence[Drawn]) -> list[Group]:
         """Samples answers to problems and computes their rewards."""
         rl, groups = self._rl, list[Group]()
-        requests = [self._request(task, prompt, seed) for task, _, prompt, seed in drawn]
+        options = {**rl.truncation, "max_tokens": rl.max_tokens}
+        requests = [
+            Request(
+                prompt,
+                SamplingParams(rl.temperature, **options, seed=seed),
+                n=rl.samples,
+                tools=named_tools(task.tools),
+                return_support=rl.truncates,
+            )
+            for task, _, prompt, seed in drawn
+        ]
         for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
             # A refused request has a single answer, which holds the error.
             answers = answers if len(answers) == rl.samples else answers * rl.samples
             groups.append(self._reward(task, problem, prompt, answers))
         return groups
-
-    def _request(self, task: Task, prompt: list[int], seed: int) -> Request:
-        rl = self._rl
-        sampling = SamplingParams(rl.temperature, **rl.truncation, max_tokens=rl.max_tokens, seed=seed)
-        tools = named_tools(task.tools)
-        return Request(prompt, sampling, n=rl.samples, tools=tools, return_support=rl.truncates)
 
     def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:
         rl = self._rl
@@ -215,12 +220,11 @@ class RolloutStream:
         logprobs_RT, entropy_RT = self._scored(params, columns)
         reference_RT = None if self._rl.kl is None else self._scored(self._reference, columns)[0]
         kl = 0.0
-        for answer, (row, at) in zip(self._answers, places):
-            span = slice(at, at + len(answer.tokens_T))
-            answer.logprobs_T = logprobs_RT[row, span]
+        for answer, place in zip(self._answers, places):
+            answer["old_logprobs"] = logprobs_RT[place]
             if reference_RT is not None:
-                to_go_T = advantages.kl_to_go(answer.logprobs_T, reference_RT[row, span], answer.trained_T)
-                answer.advantages_T = (-(self._rl.kl or 0.0) * to_go_T).astype(np.float32)
+                to_go_T = advantages.kl_to_go(answer["old_logprobs"], reference_RT[place], answer["trained"])
+                answer["advantages"] -= (self._rl.kl or 0.0) * to_go_T
                 kl += float(to_go_T[0]) / len(self._answers)
         trained_RT = columns["trained"] > 0
         gap_N = (columns["sampled"] - logprobs_RT)[trained_RT].astype(np.float64)
@@ -229,14 +233,9 @@ class RolloutStream:
         record |= {"gap_p99": float(np.quantile(np.abs(gap_N), 0.99))}
         return record | ({} if reference_RT is None else {"kl": kl})
 
-    def _rows(self, answers: Sequence[Answer]) -> tuple[Columns, list[tuple[int, int]]]:
-        return lay_out(
-            answers,
-            row_length=self._row_length,
-            micro_rows=self._micro_rows,
-            share_rows=self._engine.transformer.config.isolate_documents,
-            set_bytes=self._set_bytes,
-        )
+    def _rows(self, answers: Sequence[Columns]) -> tuple[Columns, list[tuple[int, slice]]]:
+        share_rows = self._engine.transformer.config.isolate_documents
+        return lay_out(answers, row_length=self._row_length, micro_rows=self._micro_rows, share_rows=share_rows)
 
     def _scored(self, params: Any, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
         size = self._micro_rows
