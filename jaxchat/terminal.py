@@ -21,6 +21,8 @@ from jaxchat.experiment import Experiment
 from jaxchat.loading import load_engine
 from jaxchat.tokenizer import chat as conversation
 
+_BEAM_OPTIONS = ("prompt", "beams", "max_tokens", "style")
+
 
 def run(options: Any) -> dict[str, object] | None:
     """Runs launch.chat; returns the result for the last line of output, None after a conversation read from stdin."""
@@ -57,26 +59,20 @@ def run(options: Any) -> dict[str, object] | None:
 
 
 def _check(options: Any) -> None:
-    """Raises `UserError` for options that are invalid or cannot be combined."""
+    """Raises `UserError` for options that are invalid, or that would have no effect beside the others."""
     if options.num_samples < 1 or options.beams < 0:
         raise UserError(f"num_samples={options.num_samples} must be at least 1, beams={options.beams} at least 0")
-    given_by_name = {
-        "prompt": options.prompt is not None,
-        "num_samples": options.num_samples > 1,
-        "beams": options.beams > 0,
-        "explain": options.explain,
-        "tools": bool(options.tools),
-        "stop": bool(options.stop),
-    }
-    given = [name for name, is_given in given_by_name.items() if is_given]
+    plain = type(options)(checkpoint=options.checkpoint)
+    given = [name for name, value in vars(options).items() if value != getattr(plain, name)]
     if options.score is not None:
         if not options.score:
             raise UserError("--score needs a text")
-        if given:
-            raise UserError(f"--score only scores a text: leave out --{given[0]}")
-    elif options.prompt is None and (dependent := [name for name in given if name not in ("tools", "stop")]):
-        raise UserError(f"--{dependent[0]} needs a --prompt")
-    elif options.beams and (others := [name for name in given if name not in ("prompt", "beams")]):
+        if others := [name for name in given if name != "score"]:
+            raise UserError(f"--score only scores a text: leave out --{others[0]}")
+    elif options.prompt is None:
+        if dependent := [name for name in given if name in ("num_samples", "beams", "explain")]:
+            raise UserError(f"--{dependent[0]} needs a --prompt")
+    elif options.beams and (others := [name for name in given if name not in _BEAM_OPTIONS]):
         raise UserError(f"--{others[0]} cannot be combined with --beams: leave out --{others[0]}")
 
 

@@ -32,7 +32,7 @@ class Chat(Truncation):
     max_tokens: int = 128  # Length limit of an answer.
     seed: int = 0
     num_samples: int = 1  # Number of answers to --prompt.
-    beams: int = 0  # Beam search for the best answer to --prompt with this many beams; ignores the sampling options.
+    beams: int = 0  # Beam search for the best answer to --prompt with this many beams, instead of sampling.
     speculative: bool = False
     """Guess tokens that repeat earlier text; faster for repetitive text, and does not change the tokens."""
     draft: str = ""

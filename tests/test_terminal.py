@@ -21,6 +21,15 @@ BEAMS = ["--prompt=a", "--beams=2"]
         ("leave out --explain", [*BEAMS, "--explain"]),
         ("leave out --tools", [*BEAMS, "--tools=calculator"]),
         ("leave out --stop", [*BEAMS, "--stop=a"]),
+        ("leave out --temperature", [*BEAMS, "--temperature=0"]),
+        ("leave out --min_p", [*BEAMS, "--min_p=0.1"]),
+        ("leave out --sampling", [*BEAMS, "--sampling=greedy"]),
+        ("leave out --seed", [*BEAMS, "--seed=1"]),
+        ("leave out --speculative", [*BEAMS, "--speculative"]),
+        ("leave out --draft", [*BEAMS, "--draft=nowhere"]),
+        ("leave out --top_k", ["--score=a", "--top_k=1"]),
+        ("leave out --max_tokens", ["--score=a", "--max_tokens=1"]),
+        ("leave out --style", ["--score=a", "--style=chat"]),
     ],
 )
 def test_options_that_would_be_left_out_in_silence_are_refused(said: str, argv: list[str]) -> None:
@@ -29,6 +38,12 @@ def test_options_that_would_be_left_out_in_silence_are_refused(said: str, argv: 
 
 
 def test_options_that_go_together_are_not_refused() -> None:
-    for argv in ([], ["--tools=calculator", "--stop=a"], ["--prompt=a", "--explain", "--num_samples=2"], BEAMS):
+    for argv in (
+        [],
+        ["--tools=calculator", "--stop=a"],
+        ["--prompt=a", "--explain", "--num_samples=2"],
+        BEAMS,
+        [*BEAMS, "--max_tokens=9"],
+    ):
         with pytest.raises(UserError, match="no checkpoint in nowhere"):
             launch.chat.main(["--checkpoint=nowhere", *argv])
