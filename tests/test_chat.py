@@ -283,14 +283,14 @@ def test_an_explanation_agrees_with_the_choice_and_the_full_forward(engine: Engi
     for t, (candidates, token) in enumerate(zip(steps, answer.tokens)):
         (chosen,) = [c for c in candidates if c.chosen]
         assert chosen.token == token
-        assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
+        assert np.log(chosen.probabilities["model"]) == pytest.approx(answer.logprobs[t], abs=1e-4)
+        assert np.log(chosen.probabilities["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
         z_V = logits_TV[2 + t].astype(np.float64)
         assert [c.token for c in candidates][:8] == np.argsort(-z_V)[:8].tolist()
         warm_V = np.exp(z_V / 0.7) / np.exp(z_V / 0.7).sum()
-        assert candidates[0].temperature == pytest.approx(warm_V.max(), abs=1e-5)
-        assert sum(c.filtered["top_k"] > 0 for c in candidates) == 6
-        assert sum(c.filtered["top_k"] for c in candidates) == pytest.approx(1, abs=1e-5)
+        assert candidates[0].probabilities["temperature"] == pytest.approx(warm_V.max(), abs=1e-5)
+        assert sum(c.probabilities["top_k"] > 0 for c in candidates) == 6
+        assert sum(c.probabilities["top_k"] for c in candidates) == pytest.approx(1, abs=1e-5)
     assert explain.step_table(engine.tokenizer, 1, steps[0], params).row_count == len(steps[0])
 
 
@@ -311,8 +311,8 @@ def test_an_explanation_knows_penalties_and_min_p(engine: Engine, temperature: f
     assert len(answer.tokens) == 77, "prompt and answer fill the context"
     for t, candidates in enumerate(explain.explain(engine, [1, 2, 3], answer.tokens, params)):
         (chosen,) = [c for c in candidates if c.chosen]
-        assert np.log(chosen.model) == pytest.approx(answer.logprobs[t], abs=1e-4)
-        assert np.log(chosen.filtered["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
+        assert np.log(chosen.probabilities["model"]) == pytest.approx(answer.logprobs[t], abs=1e-4)
+        assert np.log(chosen.probabilities["min_p"]) == pytest.approx(answer.sampling_logprobs[t], abs=1e-4)
 
 
 def test_a_score_is_the_loss(engine: Engine) -> None:
@@ -321,7 +321,6 @@ def test_a_score_is_the_loss(engine: Engine) -> None:
     z_TV = engine.forward(ids).astype(np.float64)[:-1]
     expected = [z_V[token] - np.log(np.exp(z_V).sum()) for z_V, token in zip(z_TV, ids[1:])]
     np.testing.assert_allclose([s.logprob for s in scored], expected, atol=1e-6)
-    np.testing.assert_allclose([s.probability for s in scored], np.exp(expected), atol=1e-6)
     table = explain.score_table(engine.tokenizer, scored)
     assert f"{-np.mean(expected):.4f}" in str(table.columns[-1].footer)
     assert len(explain.score(engine, [1] * 80)) == 79, "a text may fill the context"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,15 +155,12 @@ def advance(
     if early_stopping is True:
         still_open &= ~jnp.all(ended_W)
 
-    def if_open(new: Any, old: Any) -> Any:
-        return jnp.where(state.open, new, old)
-
     after = state._replace(
         step=state.step + 1,
         going_WN=text_CN[chosen_W],
         going_logprob_W=going_W,
-        ended_WN=if_open(ended_WN, state.ended_WN),
-        ended_score_W=if_open(score_W, state.ended_score_W),
+        ended_WN=jnp.where(state.open, ended_WN, state.ended_WN),
+        ended_score_W=jnp.where(state.open, score_W, state.ended_score_W),
         open=state.open & still_open,
     )
     return after, parent_C[chosen_W]

@@ -15,24 +15,21 @@ from jaxchat.tokenizer import Tokenizer
 
 
 class Candidate(NamedTuple):
-    """A candidate for one token: its logit, and its probability under the model, after penalties and temperature, and
-    after each filter of `FILTERS` in turn.
+    """A candidate for one token: its logit, and its probability under the "model", after penalties and "temperature",
+    and after each filter of `FILTERS` in turn.
     """
 
     token: int
     chosen: bool
     logit: float
-    model: float
-    temperature: float
-    filtered: dict[str, float]
+    probabilities: dict[str, float]
 
 
 class Scored(NamedTuple):
-    """A token of a text: its logit, probability and log-probability given the tokens before it."""
+    """A token of a text: its logit and log-probability given the tokens before it."""
 
     token: int
     logit: float
-    probability: float
     logprob: float
 
 
@@ -45,40 +42,35 @@ def explain(
     previous_TV = np.zeros((T, V), np.int32)  # One-hot, the token before.
     previous_TV[np.arange(1, T), list(answer[:-1])] = 1
     history = beginning([(prompt, params)] * T, rows=T, vocab=V)._replace(counts_BV=previous_TV.cumsum(axis=0))
-    columns = [np.asarray(column) for column in _stages(logits_TV, pack([(params, 0)] * T), history)]
+    probabilities = jax.device_get(_probabilities(logits_TV, pack([(params, 0)] * T), history))
     steps = []
     for t, chosen in enumerate(answer):
         ids = np.argsort(-logits_TV[t], kind="stable")[:count].tolist()
         ids += [] if chosen in ids else [chosen]
-        candidates = []
-        for i in ids:
-            logit, model, warm, *filtered = (float(column[t, i]) for column in columns)
-            candidates.append(Candidate(i, i == chosen, logit, model, warm, dict(zip(FILTERS, filtered, strict=True))))
-        steps.append(candidates)
+        found = [{name: float(p_TV[t, i]) for name, p_TV in probabilities.items()} for i in ids]
+        steps.append([Candidate(i, i == chosen, float(logits_TV[t, i]), of_i) for i, of_i in zip(ids, found)])
     return steps
 
 
 @jax.jit
-def _stages(logits_TV: jax.Array, rows: Rows, history: History) -> tuple[jax.Array, ...]:
-    """Logits, and the probabilities after each step of sampling (for greedy decoding, one-hot after the penalties)."""
+def _probabilities(logits_TV: jax.Array, rows: Rows, history: History) -> dict[str, jax.Array]:
+    """Probabilities after each step of sampling (for greedy decoding, one-hot after the penalties)."""
     z_TV = penalise(logits_TV, rows, history)
     greedy_T1 = (rows.temperature == 0)[:, None]
     best_TV = jax.nn.one_hot(jnp.argmax(z_TV, axis=1), z_TV.shape[1])
-    steps = [warm(z_TV, rows)]
+    z_TV = warm(z_TV, rows)
+    steps = {"temperature": z_TV}
     for name, row in FILTERS.items():
-        steps.append(row.apply(steps[-1], rows.filters[name]))
-    after = (jnp.where(greedy_T1, best_TV, jax.nn.softmax(z)) for z in steps)
-    return logits_TV, jax.nn.softmax(logits_TV), *after
+        steps[name] = z_TV = row.apply(z_TV, rows.filters[name])
+    after = {name: jnp.where(greedy_T1, best_TV, jax.nn.softmax(z_TV)) for name, z_TV in steps.items()}
+    return {"model": jax.nn.softmax(logits_TV), **after}
 
 
 def score(engine: Engine, ids: Sequence[int]) -> list[Scored]:
     """Scores every token of a text but the first, given the tokens before it."""
     logits_TV = engine.forward(ids)[:-1].astype(np.float64)
     logprobs_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=1, keepdims=True)
-    return [
-        Scored(token, float(logits_TV[t, token]), math.exp(logprobs_TV[t, token]), float(logprobs_TV[t, token]))
-        for t, token in enumerate(ids[1:])
-    ]
+    return [Scored(i, float(logits_TV[t, i]), float(logprobs_TV[t, i])) for t, i in enumerate(ids[1:])]
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
@@ -105,7 +97,7 @@ def step_table(
     table.add_column("")
     mark = "chosen" if sampled else "tool output"
     for c in candidates:
-        shares = (f"{p:.4f}" if p else "-" for p in (c.model, c.temperature, *(c.filtered[name] for name in used)))
+        shares = (f"{p:.4f}" if p else "-" for p in (c.probabilities[name] for name in ("model", "temperature", *used)))
         table.add_row(name_of(tokenizer, c.token), f"{c.logit:.3f}", *shares, mark if c.chosen else "")
     return table
 
@@ -119,5 +111,5 @@ def score_table(tokenizer: Tokenizer, scored: Sequence[Scored]) -> Table:
     loss = -sum(s.logprob for s in scored) / len(scored)
     table.add_column("log-probability", justify="right", footer=f"{-loss:.4f} (loss {loss:.4f})")
     for s in scored:
-        table.add_row(name_of(tokenizer, s.token), f"{s.logit:.3f}", f"{s.probability:.4f}", f"{s.logprob:.4f}")
+        table.add_row(name_of(tokenizer, s.token), f"{s.logit:.3f}", f"{math.exp(s.logprob):.4f}", f"{s.logprob:.4f}")
     return table
