@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,16 +85,14 @@ class PolicyGradient(Objective):
         return columns | ({"support": ((length, -(-model.vocab // 8)), jnp.uint8)} if self.truncated else {})
 
     def loss(self, transformer: Transformer, params: Params, hidden_BTM: jax.Array, batch: Batch) -> Sum:
-        logprobs_BT = token_logprobs(
-            hidden_BTM,
-            transformer.head(params),
-            batch["targets"],
-            vocab=transformer.config.vocab,
-            softcap=transformer.config.softcap,
-            temperature=self.temperature,
-            support_BTC=batch.get("support"),
-        )
+        distribution = self.distribution(transformer.config, batch)
+        logprobs_BT = token_logprobs(hidden_BTM, transformer.head(params), batch["targets"], **distribution)
         return surrogate(self.policy, logprobs_BT, batch)
+
+    def distribution(self, model: Model, batch: Batch) -> dict[str, Any]:
+        """Arguments of `token_logprobs` for the distribution that the targets of a batch were sampled from."""
+        sampler = {"temperature": self.temperature, "support_BTC": batch.get("support")}
+        return {"vocab": model.vocab, "softcap": model.softcap, **sampler}
 
 
 def surrogate(policy: Policy, logprobs_BT: jax.Array, batch: Mapping[str, jax.Array]) -> Sum:

@@ -14,7 +14,6 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
-from jaxchat.objectives.objective import Objective
 from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.rl.settings import RL
@@ -44,7 +43,7 @@ class Reinforcement:
             )
 
     @staticmethod
-    def objective(e: Experiment) -> Objective:
+    def objective(e: Experiment) -> PolicyGradient:
         rl = settings(e)
         return PolicyGradient(rl.policy, rl.temperature, rl.truncates)
 
@@ -120,19 +119,12 @@ class Reinforcement:
 
 def scorer(setup: Setup) -> Score:
     """Compiles the trainer's log-probabilities and entropies of a micro-batch, computed as in the training step."""
-    transformer, rl = setup.transformer, settings(setup.experiment)
+    transformer, objective = setup.transformer, Reinforcement.objective(setup.experiment)
 
     def score(params: Any, columns: Any) -> Any:
         hidden_BTM = transformer.apply(params, columns["tokens"], segments_BT=columns["segments"]).hidden
-        return score_tokens(
-            hidden_BTM,
-            transformer.head(params),
-            columns["targets"],
-            vocab=transformer.config.vocab,
-            softcap=transformer.config.softcap,
-            temperature=rl.temperature,
-            support_BTC=columns.get("support"),
-        )[:2]
+        distribution = objective.distribution(transformer.config, columns)
+        return score_tokens(hidden_BTM, transformer.head(params), columns["targets"], **distribution)[:2]
 
     compiled = jax.jit(score, out_shardings=sharding.replicated(setup.mesh))
 
