@@ -4,34 +4,27 @@ P prompts, G samples per prompt, N = P * G sequences, T tokens per sequence. Eve
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 STANDARD_EPSILON = 1e-4  # As in TRL; verl uses 1e-6.
 
 
-class Group(NamedTuple):
-    """Rewards of P prompts with G samples each, 0 for invalid samples; the rewards minus the mean of the valid samples;
-    and the number of valid samples per prompt."""
-
-    rewards_PG: np.ndarray
-    centred_PG: np.ndarray
-    count_P1: np.ndarray
-
-
-def _standard(group: Group) -> np.ndarray:
+def _standard(rewards_PG: np.ndarray, centred_PG: np.ndarray, count_P1: np.ndarray) -> np.ndarray:
     """(R - mean) / (s + epsilon), with the standard deviation s over count - 1 (GRPO, arXiv 2402.03300)."""
-    variance_P1 = np.sum(group.centred_PG**2, axis=1, keepdims=True) / np.maximum(group.count_P1 - 1, 1)
-    return group.centred_PG / (np.sqrt(variance_P1) + STANDARD_EPSILON)
+    variance_P1 = np.sum(centred_PG**2, axis=1, keepdims=True) / np.maximum(count_P1 - 1, 1)
+    return centred_PG / (np.sqrt(variance_P1) + STANDARD_EPSILON)
 
 
-ADVANTAGES: Mapping[str, Callable[[Group], np.ndarray]] = {
-    "none": lambda group: group.rewards_PG,
-    "mean": lambda group: group.centred_PG,  # Dr. GRPO, arXiv 2503.20783.
+# Functions of the rewards, 0 for invalid samples; the rewards minus the mean of the prompt's valid samples; and the
+# number of valid samples per prompt.
+ADVANTAGES: Mapping[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "none": lambda rewards_PG, centred_PG, count_P1: rewards_PG,
+    "mean": lambda rewards_PG, centred_PG, count_P1: centred_PG,  # Dr. GRPO, arXiv 2503.20783.
     "standard": _standard,
     # R minus the mean of the other samples (RLOO, arXiv 2402.14740); `RL` checks that there are other samples.
-    "leave_one_out": lambda group: group.centred_PG * group.count_P1 / np.maximum(group.count_P1 - 1, 1),
+    "leave_one_out": lambda rewards_PG, centred_PG, count_P1: centred_PG * count_P1 / np.maximum(count_P1 - 1, 1),
 }
 
 
@@ -46,7 +39,7 @@ def group_advantages(rewards_PG: np.ndarray, rule: str) -> np.ndarray:
     valid_rewards_PG = np.where(valid_PG, rewards_PG, 0.0)
     mean_P1 = valid_rewards_PG.sum(axis=1, keepdims=True) / np.maximum(count_P1, 1)
     centred_PG = np.where(valid_PG & ~equal_groups(rewards_PG)[:, None], valid_rewards_PG - mean_P1, 0)
-    return ADVANTAGES[rule](Group(valid_rewards_PG, centred_PG, count_P1))
+    return ADVANTAGES[rule](valid_rewards_PG, centred_PG, count_P1)
 
 
 def equal_groups(rewards_PG: np.ndarray) -> np.ndarray:
