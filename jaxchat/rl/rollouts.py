@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,15 +165,10 @@ class RolloutStream:
     def _answered(self, drawn: Sequence[Drawn]) -> list[Group]:
         """Samples answers to problems and computes their rewards."""
         rl, groups = self._rl, list[Group]()
-        options = {**rl.truncation, "max_tokens": rl.max_tokens}
+        sampling = SamplingParams(rl.temperature, **rl.truncation, max_tokens=rl.max_tokens)
+        options: dict[str, Any] = {"n": rl.samples, "return_support": rl.truncates}
         requests = [
-            Request(
-                prompt,
-                SamplingParams(rl.temperature, **options, seed=seed),
-                n=rl.samples,
-                tools=named_tools(task.tools),
-                return_support=rl.truncates,
-            )
+            Request(prompt, replace(sampling, seed=seed), tools=named_tools(task.tools), **options)
             for task, _, prompt, seed in drawn
         ]
         for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
