@@ -99,11 +99,10 @@ class Sample:
 
     def _follow_call(self, token: int) -> None:
         """Collects a tool call from its begin token to its end token, then runs the tool and queues its output."""
-        specials = self._tokenizer.specials
         if token in self._tools:
             self._call = self._tools[token], []
         elif self._call is not None:
-            tool, call = self._call
+            specials, (tool, call) = self._tokenizer.specials, self._call
             if token != specials[self._parts[tool.call_part].end]:
                 call.append(token)
                 return
