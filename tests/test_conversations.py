@@ -139,7 +139,6 @@ BAD = {
     ),
     "roles out of order": (
         {"messages": said(("user", "1"), ("user", "2"), ("assistant", "3"))},
-        {"messages": said(("assistant", "1"), ("user", "2"), ("assistant", "3"))},
         {"messages": said(("user", "1"), ("assistant", "2"), ("assistant", "3"))},
         {"messages": said(("user", "1"), ("system", "2"), ("assistant", "3"))},
         {"messages": said(("user", "1"), ("observation", "2"), ("assistant", "3"))},
@@ -153,20 +152,23 @@ BAD = {
     "empty content": (
         {"messages": said(("user", ""), ("assistant", "1"))},
         {"messages": said(("user", "1"), ("assistant", " \n"))},
-        {"messages": [*said(("user", "1")), {"role": "assistant", "content": None, "tool_calls": 1.0}]},
+        {"messages": [*said(("user", "1")), {"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [*HELLO, *said(("user", "1"), ("call", ""), ("tool", "2"), ("assistant", "3"))]},
         {"messages": said(("user", "1"), ("assistant", []))},
         {"messages": said(("user", "1"), ("assistant", [part("text", "")]))},
-        {"messages": said(("user", [{"type": "image"}]), ("assistant", "1"))},
         {"instruction": "", "input": None, "output": "1"},
         {"instruction": "1", "output": None},
         {"question": None, "answer": "1"},
         {"question": "", "choices": ["1", "2"], "answer": 0},
-        {"prompt": "1", "completion": 2},
+        {"prompt": "1", "completion": {}},
+        {"question": "1", "choices": ["2", None], "answer": 0},
     ),
     "unknown part": (
         {"messages": said(("user", "1"), ("assistant", [part("image", "2")]))},
-        {"messages": said(("user", "1"), ("assistant", [part("text", 2)]))},
-        {"messages": said(("user", "1"), ("assistant", ["2"]))},
+        {"messages": said(("user", "1"), ("assistant", [part("text", ["2"])]))},
+        {"messages": said(("user", [{"type": "image"}]), ("assistant", "1"))},
+        {"messages": said(("user", {"a": 1}), ("assistant", "1"))},
+        {"messages": [*said(("user", "1")), {"role": "assistant", "content": None, "tool_calls": 1.0}]},
     ),
     "a call without a result": (
         {"messages": said(("user", "1"), ("function_call", "2"))},
@@ -176,12 +178,27 @@ BAD = {
         {"messages": None},
         {"messages": "Hello"},
         {"messages": ["Hello"]},
+        None,
+    ),
+    "unknown history": (
+        {"instruction": "1", "history": "2", "output": "3"},
+        {"instruction": "1", "history": [["2", "3", "4"]], "output": "3"},
+    ),
+    "unknown weight": (
+        {"messages": [HELLO[0], {**HELLO[1], "weight": 0.5}]},
+        {"messages": [HELLO[0], {**HELLO[1], "train": "no"}]},
+    ),
+    "nothing to train on": (
+        {"messages": [HELLO[0], {**HELLO[1], "weight": 0}]},
+        {"messages": [HELLO[0], {**HELLO[1], "train": False}]},
+        {"messages": HELLO, "weight": 0},
+        {"messages": [HELLO[0], {"role": "assistant", "content": [part("python_output", "1")]}]},
     ),
     "no such choice": (
         {"question": "1", "choices": ["2", "3"], "answer": 2},
         {"question": "1", "choices": ["2", "3"], "answer": -1},
         {"question": "1", "choices": ["2", "3"], "answer": "C"},
-        {"question": "1", "choices": None, "answer": 0},
+        {"question": "1", "choices": {}, "answer": 0},
     ),
 }
 
@@ -205,7 +222,6 @@ def test_what_is_no_conversation_is_named_by_its_reason(reason):
         ({"prompt": "1", "chosen": "2", "rejected": "3"}, "its keys are prompt, chosen, rejected"),
         ({}, "its keys are none"),
         ([1], "is not an object"),
-        (None, "is not an object"),
     ],
 )
 def test_a_row_of_no_format_is_refused(row, sentence):
@@ -285,10 +301,10 @@ def found(path, parts=1, form="chat", **reading):
     skipped = []
     skip = lambda _row, error, where: skipped.append((error.reason, where()))  # noqa: E731
     read_them = [
-        messages
+        example.value
         for source in find(str(path), "train", "objects")
         for n in range(parts)
-        for _, _, messages in FORMATS[form].examples(source, Reading(part=n, parts=parts, **reading), skip)
+        for example in FORMATS[form].examples(source, Reading(part=n, parts=parts, **reading), skip)
     ]
     return read_them, skipped
 
@@ -326,9 +342,11 @@ def test_a_json_file_may_hold_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + write(tmp_path / "a.jsonl", rows_of(3)).read_bytes() + b"\n \n")
     assert len(found(path)[0]) == 3
+    path.write_text(json.dumps(rows_of(2)[0], indent=1) + "\n" + json.dumps(rows_of(2)[1], indent=1))
+    assert len(found(path)[0]) == 2
     for broken in ("[1, 2", '{"messages": [\n', "Hello"):
         path.write_text(broken)
-        with pytest.raises(UserError, match=r"a.json is neither a JSON array nor JSON lines \("):
+        with pytest.raises(UserError, match=r"a.json is neither a JSON array nor JSON objects: Expecting"):
             found(path)
     path.write_bytes(b"[\xe9]")
     with pytest.raises(UserError, match=r"a.json is not utf-8 at byte 1 .*--data.encoding .*latin-1"):
@@ -339,16 +357,9 @@ def test_a_json_file_may_hold_lines(tmp_path):
 
 def test_a_text_file_holds_no_conversations(tmp_path):
     (tmp_path / "a.txt").write_text("once")
-    with pytest.raises(
-        UserError, match=r"a.txt has an unsupported suffix; expected one of: .jsonl, .jsonl.gz, .parquet, .json"
-    ):
+    expected = rf"{tmp_path}/a.txt has an unsupported suffix; expected one of: .jsonl, .jsonl.gz, .parquet, .json; "
+    with pytest.raises(UserError, match=rf"{expected}text:{tmp_path}/a.txt reads it as documents"):
         found(tmp_path / "a.txt")
-
-
-def test_json_arrays_are_no_documents(tmp_path):
-    write(tmp_path / "a.json", rows_of(2))
-    with pytest.raises(UserError, match=r"a.json has an unsupported suffix; expected one of: .txt"):
-        find(str(tmp_path / "a.json"), "train")
 
 
 def test_the_words_of_a_conversation_are_all_that_is_said():

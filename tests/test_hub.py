@@ -212,6 +212,8 @@ def serve(repository, names):
         ),
         ("a/b", "a/b", {"train-0.parquet": "train", "train-1.parquet": "val", "test-0.parquet": ""}),
         ("a/b", "a/b", {"train-0.parquet": "train", "validation-0.parquet": "val", "test-0.parquet": ""}),
+        ("a/b", "a/b", {"train-0.parquet": "train", "test-0.parquet": "val"}),
+        ("a/b", "a/b", {"data.parquet": "train", "x/test-0.parquet": "val", "x/test-1.parquet": "val"}),
     ],
 )
 def test_a_data_sets_own_parts_are_kept_apart(tmp_path, name, repository, files):
@@ -229,6 +231,16 @@ def test_a_data_set_without_files_for_a_split_is_refused(tmp_path):
     try:
         with pytest.raises(UserError, match="hub:a/b has no parquet file to train on"):
             fetch(server, tmp_path, "hub:a/b")
+    finally:
+        server.close()
+
+
+def test_a_data_set_of_one_file_can_be_trained_on_and_is_not_to_validate_on(tmp_path):
+    server = serve("a/b", ["train-0.parquet"])
+    try:
+        assert len(fetch(server, tmp_path, "hub:a/b")) == 1
+        with pytest.raises(UserError, match=r"hub:a/b has no parquet file to validate on: leave --data\.val out"):
+            fetch(server, tmp_path, "hub:a/b", "val")
     finally:
         server.close()
 

@@ -267,3 +267,15 @@ def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_pat
 def test_settings_that_make_no_sense_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(Data(), **fields)
+
+
+def test_documents_without_text_are_counted(tmp_path, tokenizer):
+    said, path = [], tmp_path / "a.jsonl"
+    path.write_text('{"text": "some words"}\n{"text": null}\n{"text": ""}\n')
+    (rows,) = ensure_rows(settings(path, val=(str(write(tmp_path / "v.jsonl", texts(2))),)), tokenizer, "train",
+                          tmp_path / "cache", said.append)  # fmt: skip
+    assert rows.manifest["documents"] == 1
+    assert said[-1] == f"warning: {path}: 2 documents without text"
+    path.write_text('{"text": null}\n')
+    with pytest.raises(UserError, match=r"no document to use in --data.train .*a.jsonl. 1 document without text"):
+        ensure_rows(settings(path, val=("tinyworld:val:2",)), tokenizer, "train", tmp_path / "cache", silent)

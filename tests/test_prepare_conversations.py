@@ -138,7 +138,8 @@ message = st.fixed_dictionaries(
         "role": st.sampled_from(["user", "assistant", "system", "function_call", "observation"]) | word,
         "content": word | st.lists(part, max_size=3) | anything,
     },
-    optional={"tool_calls": anything},
+    optional=dict.fromkeys(("tool_calls", "function_call"), anything)
+    | dict.fromkeys(("weight", "train", "tool_call_id"), st.none() | st.sampled_from([0, 1, False, True])),
 )
 question = st.fixed_dictionaries({"role": st.just("user"), "content": word})
 answer = st.fixed_dictionaries({"role": st.just("assistant"), "content": word | st.lists(part, min_size=1, max_size=3)})
@@ -258,3 +259,29 @@ def test_text_among_conversations_is_read_as_documents_and_trains_no_tokenizer(t
     assert list(texts_of(data, "val", tmp_path / "cache", silent)) == ["held out"]
     known = [conversations.words(row["messages"]) for row in talks(40)]
     assert list(texts_of(data, "train", tmp_path / "cache", silent)) == known
+
+
+def test_what_is_not_read_as_it_stands_is_counted(tmp_path, tokenizer, none_held_out):
+    rows = talks(12)
+    for row in rows[:4]:
+        row["messages"][1]["weight"] = 0
+        row["messages"] += [{"role": "user", "content": "More?"}, {"role": "assistant", "content": "More."}]
+    rows[5]["messages"].append({"role": "user", "content": "Are you there?"})
+    rows[6]["messages"].insert(0, {"role": "assistant", "content": "Hello"})
+    path = write_rows(tmp_path / "a.jsonl", [*rows, None])
+    said = []
+    for train_on in ("assistant", "everything"):
+        data = talk_settings(path, val=none_held_out, train_on=train_on)
+        (made,) = prepared(data, tokenizer, tmp_path, log=said.append)
+        weighed = [chat.render(conversations.read(row), tokenizer, everything=train_on == "everything") for row in rows]
+        expected = sorted(json.dumps([ids, learned[1:]]) for ids, learned in weighed)
+        assert sorted(json.dumps(pair) for pair in segments_of([made])) == expected
+        assert made.manifest["notes"] == {
+            "with messages of weight 0, which are not trained on": 4,
+            "whose messages after the last answer are left out": 1,
+            "whose greeting before the first user message is left out": 1,
+        }
+    warnings = [line for line in said if line.startswith("warning")]
+    assert f"warning: {path}: 4 conversations with messages of weight 0, which are not trained on" in warnings
+    assert f"warning: {path}: 1 conversation whose messages after the last answer are left out" in warnings
+    assert any("1 conversation skipped: no message; the first is" in line for line in warnings)

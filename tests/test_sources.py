@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxchat.data.files import DEAL
 from jaxchat.data.source import Reading
-from jaxchat.data.sources import documents, find, held_out
+from jaxchat.data.sources import KINDS, documents, find, held_out
 from jaxchat.errors import UserError
 
 
@@ -156,13 +157,38 @@ BROKEN = {
     "latin.jsonl": (jsonl("one").encode() + b'{"text": "\xe9"}', r"latin.jsonl is not utf-8 at byte 35 \(0xe9\)"),
     "binary.txt": (b"\x7fELF\0\0", r"binary.txt looks like a binary file \(zero byte at offset 4\)"),
     "binary.jsonl": (b"\x7fELF\0\xff\n", r"binary.jsonl looks like a binary file"),
-    "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not valid JSON \(Expecting"),
-    "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is not an object with a text column 'text'"),
+    "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not valid JSON: Expecting"),
+    "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is an array instead of an object.* name it \.json"),
+    "array.jsonl": ('[\n {"text": "x"}\n]', r"array.jsonl line 1 is not valid JSON: is an array .* name it \.json"),
+    "long.jsonl": ('[{"text": "x"},\n {"text": "y"}]', r"long.jsonl line 1 is not valid JSON: .* name it \.json"),
+    "pretty.jsonl": ('{\n "text": "x"\n}\n', r"pretty.jsonl line 1 is not valid JSON: the object does not end in"),
+    "digits.jsonl": ('{"n": ' + "9" * 5000 + "}", r"digits.jsonl line 1 .*digits.*; write it as a string"),
+    "gz.jsonl": (gzip.compress(b"x"), r"gz.jsonl is compressed with gzip: name it .jsonl.gz if"),
+    "gz.txt": (gzip.compress(b"x"), r"gz.txt is compressed with gzip: .* unpack it with gunzip"),
+    "zip.jsonl.gz": (b"PK\3\4x", r"zip.jsonl.gz is a zip archive: unpack it"),
+    "table.jsonl": (b"PAR1xxxx", r"table.jsonl is a parquet file: name it .parquet"),
+    "le.jsonl": (
+        jsonl("one").encode("utf-16-le"),
+        r"le.jsonl looks like UTF-16-LE text: set --data.encoding=utf-16-le",
+    ),
+    "be.jsonl": (
+        jsonl("one").encode("utf-16-be"),
+        r"be.jsonl looks like UTF-16-BE text: set --data.encoding=utf-16-be",
+    ),
+    "le.txt": ("words\n".encode("utf-16-le"), r"le.txt looks like UTF-16-LE text"),
+    "marked.txt": ("words\n".encode("utf-16"), r"marked.txt looks like UTF-16 text: set --data.encoding=utf-16$"),
+    "le.json": (b'[{"text": "x"}]'.decode().encode("utf-16-le"), r"le.json looks like UTF-16-LE text"),
+    "zero.txt": ("word\n" * 99 + "\0", r"zero.txt has a zero byte at byte 495, in line 100, .* remove it, as tr -d"),
+    "zero.jsonl": (
+        jsonl("one") + '{"text": "' + "x" * 99 + '\0"}',
+        r"zero.jsonl has a zero byte at byte \d+, in line 2",
+    ),
     "number.jsonl": ("7\n", r"number.jsonl line 1 is not an object"),
     "column.jsonl": (jsonl("one") + '{"id": 2, "body": "x"}\n', r"line 2 has no column 'text' \(it has id, body\)"),
     "chat.jsonl": ('{"messages": []}\n', r"line 1 has no column 'text' \(it has messages\).*--data.format=chat"),
-    "null.jsonl": ('{"text": null}\n', r"null.jsonl line 1 has no text in column 'text'"),
-    "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text'"),
+    "nulls.jsonl": ("null\n", r"nulls.jsonl line 1 is not an object"),
+    "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text' but a list"),
+    "int_text.jsonl": ('{"text": 7}\n', r"int_text.jsonl line 1 has no text in column 'text' but a number"),
     "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a complete gzip file \(Not a gzipped file"),
     "cut.jsonl.gz": (gzip.compress(jsonl("one").encode())[:-9], r"cut.jsonl.gz is not a complete gzip file"),
     "flipped.jsonl.gz": (gzip.compress(b"x" * 99)[:-8] + b"\0" * 8, r"flipped.jsonl.gz is not a complete gzip file"),
@@ -199,8 +225,8 @@ def test_a_parquet_file_without_the_column_or_a_text_is_refused(tmp_path):
     path = parquet(tmp_path / "a.parquet", ["x", "y"], name="body")
     with pytest.raises(UserError, match=r"has no column 'text' \(it has body\); set --data.text_column"):
         read(path)
-    with pytest.raises(UserError, match=r"row 4 has no text in column 'text'"):
-        read(parquet(tmp_path / "b.parquet", ["a", "b", "c", None]))
+    with pytest.raises(UserError, match=r"row 1 has no text in column 'text' but bytes; write it as text"):
+        read(parquet(tmp_path / "b.parquet", [b"a", b"b"]))
     whole = parquet(tmp_path / "c.parquet", [f"some text {i}" for i in range(99)]).read_bytes()
     with pytest.raises(UserError, match=r"cut.parquet is not a complete parquet file"):
         read(write(tmp_path / "cut.parquet", whole[:-50]))
@@ -238,3 +264,84 @@ def test_an_unknown_encoding_is_refused(tmp_path):
     assert list(read(path, encoding="utf-16-le")) == ["one", "two"]
     with pytest.raises(UserError, match=r"a.txt is not ascii.*set --data.encoding"):
         read(write(tmp_path / "a.txt", "\u00e9"), encoding="ascii")
+
+
+def test_a_null_is_a_document_without_text(tmp_path):
+    lines = jsonl("one") + '{"text": null}\n{"text": NaN}\n' + jsonl("two")
+    assert read(write(tmp_path / "a.jsonl", lines)) == ["one", "", "", "two"]
+    assert read(parquet(tmp_path / "a.parquet", ["one", None])) == ["one", ""]
+    assert read(write(tmp_path / "a.json", '[{"text": null}]')) == [""]
+
+
+def test_what_a_message_advises_works(tmp_path):
+    array = '[\n {"text": "x"}\n]'
+    assert read(write(tmp_path / "array.json", array)) == read(write(tmp_path / "b.json", '{\n"text": "x"}\n')) == ["x"]
+    assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(jsonl("x").encode()))) == ["x"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        assert read(write(tmp_path / "a.jsonl", jsonl("x").encode(encoding)), encoding=encoding) == ["x"]
+
+
+def noted(path, split="train", content="documents"):
+    said = []
+    sources = find(str(path), split, content, note=said.append)
+    return [os.path.relpath(source.path, path) for source in sources], said
+
+
+def test_what_a_directory_holds_besides_is_counted(tmp_path):
+    names = ("a.jsonl", "b.txt", "README.md", "x/NOTES.md", "x/c.csv", "LICENSE", "about.json", ".git/x", "test.txt")
+    for name in names:
+        write(tmp_path / name, jsonl("x"))
+    (tmp_path / "lost.txt").symlink_to("nothing")
+    found, said = noted(tmp_path)
+    assert found == ["a.jsonl", "b.txt"]
+    (line,) = said
+    assert line.startswith(f"{tmp_path}: 2 files are read, 7 are not: 2 .md, 1 ")
+    for kind in ("1 .csv", "1 without a suffix", "1 .json", "1 of other splits by their names", "1 broken links"):
+        assert kind in line
+    assert noted(tmp_path, content="objects")[0] == ["a.jsonl", "about.json"]
+    assert noted(tmp_path / "a.jsonl")[1] == []
+    assert noted(tmp_path / "[abx]*l")[1] == []
+    (tmp_path / "more.txt").mkdir()
+    assert "more.txt" not in (listed := noted(tmp_path / "*.txt"))[0]
+    assert listed[1] == [f"{tmp_path}/*.txt matches 2 entries that are no files, which are not read"]
+
+
+def test_linked_directories_are_read_once(tmp_path):
+    write(tmp_path / "corpus" / "1.jsonl", jsonl("one"))
+    write(tmp_path / "other" / "deep" / "2.jsonl", jsonl("two"))
+    write(tmp_path / "3.jsonl", jsonl("three"))
+    (tmp_path / "corpus" / "a").symlink_to(tmp_path / "other")
+    (tmp_path / "corpus" / "again").symlink_to(tmp_path / "other")
+    (tmp_path / "corpus" / "3.jsonl").symlink_to(tmp_path / "3.jsonl")
+    (tmp_path / "other" / "loop").symlink_to(tmp_path / "corpus")
+    assert noted(tmp_path / "corpus") == (["1.jsonl", "3.jsonl", "a/deep/2.jsonl"], [])
+    assert sorted(read(tmp_path / "corpus" / "a")) == ["one", "three", "two"]
+    write(tmp_path / "corpus" / "val" / "4.jsonl", jsonl("four"))
+    (tmp_path / "corpus" / "0").symlink_to(tmp_path / "corpus" / "val")
+    assert "four" not in read(tmp_path / "corpus")
+    (tmp_path / "all").symlink_to(tmp_path / "corpus")
+    assert read(tmp_path / "all") == read(tmp_path / "corpus")
+
+
+def test_only_the_columns_that_are_read_are_converted(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    times = {
+        "ns": pa.array([1], pa.timestamp("ns")),
+        "far": pa.array([2**60], pa.timestamp("ms")),
+        "date": pa.array([2**30], pa.date32()),
+        "clock": pa.array([1], pa.time64("ns")),
+        "zone": pa.array([1], pa.timestamp("us", "Mars/Phobos")),
+        "latin": pa.array([b"caf\xe9"], pa.binary()).view(pa.string()),
+    }
+    fields = {"role": pa.string(), "content": pa.string(), "at": pa.timestamp("ns")}
+    said = [{"role": "user", "content": "u", "at": 1}, {"role": "assistant", "content": "a", "at": None}]
+    within = pa.array([said], pa.list_(pa.struct(fields)))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"], "messages": within, **times}), path)
+    assert read(path) == ["x"]
+    (source,) = find(str(path), "train", "objects")
+    ((_, row),) = KINDS["parquet"].objects(source, Reading(), ["messages", "tools"])
+    assert row["messages"] == [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert set(row) == {"text", "messages", *times}
+    with pytest.raises(UserError, match=r"a.parquet rows 1 to 1 hold .*; write the file again"):
+        list(KINDS["parquet"].objects(source, Reading()))

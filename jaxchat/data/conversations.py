@@ -7,31 +7,24 @@
     {"question": "...", "choices": ["...", ...], "answer": 2}       MMLU; the answer becomes a letter
 
 One per line of .jsonl and .jsonl.gz, per row of .parquet, or per entry of a .json array; also tinyworld:chat[:N],
-hub:smoltalk, hub:gsm8k and hub:mmlu. Messages after the last answer are dropped. A row of an unknown layout raises
-`UserError`; a malformed conversation is skipped and counted under its reason. A new layout is a function and a row of
-`LAYOUTS`.
+hub:smoltalk, hub:gsm8k and hub:mmlu. docs/fine_tuning.md has a table of what is read how. A key with null is a key
+that is not there. A row of an unknown layout raises `UserError`; a malformed conversation is skipped and counted under
+its reason; what is left out of a conversation is noted. A new layout is a function and a row of `LAYOUTS`.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxchat.data.messages import WEIGHTS, Message, Note, as_json, as_text, first_given, normalize, silent
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 from jaxchat.tokenizer.chat import Malformed
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
-Message = dict[str, Any]
-Reader = Callable[[Mapping[str, Any]], list[Message]]
+Reader = Callable[[Mapping[str, Any]], list[Any]]
+"""Returns the messages of a row as they are written there; None and empty fields included."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "result"),
-}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n",
@@ -41,25 +34,31 @@ ALPACA = (
 )
 
 
-def read(row: Any) -> list[Message]:
+def read(row: Any, note: Note = silent) -> list[Message]:
     """Converts a row of any of the layouts to messages, of which the last is the assistant's.
+
+    A message or part of weight 0 gets {"learned": False}, see `chat.render`.
 
     Raises:
         Malformed: the conversation cannot be trained on.
         UserError: the layout of the row is unknown.
     """
+    if row is None:
+        raise Malformed("no message", "the row is null")
     if not isinstance(row, Mapping):
         raise UserError('is not an object; write each conversation as an object, such as {"messages": [...]}')
     reader = _reader(row)
     if reader is None:
         known = ", ".join(" + ".join(keys) for keys, _ in LAYOUTS)
         raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}); expected one of: {known}")
-    messages = reader(row)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise Malformed("no assistant turn", "there is no message of the assistant")
-    chat.check(messages)
+    if any(row.get(key) == 0 for key in WEIGHTS[:2]):
+        raise Malformed("nothing to train on", "the conversation has weight 0")
+    messages = _trimmed(_opened(row, normalize(reader(row), note), note), note)
+    turns = chat.check(messages)
+    if not any(
+        learned and kind != "python_output" for role, parts in turns if role != "user" for kind, _, learned in parts
+    ):
+        raise Malformed("nothing to train on", "no message of the assistant has a weight other than 0")
     return messages
 
 
@@ -91,34 +90,52 @@ def choice_prompt(question: str, choices: Sequence[str]) -> str:
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
-def _read_turns(row: Mapping[str, Any]) -> list[Message]:
-    return _system(row) + _normalize(row["messages"] if "messages" in row else row["conversations"])
+def _read_turns(row: Mapping[str, Any]) -> list[Any]:
+    messages = first_given(row, "messages", "conversations")
+    if not isinstance(messages, list):
+        raise Malformed("no message", "the messages are not a list of objects")
+    return messages
 
 
-def _read_completion(row: Mapping[str, Any]) -> list[Message]:
-    prompt, answer = row["prompt"], row["completion"] if "completion" in row else row["response"]
-    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return _system(row) + _normalize([*before, *after])
+def _read_completion(row: Mapping[str, Any]) -> list[Any]:
+    prompt, answer = row["prompt"], first_given(row, "completion", "response")
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": as_text(prompt)}]
+    after = answer if isinstance(answer, list) else [{"role": "assistant", "content": as_text(answer)}]
+    return [*_history(row), *before, *after]
 
 
-def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
+def _read_alpaca(row: Mapping[str, Any]) -> list[Any]:
     instruction, context, output = _alpaca_fields(row)
-    return _system(row) + _pair("\n\n".join(filter(None, (instruction, context))), output)
+    return [*_history(row), *_pair("\n\n".join(filter(None, (instruction, context))), output)]
 
 
-def _alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, Any]:
+def _alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Instruction, input and output; the Dolly data set names the last two context and response."""
-    output = row["output"] if "output" in row else row["response"]
-    return _text(row["instruction"]), _text(row.get("input") or row.get("context")), output
+    context = as_text(row.get("input")) or as_text(row.get("context"))
+    return as_text(row["instruction"]), context, as_text(first_given(row, "output", "response"))
+
+
+def _history(row: Mapping[str, Any]) -> Iterator[Any]:
+    """The turns before a question: pairs of question and answer, or messages."""
+    history = first_given(row, "history")
+    for turn in [] if history is None else history if isinstance(history, list) else [None]:
+        if isinstance(turn, list | tuple) and len(turn) == 2:
+            yield from _pair(*map(as_text, turn))
+        elif isinstance(turn, Mapping):
+            yield turn
+        else:
+            raise Malformed("unknown history", "history is not a list of pairs of a question and its answer")
 
 
 def _read_choice(row: Mapping[str, Any]) -> list[Message]:
-    question, choices, answer = _text(row["question"]), row["choices"], row["answer"]
+    question, choices, answer = as_text(row["question"]), row["choices"], row["answer"]
     if not question:
         raise Malformed("empty content", "the question has no text")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise Malformed("no such choice", f"choices is not a list of 2 to {len(LETTERS)} entries")
+    choices = [as_text(choice) for choice in choices]
+    if not all(choices):
+        raise Malformed("empty content", f"choice {choices.index('')} has no text")
     letters = LETTERS[: len(choices)]
     if isinstance(answer, int) and 0 <= answer < len(choices):
         letter = letters[answer]
@@ -130,7 +147,7 @@ def _read_choice(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _read_answer(row: Mapping[str, Any]) -> list[Message]:
-    answer = _text(row["answer"])
+    answer = as_text(row["answer"])
     parts = []
     for i, text in enumerate(_CALL.split(answer)):
         if i % 2:
@@ -138,7 +155,7 @@ def _read_answer(row: Mapping[str, Any]) -> list[Message]:
             parts += [{"type": "python", "text": call}, {"type": "python_output", "text": result}]
         elif text:
             parts.append({"type": "text", "text": text})
-    return _pair(row["question"], parts if len(parts) > 1 else answer)
+    return [*_history(row), *_pair(as_text(row["question"]), parts if len(parts) > 1 else answer)]
 
 
 _CALL = re.compile("<<([^<>]+)>>")  # a calculator annotation of GSM8K
@@ -155,90 +172,53 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Reader], ...] = (
 )
 
 
+COLUMNS = [
+    *dict.fromkeys(key for keys, _ in LAYOUTS for key in keys),
+    *("input", "context", "history", "system", "system_prompt", "tools", "functions", *WEIGHTS[:2]),
+]
+"""All keys of a row that are read."""
+
+
 def _reader(row: Mapping[str, Any]) -> Reader | None:
-    """The reader of the first layout whose keys the row has."""
-    return next((reader for keys, reader in LAYOUTS if all(key in row for key in keys)), None)
+    """The reader of the first layout whose keys the row has, not null if possible."""
+    fitting = [(keys, reader) for keys, reader in LAYOUTS if all(key in row for key in keys)]
+    given = [reader for keys, reader in fitting if all(row[key] is not None for key in keys)]
+    return next(iter([*given, *(reader for _, reader in fitting)]), None)
 
 
 def _pair(question: Any, answer: Any) -> list[Message]:
-    return _normalize([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    """A system message of the row's system prompt and tool descriptions, if it has any."""
-    tools = [row["tools"]] if isinstance(row.get("tools"), str) and row["tools"] else _list(row.get("tools"))
-    described = [tool if isinstance(tool, str) else json.dumps(tool, ensure_ascii=False) for tool in tools]
-    texts = [_text(row.get("system")), "\n".join(["You can call these tools:", *described]) if described else ""]
-    content = "\n\n".join(filter(None, texts))
-    return [{"role": "system", "content": content}] if content else []
-
-
-def _normalize(raw_messages: Any) -> list[Message]:
-    """Maps role names; tool calls and results become parts of the assistant message around them."""
-    if not isinstance(raw_messages, list) or not all(isinstance(message, Mapping) for message in raw_messages):
-        raise Malformed("no message", "the messages are not a list of objects")
-    messages: list[Message] = []
-    for message in raw_messages:
-        name = message.get("role", message.get("from"))
-        role = ROLES.get(name.lower(), name) if isinstance(name, str) else str(name)
-        content = message.get("content", message.get("value"))
-        last: Message = messages[-1] if messages else {"role": ""}
-        if role == "system":
-            if text := _text(content):
-                messages.append({"role": role, "content": text})
-        elif role in ("call", "result", "assistant"):
-            parts = _assistant_parts(role, content, message)
-            continues = last["role"] == "assistant" and (role != "assistant" or _last_kind(last) == "python_output")
-            if role == "result" and not (continues and _last_kind(last) in ("python", "python_output")):
-                raise Malformed("roles out of order", f"message {len(messages)} is a tool result without a tool call")
-            if continues:
-                last["content"] = [*last["content"], *parts]
-            else:
-                messages.append({"role": "assistant", "content": parts})
-        else:
-            messages.append({"role": role, "content": _text(content)})
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            message["content"] = _simplest(message["content"], i)
-    return messages
-
-
-def _assistant_parts(role: str, content: Any, message: Mapping[str, Any]) -> list[Message]:
-    if role != "assistant":
-        kind = "python" if role == "call" else "python_output"
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        return [{"type": kind, "text": text}]
-    parts = [*content] if isinstance(content, list) else [{"type": "text", "text": _text(content)}]
-    for call in _list(message.get("tool_calls")):
-        function = call.get("function", call) if isinstance(call, Mapping) else call
-        parts.append({"type": "python", "text": json.dumps(function, ensure_ascii=False)})
-    return parts
-
-
-def _last_kind(message: Message) -> str | None:
-    part = message["content"][-1] if message["content"] else None
-    return part.get("type") if isinstance(part, Mapping) else None
-
-
-def _simplest(parts: list[Any], index: int) -> Any:
-    """The parts without empty texts; a single text part becomes a string."""
-    nonempty = [
-        part
-        for part in parts
-        if not (isinstance(part, Mapping) and part.get("type") == "text") or part.get("text", True)
+def _opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list[Message]:
+    """Messages from the first user message on, after one system message of all that the system says before it."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    if any(message["role"] == "assistant" for message in messages[:first]):
+        note("whose greeting before the first user message is left out")
+    before = [message for message in messages[:first] if message["role"] == "system"]
+    tools = first_given(row, "tools", "functions")
+    described = [*map(as_json, tools if isinstance(tools, list) else [tools] if tools else [])]
+    texts = [
+        as_text(first_given(row, "system", "system_prompt")),
+        *(message["content"] for message in before),
+        "\n".join(["You can call these tools:", *described]) if described else "",
     ]
-    kind = _last_kind({"content": nonempty})
-    if kind == "python":
-        raise Malformed("a call without a result", f"message {index} ends with a tool call without a result")
-    return nonempty[0]["text"] if len(nonempty) == 1 and kind == "text" else nonempty
+    content = "\n\n".join(filter(None, texts))
+    weights = {key: value for message in before for key, value in message.items() if key == "learned"}
+    system = [{"role": "system", "content": content, **weights}] if content else []
+    unknown = [message for message in messages[:first] if message["role"] not in ("system", "assistant")]
+    return [*system, *unknown, *messages[first:]]
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _text(content: Any) -> str:
-    """Content that is a string or a list of text parts, as a string; "" if it is blank or something else."""
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    return content if isinstance(content, str) and content.strip() else ""
+def _trimmed(messages: list[Message], note: Note) -> list[Message]:
+    """Messages up to the last answer that has content."""
+    last = len(messages)
+    while last and not (messages[last - 1]["role"] == "assistant" and messages[last - 1]["content"]):
+        last -= 1
+    if not last:
+        if any(message["role"] == "assistant" for message in messages):
+            raise Malformed("empty content", "no message of the assistant has text")
+        raise Malformed("no assistant turn", "there is no message of the assistant")
+    if last < len(messages):
+        note("whose messages after the last answer are left out")
+    return messages[:last]

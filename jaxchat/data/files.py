@@ -12,11 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data.source import Content, Kind, Object, Reading, Source, no_column
+from jaxchat.data.source import Content, Kind, Object, Reading, Source
 from jaxchat.errors import UserError, first_line
 
 DEAL = 256  # consecutive lines that go to the same reader, in a file that every reader reads from the beginning
 MOST_DEALT = 8  # maximum readers of such a file
+
+
+_JSON_SPACE = " \t\r\n"
+_ARRAY = "is an array instead of an object: if the whole file is a JSON array, name it .json"
+FORMATS = {
+    b"\x1f\x8b": (
+        "is compressed with gzip: name it .jsonl.gz if it has JSON lines, or unpack it with gunzip",
+        ".jsonl.gz",
+    ),
+    b"PAR1": ("is a parquet file: name it .parquet", ".parquet"),
+    b"PK\x03\x04": ("is a zip archive: unpack it with unzip", ""),
+    b"\x28\xb5\x2f\xfd": ("is compressed with zstandard: unpack it with unzstd", ""),
+    b"\xfd7zXZ": ("is compressed with xz: unpack it with unxz", ""),
+    b"BZh9": ("is compressed with bzip2: unpack it with bunzip2", ""),
+    b"ARROW1": ("is an Arrow file: write it as parquet", ""),
+}
+"""By the first bytes of a file: what it is and what to do about it, and the mark of the kind that reads it."""
+
+
+def misnamed(head: bytes, mark: str) -> str | None:
+    """What is wrong with a file of the kind `mark` that begins with `head`, as the rest of a sentence."""
+    return next((told for magic, (told, own) in FORMATS.items() if head.startswith(magic) and own != mark), None)
 
 
 class Text(Kind):
@@ -35,23 +57,26 @@ class Text(Kind):
 
 
 class Json(Kind):
-    """A JSON array, or JSON lines, because many .json files contain those."""
+    """A JSON array, or JSON objects one after another, on a line each or on several."""
 
     mark = ".json"
-    contents: tuple[Content, ...] = ("objects",)
 
     def objects(self, source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
         if reading.part:
             return
-        text = _decode(Path(source.path).read_bytes(), source.path, reading)
+        text = _decode(Path(source.path).read_bytes(), source.path, reading).strip(_JSON_SPACE)
+        decoder, position, number = json.JSONDecoder(), 0, 0
         try:
-            if text.lstrip().startswith("["):
+            if text.startswith("["):
                 yield from enumerate(json.loads(text), 1)
-            else:
-                lines = enumerate(text.split("\n"), 1)
-                yield from ((number, json.loads(line)) for number, line in lines if line.strip())
+                position = len(text)
+            while position < len(text):
+                value, end = decoder.raw_decode(text, position)
+                number, position = number + 1, len(text) - len(text[end:].lstrip(_JSON_SPACE))
+                yield number, value
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{source.path} is neither a JSON array nor JSON lines ({error})") from None
+            reason = _not_json(text, error, is_line=False)
+            raise UserError(f"{source.path} is neither a JSON array nor JSON objects: {reason}") from None
         reading.advance(1, 1)
 
     def most_parts(self, reading: Reading) -> int:
@@ -70,9 +95,13 @@ class JsonLines(Kind):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{self.place(source, reading, number)} is not valid JSON ({error})") from None
+                where = self.place(source, reading, number)
+                raise UserError(f"{where} is not valid JSON: {_not_json(line, error, is_line=True)}") from None
+            if isinstance(value, list):
+                raise UserError(f"{self.place(source, reading, number)} {_ARRAY}")
+            yield number, value
 
     def place(self, source: Source, reading: Reading, number: int) -> str:
         before = _lines_before(source.path, _byte_range(source, reading)[0]) if self._is_sought(reading) else 0
@@ -121,20 +150,19 @@ class Parquet(Kind):
             raise UserError(f"reading {source.path} needs pyarrow: pip install 'jaxchat[hub]'") from None
         try:
             with pq.ParquetFile(source.path) as file:
-                names = file.schema_arrow.names
-                for column in columns or ():
-                    if column not in names:
-                        raise UserError(f"{source.path} {no_column(column, names)}")
+                unread = dict.fromkeys(file.schema_arrow.names)
+                leaves = None if columns is None else _leaves(file.schema, columns)
                 before = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
                     if group % reading.parts == reading.part:
-                        table = file.read_row_group(group, columns=columns)
-                        yield from enumerate(table.to_pylist(), before + 1)
+                        table = file.read_row_group(group, columns=leaves)
+                        read = table.to_pylist() if table.num_columns else [{}] * rows
+                        yield from ((i, unread | _without_nulls(row)) for i, row in enumerate(read, before + 1))
                         reading.advance(group + 1, file.num_row_groups)
                     before += rows
         except UnicodeDecodeError as error:
-            where = f"in column {columns[0]!r} " if columns else ""
+            where = f"in column {columns[0]!r} " if columns and len(columns) == 1 else ""
             raise UserError(
                 f"{source.path} rows {before + 1:,} to {before + rows:,} hold text {where}that is not UTF-8 "
                 f"({error.reason}); write the file again in UTF-8"
@@ -143,6 +171,30 @@ class Parquet(Kind):
             raise UserError(
                 f"{source.path} is not a complete parquet file ({first_line(error)}); download or make it again"
             ) from None
+        except (ValueError, ArithmeticError, LookupError) as error:  # of times that Python has no value for
+            raise UserError(
+                f"{source.path} rows {before + 1:,} to {before + rows:,} hold a value that cannot be read "
+                f"({first_line(error)}); write the file again without columns of times and dates"
+            ) from None
+
+
+def _leaves(schema: Any, columns: list[str]) -> list[str]:
+    """Paths of the leaves of columns of a parquet schema, without times and dates, which no text is made of."""
+    within = tuple(f"{column}." for column in columns)
+    return [
+        leaf.path
+        for leaf in schema
+        if (leaf.path in columns or leaf.path.startswith(within))
+        and leaf.logical_type.type not in ("TIMESTAMP", "DATE", "TIME")
+        and leaf.physical_type != "INT96"
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the null fields of objects: a parquet column has every field that one of its rows has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _byte_range(source: Source, reading: Reading) -> tuple[int, int]:
@@ -166,6 +218,19 @@ def _lines_of_range(source: Source, reading: Reading) -> Iterator[tuple[int, str
             reading.advance(position - start, stop - start)
 
 
+def _not_json(text: str, error: Exception, *, is_line: bool) -> str:
+    """Why a text, from the beginning of a line or value, is no JSON."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # of an integer of thousands of digits
+        return f"{first_line(error).partition(';')[0]}; write it as a string"
+    if is_line and text.lstrip().startswith("["):
+        return _ARRAY
+    if is_line and text.lstrip().startswith("{") and error.pos >= len(text.rstrip()):
+        return f"the object does not end in this line ({error}); name the file .json if its objects span lines"
+    return str(error)
+
+
 def _lines_before(path: str, start: int) -> int:
     """Number of lines that start before a byte."""
     number = position = 0
@@ -183,7 +248,7 @@ def _decode(data: bytes, path: str, reading: Reading, position: int = 0) -> str:
     except UnicodeError as error:
         raise UserError(_not_decoded(path, reading, error, position)) from None
     if reading.is_utf8 and "\0" in text:
-        raise UserError(_binary(path, position + data.index(0)))
+        raise UserError(_zeros(path, data, position))
     return text.removeprefix("\ufeff")
 
 
@@ -194,13 +259,20 @@ def _not_decoded(path: str, reading: Reading, error: UnicodeError, position: int
         reason = error.reason
         if position is not None:
             if reading.is_utf8 and 0 in error.object[:4096]:
-                return _binary(path, position + error.object.index(0))
+                return _zeros(path, error.object, position)
             where = f" at byte {position + error.start:,} (0x{error.object[error.start]:02x})"
     return f"{path} is not {reading.encoding}{where}: {reason}; set --data.encoding to its encoding, such as latin-1"
 
 
-def _binary(path: str, offset: int) -> str:
-    return (
-        f"{path} looks like a binary file (zero byte at offset {offset:,}); "
-        "if it is text, set its encoding, such as --data.encoding=utf-16"
-    )
+def _zeros(path: str, data: bytes, position: int) -> str:
+    """Error message for bytes from `position` on with zeros among them: UTF-16, a stray zero, or no text."""
+    first = position + data.index(0)
+    even, odd = (data[(position + i) % 2 :: 2].count(0) for i in range(2))
+    marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if marked or (max(even, odd) > 0.1 * len(data) > 1 and 10 * min(even, odd) < max(even, odd)):
+        encoding = "utf-16" if marked else "utf-16-le" if odd > even else "utf-16-be"
+        return f"{path} looks like {encoding.upper()} text: set --data.encoding={encoding}"
+    if even + odd < 0.02 * len(data):
+        where = f"at byte {first:,}, in line {_lines_before(path, first + 1):,}"
+        return f"{path} has a zero byte {where}, which no text has: remove it, as tr -d '\\0' <FILE >NEW does"
+    return f"{path} looks like a binary file (zero byte at offset {first:,}); if it is text, set --data.encoding"

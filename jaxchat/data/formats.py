@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxchat.data import conversations
-from jaxchat.data.conversations import Message, alpaca_prompt
+from jaxchat.data.conversations import alpaca_prompt
+from jaxchat.data.messages import Message, Note, silent
 from jaxchat.data.packing import Packed, Rule, pack, pack_whole
 from jaxchat.data.source import Content, Reading, Source
 from jaxchat.data.sources import KINDS, documents
@@ -20,11 +21,13 @@ Skip = Callable[[Any, Malformed, Callable[[], str]], None]
 
 
 class Example(NamedTuple):
-    """A document or conversation: the text that decides its split, all of its text, and the value to encode."""
+    """A document or conversation: the text that decides its split, all of its text, the value to encode, and what was
+    not read as it stands, each a phrase that follows "3 conversations"."""
 
     opening: str
     text: str
     value: Any
+    notes: Sequence[str] = ()
 
 
 class Text:
@@ -37,7 +40,7 @@ class Text:
         """Yields the documents of one part of a source in a fixed order."""
         return (Example(text, text, text) for text in documents(source, reading))
 
-    def encode(self, text: str, tokenizer: Tokenizer) -> Rendered:
+    def encode(self, text: str, tokenizer: Tokenizer, everything: bool = False) -> Rendered:
         """Token ids of a document without BOS, and no loss mask, because every token is a target."""
         return Rendered(tokenizer.encode(text), [])
 
@@ -50,27 +53,30 @@ class Chat:
 
     content: Content = "objects"
     noun = "conversation"
+    columns = conversations.COLUMNS
+    """Keys of a row that `read` uses; others are not read from parquet."""
 
-    def read(self, row: Any) -> list[Message]:
+    def read(self, row: Any, note: Note = silent) -> list[Message]:
         """The messages of a row of any layout, see `conversations.read`."""
-        return conversations.read(row)
+        return conversations.read(row, note)
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
-        """Token ids and loss mask of messages that `read` returned."""
-        return chat.render(messages, tokenizer)
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer, everything: bool = False) -> Rendered:
+        """Token ids and loss mask of messages that `read` returned; `everything`: of the user's too."""
+        return chat.render(messages, tokenizer, everything=everything)
 
     def examples(self, source: Source, reading: Reading, skip: Skip) -> Iterator[Example]:
         """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""
         kind = KINDS[source.kind]
-        for number, row in kind.objects(source, reading):
+        for number, row in kind.objects(source, reading, self.columns):
+            notes: dict[str, None] = {}
             try:
-                messages = self.read(row)
+                messages = self.read(row, notes.setdefault)
             except Malformed as error:
                 skip(row, error, partial(kind.place, source, reading, number))
             except UserError as error:
                 raise UserError(f"{kind.place(source, reading, number)} {error}") from None
             else:
-                yield Example(conversations.opening(messages), conversations.words(messages), messages)
+                yield Example(conversations.opening(messages), conversations.words(messages), messages, list(notes))
 
     def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
         return pack_whole(block, row_length, bos=bos, dtype=dtype)
@@ -79,9 +85,9 @@ class Chat:
 class Alpaca(Chat):
     """Single questions in the Alpaca template, after any system message, and their answers, without turns."""
 
-    def read(self, row: Any) -> list[Message]:
+    def read(self, row: Any, note: Note = silent) -> list[Message]:
         """A user message that holds the filled-in template, and the assistant's answer."""
-        messages = super().read(row)
+        messages = super().read(row, note)
         *before, question, answer = messages
         if len(messages) > 2 and not (len(messages) == 3 and before[0]["role"] == "system"):
             raise Malformed(
@@ -89,11 +95,11 @@ class Alpaca(Chat):
             )
         instruction, context = conversations.instruction(row) or (question["content"], "")
         instruction = "\n\n".join([*(message["content"] for message in before), instruction])
-        return [{"role": "user", "content": alpaca_prompt(instruction, context)}, answer]
+        prompt = dict(role="user", content=alpaca_prompt(instruction, context))
+        return [{key: value for message in messages[:-1] for key, value in message.items()} | prompt, answer]
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
-        prompt, answer = messages
-        return chat.render_answer(prompt["content"], answer["content"], tokenizer)
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer, everything: bool = False) -> Rendered:
+        return chat.render_answer(messages, tokenizer, everything=everything)
 
 
 FORMATS: Mapping[str, Text | Chat] = {"text": Text(), "chat": Chat(), "alpaca": Alpaca()}

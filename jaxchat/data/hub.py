@@ -13,9 +13,9 @@
     hub:OWNER/NAME[/FOLDER][:N] the parquet files of any data set
 
 N is the number of training shards, counted from the first; the default is 8. In data sets without patterns in
-`DATA_SETS`, words in file names decide the split: without validation files, the last training shard is held out, and
-test files are not read. The list of files is fixed at the commit of the first download, so that a data set cannot
-change during a run; downloaded files need no network.
+`DATA_SETS`, words in file names decide the split: without validation files, the last of several training shards is
+held out; if there is only one, the test files validate. Otherwise test files are not read. The list of files is fixed
+at the commit of the first download, so that a data set cannot change during a run; downloaded files need no network.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.cache import Log, locked, read_json, write_json
-from jaxchat.data.source import Content, Kind, Split, by_words
+from jaxchat.data.source import TEST, Content, Kind, Split, by_words
 from jaxchat.errors import UserError, first_line
 from jaxchat.launcher import log
 
@@ -93,9 +93,14 @@ def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint
     with locked(place, log):
         index = _index(name, data_set, place, endpoint, log)
         train, val = _split([Shard(**shard) for shard in index["shards"]], data_set)
-        if not train or not val:
-            raise UserError(f"{spec} has no parquet file to {'validate on' if train else 'train on'}")
+        if not train and split == "train":
+            raise UserError(f"{spec} has no parquet file to train on")
         if split == "val":
+            if not val:
+                problem = (
+                    f"{spec} has no parquet file to validate on: leave --data.val out to hold out documents of train"
+                )
+                raise UserError(problem)
             chosen = val
         elif count is not None and count > len(train):
             raise UserError(f"{spec}: {data_set.repository} has only {len(train)} training shards; ask for fewer")
@@ -127,14 +132,19 @@ def _parse(spec: str) -> tuple[str, DataSet, int | None]:
 
 
 def _split(shards: Sequence[Shard], data_set: DataSet) -> tuple[list[Shard], list[Shard]]:
-    """Training and validation files, by the data set's patterns or by words in names (else the last file validates)."""
+    """Training and validation files, by the data set's patterns or by words in names.
+
+    Without validation files, the last of several training files validates, or else the test files.
+    """
     if data_set.train:
         train, val = (
             [shard for shard in shards if re.search(pattern, shard.path)] for pattern in (data_set.train, data_set.val)
         )
         return train, val
     train, val = by_words([(shard.path, shard) for shard in shards])
-    return (train, val) if val else (train[:-1], train[-1:])
+    if not val and len(train) > 1:
+        return train[:-1], train[-1:]
+    return train, val or by_words([(shard.path, shard) for shard in shards], TEST)[1]
 
 
 def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log: Log) -> dict[str, Any]:
@@ -153,8 +163,8 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
             recursive=name not in DATA_SETS,
         )
         files = sorted((file for file in tree if file.path.endswith(".parquet")), key=lambda file: file.path)
-    if len(files) < 2 and not data_set.train:
-        raise UserError(f"hub:{name} has {len(files)} parquet files; training and validation need one each")
+    if not files:
+        raise UserError(f"hub:{name} has no parquet files: download it, and name its .jsonl or .txt files instead")
     log(f"hub:{name} is {data_set.repository} at {commit}, {len(files)} shards")
     shards = [Shard(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
     index = {"commit": commit, "shards": [asdict(shard) for shard in shards]}

@@ -21,7 +21,7 @@ from jaxchat.data.cache import Log
 from jaxchat.data.formats import FORMATS, Format
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.source import Reading, Source, Split
-from jaxchat.data.sources import content_hashes, find
+from jaxchat.data.sources import TEXT, content_hashes, find
 from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
@@ -29,7 +29,6 @@ from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report
 FORMAT = 1  # increase it when the same key would make different rows
 MOST_IDS = 2**24  # maximum vocabulary: far more than any text needs, and small enough for memory
 TOKENIZER_MARGIN = 8  # tokenizer training reads about this many times its sample_bytes from disk
-TEXT = "text"  # format of an entry text:... among conversations
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory:
     """
     cache_directory = _local(cache_directory)
     origin = _origin(data, split)
-    entries = _find_all(data, cache_directory, log)[origin]
+    entries = _find_all(data, cache_directory, log, note=log if split == "train" else None)[origin]
     rows = [_ensure(data, tokenizer, split, entry, cache_directory, log) for entry in entries]
     if split != origin:
         if not any(map(len, rows)):
@@ -299,7 +298,7 @@ def _tokenizer_sources(entries: Sequence[Entry], data: Data) -> list[Source]:
     return [source for entry in entries if entry.form == data.format for source in entry.sources]
 
 
-def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[Entry]]:
+def _find_all(data: Data, cache_directory: Path, log: Log, note: Log | None = None) -> dict[Split, list[Entry]]:
     """The entries of train and of val with their sources. Raises `UserError` if a file is in both."""
     if not data.train:  # a configuration may leave it empty, a run may not
         raise UserError("no documents to train on: set --data.train to files, directories or tinyworld:train")
@@ -307,7 +306,8 @@ def _find_all(data: Data, cache_directory: Path, log: Log) -> dict[Split, list[E
     def find_entry(spec: str, split: Split) -> Entry:
         form = TEXT if spec.startswith(f"{TEXT}:") else data.format
         content, downloads = FORMATS[form].content, cache_directory / "downloads"
-        return Entry(spec, form, find(spec.removeprefix(f"{TEXT}:"), split, content, downloads=downloads, log=log))
+        name = spec.removeprefix(f"{TEXT}:")
+        return Entry(spec, form, find(name, split, content, downloads=downloads, log=log, note=note))
 
     train = [find_entry(spec, "train") for spec in data.train]
     val = [find_entry(spec, "val") for spec in data.val]
@@ -347,11 +347,14 @@ def _summary(rows: Rows) -> str:
 
 
 def _warnings(manifest: dict[str, Any]) -> list[str]:
-    """A line for each reason why conversations are not in the rows."""
+    """A line for each reason why documents or conversations are not in the rows, or not as they stand."""
     counts = [
         f"{_count(manifest, count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
         for reason, count in sorted(manifest["skipped"].items())
     ]
+    counts += [f"{_count(manifest, count)} {note}" for note, count in sorted(manifest.get("notes", {}).items())]
+    if manifest["empty"]:
+        counts.append(f"{_count(manifest, manifest['empty'])} without text")
     if manifest["too_long"]:
         counts.append(
             f"{_count(manifest, manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
@@ -363,8 +366,6 @@ def _warnings(manifest: dict[str, Any]) -> list[str]:
 def _nothing(manifest: dict[str, Any], data: Data, spec: str) -> str:
     """Error message for an entry of which no row could be made, with the reasons."""
     reasons = _warnings(manifest)
-    if manifest["empty"]:
-        reasons.append(f"{_count(manifest, manifest['empty'])} without text")
     if not reasons and data.held_out:
         reasons = [f"--data.val_fraction={data.val_fraction} holds out all it has: decrease it, or set --data.val"]
     return ". ".join([f"no {FORMATS[manifest['recipe']['form']].noun} to use in {spec}", *reasons])

@@ -7,6 +7,7 @@ incomplete and is made again. The assignment depends on the sources only, never 
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.
 LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
-CONVERSATIONS = 1  # version; increase it when the same conversations would make different rows
+CONVERSATIONS = 2  # version; increase it when the same conversations would make different rows
 PACKED_TOKENS = 8_000_000  # tokens packed together; bounds the memory of a worker
 REPORT_SECONDS = 0.5
 
@@ -103,13 +104,15 @@ class Counts:
     """Number of malformed conversations by reason."""
     examples: dict[str, str] = field(default_factory=dict)
     """Location and error of the first malformed conversation per reason."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Number of conversations by what was not read as it stands."""
 
     def add(self, other: "Counts") -> None:
         for name in NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
-        for reason, count in other.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        for name in ("skipped", "notes"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
         self.examples = {**other.examples, **self.examples}
 
     def skip(self, reason: str, example: Callable[[], str]) -> None:
@@ -200,7 +203,7 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
 
     for i, (source, part, parts) in enumerate(job.parts):
         reading = Reading(recipe.text_column, recipe.encoding, part, parts)
-        for opening, text, value in data_format.examples(source, reading, skip):
+        for opening, text, value, notes in data_format.examples(source, reading, skip):
             if not recipe.takes(opening):
                 continue
             if not text:
@@ -208,9 +211,11 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
                 continue
             counts.documents += 1
             counts.bytes += len(text.encode())
-            ids, mask = data_format.encode(value, tokenizer)
+            for note in notes:
+                counts.notes[note] = counts.notes.get(note, 0) + 1
+            ids, mask = data_format.encode(value, tokenizer, everything)
             counts.longest = max(counts.longest, len(ids))
-            block.append((np.array(ids, dtype), np.array(mask) | everything if mask else None))
+            block.append((np.array(ids, dtype), np.array(mask) if mask else None))
             tokens += len(ids)
             if tokens >= PACKED_TOKENS:
                 yield block

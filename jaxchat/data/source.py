@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,9 @@ class Kind:
         column = reading.text_column
         for number, row in self.objects(source, reading, [column]):
             text = row.get(column) if isinstance(row, dict) else None
+            # A null is a document without text. So is NaN, which other programs write instead.
+            if isinstance(row, dict) and column in row and (text is None or text != text):
+                text = ""
             if not isinstance(text, str):
                 raise UserError(f"{self.place(source, reading, number)} {_no_text(row, column)}")
             yield text
@@ -112,15 +115,15 @@ class Kind:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def by_words(files: Sequence[tuple[str, Item]]) -> tuple[list[Item], list[Item]]:
-    """Training and validation files among (path, file) pairs, by the words in their paths.
+def by_words(files: Sequence[tuple[str, Item]], val: Set[str] = VAL) -> tuple[list[Item], list[Item]]:
+    """Training and validation files among (path, file) pairs, by the words in their paths, those of `val` or TRAIN.
 
     Files of a word for test belong to neither; if a path has a word for training, only such files are for training.
     """
     words = [(set(re.split("[^a-z]+", path.lower())), file) for path, file in files]
     others = [(found, file) for found, file in words if not found & (VAL | TEST)]
     train = [file for found, file in others if found & TRAIN] or [file for _, file in others]
-    return train, [file for found, file in words if found & VAL]
+    return train, [file for found, file in words if found & val]
 
 
 def no_column(column: str, names: Iterable[str]) -> str:
@@ -134,4 +137,8 @@ def no_column(column: str, names: Iterable[str]) -> str:
 def _no_text(row: Any, column: str) -> str:
     if not isinstance(row, dict):
         return f"is not an object with a text column {column!r}"
-    return f"has no text in column {column!r}" if column in row else no_column(column, row)
+    if column not in row:
+        return no_column(column, row)
+    names = {"bytes": "bytes", "list": "a list", "dict": "an object"}
+    found = names.get(type(row[column]).__name__, "a number")
+    return f"has no text in column {column!r} but {found}; write it as text, or set --data.text_column to another"

@@ -3,21 +3,23 @@
     notes.txt               one document, the whole file
     pages.jsonl[.gz]        one document per line, from the text column of its object
     pages.parquet           one document per row
-    corpus/                 all such files in it, selected by the words in their paths. Training excludes val, valid,
-                            validation, dev and test, and uses only train if a path has it. Validation uses only val,
-                            valid, validation and dev if a path has one of them
+    corpus/                 all such files in it and in directories that it links to, by the words in their paths:
+                            training excludes val, valid, validation, dev and test, and uses only train if a path has
+                            it; validation uses only val, valid, validation and dev if a path has one of them
     "corpus/*.jsonl.gz"     every file that matches; ** matches across directories
     tinyworld:train[:N]     N documents of the tiny world, also tinyworld:val; tinyworld:chat[:N] has conversations
     hub:fineweb-edu[:N]     N shards of a data set of the hub, see hub.py
 
 A document is a str without lone surrogates. A damaged file raises `UserError` with its path and, if known, the line.
-Objects come from the same places except .txt files, and from .json files, see conversations.py.
+Objects come from the same places except .txt files, see conversations.py. A .json file has an array of objects, or
+objects on any number of lines; in a directory it is read for conversations only.
 """
 
 import glob
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,18 +42,28 @@ KINDS: Mapping[str, Kind] = {
     "hub": hub.Hub(),
 }
 SETTLED_SECONDS = 2.0
+TEXT = "text"  # prefix of an entry text:... among conversations, and its format
 
 
 def find(
-    spec: str, split: Split, content: Content = "documents", *, downloads: Path | None = None, log: Log = log
+    spec: str,
+    split: Split,
+    content: Content = "documents",
+    *,
+    downloads: Path | None = None,
+    log: Log = log,
+    note: Log | None = None,
 ) -> list[Source]:
-    """The sources that a spec names, in a fixed order; in a directory, the split's files with such content."""
+    """The sources that a spec names, in a fixed order; in a directory, the split's files with such content.
+
+    `note` is told what of a directory or a glob is not read.
+    """
     for kind in KINDS.values():
         if kind.mark.endswith(":") and spec.startswith(kind.mark):
             found = kind.find(spec, split, content, downloads, log)
             break
     else:
-        found = _find_files(spec, split, content)
+        found = _find_files(spec, split, content, note or (lambda _: None))
     return [item if isinstance(item, Source) else _file(item, content) for item in found]
 
 
@@ -119,56 +131,88 @@ def _stamp(source: Source) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _find_files(spec: str, split: Split, content: Content) -> list[Path]:
+def _find_files(spec: str, split: Split, content: Content, note: Log) -> list[Path]:
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _find_in_directory(path, split, content)
+        return _find_in_directory(path, split, content, note)
     if path.exists():
         return [path]
     if not glob.has_magic(spec):
         raise UserError(f"--data.{split} {spec} does not exist")
-    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    found = sorted(glob.glob(str(path), recursive=True))
+    matches = [Path(match) for match in found if Path(match).is_file()]
     if not matches:
-        raise UserError(f"no file matches --data.{split} {spec}")
-    return [Path(match) for match in matches]
+        raise UserError(f"no file matches --data.{split} {spec}{' (only directories)' if found else ''}")
+    if len(found) > len(matches) and "**" not in spec:
+        note(f"{spec} matches {len(found) - len(matches)} entries that are no files, which are not read")
+    return matches
 
 
-def _find_in_directory(directory: Path, split: Split, content: Content) -> list[Path]:
-    known = []
-    for path in sorted(directory.rglob("*")):
-        parts = path.relative_to(directory).parts
-        if path.is_file() and _kind(path, content) and not any(part.startswith(".") for part in parts):
-            known.append((str(Path(*parts)), path))
+def _find_in_directory(directory: Path, split: Split, content: Content, note: Log) -> list[Path]:
+    fitting, known, left = _fitting(content, in_directory=True), [], Counter[str]()
+    for path in sorted(_walk(directory)):
+        if not path.is_file():
+            left["broken links"] += 1
+        elif _kind(path, fitting):
+            known.append((str(path.relative_to(directory)), path))
+        else:
+            left[path.suffix or "without a suffix"] += 1
     if not known:
-        raise UserError(f"no {_suffixes(content)} file in --data.{split} {directory}")
+        raise UserError(f"no {', '.join(fitting.values())} file in --data.{split} {directory}")
     train, val = by_words(known)
-    if split == "val":
-        return val or [path for _, path in known]
-    if not train:
+    chosen = train if split == "train" else val or [path for _, path in known]
+    if not chosen:
         raise UserError(f"only validation and test files in --data.train {directory}, such as {known[0][1].name}")
-    return train
+    if split == "train" and len(known) > len(chosen):
+        left["of other splits by their names"] += len(known) - len(chosen)
+    if left:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left.most_common())
+        note(f"{directory}: {len(chosen):,} files are read, {left.total():,} are not: {kinds}")
+    return chosen
 
 
-def _kind(path: Path, content: Content) -> str | None:
-    fitting = (name for name, kind in KINDS.items() if content in kind.contents)
-    return next((name for name in fitting if path.name.lower().endswith(KINDS[name].mark)), None)
+def _walk(directory: Path) -> Iterator[Path]:
+    """Yields the files of a directory and of linked ones, each directory once, real ones first, and none hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    waiting, seen = [str(directory)], set()
+    while waiting:
+        for root, folders, names in os.walk(waiting.pop(0), onerror=refuse):
+            is_new = (real := os.path.realpath(root)) not in seen
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(root, name))]
+            yield from (Path(root, name) for name in names if is_new and not name.startswith("."))
 
 
-def _suffixes(content: Content) -> str:
-    marks = (kind.mark for kind in KINDS.values() if content in kind.contents)
-    return ", ".join(mark for mark in marks if mark.startswith("."))
+def _fitting(content: Content, in_directory: bool = False) -> dict[str, str]:
+    """Marks of the kinds with such content. In directories of documents a .json file describes the others."""
+    marks = {name: kind.mark for name, kind in KINDS.items() if content in kind.contents and kind.mark.startswith(".")}
+    return {
+        name: mark for name, mark in marks.items() if not (in_directory and (content, mark) == ("documents", ".json"))
+    }
+
+
+def _kind(path: Path, fitting: Mapping[str, str]) -> str | None:
+    return next((name for name, mark in fitting.items() if path.name.lower().endswith(mark)), None)
 
 
 def _file(path: Path, content: Content) -> Source:
-    kind = _kind(path, content)
+    fitting = _fitting(content)
+    kind = _kind(path, fitting)
     if kind is None:
-        raise UserError(f"{path} has an unsupported suffix; expected one of: {_suffixes(content)}")
+        hint = f"; {TEXT}:{path} reads it as documents" if _kind(path, _fitting("documents")) else ""
+        raise UserError(f"{path} has an unsupported suffix; expected one of: {', '.join(fitting.values())}{hint}")
     try:
         size = path.stat().st_size
-        with path.open("rb"):
-            pass
+        with path.open("rb") as file:
+            head = file.read(8)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not size:
         raise UserError(f"{path} is empty")
+    if problem := files.misnamed(head, KINDS[kind].mark):
+        raise UserError(f"{path} {problem}")
     return Source(kind, str(path), size)

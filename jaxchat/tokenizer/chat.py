@@ -1,7 +1,8 @@
 """Renders conversations as tokens: turns between special tokens, with a loss mask.
 
 Training targets are the assistant's text, its tool calls and the token that ends its turn; not the user's text, tool
-results, or the token that begins the assistant's turn (nanochat's rules).
+results, or the token that begins the assistant's turn (nanochat's rules). A message or part with {"learned": False} is
+no target, and neither is the end of a turn whose last part is none: a model shall not learn to stop after a result.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ class Malformed(UserError):
 
 
 Message = Mapping[str, Any]
-Part = tuple[str, str]  # Kind and text.
+Part = tuple[str, str, bool]  # Kind, text, and whether it may be a training target.
 
 _TEMPLATE = Template("""\
 {{- '$bos' -}}
@@ -82,12 +83,14 @@ def template(chat_format: ChatFormat) -> str:
     return _TEMPLATE.substitute(names)
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool = False) -> Rendered:
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool = False, everything: bool = False
+) -> Rendered:
     """Renders messages {"role": "system" | "user" | "assistant", "content": ...} as one document.
 
     The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
     nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
-    begins the assistant's next turn.
+    begins the assistant's next turn. With `everything`, all but the BOS and what is not to be learned are targets.
 
     Raises:
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
@@ -96,7 +99,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool 
     turns = check(messages, tokenizer.chat_format)
     segments = [([tokenizer.bos], False)]
     for role, parts in turns:
-        segments += _turn(role, parts, tokenizer)
+        segments += _turn(role, parts, tokenizer, everything)
     if complete:
         if turns[-1][0] != "user":
             raise UserError("the assistant can only answer a conversation that ends with a user message")
@@ -104,15 +107,19 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool 
     return _joined(segments)
 
 
-def render_answer(prompt: str, content: Any, tokenizer: Tokenizer) -> Rendered:
-    """Renders a plain-text prompt and its answer without turns; the answer ends as the assistant's turn does."""
-    _, *answer = _turn("assistant", _parts(content, 1, tokenizer.chat_format), tokenizer)
-    return _joined([([tokenizer.bos, *tokenizer.encode(prompt)], False), *answer])
+def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:
+    """Renders a user message and its answer without turns; the answer ends as the assistant's turn does."""
+    (_, ((_, prompt, learned),)), (_, parts) = check(messages, tokenizer.chat_format)
+    _, *answer = _turn("assistant", parts, tokenizer, everything)
+    return _joined([([tokenizer.bos], False), (tokenizer.encode(prompt), everything and learned), *answer])
 
 
 def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> list[tuple[str, list[Part]]]:
     """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`."""
-    return [(role, _parts(content, i, chat_format)) for i, (role, content) in enumerate(_turns(messages))]
+    return [
+        (role, _parts(content, i, chat_format, *learned))
+        for i, (role, content, *learned) in enumerate(_turns(messages))
+    ]
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -161,18 +168,17 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return [{"role": role, "content": parts[0]["text"] if alone(parts) else parts} for role, parts in turns if parts]
 
 
-def _turn(role: str, parts: Sequence[Part], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+def _turn(role: str, parts: Sequence[Part], tokenizer: Tokenizer, everything: bool) -> Iterator[tuple[list[int], bool]]:
     """The tokens of a turn in segments, each with its loss mask; the first begins the turn."""
     special, turn = tokenizer.specials, tokenizer.chat_format.turns[role]
-    yield [special[turn.begin]], False
-    for kind, text in parts:
+    yield [special[turn.begin]], everything and parts[0][2]
+    learned = False
+    for kind, text, target in parts:
         ids = tokenizer.encode(text)
-        if kind == "text":
-            yield ids, turn.learned
-        else:
-            part = tokenizer.chat_format.parts[kind]
-            yield [special[part.begin], *ids, special[part.end]], part.learned
-    yield [special[turn.end]], turn.learned
+        marks = turn if kind == "text" else tokenizer.chat_format.parts[kind]
+        learned = target and (marks.learned or everything)
+        yield ids if kind == "text" else [special[marks.begin], *ids, special[marks.end]], learned
+    yield [special[turn.end]], learned
 
 
 def _joined(segments: Sequence[tuple[list[int], bool]]) -> Rendered:
@@ -181,24 +187,24 @@ def _joined(segments: Sequence[tuple[list[int], bool]]) -> Rendered:
     )
 
 
-def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
-    """Roles and contents, the system message merged into the first user message."""
-    turns = [(str(message.get("role")), message.get("content")) for message in messages]
+def _turns(messages: Sequence[Message]) -> list[tuple[str, Any, bool]]:
+    """Role, content and `learned` of each turn, the system message merged into the first user message."""
+    turns = [(str(message.get("role")), message.get("content"), message.get("learned", True)) for message in messages]
     if turns and turns[0][0] == "system":
         if len(turns) < 2 or turns[1][0] != "user":
             raise Malformed("roles out of order", "a system message must be followed by a user message")
-        (_, system), (_, content) = turns[:2]
+        (_, system, *first), (_, content, *second) = turns[:2]
         if not isinstance(system, str):
             raise Malformed("empty content", "the system message has no text")
         if system and content and isinstance(content, str):
             content = f"{system}\n\n{content}"
-        turns[:2] = [("user", content)]
+        turns[:2] = [("user", content, all(first + second))]
     if not turns:
         raise Malformed("no message", "a conversation needs at least one message")
-    first = len(messages) - len(turns)
-    for i, (role, content) in enumerate(turns):
+    merged = len(messages) - len(turns)
+    for i, (role, content, _) in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
-        where = f"message {i + first}"
+        where = f"message {i + merged}"
         if role not in ("user", "assistant"):
             supported = "expected user or assistant, or system in the first message"
             reason = "roles out of order" if role == "system" else "unknown role"
@@ -210,14 +216,14 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     return turns
 
 
-def _parts(content: Any, index: int, chat_format: ChatFormat) -> list[Part]:
+def _parts(content: Any, index: int, chat_format: ChatFormat, learned: bool) -> list[Part]:
     if isinstance(content, str):
-        return [("text", content)]
+        return [("text", content, learned)]
     parts, kinds = [], ("text", *chat_format.parts)
     for part in content if isinstance(content, Sequence) else [content]:
         kind, text = (str(part.get("type")), part.get("text")) if isinstance(part, Mapping) else ("", None)
         if kind not in kinds or not isinstance(text, str):
             expected = f"expected one of {', '.join(kinds)}, with a text"
             raise Malformed("unknown part", f"message {index} has a part of type {kind!r}; {expected}")
-        parts.append((kind, text))
+        parts.append((kind, text, learned and part.get("learned", True)))
     return parts
