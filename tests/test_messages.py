@@ -62,6 +62,8 @@ FORMS = {
     "loss false": ([U, A | {"loss": False}, U, A], "[u]u [a]{a} [u]u [a]a", WEIGHED),
     "weight null": ([U, A | {"weight": None, "train": 1.0}], "[u]u [a]a"),
     "a call of weight 0": ([U, CALLED | {"weight": 0}, say("tool", "1"), A], f"[u]u [a]{{{F}}}=1)a", WEIGHED),
+    "a part of a result of weight 0": ([U, CALLED, say("tool", [text("1", weight=0), text("2")]), A],
+                                       f"[u]u [a]{F}{{=12)}}a", WEIGHED),
     "a part of weight 0": ([U, say("assistant", [text("w", weight=0), text("a")])], "[u]u [a]{w}a", WEIGHED),
     "a user of weight 0": ([U | {"weight": 0}, A], "[u]{u} [a]a", WEIGHED),
     # systems

@@ -159,7 +159,7 @@ BROKEN = {
     "binary.jsonl": (b"\x7fELF\0\xff\n", r"binary.jsonl looks like a binary file"),
     "broken.jsonl": (jsonl("one") + "\n{oops}\n", r"broken.jsonl line 3 is not valid JSON: Expecting"),
     "list.jsonl": ("[1, 2]\n", r"list.jsonl line 1 is an array instead of an object.* name it \.json"),
-    "array.jsonl": ('[\n {"text": "x"}\n]', r"array.jsonl line 1 is not valid JSON: is an array .* name it \.json"),
+    "array.jsonl": ('[\n {"text": "x"}\n]', r"array.jsonl line 1 is not valid JSON: an array .* name it \.json"),
     "long.jsonl": ('[{"text": "x"},\n {"text": "y"}]', r"long.jsonl line 1 is not valid JSON: .* name it \.json"),
     "pretty.jsonl": ('{\n "text": "x"\n}\n', r"pretty.jsonl line 1 is not valid JSON: the object does not end in"),
     "digits.jsonl": ('{"n": ' + "9" * 5000 + "}", r"digits.jsonl line 1 .*digits.*; write it as a string"),

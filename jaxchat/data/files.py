@@ -20,7 +20,7 @@ MOST_DEALT = 8  # maximum readers of such a file
 
 
 _JSON_SPACE = " \t\r\n"
-_ARRAY = "is an array instead of an object: if the whole file is a JSON array, name it .json"
+_ARRAY = "an array instead of an object; if the whole file is a JSON array, name it .json"
 FORMATS = {
     b"\x1f\x8b": (
         "is compressed with gzip: name it .jsonl.gz if it has JSON lines, or unpack it with gunzip",
@@ -100,7 +100,7 @@ class JsonLines(Kind):
                 where = self.place(source, reading, number)
                 raise UserError(f"{where} is not valid JSON: {_not_json(line, error, is_line=True)}") from None
             if isinstance(value, list):
-                raise UserError(f"{self.place(source, reading, number)} {_ARRAY}")
+                raise UserError(f"{self.place(source, reading, number)} is {_ARRAY}")
             yield number, value
 
     def place(self, source: Source, reading: Reading, number: int) -> str:

@@ -73,8 +73,11 @@ def as_text(value: Any) -> str:
 def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
     """The parts of a message, without empty texts."""
     content = first_given(message, "content", "value")
+    learned = _learned(message)
     if role in ("call", "result"):
         text = "" if content is None else as_json(_joined(content))
+        if isinstance(content, list) and _joined(content) is not content:
+            learned = learned and all(_learned(part) for part in content if isinstance(part, Mapping))
         if role == "call" and not text:
             raise Malformed("empty content", f"message {index} is an empty tool call")
         parts = [{"type": "python" if role == "call" else "python_output", "text": text}]
@@ -84,7 +87,7 @@ def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
             parts = []
         if role == "assistant":
             parts += _calls(message, index)
-    weight = {} if _learned(message) else {"learned": False}
+    weight = {} if learned else {"learned": False}
     return [part | weight for part in parts if part["type"] != "text" or part["text"] != ""]
 
 
@@ -163,8 +166,11 @@ def _learned(value: Mapping[str, Any]) -> bool:
 
 
 def _joined(value: Any) -> Any:
-    """The text of a list of text parts; other values as they are."""
-    parts = [part for part in value if part is not None] if isinstance(value, list) else []
-    if parts and all(isinstance(part, Mapping) and first_given(part, "type") in TEXTS for part in parts):
-        return "".join(_as_part(part)["text"] for part in parts)
-    return value
+    """The text of a list that has text parts; other values as they are. Raises `Malformed` for other parts there."""
+    entries = [entry for entry in value if entry is not None] if isinstance(value, list) else []
+    if not any(isinstance(entry, Mapping) and first_given(entry, "type") in TEXTS for entry in entries):
+        return value
+    parts = [_as_part(entry) for entry in entries]
+    if others := [part["type"] for part in parts if part["type"] != "text"]:
+        raise Malformed("unknown part", f"a part of type {others[0]!r} is among texts")
+    return "".join(part["text"] for part in parts)
