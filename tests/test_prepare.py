@@ -148,7 +148,7 @@ def test_the_keys_of_text_are_those_of_before_there_were_conversations(tmp_path,
     (village,), (talk,) = find("tinyworld:train", "train"), find("tinyworld:chat", "train", "objects")
     assert (village.path, village.size) == ("tinyworld:train", 24_000 * 330)
     assert (talk.path, talk.size) == ("tinyworld:chat-train:16000", 16_000 * 400)
-    known = shards.Recipe(32, "best_fit", "text", "utf-8", 0.01, "train").decides()
+    known = shards.Recipe(32, "best_fit", "text", "utf-8", 0.01, "train").decides([])
     assert cache.key(format=1, tokenizer="abc", sources=[], shards=[], **known) == "7677378ca48d1a6b2a77360d"
     ensure_tokenizer(settings(corpus), tmp_path / "cache", 0, silent)
     (directory,) = (path for path in (tmp_path / "cache" / "tokenizers").iterdir() if path.is_dir())

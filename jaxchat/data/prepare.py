@@ -201,7 +201,8 @@ def _ensure(data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_
     assignment = [
         [(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources, data.encoding)
     ]
-    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **recipe.decides())
+    decides = recipe.decides(sources)
+    name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **decides)
     directory = cache_directory / "rows" / name
     if not _is_whole(directory):
         with cache.locked(directory, log):

@@ -28,7 +28,6 @@ from jaxchat.tokenizer.chat import Malformed
 
 # Bytes on disk per shard. A small corpus is split into smaller shards, so that every process has work.
 LEAST_PART, SHARDS_OF_SMALL, MOST_SHARDS = 1 << 20, 16, 512
-CONVERSATIONS = 2  # version; increase it when the same conversations would make different rows
 PACKED_TOKENS = 8_000_000  # tokens packed together; bounds the memory of a worker
 REPORT_SECONDS = 0.5
 
@@ -53,13 +52,14 @@ class Recipe:
     train_on: Literal["assistant", "everything"] = "assistant"
     """Training targets of a conversation."""
 
-    def decides(self) -> dict[str, Any]:
+    def decides(self, sources: Sequence[Source]) -> dict[str, Any]:
         """Everything that determines the rows, for a cache key; old keys of text stay valid without the chat fields."""
         parts = asdict(self)
         chat = {name: parts.pop(name) for name in ("form", "train_on")}
         if FORMATS[self.form].content == "documents":
             return parts
-        return {**parts, **chat, "packing": "whole", "conversations": CONVERSATIONS}
+        version = max(KINDS[source.kind].conversations for source in sources)
+        return {**parts, **chat, "packing": "whole", "conversations": version}
 
     def takes(self, text: str) -> bool:
         return not self.held_out or held_out(text, self.held_out) == (self.split == "val")

@@ -78,6 +78,8 @@ class Kind:
     contents: tuple[Content, ...] = ("documents", "objects")
     shard_bytes = 32 << 20
     """Bytes of a source that make one shard of rows."""
+    conversations = 2
+    """Version of how conversations become rows; increase it when the same conversations would make different rows."""
 
     def find(
         self, spec: str, split: Split, content: Content, downloads: Path | None, log: Log
