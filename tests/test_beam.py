@@ -78,7 +78,7 @@ def test_one_beam_is_greedy(engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def transformers_engine() -> Engine:
     golden = read("nanochat_v1_gqa")
-    config = huggingface.read_config(golden.config)
+    config, _ = huggingface.read_config(golden.config)
     params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
     return Engine(Transformer(config), params, Letters(), EngineConfig(length=32))  # type: ignore[arg-type]
 

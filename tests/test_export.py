@@ -107,7 +107,7 @@ def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> N
 
 def test_weights_go_out_under_the_names_and_in_the_layout_of_transformers() -> None:
     golden = read("nanochat_v1_gqa")
-    config = huggingface.read_config(golden.config)
+    config, _ = huggingface.read_config(golden.config)
     params = to_params(config, golden.weights, nanochat.FAMILY.places)
     state = dict(to_state(config, params, nanochat.FAMILY.places))
     assert state.keys() == golden.weights.keys()
@@ -281,11 +281,11 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     for change, words in (
         ({"model_type": "llama"}, "only 'nanochat'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"vocab_size": 300}, "a vocabulary of 300"),
-        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight is missing"),
+        ({"vocab_size": 300}, "vocab_size=300"),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight is missing: check num_hidden_layers"),
         ({"num_hidden_layers": 1}, "unexpected parameters: model.layers.1"),
         ({"intermediate_size": 32}, ", expected ("),
-        ({"hidden_size": None}, "does not describe a valid model"),
+        ({"hidden_size": None}, "hidden_size=None"),
     ):
         config = json.loads((there / "config.json").read_text()) | change
         (broken / "config.json").write_text(json.dumps(config))

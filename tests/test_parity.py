@@ -65,7 +65,7 @@ def assert_tree_close(ours: Any, theirs: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(("variant", "loop"), [("mha", "unroll"), ("gqa", "scan")])
 def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config = huggingface.read_config(golden.config)
+    config, _ = huggingface.read_config(golden.config)
     model = Transformer(dataclasses.replace(config, layer_loop=loop))
     params = to_params(config, golden.weights, nanochat.FAMILY.places)
     ours = run(model, params, golden)
@@ -77,7 +77,7 @@ def test_october_family_equals_transformers(variant: str, loop: str) -> None:
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config = huggingface.read_config(golden.config)
+    config, _ = huggingface.read_config(golden.config)
     model = Transformer(config)
     params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
     params = model.unstack(params)

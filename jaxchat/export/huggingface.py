@@ -55,22 +55,24 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
         UserError: files are missing, describe another architecture or do not match each other.
     """
     config = read_json(directory / "config.json")
-    model = read_config(config)
+    model, length = read_config(config)
     places = FAMILIES[config["model_type"]].places
     tokenizer = tokenizer or read_tokenizer(directory)
     if tokenizer.vocab_size != model.vocab:
         raise UserError(
-            f"{directory} has a vocabulary of {model.vocab} but its tokenizer has {tokenizer.vocab_size} ids: name the "
-            "tokenizer of its training with --tokenizer=DIR"
+            f"{directory} has vocab_size={model.vocab} in config.json but its tokenizer has {tokenizer.vocab_size} "
+            "ids: name the tokenizer of its training with --tokenizer=DIR"
         )
     weights = read_weights(directory)
     if model.tied:
-        weights.pop(places[("head",)].name, None)
+        embed, head = (places[(name,)].name for name in ("embed", "head"))
+        if not np.array_equal(weights.pop(head, weights.get(embed)), weights.get(embed)):
+            raise UserError(f"{directory} has tie_word_embeddings=true in config.json, but {head} differs from {embed}")
     try:
         params = to_params(model, weights, places)
     except ValueError as error:
         raise UserError(f"the weights in {directory} do not match its config.json: {first_line(error)}") from None
-    return model, int(config["max_position_embeddings"]), params, tokenizer
+    return model, length, params, tokenizer
 
 
 def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) -> dict[str, Any]:
@@ -95,14 +97,14 @@ def generation_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": [tokenizer.end, bos], "pad_token_id": bos}
 
 
-def read_config(config: Mapping[str, Any]) -> Model:
-    """Builds the model of a config.json; raises `UserError` for other families or unsupported settings."""
-    if (family := FAMILIES.get(config.get("model_type", ""))) is None:
+def read_config(config: Mapping[str, Any]) -> tuple[Model, int]:
+    """The model of a config.json and its maximum number of positions.
+
+    Raises:
+        UserError: the family is unknown, or a key is not one that the family reads or ignores; the message names it.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or (family := FAMILIES.get(name)) is None:
         known = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
-        raise UserError(f"config.json has model type {config.get('model_type')!r}: only {known} can be imported")
-    try:
-        return family.read_config(config)
-    except KeyError as error:
-        raise UserError(f"config.json has no {error.args[0]}: check that the file is complete") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.json does not describe a valid model: {first_line(error)}") from None
+        raise UserError(f"config.json has model_type={name!r}: only {known} can be imported")
+    return family.read_config(config)

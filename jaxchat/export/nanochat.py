@@ -9,18 +9,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.errors import UserError
-from jaxchat.export.places import Family, Place
+from jaxchat.export.places import POSITIVE, WHOLE, Family, Key, Place, only, read_keys
 from jaxchat.model import GQA, Layer, Model, ReluSquared, RMSNorm, RoPE
 
+SIZES = "num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads and head_dim"
 PLACES = {
-    ("embed",): Place("model.embed_tokens.weight", linear=False),
-    ("head",): Place("lm_head.weight"),
-    ("mixer", "q"): Place("model.layers.{}.self_attn.q_proj.weight"),
-    ("mixer", "k"): Place("model.layers.{}.self_attn.k_proj.weight"),
-    ("mixer", "v"): Place("model.layers.{}.self_attn.v_proj.weight"),
-    ("mixer", "o"): Place("model.layers.{}.self_attn.o_proj.weight"),
-    ("mlp", "in"): Place("model.layers.{}.mlp.fc1.weight"),
-    ("mlp", "out"): Place("model.layers.{}.mlp.fc2.weight"),
+    ("embed",): Place("model.embed_tokens.weight", linear=False, keys="vocab_size and hidden_size"),
+    ("head",): Place("lm_head.weight", keys="tie_word_embeddings, vocab_size and hidden_size"),
+    ("mixer", "q"): Place("model.layers.{}.self_attn.q_proj.weight", keys=SIZES),
+    ("mixer", "k"): Place("model.layers.{}.self_attn.k_proj.weight", keys=SIZES),
+    ("mixer", "v"): Place("model.layers.{}.self_attn.v_proj.weight", keys=SIZES),
+    ("mixer", "o"): Place("model.layers.{}.self_attn.o_proj.weight", keys=SIZES),
+    ("mlp", "in"): Place("model.layers.{}.mlp.fc1.weight", keys="num_hidden_layers and intermediate_size"),
+    ("mlp", "out"): Place("model.layers.{}.mlp.fc2.weight", keys="num_hidden_layers and intermediate_size"),
+}
+
+# Keys of config.json. Every other key is in NEUTRAL, or the model is refused.
+KEYS: Mapping[str, Key] = {
+    "vocab_size": WHOLE,
+    "hidden_size": WHOLE,
+    "intermediate_size": WHOLE,
+    "num_hidden_layers": WHOLE,
+    "num_attention_heads": WHOLE,
+    "num_key_value_heads": WHOLE.or_null(),
+    "head_dim": WHOLE._replace(default=None),
+    "max_position_embeddings": WHOLE,
+    "rms_norm_eps": POSITIVE._replace(default=1e-6),
+    "final_logit_softcapping": POSITIVE.or_null()._replace(default=15.0),
+    "rope_theta": POSITIVE._replace(default=None),
+    **dict.fromkeys(
+        ("rope_parameters", "rope_scaling"), Key(lambda value: isinstance(value, dict), "an object").or_null()
+    ),
+    "tie_word_embeddings": Key(lambda value: isinstance(value, bool), "true or false", False),
+    "hidden_act": only("relu2"),
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window", "is_encoder_decoder"), only(False)
+    ),
+    **dict.fromkeys(("sliding_window", "quantization_config", "per_layer_config"), only(None)),
+    "partial_rotary_factor": only(None, 1),
+}
+# Settings of training, generation, dtypes and classifiers, which do not change the logits of a language model.
+NEUTRAL = frozenset(
+    ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path")
+    + ("attention_dropout", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+    + ("attn_implementation", "_attn_implementation", "output_attentions", "output_hidden_states", "return_dict")
+    + ("chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type")
+)
+ROPE: Mapping[str, Key] = {
+    **dict.fromkeys(("rope_type", "type"), only("default")),
+    **{name: KEYS[name] for name in ("rope_theta", "partial_rotary_factor")},
 }
 
 
@@ -67,36 +104,45 @@ def write_config(model: Model) -> dict[str, Any]:
     }
 
 
-def read_config(config: Mapping[str, Any]) -> Model:
-    """The model of a config.json; raises `UserError` for settings that our model does not have."""
-    rope = config.get("rope_parameters") or {}
-    expected = {"hidden_act": "relu2", "attention_bias": False}
-    unsupported = [f"{name}={config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
-    if rope.get("rope_type", "default") != "default":
-        unsupported.append(f"rope_type={rope['rope_type']!r}")
-    if unsupported:
-        raise UserError(f"config.json has {unsupported[0]}, which jaxchat does not support")
-    heads, norm = config["num_attention_heads"], RMSNorm(config.get("rms_norm_eps", 1e-6))
-    mixer = GQA(
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        positions=RoPE(float(rope.get("rope_theta", 10_000.0))),
-        qk_norm=norm,
-        init="normal",
-    )
-    return Model(
-        vocab=config["vocab_size"],
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        pattern=(Layer(mixer, ReluSquared(config["intermediate_size"], init="normal", init_scale=1.0), norm),),
+def read_config(config: Mapping[str, Any]) -> tuple[Model, int]:
+    """The model of a config.json and its maximum number of positions; raises `UserError` naming a wrong key.
+
+    Defaults of missing keys, and the places of the base of RoPE, are those of transformers.
+    """
+    c = read_keys(config, KEYS, "config.json", NEUTRAL)
+    heads, norm = c["num_attention_heads"], RMSNorm(c["rms_norm_eps"])
+    kv_heads, head_dim = c["num_key_value_heads"] or heads, c["head_dim"] or c["hidden_size"] // heads
+    try:
+        mixer = GQA(heads, kv_heads, head_dim, positions=RoPE(_base(c)), qk_norm=norm, init="normal")
+    except ValueError as error:
+        sizes = f"hidden_size={c['hidden_size']}, num_attention_heads={heads} and num_key_value_heads={kv_heads}"
+        raise UserError(f"config.json has {sizes}, but {error}") from None
+    model = Model(
+        vocab=c["vocab_size"],
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        pattern=(Layer(mixer, ReluSquared(c["intermediate_size"], init="normal", init_scale=1.0), norm),),
         norm=norm,
         embed_std=1.0,
         head_std=0.0,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        softcap=config.get("final_logit_softcapping", 15.0),
+        tied=c["tie_word_embeddings"],
+        softcap=c["final_logit_softcapping"],
         isolate_documents=False,
     )
+    return model, c["max_position_embeddings"]
+
+
+def _base(c: Mapping[str, Any]) -> float:
+    """The base of RoPE: `rope_theta` in rope_parameters, in rope_scaling (its older name) or beside them."""
+    named = {name: c[name] for name in ("rope_parameters", "rope_scaling") if c[name]}
+    parts = [read_keys(part, ROPE, f"{name} in config.json", frozenset()) for name, part in named.items()]
+    bases = {float(part["rope_theta"]) for part in (*parts, c) if part["rope_theta"] is not None}
+    if len(parts) > 1 or len(bases) > 1:
+        raise UserError(
+            f"config.json has rope_theta={c['rope_theta']}, rope_parameters={c['rope_parameters']} and "
+            f"rope_scaling={c['rope_scaling']}: keep the one that the model was trained with"
+        )
+    return bases.pop() if bases else 10_000.0
 
 
 FAMILY = Family("NanoChatForCausalLM", "nanochat", lacking, write_config, read_config, PLACES)

@@ -1,10 +1,11 @@
-"""Maps parameter trees to state dicts of other projects: the name of each parameter, and its layout.
+"""Maps parameter trees to state dicts of other projects: the name of each parameter, and its layout; reads config.json.
 
 State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inputs, outputs), with an axis each for
 heads and their channels.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,24 +13,74 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxchat.errors import UserError
 from jaxchat.model import Model, Transformer
 from jaxchat.model.part import Spec
 from jaxchat.model.transformer import Params
 
 Array = np.ndarray
+TINY, HUGE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # Models use float32.
 
 
 class Place(NamedTuple):
     """Name of a parameter in a state dict, with `{}` for the layer index.
 
-    `linear` is false for parameters that are stored as they are, such as embedding tables and scalars.
+    `linear` is false for parameters that are stored as they are, such as embedding tables and scalars. `keys` are the
+    keys of config.json that determine the shape, for error messages.
     """
 
     name: str
     linear: bool = True
+    keys: str = "its keys"
 
 
 Places = Mapping[tuple[str, ...], Place]  # By path: ("embed",) outside the layers, ("mixer", "q") in each layer.
+
+
+class Key(NamedTuple):
+    """A key of config.json: the test of its value, the valid values in words, and the value if the key is missing."""
+
+    valid: Callable[[Any], bool]
+    meaning: str
+    default: Any = ...  # The key must be there.
+
+    def or_null(self) -> "Key":
+        """The same key, which may be null or missing."""
+        return Key(lambda value: value is None or self.valid(value), f"{self.meaning}, or null", None)
+
+
+def only(*values: Any) -> Key:
+    """A key that must have one of these values; if it is missing, it has the first."""
+    return Key(lambda value: value in values, " or ".join(map(json.dumps, values)), values[0])
+
+
+WHOLE = Key(lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0")
+POSITIVE = Key(
+    lambda value: type(value) in (int, float) and TINY <= value <= HUGE, f"a number from {TINY:.2g} to {HUGE:.2g}"
+)
+
+
+def read_keys(
+    config: Mapping[str, Any], keys: Mapping[str, Key], place: str, neutral: frozenset[str]
+) -> dict[str, Any]:
+    """The values of `keys` in a JSON object, which may also have `neutral` keys; `place` names the object.
+
+    Raises:
+        UserError: a key is unknown, missing or has a value that our model does not have; the message names it.
+    """
+    if unknown := sorted(set(config) - set(keys) - neutral):
+        name = unknown[0]
+        raise UserError(
+            f"{place} has {name}={config[name]!r}, which jaxchat does not know: remove {name} if the model has the "
+            "same logits without it"
+        )
+    values = {name: config.get(name, key.default) for name, key in keys.items()}
+    if missing := [name for name, value in values.items() if value is ...]:
+        raise UserError(f"{place} has no {missing[0]}: check that the file is complete")
+    for name, key in keys.items():
+        if name in config and not key.valid(config[name]):
+            raise UserError(f"{place} has {name}={config[name]!r}, but jaxchat supports only {key.meaning}")
+    return values
 
 
 class Family(NamedTuple):
@@ -38,8 +89,8 @@ class Family(NamedTuple):
     Attributes:
         lacking: lists the features of a model that the family does not have.
         write_config: the entries of config.json that describe a model without lacking features.
-        read_config: the model of a config.json. May raise KeyError, TypeError or ValueError for an invalid one, and
-            UserError for a setting that we do not have.
+        read_config: the model of a config.json, and its maximum number of positions. Raises UserError for an invalid
+            one, naming a key.
         places: names and layouts of the parameters.
     """
 
@@ -47,7 +98,7 @@ class Family(NamedTuple):
     model_type: str
     lacking: Callable[[Model], list[str]]
     write_config: Callable[[Model], dict[str, Any]]
-    read_config: Callable[[Mapping[str, Any]], Model]
+    read_config: Callable[[Mapping[str, Any]], tuple[Model, int]]
     places: Places
 
 
@@ -59,14 +110,15 @@ def to_params(config: Model, state: Mapping[str, Array], places: Places) -> Para
     """
     used = set()
 
-    def take(name: str, linear: bool, shape: tuple[int, ...], spec: Spec) -> Array:
+    def take(place: Place, layer: int, shape: tuple[int, ...], spec: Spec) -> Array:
+        name, linear = place.name.format(layer), place.linear
         used.add(name)
         if name not in state:
-            raise ValueError(f"{name} is missing")
+            raise ValueError(f"{name} is missing: check {place.keys}")
         value, sizes = np.asarray(state[name]), _sizes(config, shape, spec)
         stored = _matrix(sizes, spec)[::-1] if linear else sizes
         if value.shape != stored if linear else value.size != math.prod(sizes):
-            raise ValueError(f"{name} has shape {value.shape}, expected {stored}")
+            raise ValueError(f"{name} has shape {value.shape}, expected {stored}: check {place.keys}")
         padded = np.zeros(shape, value.dtype)
         padded[tuple(map(slice, sizes))] = (value.T if linear else value).reshape(sizes)
         return padded
@@ -74,9 +126,9 @@ def to_params(config: Model, state: Mapping[str, Array], places: Places) -> Para
     def read(path: Any, leaf: Any, spec: Spec) -> Array:
         place, position = places[_key(path)], _position(path)
         if position is None:
-            return take(*place, leaf.shape, spec)
+            return take(place, 0, leaf.shape, spec)
         layers = range(position, config.depth, len(config.pattern))
-        return np.stack([take(place.name.format(i), place.linear, leaf.shape[1:], _own(spec)) for i in layers])
+        return np.stack([take(place, i, leaf.shape[1:], _own(spec)) for i in layers])
 
     transformer = Transformer(config)
     params: Params = jax.tree_util.tree_map_with_path(read, transformer.shapes(), transformer.specs())
@@ -96,7 +148,7 @@ def to_state(config: Model, params: Params, places: Places) -> Iterator[tuple[st
 
     specs = jax.tree.leaves(Transformer(config).specs())
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
-        (name, linear), position, value = places[_key(path)], _position(path), np.asarray(leaf)
+        (name, linear, _), position, value = places[_key(path)], _position(path), np.asarray(leaf)
         if position is None:
             yield name, put(value, linear, spec)
         else:
