@@ -23,6 +23,7 @@ from jaxchat import processes
 from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, check_local, first_line
 from jaxchat.machine import cores
+from jaxchat.model.transformer import all_finite
 from jaxchat.serialization import difference, from_json, to_json
 from jaxchat.upgrades import FORMAT, upgraded
 
@@ -237,9 +238,12 @@ def locate(path: str) -> tuple[Path, int]:
 
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
-    """The parameters of one checkpoint, in the shapes and shardings of `abstract`."""
+    """The parameters of one checkpoint, in the shapes and shardings of `abstract`; `UserError` if one is not finite."""
     try:
-        return _load(directory, step, "params", abstract)
+        params = _load(directory, step, "params", abstract)
+        if not jax.jit(all_finite)(params):
+            raise ValueError("its parameters are not finite (NaN or infinity)")
+        return params
     except ValueError as error:
         others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
         hint = f"; try {others[0]}" if others else ""

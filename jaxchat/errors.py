@@ -5,6 +5,12 @@ class UserError(Exception):
     """An error that the user can correct; the message is one sentence and names the remedy."""
 
 
+NOT_FINITE = (
+    "the model's probabilities are not finite (NaN or infinity): its parameters are damaged or too large, so use an "
+    "earlier checkpoint or another one"
+)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters; the name of its type if it has no message."""
     lines = str(error).strip().splitlines()

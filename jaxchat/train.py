@@ -10,7 +10,7 @@ import optax
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model.transformer import Params, Transformer
+from jaxchat.model.transformer import Params, Transformer, all_finite
 from jaxchat.objectives.objective import Batch, Sum
 from jaxchat.signals import Interrupted
 
@@ -57,11 +57,6 @@ def state_placements(mesh: jax.sharding.Mesh, state: State, axes: Any) -> State:
     optimizer = jax.tree_util.tree_map_with_path(like_parameter, state.optimizer)
     whole: Any = sharding.replicated(mesh)
     return State(whole, placed, optimizer, whole, whole)
-
-
-def all_finite(params: Params) -> jax.Array:
-    """Whether all parameters are finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 Loss = Callable[[Params, Batch, jax.Array], Sum]

@@ -207,6 +207,18 @@ def test_parameters_are_read_though_the_optimizer_is_damaged_and_not_with_one_bi
         checkpoint.load_params(copy, 3, abstract().params)
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_parameters_that_are_not_finite_name_another_checkpoint(value, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "stage", keep=2)
+    checkpoints.save(1, state(1), {})
+    bad = state(2)
+    bad.params["layers"][0]["w"] = bad.params["layers"][0]["w"].at[3, 1].set(value)
+    checkpoints.save(2, bad, {})
+    checkpoints.close()
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* parameters are not finite \(NaN or infinity\); try .*@1"):
+        checkpoint.load_params(tmp_path / "stage", 2, abstract().params)
+
+
 def test_damaged_parameters_name_another_checkpoint(copy):
     files_of(copy, 3)[-1].unlink()
     with pytest.raises(UserError, match=r"checkpoint 3 in .* cannot be read: .*; try .*stage@2"):

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import small
 from exports import VOCAB, model, tokenizer
+from safetensors.numpy import load_file, save_file
 
 from jaxchat.errors import UserError
 from jaxchat.export import huggingface
@@ -204,3 +210,111 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_keys_that_change_the_model_are_refused_by_name(words: str, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         read(changed(exported, config_of(exported) | REFUSED[words], tmp_path))
+
+
+def weights_of(directory: Path) -> dict[str, np.ndarray]:
+    return dict(load_file(directory / "model.safetensors"))
+
+
+def as_shards(directory: Path, index: Any) -> None:
+    """Replaces the weights by two shards, with an index of this content unless it is None."""
+    weights = weights_of(directory)
+    (directory / "model.safetensors").unlink()
+    for number, names in enumerate((sorted(weights)[:4], sorted(weights)[4:])):
+        save_file({name: weights[name] for name in names}, directory / f"shard-{number}.safetensors")
+    if index is not None:
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def good_index(directory: Path) -> dict[str, Any]:
+    names = sorted(weights_of(directory))
+    return {"weight_map": {name: f"shard-{int(i >= 4)}.safetensors" for i, name in enumerate(names)}}
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def test_shards_with_their_index_are_the_same_weights(exported: Path, copy: Path) -> None:
+    as_shards(copy, good_index(copy))
+    for ours, theirs in zip(jax.tree.leaves(read(copy)[1]), jax.tree.leaves(read(exported)[1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (None, "shard-0.safetensors needs its model.safetensors.index.json"),
+        ([], "index.json is not a JSON object"),
+        ({}, "has no weight_map"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": {"lm_head.weight": 3}}, "has no weight_map"),
+        ({"weight_map": {"lm_head.weight": "../shard-0.safetensors"}}, "no ../shard-0.safetensors in"),
+        ({"weight_map": {"lm_head.weight": "shard-2.safetensors"}}, "no shard-2.safetensors in"),
+        (
+            {"weight_map": {"lm_head.weight": "shard-0.safetensors"}},
+            "not match shard-0.safetensors in model.embed",
+        ),
+    ],
+)
+def test_an_index_that_is_missing_or_wrong_is_one_sentence(index: Any, words: str, copy: Path) -> None:
+    as_shards(copy, index)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read(copy)
+
+
+def test_an_index_of_other_weights_is_refused(copy: Path) -> None:
+    weights, index = weights_of(copy), good_index(copy)
+    as_shards(copy, index | {"weight_map": {**index["weight_map"], "extra": "shard-1.safetensors"}})
+    with pytest.raises(UserError, match=r"does not match shard-1\.safetensors in extra"):
+        read(copy)
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"both model\.safetensors and .*: remove the one"):
+        read(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    read(copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, copy: Path) -> None:
+    weights = weights_of(copy)
+    weights["lm_head.weight"][3, 1] = value
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"not finite in float32 \(NaN or infinity\) in lm_head.weight"):
+        read(copy)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.bool_, ml_dtypes.float8_e4m3fn])
+def test_quantized_weights_are_refused_by_name(dtype: Any, copy: Path) -> None:
+    weights = weights_of(copy)
+    weights["lm_head.weight"] = weights["lm_head.weight"].astype(dtype)
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight of type .*: only unquantized weights"):
+        read(copy)
+
+
+def test_float64_beyond_float32_is_not_finite(copy: Path) -> None:
+    weights = weights_of(copy)
+    weights["lm_head.weight"] = weights["lm_head.weight"].astype(np.float64) * 1e39
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match="not finite in float32"):
+        read(copy)
+
+
+def test_a_configuration_nested_without_end_is_one_sentence(copy: Path) -> None:
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        read(copy)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_of_an_export_have_the_mode_of_new_files(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        huggingface.write(tmp_path / "out", GROUPED, small.parameters(GROUPED), tokenizer(), length=64)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small
 
+from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
@@ -85,6 +86,15 @@ def test_company_order_batch_and_mesh_change_nothing(mesh: Mesh) -> None:
     for place, i in enumerate(order):
         np.testing.assert_allclose(found[place].logprobs, expected[i].logprobs, atol=1e-4)
         assert found[place].greedy == expected[i].greedy
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_likelihoods_that_are_not_finite_are_no_scores(value: float) -> None:
+    config = small.october2025()
+    params = small.parameters(config)
+    params["ends"]["head"][:, :3] = value
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        Scorer(Transformer(config), params, length=LENGTH)([Item([1, 2], [3, 4])])
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

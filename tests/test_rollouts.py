@@ -10,7 +10,7 @@ import pytest
 from letters import Letters
 
 from jaxchat.decode.requests import Completion, Request
-from jaxchat.errors import UserError
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.rl.rollouts import RolloutStream
 from jaxchat.rl.settings import RL
 
@@ -186,7 +186,16 @@ def test_groups_whose_answers_are_equally_good_are_counted_and_train_nothing(tas
     assert "rollout batch 0: for each of the 3 problems drawn all answers have the same reward" in said[0]
 
 
-@pytest.mark.parametrize("gives", ["math.nan", "1 / 0", "'much'"])
+def test_answers_of_a_model_without_finite_probabilities_end_the_run(task):
+    class Broken(Engine):
+        def answer(self, request, index):
+            return dataclasses.replace(super().answer(request, index), error=NOT_FINITE)
+
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        stream(task, Broken()).batch(0, None)
+
+
+@pytest.mark.parametrize("gives", ["math.nan", "1 / 0", "'much'", "1e39", "-1e16"])
 def test_a_batch_without_any_reward_is_refused_with_the_reason(tmp_path, gives):
     (tmp_path / "lost.py").write_text(
         "import math\n" + TASK.replace("right = text.startswith(problem.answer)", f"right = {gives}")
@@ -283,7 +292,9 @@ def test_a_problem_that_leaves_no_room_for_an_answer_is_left_out(task):
 @pytest.mark.parametrize(
     "wrong, told",
     [
-        ({"temperature": 0.0}, "must be positive"),
+        ({"temperature": 0.0}, "at least 1e-6"),
+        ({"temperature": 1e-46}, "at least 1e-6"),
+        ({"reward_weights": (1e39,)}, "from -1e\\+15 to"),
         ({"minibatches": 5}, "does not divide"),
         ({"samples": 1, "objective": "rloo"}, "compares answers"),
         ({"rewards": ("right",)}, "rl.rewards: unknown reward 'right'"),

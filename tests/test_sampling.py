@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 
 from jaxchat.decode.sampling import (
     FILTERS,
+    LARGEST,
     PRESETS,
+    SMALLEST,
+    TINY,
     History,
     SamplingParams,
+    beginning,
     choose,
     pack,
     penalise,
@@ -223,11 +227,35 @@ def test_the_courses_worked_examples() -> None:
         ("top_k", 1.5),
         ("seed", 0.5),
         ("seed", True),
+        # 0 or infinity in float32, which computes.
+        ("top_p", 1e-38),
+        ("top_p", 1e-46),
+        ("temperature", 1e39),
+        ("repetition_penalty", 1e-39),
+        ("repetition_penalty", 1e39),
+        ("presence_penalty", 1e39),
+        ("frequency_penalty", -1e39),
+        ("logit_bias", {2: 1e39}),
     ],
 )
 def test_a_parameter_out_of_range_or_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=name):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p"]
+)
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_sample_at_the_limits_has_a_finite_probability(name: str, largest: bool) -> None:
+    least = {"repetition_penalty": SMALLEST, "temperature": 0.0, "top_p": TINY}.get(name, -LARGEST)
+    params = SamplingParams(**{name: (1.0 if name == "top_p" else LARGEST) if largest else least})
+    history = beginning([([1, 2], params)], rows=1, vocab=8)._replace(counts_BV=np.full((1, 8), 1000))
+    logits = np.linspace(-15, 15, 8, dtype=np.float32)[None]
+    chosen = choose(logits, pack([(params, 0)]), np.zeros(1, np.int32), level="full", history=history)
+    assert np.isfinite(chosen.logprob_B).all() and np.isfinite(chosen.sampling_logprob_B).all()
+    if name == "top_p" and not largest:
+        assert chosen.token_B[0] == 7
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

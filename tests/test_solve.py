@@ -10,6 +10,7 @@ import pytest
 import small
 from letters import Letters
 
+from jaxchat.decode.beam import beam_search
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Completion
 from jaxchat.decode.sampling import SamplingParams
@@ -59,6 +60,19 @@ def test_a_base_model_goes_on_after_the_question():
     solved = solve(fake, Judge(), PROBLEMS[:1], sampling=WARM, style="text")
     assert asked[0].prompt == [0, *TOKENIZER.encode("1")] and asked[0].sampling.stop == ("\n",)
     assert solved.records[0][0].text == "Three", "the space between question and answer is neither's"
+
+
+@pytest.mark.parametrize("sampling", [WARM, SamplingParams(0.0), SamplingParams(1.0, top_p=0.9)])
+def test_a_model_without_finite_probabilities_gets_no_score(engine, sampling):
+    params = small.parameters(small.july2026(depth=2))
+    params["ends"]["head"][:, 5] = jnp.nan
+    broken = Engine(engine.transformer, jax.tree.map(jnp.asarray, params), TOKENIZER, engine.shape)
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        solve(broken, Judge(), PROBLEMS[:2], n=2, sampling=dataclasses.replace(sampling, max_tokens=2))
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        broken.forward([1, 2])
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        beam_search(broken, [1, 2], beams=2, max_tokens=2)
 
 
 def test_what_cannot_be_judged_or_asked_is_counted_and_wrong(engine):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine
-from jaxchat.errors import UserError
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 NEVER = -1e9  # Score of an empty place in a list of beams.
@@ -88,6 +88,8 @@ def beam_search(
         if score > NEVER / 2:
             tokens = tuple(int(token) for token in tokens_N if token >= 0)
             found.append(Beam(engine.tokenizer.decode(tokens), tokens, float(score)))
+    if not found:
+        raise UserError(NOT_FINITE)
     return found
 
 

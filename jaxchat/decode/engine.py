@@ -22,7 +22,7 @@ from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.slots import PrefilledPrompt, Slots
 from jaxchat.decode.speculative import Speculation
-from jaxchat.errors import UserError
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.launcher import log
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import choose_decoding
@@ -152,7 +152,10 @@ class Engine:
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
         with self.on_mesh():
-            return np.asarray(programs.forward(self.transformer, self.params, padded_1T)[: len(ids)])
+            logits_TV = np.asarray(programs.forward(self.transformer, self.params, padded_1T)[: len(ids)])
+        if not np.isfinite(logits_TV).all():
+            raise UserError(NOT_FINITE)
+        return logits_TV
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers every request, in order. An invalid request gets one completion that holds its error."""

@@ -1,13 +1,14 @@
 """Requests to the engine, completions that it returns, and incremental conversion of tokens to text."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -67,6 +68,12 @@ class Completion:
     first_token_seconds: float = 0.0
     error: str | None = None
     support: np.ndarray | None = field(default=None, compare=False)
+
+
+def check_finite(completions: Iterable[Completion]) -> None:
+    """Raises `UserError` if a model's probabilities were not finite: its answers must not be scored."""
+    if any(completion.error == NOT_FINITE for completion in completions):
+        raise UserError(NOT_FINITE)
 
 
 class TextStream:

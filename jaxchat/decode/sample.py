@@ -1,5 +1,6 @@
 """One sample of a request while it is decoded: tokens, text, tool calls and finish reason."""
 
+import math
 import time
 from collections import deque
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.decode.requests import Completion, Request, TextStream, Tool
-from jaxchat.errors import UserError
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -76,6 +77,10 @@ class Sample:
         forced = bool(self.forced)
         if forced:
             token = self.forced.popleft()
+        elif not math.isfinite(float(logprob) + float(sampling_logprob)):
+            self.error = NOT_FINITE
+            self._finish("error")
+            return
         elif not self.tokens:
             self._first = time.perf_counter()
         self.tokens.append(token)

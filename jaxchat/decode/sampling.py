@@ -26,6 +26,10 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
     "course": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
 }
 
+# Limits of penalties and rewards: products of two of them, and sums of squares, are still finite in float32.
+LARGEST, SMALLEST = 1e15, 1e-15
+TINY = float(np.finfo(np.float32).tiny)  # Smaller numbers are 0 on most devices.
+
 _BITS_PER_PASS = {"cpu": 1}  # Threshold bits found per pass over the vocabulary; 4 on accelerators to save passes.
 
 
@@ -81,11 +85,11 @@ class SamplingParams(Truncation):
 
     def __post_init__(self) -> None:
         for name, least, most, meaning in (
-            ("temperature", 0, math.inf, "a number from 0 (greedy) up"),
+            ("temperature", 0, LARGEST, f"a number from 0 (greedy) to {LARGEST:g}"),
             *((name, *row.limits, row.meaning) for name, row in FILTERS.items()),
-            ("repetition_penalty", math.ulp(0.0), math.inf, "above 0; 1 turns it off"),
-            ("presence_penalty", -math.inf, math.inf, "a finite number"),
-            ("frequency_penalty", -math.inf, math.inf, "a finite number"),
+            ("repetition_penalty", SMALLEST, LARGEST, f"from {SMALLEST:g} to {LARGEST:g}; 1 turns it off"),
+            ("presence_penalty", -LARGEST, LARGEST, f"from -{LARGEST:g} to {LARGEST:g}"),
+            ("frequency_penalty", -LARGEST, LARGEST, f"from -{LARGEST:g} to {LARGEST:g}"),
             ("max_tokens", 1, math.inf, "at least 1"),
             ("seed", 0, 2**63 - 1, "from 0 to 2^63 - 1"),
         ):
@@ -96,8 +100,10 @@ class SamplingParams(Truncation):
             if whole and not isinstance(value, numbers.Integral):
                 raise UserError(f"{name}={value} must be a whole number, {meaning}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
-        if not all(_whole(token) and _finite(value) for token, value in biases):
-            raise UserError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
+        if not all(_whole(token) and _finite(value) and abs(value) <= LARGEST for token, value in biases):
+            raise UserError(
+                f"logit_bias={self.logit_bias!r} must map token ids to numbers from -{LARGEST:g} to {LARGEST:g}"
+            )
         if not _listed(self.stop) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop={self.stop!r} must be a list of non-empty texts")
         if not _listed(self.stop_tokens) or not all(map(_whole, self.stop_tokens)):
@@ -304,7 +310,7 @@ class Filter(NamedTuple):
 # In order of application.
 FILTERS: Mapping[str, Filter] = {
     "top_k": Filter(keep_top_k, 0, (0, math.inf), "at least 0 (0 keeps every token)", np.int32),
-    "top_p": Filter(keep_top_p, 1, (math.ulp(0.0), 1), "above 0 and at most 1 (1 keeps every token)"),
+    "top_p": Filter(keep_top_p, 1, (TINY, 1), f"from {TINY:.3g} to 1 (1 keeps every token)"),
     "min_p": Filter(keep_min_p, 0, (0, 1), "from 0 to 1"),
 }
 

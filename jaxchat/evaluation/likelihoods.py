@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxchat import sharding
 from jaxchat.decode import programs
+from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.logprobs import score_tokens
 
@@ -97,6 +98,7 @@ class Scorer:
 
         Raises:
             ValueError: a context or continuation is empty.
+            UserError: a likelihood is not finite.
         """
         fitted = [self._fit(item) for item in items]
         rows, trees = _group([item for item, _ in fitted])
@@ -260,7 +262,10 @@ def _batches(inputs: list[Any], shape: Any, limit: Any) -> Iterator[tuple[Any, l
 def _fetch(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
     logprobs_BN, greedy_BN = jax.device_get(arrays)
     rows, columns = np.asarray([b for b, _, _ in owners]), np.asarray([n for _, n, _ in owners])
-    return [owner for _, _, owner in owners], logprobs_BN[rows, columns], greedy_BN[rows, columns]
+    logprobs = logprobs_BN[rows, columns]
+    if not np.isfinite(logprobs).all():
+        raise UserError(NOT_FINITE)
+    return [owner for _, _, owner in owners], logprobs, greedy_BN[rows, columns]
 
 
 def _power(least: int, shortest: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.requests import Completion, Request, Tool
+from jaxchat.decode.requests import Completion, Request, Tool, check_finite
 from jaxchat.decode.sample import refused
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import named_tools
@@ -110,6 +110,7 @@ def _answer(
     for request in requests:
         answers = next(generated) if isinstance(request, Request) else [refused(request)]
         # A request that cannot be run has a single completion, an error, instead of n.
+        check_finite(answers)
         answers = answers if len(answers) == n else answers * n
         if style == "text" and not hasattr(task, "stop"):
             answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]

@@ -66,7 +66,7 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
     weights = read_weights(directory)
     if model.tied:
         embed, head = (places[(name,)].name for name in ("embed", "head"))
-        if not np.array_equal(weights.pop(head, weights.get(embed)), weights.get(embed)):
+        if head in weights and not np.array_equal(weights.pop(head), weights.get(embed, ())):
             raise UserError(f"{directory} has tie_word_embeddings=true in config.json, but {head} differs from {embed}")
     try:
         params = to_params(model, weights, places)

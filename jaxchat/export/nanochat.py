@@ -49,12 +49,13 @@ KEYS: Mapping[str, Key] = {
     "partial_rotary_factor": only(None, 1),
 }
 # Settings of training, generation, dtypes and classifiers, which do not change the logits of a language model.
-NEUTRAL = frozenset(
-    ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path")
-    + ("attention_dropout", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
-    + ("attn_implementation", "_attn_implementation", "output_attentions", "output_hidden_states", "return_dict")
-    + ("chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type")
+NEUTRAL_LINES = (
+    "model_type architectures dtype torch_dtype transformers_version name_or_path _name_or_path num_labels",
+    "attention_dropout initializer_range use_cache bos_token_id eos_token_id pad_token_id id2label label2id",
+    "attn_implementation _attn_implementation output_attentions output_hidden_states return_dict problem_type",
+    "chunk_size_feed_forward",
 )
+NEUTRAL = frozenset(name for line in NEUTRAL_LINES for name in line.split())
 ROPE: Mapping[str, Key] = {
     **dict.fromkeys(("rope_type", "type"), only("default")),
     **{name: KEYS[name] for name in ("rope_theta", "partial_rotary_factor")},

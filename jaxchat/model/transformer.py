@@ -359,6 +359,11 @@ class Transformer:
         return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), aux)
 
 
+def all_finite(params: Params) -> jax.Array:
+    """Whether all parameters are finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
 def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     """Each token's index within its segment (within its row without segments), (B, T)."""
     index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)

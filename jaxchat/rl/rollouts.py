@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.requests import Completion, Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.requests import Completion, Request, check_finite
+from jaxchat.decode.sampling import LARGEST, SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, first_line
 from jaxchat.objectives import advantages
@@ -172,6 +172,7 @@ class RolloutStream:
             for task, _, prompt, seed in drawn
         ]
         for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
+            check_finite(answers)
             # A refused request has a single answer, which holds the error.
             answers = answers if len(answers) == rl.samples else answers * rl.samples
             groups.append(self._reward(task, problem, prompt, answers))
@@ -194,13 +195,14 @@ class RolloutStream:
         return Group(prompt, answers, rewards_G, parts)
 
     def _reward_of(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
-        """One reward of an answer; NaN with a warning if it fails or is not finite."""
+        """One reward of an answer; NaN with a warning if it fails or is too large for float32."""
         try:
             if answer.error:
                 raise ValueError(answer.error)
             value = float(REWARDS[name](task, problem, answer.text, answer.finish_reason))
-            if not math.isfinite(value):
-                raise ValueError(f"it returned {value}")
+            most = LARGEST / max(1, *map(abs, self._rl.reward_weights))
+            if not abs(value) <= most:
+                raise ValueError(f"it returned {value}, which is not from -{most:g} to {most:g}")
         except Exception as error:  # Tasks are user code.
             failure = f"reward {name!r} of task {task.name} failed: {first_line(error)}"
             trained = name in self._rl.rewards

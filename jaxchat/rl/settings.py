@@ -1,10 +1,9 @@
 """Settings of reinforcement learning."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from jaxchat.decode.sampling import SamplingParams, Truncation
+from jaxchat.decode.sampling import LARGEST, SamplingParams, Truncation
 from jaxchat.objectives.advantages import Aggregate
 from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.tasks.rewards import REWARDS
@@ -58,8 +57,8 @@ class RL(Truncation):
         for name in ("prompts", "samples", "max_tokens", "epochs", "minibatches", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rl.{name}={getattr(self, name)} must be at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"rl.temperature={self.temperature} must be positive, so that answers differ")
+        if not self.temperature >= 1e-6:
+            raise ValueError(f"rl.temperature={self.temperature} must be at least 1e-6, so that answers differ")
         if self.prompts * self.samples % self.minibatches:
             raise ValueError(
                 f"rl.minibatches={self.minibatches} does not divide {self.prompts} prompts x {self.samples} samples"
@@ -68,8 +67,9 @@ class RL(Truncation):
             raise ValueError(
                 f"rl.objective={self.objective} compares answers: rl.samples={self.samples} must be at least 2"
             )
-        if len(self.rewards) != len(self.reward_weights) or not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError(f"rl.reward_weights={self.reward_weights} must be one number for each of {self.rewards}")
+        if len(self.rewards) != len(self.reward_weights) or not all(abs(x) <= LARGEST for x in self.reward_weights):
+            problem = f"must be one number for each of {self.rewards}, from -{LARGEST:g} to {LARGEST:g}"
+            raise ValueError(f"rl.reward_weights={self.reward_weights} {problem}")
         if unknown := [name for name in self.rewards if name not in REWARDS]:
             raise ValueError(f"rl.rewards: unknown reward {unknown[0]!r}; expected one of: {', '.join(REWARDS)}")
         if not 0 <= self.overlong_cushion <= self.max_tokens:

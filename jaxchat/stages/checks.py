@@ -11,10 +11,11 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.model.transformer import all_finite
 from jaxchat.serialization import difference
 from jaxchat.tasks import load_task
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
-from jaxchat.train import Diverged, State, all_finite
+from jaxchat.train import Diverged, State
 
 
 def check(e: Experiment) -> None:
