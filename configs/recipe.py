@@ -233,7 +233,7 @@ def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> 
 
 
 def imported(model: Model, length: int, stage: str) -> Experiment:
-    """The experiment of imported parameters, whose context has `length` tokens."""
+    """The experiment of imported parameters, with a context of `length` tokens; their training text is unknown."""
     dial = Dial(
         depth=model.depth,
         family="october2025",
@@ -243,7 +243,7 @@ def imported(model: Model, length: int, stage: str) -> Experiment:
         row_length=length,
         head_dim=model.pattern[0].mixer.head_dim,
     )
-    data = Data(vocab=model.vocab, row_length=length)
+    data = Data(train=(), vocab=model.vocab, row_length=length)
     return Experiment(model, optimizer(dial), data, model.depth, 1, length, stage=stage, name="imported")
 
 

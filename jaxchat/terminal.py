@@ -28,6 +28,10 @@ def run(options: Any) -> dict[str, object] | None:
     """Runs launch.chat; returns the result for the last line of output, None after a conversation read from stdin."""
     sampling, tools = _sampling(options), named_tools(options.tools)
     _check(options)
+    if options.num_samples > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
+        raise UserError(
+            "greedy decoding gives --num_samples equal answers: leave it out, or raise --temperature or --top_k"
+        )
     directory, _ = checkpoint.locate(options.checkpoint)
     trained = checkpoint.read_experiment(directory, Experiment)
     chats = trained.chats if options.style == "auto" else options.style == "chat"

@@ -30,6 +30,9 @@ BEAMS = ["--prompt=a", "--beams=2"]
         ("leave out --top_k", ["--score=a", "--top_k=1"]),
         ("leave out --max_tokens", ["--score=a", "--max_tokens=1"]),
         ("leave out --style", ["--score=a", "--style=chat"]),
+        ("equal answers", ["--prompt=a", "--num_samples=3", "--temperature=0"]),
+        ("equal answers", ["--prompt=a", "--num_samples=2", "--sampling=greedy"]),
+        ("equal answers", ["--prompt=a", "--num_samples=2", "--top_k=1"]),
     ],
 )
 def test_options_that_would_be_left_out_in_silence_are_refused(said: str, argv: list[str]) -> None:

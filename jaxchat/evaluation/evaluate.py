@@ -59,6 +59,12 @@ class Settings:
     seed: int = 0
     mode: Mode = "nanochat"
 
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"--samples={self.samples} are equal at temperature 0: leave it out, or raise --temperature"
+            )
+
 
 @dataclass(frozen=True)
 class Asked:

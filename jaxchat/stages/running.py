@@ -17,7 +17,7 @@ from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
-from jaxchat.stages.stage import Stage, inherited, locate_start, started
+from jaxchat.stages.stage import Stage, inherited, locate_start, not_used, started
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, fit, init_state
 
@@ -32,6 +32,8 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
     terminal = metrics.Terminal(experiment.steps)
     check_alike(experiment)
     e, tokenizer = inherited(experiment)
+    if note := not_used(experiment, e):
+        terminal.log(note)
     check(e)
     setup = make_setup(e, terminal.log)
     cache.make_directory(e.stage_directory, "--directory")

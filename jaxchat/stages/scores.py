@@ -31,10 +31,12 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
     directory = Path(e.start.partition("@")[0])
     try:
         base = checkpoint.read_experiment(directory, Experiment)
-        while base.chats:
+        while base.chats and base.start_from:
             name = base.start_from.partition("@")[0]
             directory = directory.parent / name if name in STAGES else Path(name)
             base = checkpoint.read_experiment(directory, Experiment)
+        if base.chats or not base.data.train:
+            raise UserError(f"{directory} was not pretrained here")
         rows = prepare.ensure_rows(base.data, tokenizer, "val", e.cache_directory, log=log)
     except UserError as error:
         log(f"warning: the pretraining text is not scored, so forgetting is not measured: {error}")

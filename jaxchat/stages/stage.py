@@ -13,6 +13,7 @@ from jaxchat.compilation import Setup
 from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.objectives.objective import Objective
+from jaxchat.serialization import difference
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
 
@@ -63,6 +64,15 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
     model = dataclasses.replace(before.model, layer_loop=e.model.layer_loop, remat=e.model.remat)
     data = dataclasses.replace(e.data, vocab=before.data.vocab)
     return dataclasses.replace(e, model=model, depth=before.depth, data=data), tokenizer
+
+
+def not_used(given: Experiment, e: Experiment) -> str | None:
+    """A sentence on the settings of `given` that `e`, which `inherited` returned for it, replaces; None without any."""
+    if not (replaced := difference(given, e)):
+        return None
+    name, (value, instead) = next(iter(replaced.items()))
+    more = f" and {len(replaced) - 1} more" if replaced.keys() - {name} else ""
+    return f"the model is that of {e.start}: {name}={value!r}{more} of this command is not used ({instead!r} there)"
 
 
 def locate_start(e: Experiment) -> tuple[Path, int]:
