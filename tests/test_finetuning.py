@@ -128,7 +128,7 @@ def test_a_later_stage_takes_the_model_of_where_it_starts(place, capfd):
     e = checkpoint.read_experiment(Path(told["checkpoint"]), Experiment)
     assert e.depth == 1 and e.model.depth == 1
     said = [line for line in capfd.readouterr().err.splitlines() if "of this command is not used" in line]
-    assert len(said) == 1 and "/other/pretrain: model.depth=2 and" in said[0] and "(1 there)" in said[0]
+    assert len(said) == 1 and "/other/pretrain: depth=2 and" in said[0] and "(1 there)" in said[0]
 
 
 def test_without_steps_the_rows_are_taken_once(place):

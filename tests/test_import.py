@@ -179,7 +179,7 @@ def test_the_base_of_rope_is_found_wherever_transformers_finds_it(
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "rope_scaling in config.json has factor": {
+    "rope_scaling in config.json has rope_type='linear', but jaxchat supports only": {
         "rope_parameters": None,
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     },

@@ -12,7 +12,7 @@ from letters import Letters
 
 from jaxchat.decode.beam import beam_search
 from jaxchat.decode.engine import Engine, EngineConfig
-from jaxchat.decode.requests import Completion
+from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.solve import pass_at_k, solve
@@ -71,6 +71,8 @@ def test_a_model_without_finite_probabilities_gets_no_score(engine, sampling):
         solve(broken, Judge(), PROBLEMS[:2], n=2, sampling=dataclasses.replace(sampling, max_tokens=2))
     with pytest.raises(UserError, match="probabilities are not finite"):
         broken.forward([1, 2])
+    with pytest.raises(UserError, match="probabilities are not finite"):
+        list(broken.follow(*broken.submit(Request([1, 2], sampling))))
     with pytest.raises(UserError, match="probabilities are not finite"):
         beam_search(broken, [1, 2], beams=2, max_tokens=2)
 

@@ -37,7 +37,7 @@ def test_an_imported_model_has_no_pretraining_text(stage: str, tmp_path: Path) -
     [
         ({}, None),
         ({"softcap": None}, "model.softcap=None of this command is not used (15.0 there)"),
-        ({"depth": 3, "softcap": 7.0}, "model.depth=3 and 2 more of this command is not used (2 there)"),
+        ({"depth": 3, "softcap": 7.0}, "depth=3 and 2 more of this command is not used (2 there)"),
         ({"layer_loop": "scan", "remat": "dots"}, None),
     ],
 )

@@ -173,11 +173,17 @@ class Engine:
         ]
 
     def follow(self, sample: Sample) -> Iterator[str]:
-        """Yields the text of a sample as it is decoded; closing the iterator cancels the sample."""
+        """Yields the text of a sample as it is decoded; closing the iterator cancels the sample.
+
+        Raises:
+            UserError: the sample ended with an error.
+        """
         try:
             while True:
                 if new := sample.take_text():
                     yield new
+                if sample.error:
+                    raise UserError(sample.error)
                 if sample.finish_reason:
                     return
                 self.step()

@@ -68,18 +68,18 @@ def read_keys(
     Raises:
         UserError: a key is unknown, missing or has a value that our model does not have; the message names it.
     """
-    if unknown := sorted(set(config) - set(keys) - neutral):
-        name = unknown[0]
-        raise UserError(
-            f"{place} has {name}={config[name]!r}, which jaxchat does not know: remove {name} if the model has the "
-            "same logits without it"
-        )
     values = {name: config.get(name, key.default) for name, key in keys.items()}
     if missing := [name for name, value in values.items() if value is ...]:
         raise UserError(f"{place} has no {missing[0]}: check that the file is complete")
     for name, key in keys.items():
         if name in config and not key.valid(config[name]):
             raise UserError(f"{place} has {name}={config[name]!r}, but jaxchat supports only {key.meaning}")
+    if unknown := sorted(set(config) - set(keys) - neutral):
+        name = unknown[0]
+        raise UserError(
+            f"{place} has {name}={config[name]!r}, which jaxchat does not know: remove {name} if the model has the "
+            "same logits without it"
+        )
     return values
 
 

@@ -13,7 +13,7 @@ from jaxchat.compilation import Setup
 from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.objectives.objective import Objective
-from jaxchat.serialization import difference
+from jaxchat.serialization import flags
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
 
@@ -68,11 +68,13 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
 
 def not_used(given: Experiment, e: Experiment) -> str | None:
     """A sentence on the settings of `given` that `e`, which `inherited` returned for it, replaces; None without any."""
-    if not (replaced := difference(given, e)):
+    wanted, taken = flags(given), flags(e)
+    replaced = sorted((name for name in wanted if wanted[name] != taken.get(name)), key=lambda name: name.count("."))
+    if not replaced:
         return None
-    name, (value, instead) = next(iter(replaced.items()))
-    more = f" and {len(replaced) - 1} more" if replaced.keys() - {name} else ""
-    return f"the model is that of {e.start}: {name}={value!r}{more} of this command is not used ({instead!r} there)"
+    name, more = replaced[0], f" and {len(replaced) - 1} more" * (len(replaced) > 1)
+    instead = f"{name}={wanted[name]!r}{more} of this command is not used ({taken.get(name)!r} there)"
+    return f"the model is that of {e.start}: {instead}"
 
 
 def locate_start(e: Experiment) -> tuple[Path, int]:
