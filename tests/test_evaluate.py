@@ -23,6 +23,7 @@ from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
+from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.records import Records, read_records
@@ -152,6 +153,17 @@ def test_bits_per_byte_are_those_of_the_full_forward(engine: Engine, tmp_path: P
             logprobs = jax.nn.log_softmax(engine.forward(part[:-1]))
             nats -= float(sum(logprobs[t, token] for t, token in enumerate(part[1:])))
     assert result["bpb"] == pytest.approx(nats / math.log(2) / sum(map(len, texts)), rel=1e-4)
+
+
+def test_there_is_no_likelihood_of_held_out_rows_without_a_target(engine: Engine) -> None:
+    rows: Any = [np.zeros(4)]
+    held_out = HeldOut(engine.transformer, make_mesh(Mesh(), rows=0), rows=rows, batch_rows=8)
+    empty = [{"tokens": np.zeros((8, 1), np.int32), "targets": np.zeros((8, 1), np.int32)}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxchat.data.streams.every_row_once", lambda *_, **__: iter(empty))
+        patch.setattr(held_out, "_score", lambda *_: (0.0, 0.0))
+        with pytest.raises(UserError, match="the held-out rows have no text to score"):
+            held_out({})
 
 
 def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path, tmp_path: Path) -> None:

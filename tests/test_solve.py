@@ -123,9 +123,9 @@ def test_a_tool_that_there_is_not_and_no_answers_are_refused(engine):
         solve(engine, Judge(), PROBLEMS, n=0, sampling=WARM)
 
 
-def test_no_problems_are_no_answers(engine):
-    solved = solve(engine, Judge(), [], n=2, sampling=WARM)
-    assert list(solved.records) == [] and solved.pass_at == {1: (0, 0), 2: (0, 0)}
+def test_there_is_no_score_over_no_problems(engine):
+    with pytest.raises(UserError, match="the task judge has no problems to solve"):
+        solve(engine, Judge(), [], n=2, sampling=WARM)
 
 
 @pytest.mark.quick

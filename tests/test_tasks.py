@@ -7,7 +7,9 @@ import re
 import textwrap
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxchat.data import tinyworld
@@ -285,13 +287,44 @@ def test_a_task_that_is_none_is_refused_with_a_guess(tmp_path):
         ("return []", "has no train problems"),
         ("return ['Two and two?']", "'Two and two.' among its train problems"),
         ("return None", "failed to load its train problems"),
+        ("yield from ()", "has no train problems"),
+        ("return iter(())", "has no train problems"),
+        ("yield Problem.ask('a', 'b'); 1 / 0", "failed to load its train problems: division by zero"),
+        ("return {'a': 1}", "'a' among its train problems"),
     ],
 )
 def test_problems_that_are_none_are_refused(tmp_path, gives, told):
-    code = f"class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): {gives}\n"
+    code = "from jaxchat.tasks import Problem\n"
+    code += f"class Own:\n    name, tools, score = 'own', (), None\n    def problems(self, split): {gives}\n"
     (tmp_path / "own.py").write_text(code)
     with pytest.raises(UserError, match=f"the task own .*{told}"):
         problems_of(load_task(f"{tmp_path}/own.py:Own"), "train")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["generator", "iter", "tuple", "map", "array"])
+def test_problems_may_be_any_iterable(kind):
+    class Own(SimpleNamespace):
+        def problems(self, split):
+            every = [Problem.ask(f"{i}?", str(i)) for i in range(20)]
+            if kind == "array":  # Its truth is ambiguous.
+                found = np.empty(20, object)
+                found[:] = every
+                return found
+            makers = {"generator": lambda: (one for one in every), "map": lambda: map(lambda one: one, every)}
+            return makers.get(kind, lambda: {"iter": iter, "tuple": tuple}[kind](every))()
+
+    assert [problem.answer for problem in problems_of(Own(name="own"), "test")] == [str(i) for i in range(20)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("part, gives", [("tools", "'calculator'"), ("tools", "iter(())"), ("stop", "'##'")])
+def test_tools_and_stop_texts_that_are_no_tuple_or_list_are_refused(tmp_path, part, gives):
+    """A text would be read letter by letter, and a generator only once."""
+    code = f"class Own:\n    name, tools, score, problems = 'own', (), None, None\n    {part} = {gives}\n"
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(UserError, match=rf"own\.py:Own: {part} must be a tuple or list of texts, such as \("):
+        load_task(f"{tmp_path}/own.py:Own")
 
 
 def test_a_task_of_ones_own_may_be_a_dataclass(tmp_path):

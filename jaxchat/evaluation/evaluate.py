@@ -30,7 +30,7 @@ from jaxchat.evaluation.statistics import wilson
 from jaxchat.launcher import log
 from jaxchat.processes import gather
 from jaxchat.serialization import json_line, to_json
-from jaxchat.tasks import TASKS, Task, load_task, problems_of
+from jaxchat.tasks import TASKS, Problem, Task, load_task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
@@ -150,9 +150,8 @@ def evaluate(
     Raises:
         UserError: a file is missing or malformed, or `out` holds another evaluation.
     """
-    for job in found:  # Errors in any task's problems are reported before the first task runs.
-        if isinstance(job, Solving):
-            problems_of(job.task, "test")
+    # Errors in any task's problems are reported before the first task runs.
+    problems = {job.name: problems_of(job.task, "test")[: settings.limit] for job in found if isinstance(job, Solving)}
     records = partial(_records, out, {**about, "settings": to_json(settings)})
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
     results: dict[str, dict[str, Any]] = {}
@@ -160,7 +159,7 @@ def evaluate(
         results |= _ask(scorer, engine.tokenizer, asked, settings.limit, records, log)
     for job in found:
         if isinstance(job, Solving):
-            results[job.name] = _solve(engine, job, settings, records, log)
+            results[job.name] = _solve(engine, job, problems[job.name], settings, records, log)
         elif isinstance(job, Texts):
             results[job.name] = bits_per_byte(scorer, engine.tokenizer, job.spec, settings.limit)
         if not isinstance(job, Asked):
@@ -209,18 +208,19 @@ def _ask(
 
 
 def share(records: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> dict[str, Any]:
-    """Accuracy of a task with its 95 percent interval, and the accuracy centred with each baseline."""
+    """Accuracy of a task, of at least one record, with its 95 percent interval, and centred with each baseline."""
     right, count = sum(record["right"] for record in records), len(records)
     low, high = wilson(right, count)
-    accuracy = right / max(count, 1)
+    accuracy = right / count
     result = {"accuracy": accuracy, "low": low, "high": high, "count": count}
     result |= {f"centered_{name}": centered(accuracy, baseline) for name, baseline in baselines.items()}
     return result | {"truncated": sum(record["truncated"] > 0 for record in records)}
 
 
-def _solve(engine: Engine, job: Solving, s: Settings, records_of: Opened, log: Log) -> dict[str, Any]:
+def _solve(
+    engine: Engine, job: Solving, problems: Sequence[Problem], s: Settings, records_of: Opened, log: Log
+) -> dict[str, Any]:
     """Solves the test problems in batches of `TOGETHER` and scores the answers."""
-    problems = list(problems_of(job.task, "test"))[: s.limit]
     with records_of(job.name, ((problem.messages, problem.answer) for problem in problems)) as records:
         for start in range(len(records.done), len(problems), TOGETHER):  # Records are written in order.
             batch = problems[start : start + TOGETHER]
@@ -236,10 +236,10 @@ def _solve(engine: Engine, job: Solving, s: Settings, records_of: Opened, log: L
     strict, lenient = ([answer for record in done for answer in record[how]] for how in ("strict", "lenient"))
     low, high = wilson(sum(strict), len(strict)) if s.samples == 1 else (None, None)
     return {
-        "accuracy": sum(strict) / max(len(strict), 1),
+        "accuracy": sum(strict) / len(strict),
         "low": low,
         "high": high,
-        "lenient": sum(lenient) / max(len(lenient), 1),
+        "lenient": sum(lenient) / len(lenient),
         "count": len(done),
         "errors": sum(len(record["errors"]) for record in done),
     }

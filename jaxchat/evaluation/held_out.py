@@ -11,6 +11,7 @@ import numpy as np
 from jaxchat import sharding
 from jaxchat.data import streams
 from jaxchat.data.streams import Rows
+from jaxchat.errors import UserError
 from jaxchat.model.transformer import Transformer
 from jaxchat.objectives.logprobs import weighted_nll
 
@@ -49,7 +50,11 @@ class HeldOut:
         self.rows_in_all = sum(map(len, rows))
 
     def __call__(self, params: Any, limit: int | None = None) -> float:
-        """The likelihood of all rows, or of `limit` rows spread evenly over them."""
+        """The likelihood of all rows, or of `limit` rows spread evenly over them.
+
+        Raises:
+            UserError: no target counts.
+        """
         nats = size = 0.0
         own = sharding.own_rows(self._mesh, self._batch_rows)
         for batch in streams.every_row_once(self._rows, self._batch_rows, places=own, limit=limit):
@@ -57,4 +62,6 @@ class HeldOut:
             one = {name: column[0] for name, column in placed.items()}
             nats_here, size_here = self._score(params, one, self._sizes_V)
             nats, size = nats + float(nats_here), size + float(size_here)
-        return nats / (self._nats * max(size, 1.0))
+        if not size:
+            raise UserError("the held-out rows have no text to score: name other --data.val, or raise --eval_rows")
+        return nats / (self._nats * size)

@@ -65,8 +65,10 @@ def solve(
     and answers that cannot be judged count as wrong; a warning gives their number.
 
     Raises:
-        UserError: n is less than 1, or the task uses an unknown tool.
+        UserError: n is less than 1, there is no problem, or the task uses an unknown tool.
     """
+    if not problems:
+        raise UserError(f"the task {task.name} has no problems to solve: there is no score over none")
     if n < 1:
         raise UserError(f"n={n} answers per problem are too few: sample 1 or more")
     if notice := getattr(task, "notice", ""):
@@ -81,7 +83,7 @@ def solve(
         log(f"warning: {len(failed)} of {len(every)} answers to {task.name} could not be judged: {failed[0].error}")
 
     def mean(how: Callable[[Record], bool], k: int) -> float:
-        return sum(pass_at_k(n, sum(map(how, own)), k) for own in records) / max(len(records), 1)
+        return sum(pass_at_k(n, sum(map(how, own)), k) for own in records) / len(records)
 
     ks = [1 << i for i in range(n.bit_length())]
     pass_at = {k: (mean(lambda record: record.strict, k), mean(lambda record: record.lenient, k)) for k in ks}

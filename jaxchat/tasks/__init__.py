@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,18 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
     return TASKS[name](rest, downloads) if has_files else TASKS[name]()
 
 
-def problems_of(task: Task, split: Split) -> Sequence[Problem]:
+def problems_of(task: Task, split: Split) -> list[Problem]:
     """Returns a split's problems; raises `UserError` if there are none or an element is not a Problem."""
     try:
-        problems = task.problems(split)
-        wrong = next((problem for problem in problems if not isinstance(problem, Problem)), None)
+        problems = list(task.problems(split))  # It may be an iterator, which has no length and is read once.
     except UserError:
         raise
     except Exception as error:  # The user's code may fail in any way.
         raise UserError(f"the task {task.name} failed to load its {split} problems: {first_line(error)}") from error
-    if wrong is not None:
-        raise UserError(f"the task {task.name} returned {wrong!r:.80} among its {split} problems instead of a Problem")
+    if wrong := [problem for problem in problems if not isinstance(problem, Problem)]:
+        raise UserError(
+            f"the task {task.name} returned {wrong[0]!r:.80} among its {split} problems instead of a Problem"
+        )
     if not problems:
         raise UserError(f"the task {task.name} has no {split} problems: its problems({split!r}) must return some")
     return problems
@@ -77,4 +78,7 @@ def _load_own(path: Path, name: str) -> Task:
         raise UserError(f"the task {path}:{name} cannot be loaded: {first_line(error)}") from error
     if missing := [part for part in ("name", "tools", "problems", "score") if not hasattr(task, part)]:
         raise UserError(f"the task {path}:{name} has no attribute {missing[0]}: see Task in jaxchat/tasks/task.py")
+    for part, example in (("tools", ("calculator",)), ("stop", ("\n\n",))):
+        if not isinstance(getattr(task, part, ()), tuple | list):
+            raise UserError(f"the task {path}:{name}: {part} must be a tuple or list of texts, such as {example}")
     return task
