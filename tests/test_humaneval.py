@@ -112,6 +112,63 @@ def test_a_program_is_found_in_an_answer():
     assert program(prompt, "f", "def fg(x):\n    pass\n").startswith(prompt), "another function is not it"
 
 
+SOLUTION = 'def f(x):\n    """Adds one.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
+BODY = "    y = x\n    return y + 1\n"
+FENCED = {
+    "list": ("1. So:\n\n", "   ```python\n", "   ```\n2. Done.\n", "   "),
+    "list without a blank line": ("- So:\n", "  ```python\n", "  ```\n- Done.\n", "  "),
+    "list marker": ("", "- ```python\n", "  ```\n", "  "),
+    "list of two digits": ("10. So:\n", "    ```python\n", "    ```\n", "    "),
+    "tab": ("* So:\n\n", "\t```python\n", "\t```\n", "\t"),
+    "four spaces and no list": ("So:\n\n", "    ```python\n", "    ```\n", "    "),
+    "quote": ("> So:\n", "> ```python\n", "> ```\n", "> "),
+    "tildes": ("So:\n", "~~~python\n", "~~~\nDone.\n", ""),
+    "four backticks": ("So:\n", "````python\n", "````\nDone.\n", ""),
+    "text before the fence": ("", "Here is `f`: ```python\n", "```\nDone.\n", ""),
+    "text before the fence in a list": ("", "1. The code: ```py\n", "   ```\n", "   "),
+    "attributes": ("", "```python title='f.py' {1}\n", "```\n", ""),
+    "carriage returns": ("So:\r\n", "```python\r\n", "```\r\nDone.\r\n", ""),
+    "no end": ("So:\n", "```python\n", "", ""),
+}
+
+
+def run_in_process(code: str) -> bool:
+    names: dict = {}
+    exec(code, names)
+    return names["f"](2) == 3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FENCED)
+@pytest.mark.parametrize("code", [SOLUTION, BODY], ids=["whole", "body"])
+def test_a_program_is_right_however_it_is_fenced(name, code):
+    before, opens, closes, indent = FENCED[name]
+    if code == SOLUTION and name in ("four spaces and no list",):
+        code = "def f(x):\n    return x + 1\n"  # A fence in it ends the block.
+    if code == BODY and name == "text before the fence in a list":
+        code = "def f(x):\n" + code  # Whose own indentation cannot be known.
+    text = before + opens + "".join(f"{indent}{line}" for line in code.splitlines(keepends=True)) + closes
+    assert run_in_process(program('def f(x):\n    """Adds one."""\n', "f", text)), text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```python\n{BODY.rstrip()}```",
+        f"{BODY}```\n\nThis adds one.\n",
+        f"\n{BODY}```\n\nAn example:\n```python\nprint(f(1))\n```\n",
+        SOLUTION,
+        f"{SOLUTION}\n```python\nprint(f(1))\n```\n",
+        f"Use ```f(1)``` then\n```python\n{SOLUTION}```",
+        "```python\n    def f(x):\n        return x + 1\n```",
+        "```python\ndef f(x):\n    print('```')\n    return x + 1\n```",
+    ],
+)
+def test_a_program_is_right_with_fences_where_they_do_not_belong(text):
+    assert run_in_process(program('def f(x):\n    """Adds one."""\n', "f", text)), text
+
+
 @pytest.mark.quick
 def test_literals_arrive_as_they_were():
     values = [None, True, 0, -(1 << 63), 10**4000, 1.5, "\ud800é", b"\x00", 1j, [1, [2]], (1,), {1, 2}, frozenset(), {}]

@@ -63,5 +63,5 @@ class HeldOut:
             nats_here, size_here = self._score(params, one, self._sizes_V)
             nats, size = nats + float(nats_here), size + float(size_here)
         if not size:
-            raise UserError("the held-out rows have no text to score: name other --data.val, or raise --eval_rows")
+            raise UserError("the held-out rows have no text to score: name other --data.val")
         return nats / (self._nats * size)

@@ -1,10 +1,13 @@
 """HumanEval (arXiv:2107.03374): functions to complete from signature and docstring, judged by running their tests."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from markdown_it import MarkdownIt
 
 from jaxchat.errors import UserError
 from jaxchat.sandbox.run import Job, Limits, SandboxError, Verdict, find_protection, judge_many
@@ -13,7 +16,12 @@ from jaxchat.tasks.task import Problem, Score, Split
 
 # Stop texts for base models, as in lm-eval: a function ends where the next unindented statement begins.
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# A fence after other text in its line, which Markdown does not know. List and quote markers may stand before a fence.
+_FENCE_IN_LINE = re.compile(
+    r"^(?!(?:[ \t]*(?:[-*+>]|\d+[.)]))+[ \t]*```)((?:(?!```).)*\S[ \t]*)(?<!`)(```+[ \t]*[\w+#.-]*[ \t]*)$",
+    re.MULTILINE,
+)
+_BODY = re.compile(r"\s*?^[ \t]{2,}(?![ \t`~])", re.MULTILINE)  # A text that begins with an indented statement.
 
 
 class Row(NamedTuple):
@@ -98,16 +106,30 @@ def check_sandbox(directory: str) -> dict[str, Any]:
 def program(prompt: str, entry_point: str, text: str) -> str:
     """Extracts the program from an answer.
 
-    The code is the first fenced block that defines the function, else the first fenced block, else the whole text. Code
-    that defines the function follows the prompt's imports and helpers; other code continues the whole prompt.
+    The code is the first fenced block that defines the function; else the text before the first fence, if it defines
+    the function or begins with an indented line; else the first fenced block, else the whole text. Code that defines
+    the function follows the prompt's imports and helpers; other code continues the whole prompt.
     """
-    definition = re.compile(rf"^def[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = _FENCE.findall(text)
-    code = next((block for block in blocks if definition.search(block)), blocks[0] if blocks else text)
+    definition = re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(entry_point)}\b", re.MULTILINE)
+    blocks = _fenced(text)
+    before = re.split(r"^(?:```|~~~)", text, maxsplit=1, flags=re.MULTILINE)[0]
+    unfenced = [before] if definition.search(before) or _BODY.match(before) else []
+    defining = (block for block in (*blocks, *map(textwrap.dedent, blocks)) if definition.search(block))
+    code = next(defining, [*unfenced, *blocks, text][0])
     if not definition.search(code):
         return prompt + code
     signatures = list(definition.finditer(prompt))
     return prompt[: signatures[-1].start() if signatures else 0] + "\n" + code
+
+
+def _fenced(text: str) -> list[str]:
+    """Contents of the fenced blocks of a Markdown text, without the indentation of lists and quotes."""
+    text = _FENCE_IN_LINE.sub(r"\1\n\2", text)
+    for rules in (["code"], []):  # Without indented code, a fence may be indented by four spaces.
+        tokens = MarkdownIt("zero").enable(["fence", "list", "blockquote", *rules]).parse(text)
+        if found := [token.content for token in tokens if token.type == "fence"]:
+            return found
+    return []
 
 
 def _row(row: Any, where: str) -> Row:
