@@ -29,7 +29,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
 
     def answers(job: Solving, slots: int) -> Callable[[], list[str]]:
         shape = EngineConfig(length, slots=slots, prefill_batch=min(8, slots))
-        problems = problems_of(job.task, "test")[: bench.limit]
+        problems = problems_of(job.task, "test", bench.limit)
         engine = Engine(transformer, params, loaded.tokenizer, shape)
         solved = lambda part: solve(engine, job.task, part, sampling=sampling, style=style, log=launcher.log)  # noqa: E731
         parts = [problems] if slots > 1 else [[problem] for problem in problems]

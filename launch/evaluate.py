@@ -19,7 +19,7 @@ class Evaluate:
 
     checkpoint: str = ""  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
     tasks: tuple[str, ...] = ("bpb",)
-    limit: int = 0  # Number of questions per task; 0 asks all.
+    limit: int = 0  # Number of questions per task, a sample stratified by subject; 0 asks all.
     style: Literal["auto", "chat", "text"] = "auto"
     """Prompt in chat turns or in plain text; auto decides by the stage of the checkpoint."""
     samples: int = 1  # Number of answers per problem.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import small
 from core_rows import ROWS
+from letters import Letters
 from test_core import bundle
 
 from jaxchat.data import tinyworld
@@ -21,7 +22,7 @@ from jaxchat.errors import UserError
 from jaxchat.evaluation import choice
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.compare import compare
-from jaxchat.evaluation.core import CORE
+from jaxchat.evaluation.core import CORE, CoreRows
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
@@ -182,9 +183,40 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
         run(engine, data, tmp_path, ("mmlu",), limit=3)
     (other := tmp_path / "other").mkdir()
     (other / "dev.jsonl").write_text((data / "dev.jsonl").read_text())
-    (other / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("What is 1?", "What is one?"))
+    (other / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("What is", "Which is"))
     with pytest.raises(UserError, match="another evaluation"):
         run(engine, other, tmp_path, ("mmlu",), limit=2)
+
+
+def test_a_limit_of_questions_is_stratified_by_subject(engine: Engine, tmp_path: Path) -> None:
+    subjects = [subject for subject in ("algebra", "law", "virology") for _ in range(40)]
+    rows = [MMLU[0] | {"subject": subject, "question": f"{i}?"} for i, subject in enumerate(subjects)]
+    for file in ("test", "dev"):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (job,) = jobs([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
+    assert isinstance(job, evaluation.Asked)
+    asked = [engine.tokenizer.decode(question.items[0].context) for question in job.questions(engine.tokenizer, 12)]
+    assert [sum(f"about {subject}." in text for text in asked) for subject in dict.fromkeys(subjects)] == [4, 4, 4]
+
+
+@pytest.mark.quick
+def test_a_limit_of_documents_takes_some_of_every_file(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name}{i}"}}\n' for i in range(50)))
+    texts = evaluation._some_texts(f"{tmp_path}/*.jsonl", 10)
+    assert sorted(text[0] for text in texts) == ["a"] * 5 + ["b"] * 5 and texts[0] != "a0"
+    first = [tinyworld.document("val", i) for i in range(3)]
+    assert list(evaluation._some_texts("tinyworld:val", 3)) == first, "generated in random order"
+
+
+@pytest.mark.quick
+def test_a_limit_of_core_samples_the_file_in_dclms_order(tmp_path: Path) -> None:
+    task = next(task for task in CORE if task.label == "copa")
+    rows = [{"query": "1" * (i + 1), "choices": ["a", "b"], "gold": 0, "category": "xy"[i // 50]} for i in range(100)]
+    bundle(tmp_path, task, rows)
+    drawn = CoreRows(task, tmp_path, "dclm").questions(Letters(), 10)
+    numbers = [len(question.items[0].context) - 2 for question in drawn]
+    assert numbers == sorted(numbers) and sum(number < 50 for number in numbers) == 5 and numbers != list(range(10))
 
 
 BAD_ROWS = {
@@ -288,5 +320,6 @@ def test_questions_without_examples_are_told(engine: Engine, tmp_path: Path, cap
     (job,) = jobs([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
     job.questions(engine.tokenizer, None)
     assert "3 of 15 questions are asked without examples" in capsys.readouterr().err
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
     job.questions(engine.tokenizer, 12)
     assert capsys.readouterr().err == ""

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import textwrap
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from jaxchat.errors import UserError
 from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
 from jaxchat.tasks.gsm8k import GSM8K
+from jaxchat.tasks.limit import take
 from jaxchat.tasks.numbers import last_number, read_number
 from jaxchat.tasks.rewards import REWARDS
 
@@ -361,6 +363,35 @@ def test_tools_and_stop_texts_that_are_no_tuple_or_list_are_refused(tmp_path, pa
     (tmp_path / "own.py").write_text(code)
     with pytest.raises(UserError, match=rf"own\.py:Own: {part} must be a tuple or list of texts, such as \("):
         load_task(f"{tmp_path}/own.py:Own")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("limit", [1, 10, 100, 777])
+def test_a_limit_draws_a_fair_share_of_every_group(limit):
+    sizes = {"algebra": 400, "law": 500, "virology": 100}
+    items = [(name, i) for name, size in sizes.items() for i in range(size)]
+    drawn = take(items, limit, lambda item: item[0])
+    assert len(drawn) == limit == len(set(drawn)) and drawn == sorted(drawn) == take(items, limit, lambda item: item[0])
+    for name, size in sizes.items():
+        assert abs(sum(item[0] == name for item in drawn) - limit * size / 1000) <= 1
+    assert set(drawn) < set(take(items, limit + 100, lambda item: item[0])), "more of the same"
+    assert take(items, None) == take(items, 2000) == items
+
+
+@pytest.mark.quick
+def test_a_sample_depends_on_no_place():
+    """Every tenth of the items is drawn about equally often over many lists of other lengths."""
+    tenths = Counter(item * 10 // size for size in range(200, 400) for item in take(range(size), 10))
+    assert len(tenths) == 10 and all(140 < count < 260 for count in tenths.values())
+
+
+def test_a_limit_takes_the_first_of_shuffled_problems_and_a_sample_of_others():
+    for name in ("arithmetic", "spelling"):
+        assert problems_of(TASKS[name](), "test", 512) == TASKS[name]().problems("test")[:512]
+    facts, kinds = TASKS["facts"](), Counter(problem.kind for problem in TASKS["facts"]().problems("test"))
+    drawn = Counter(problem.kind for problem in problems_of(facts, "test", 60))
+    assert sum(drawn.values()) == 60
+    assert all(abs(drawn[kind] - 60 * count / kinds.total()) <= 1 for kind, count in kinds.items())
 
 
 def test_a_task_of_ones_own_may_be_a_dataclass(tmp_path):

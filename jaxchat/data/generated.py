@@ -15,6 +15,7 @@ class TinyWorld(Kind):
     """Documents (tinyworld:train[:N], tinyworld:val[:N]) and conversations (tinyworld:chat[:N]) of the tiny world."""
 
     mark = "tinyworld:"
+    shuffled = True
     shard_bytes = 4 << 20
     conversations = 1  # Version 2 reads these alike.
 

@@ -76,6 +76,8 @@ class Kind:
     mark: str
     """The prefix of a spec, with its colon, or the suffix of a file, with its dot."""
     contents: tuple[Content, ...] = ("documents", "objects")
+    shuffled = False
+    """Whether documents come in random order, so that the first are a sample."""
     shard_bytes = 32 << 20
     """Bytes of a source that make one shard of rows."""
     conversations = 2

@@ -17,6 +17,7 @@ from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
 from jaxchat.launcher import log
 from jaxchat.tasks.files import read_rows
+from jaxchat.tasks.limit import take
 from jaxchat.tokenizer import Tokenizer, chat
 
 HUB: Mapping[str, tuple[str, str, sources.Split]] = {  # The task of a file, and its data set and split on the hub.
@@ -72,8 +73,8 @@ def mmlu_in_text(choice: Choice, tokenizer: Tokenizer, examples: Sequence[Choice
 def mmlu_questions(
     place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
 ) -> list[Question]:
-    """Builds MMLU's test questions, at most `limit`; base models get `SHOTS` dev examples of the same subject."""
-    tests = read("test", place, downloads)[:limit]
+    """Builds MMLU's test questions, or `limit` stratified by subject; base models get `SHOTS` dev examples of it."""
+    tests = take(read("test", place, downloads), limit, lambda choice: choice.subject)
     if style == "chat":
         return [in_turns(choice, tokenizer) for choice in tests]
     examples: dict[str, list[Choice]] = {}
@@ -90,7 +91,7 @@ def mmlu_questions(
 def arc_questions(
     name: str, place: str, downloads: Path, style: Style, tokenizer: Tokenizer, limit: int | None
 ) -> list[Question]:
-    """Builds the questions of arc_easy or arc_challenge, at most `limit`."""
+    """Builds the questions of arc_easy or arc_challenge, or the first `limit`: their published order is random."""
     make: Callable[[Choice, Tokenizer], Question] = in_turns if style == "chat" else arc_in_text
     return [make(choice, tokenizer) for choice in read(name, place, downloads)[:limit]]
 

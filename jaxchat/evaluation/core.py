@@ -18,6 +18,7 @@ from jaxchat.decode.prompts import common
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question, choices, schema
+from jaxchat.tasks.limit import take
 from jaxchat.tokenizer import Tokenizer
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -130,12 +131,16 @@ class CoreRows:
         ]
 
     def questions(self, tokenizer: Tokenizer, limit: int | None = None) -> list[Question]:
-        """Builds the questions of the first `limit` rows. As in nanochat, examples come from these rows only.
+        """Builds the questions of `limit` rows: the first of the shuffled ones, in mode "dclm" a sample stratified by
+        category. As in nanochat, examples come from these rows only.
 
         Raises:
             UserError: a row's choices share no text, or there are too few rows for the examples.
         """
-        rows = self.rows if limit is None else self.rows[:limit]
+        if self.mode == "nanochat":
+            rows = self.rows[:limit]
+        else:
+            rows = take(self.rows, limit, lambda row: str(row.get("category")))
         if len(rows) <= self.task.shots:
             raise UserError(
                 f"{self.task.label} takes {self.task.shots} examples per question from other rows, so {len(rows)} rows "

@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from jaxchat.launcher import log
 from jaxchat.processes import gather
 from jaxchat.serialization import json_line, to_json
 from jaxchat.tasks import TASKS, Problem, Task, load_task, problems_of
+from jaxchat.tasks.limit import take
 from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
@@ -45,7 +48,7 @@ class Settings:
 
     Attributes:
         style: prompt format: chat turns, or plain text for base models.
-        limit: maximum number of questions, problems or documents per task; None for all.
+        limit: number of questions, problems or documents per task, a stratified sample; None for all.
         samples: answers sampled per problem.
         max_tokens: maximum length of an answer.
         mode: prompt format of CORE, see `evaluation.core`.
@@ -151,7 +154,7 @@ def evaluate(
         UserError: a file is missing or malformed, or `out` holds another evaluation.
     """
     # Errors in any task's problems are reported before the first task runs.
-    problems = {job.name: problems_of(job.task, "test")[: settings.limit] for job in found if isinstance(job, Solving)}
+    problems = {job.name: problems_of(job.task, "test", settings.limit) for job in found if isinstance(job, Solving)}
     records = partial(_records, out, {**about, "settings": to_json(settings)})
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
     results: dict[str, dict[str, Any]] = {}
@@ -246,14 +249,11 @@ def _solve(
 
 
 def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | None) -> dict[str, Any]:
-    """Bits per byte of the first `limit` documents. Documents are cut into chunks of `scorer.length` tokens, and every
-    token is scored once, given the tokens before it in its chunk and one more."""
+    """Bits per byte of all documents or of a sample of `limit`, stratified by file. Documents are cut into chunks of
+    `scorer.length` tokens, and every token is scored once, given the tokens before it in its chunk and one more."""
     items, size = [], 0
     length = scorer.length
-    texts = (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
-    for number, text in enumerate(texts):
-        if limit is not None and number >= limit:
-            break
+    for text in _texts(spec) if limit is None else _some_texts(spec, limit):
         ids = [tokenizer.bos, *tokenizer.encode(text)]
         size += len(text.encode("utf-8", errors="replace"))
         items += [Item(ids[i : i + 1], ids[i + 1 : i + 1 + length]) for i in range(0, len(ids) - 1, length)]
@@ -261,6 +261,22 @@ def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | 
         raise UserError(f"bpb:{spec} has no text: name files with documents")
     nats = -sum(float(scored.logprobs.astype("float64").sum()) for scored in scorer(items))
     return {"bpb": nats / math.log(2) / size, "bytes": size, "tokens": sum(len(item.continuation) for item in items)}
+
+
+def _texts(spec: str) -> Iterator[str]:
+    return (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
+
+
+@functools.lru_cache(8)
+def _some_texts(spec: str, limit: int) -> tuple[str, ...]:
+    """`limit` documents, stratified by source; the first if they come in random order. Cached, because files are read
+    whole, twice, and training asks for the same at every evaluation."""
+    found = sources.find(spec, "val")
+    if all(sources.KINDS[source.kind].shuffled for source in found):
+        return tuple(itertools.islice(_texts(spec), limit))
+    owners = [n for n, source in enumerate(found) for _ in sources.documents(source, Reading())]
+    chosen = set(take(range(len(owners)), limit, owners.__getitem__))
+    return tuple(text for number, text in enumerate(_texts(spec)) if number in chosen)
 
 
 def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

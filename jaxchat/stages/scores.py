@@ -70,7 +70,7 @@ class TaskScores:
         limit = e.eval_problems
         self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
         self._problems = {
-            job.name: problems_of(job.task, "test")[:limit] for job in self._jobs if isinstance(job, Solving)
+            job.name: problems_of(job.task, "test", limit) for job in self._jobs if isinstance(job, Solving)
         }
         self._engine: Engine | None = None
         self._scorer: Scorer | None = None

@@ -11,6 +11,7 @@ from jaxchat.errors import UserError, first_line
 from jaxchat.tasks.files import FromFiles
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
+from jaxchat.tasks.limit import take
 from jaxchat.tasks.task import Problem, Score, Split, Task
 from jaxchat.tasks.village import Arithmetic, Facts, Spelling
 
@@ -44,8 +45,12 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
     return TASKS[name](rest, downloads) if has_files else TASKS[name]()
 
 
-def problems_of(task: Task, split: Split) -> list[Problem]:
-    """Returns a split's problems; raises `UserError` if there are none or an element is not a Problem."""
+def problems_of(task: Task, split: Split, limit: int | None = None) -> list[Problem]:
+    """Returns a split's problems, or a sample of `limit`, stratified by kind; the first if their order is random.
+
+    Raises:
+        UserError: there are none, or an element is not a Problem.
+    """
     try:
         problems = list(task.problems(split))  # It may be an iterator, which has no length and is read once.
     except UserError:
@@ -58,7 +63,7 @@ def problems_of(task: Task, split: Split) -> list[Problem]:
         )
     if not problems:
         raise UserError(f"the task {task.name} has no {split} problems: its problems({split!r}) must return some")
-    return problems
+    return problems[:limit] if getattr(task, "shuffled", False) else take(problems, limit, lambda one: one.kind)
 
 
 def _load_own(path: Path, name: str) -> Task:

@@ -19,6 +19,7 @@ class GSM8K(FromFiles):
 
     name = "gsm8k"
     tools = ("calculator",)
+    shuffled = True  # Neither the length nor the steps of neighbours in the published files are correlated.
 
     def problems(self, split: Split) -> list[Problem]:
         return self._train if split == "train" else self._test

@@ -7,7 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 Replacement = str | Callable[[re.Match[str]], str]
-# Spellings of numbers, rewritten to digits with a decimal point, N/N, N N/N and NeN. Thousands have one mark throughout.
+# Spellings of numbers, rewritten to N or N.N, N/N, N N/N and NeN. Thousands have the same mark throughout.
 _SPELLINGS: tuple[tuple[re.Pattern[str], Replacement], ...] = (
     (re.compile(r"\{,\}|,?\\[,!]"), ","),
     (re.compile(r"\\(?=[$%])"), ""),

@@ -47,7 +47,8 @@ class Task(Protocol):
     """Training and test problems, which must be disjoint, and a score for answers.
 
     Optional attributes: `score_many(answers)` takes (problem, text) pairs and returns a score or an exception for each;
-    `stop` lists texts that end a base model's answer, by default the end of the line; `notice` is a sentence that is
+    `stop` lists texts that end a base model's answer, by default the end of the line; `shuffled` is true if the order
+    of the problems is random, so that a limit takes the first instead of a sample; `notice` is a sentence that is
     logged before the task is used.
     """
 

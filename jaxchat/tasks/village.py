@@ -20,6 +20,7 @@ class Arithmetic:
 
     name = "arithmetic"
     tools = ("calculator",)
+    shuffled = True
 
     def problems(self, split: Split) -> list[Problem]:
         return _problems(split, ("word", "word", "steps"))
@@ -36,6 +37,7 @@ class Spelling:
 
     name = "spelling"
     tools = ()
+    shuffled = True
 
     def problems(self, split: Split) -> list[Problem]:
         return _problems(split, ("spelling",))
