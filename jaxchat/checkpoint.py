@@ -205,6 +205,17 @@ def _hashes(paths: dict[str, Path]) -> dict[str, str]:
         return dict(zip(paths, pool.map(digest, paths.values())))
 
 
+def params_hash(directory: Path, step: int) -> str:
+    """Hash of the parameter files of a checkpoint in a stage directory, from sizes.json if they are recorded there."""
+    checkpoints, part = directory / CHECKPOINTS, "params/"
+    recorded = _read_sizes(checkpoints).get(str(step)) or {}
+    hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
+    if not hashes:
+        paths = _files(checkpoints / str(step))
+        hashes = _hashes({name: path for name, path in paths.items() if name.startswith(part)})
+    return hashlib.blake2b(json.dumps(hashes, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def _read_sizes(directory: Path) -> dict[str, Any]:
     value = read_json(directory.parent / SIZES)
     return value if isinstance(value, dict) else {}

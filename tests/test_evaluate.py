@@ -1,8 +1,11 @@
 """launch.evaluate: batches as one by one, a stop that loses nothing, pairs compared, and what is refused."""
 
+import importlib
 import itertools
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from core_rows import ROWS
 from letters import Letters
 from test_core import bundle
 
+import launch.evaluate
+from jaxchat import checkpoint
 from jaxchat.data import tinyworld
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
@@ -32,6 +37,7 @@ from jaxchat.evaluation.statistics import paired, wilson
 from jaxchat.loading import load_checkpoint
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh
+from jaxchat.tasks import code_of, load_task
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
 
 LABELS = {"piqa": "multiple_choice", "winograd": "schema", "bigbench_operators": "language_modeling"}
@@ -297,8 +303,106 @@ def test_two_evaluations_are_compared_question_by_question(engine: Engine, data:
     path.write_text(path.read_text().replace('"gold":1', '"gold":2'))
     with pytest.raises(UserError, match=r"the questions in .* differ"):
         compare(tmp_path / "a", tmp_path / "b")
+    path.rename(path.with_name("other.jsonl"))
     with pytest.raises(UserError, match="no task in common"):
-        compare(tmp_path / "a", tmp_path)
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+OWN = """
+from jaxchat.tasks import Problem, Score
+class Own:
+    name, tools, stop = "own", (), ("\\n",)
+    def problems(self, split):
+        return [Problem.ask(f"Say letter {i}" * (1 if i else 99), "a") for i in range(5)]
+    def score(self, problem, text):
+        return Score(*verdict())
+"""
+
+
+def judged(engine: Engine, tmp_path: Path, code: str) -> tuple[dict[str, Any], list[str]]:
+    """The result of the task in `code`, evaluated with the records that are there, and what was logged."""
+    (tmp_path / "own.py").write_text(code)
+    chosen, said = Settings("chat", max_tokens=4), list[str]()
+    found = jobs([f"{tmp_path}/own.py:Own"], chosen, tmp_path)
+    return evaluate(engine, found, chosen, tmp_path / "out", {}, log=said.append)["own"], said
+
+
+def test_recorded_answers_are_judged_again_by_changed_code_and_where_they_could_not_be(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, right = (f"{OWN}def verdict(): return ({value}, {value})\n" for value in (False, True))
+    first, said = judged(engine, tmp_path, OWN)
+    assert (first["accuracy"], first["errors"]) == (0, 5) and "5 of 5 answers to own could not be judged" in said[0]
+    monkeypatch.setattr(engine, "generate", lambda requests: pytest.fail("asked again"))
+    for code, accuracy in ((wrong, 0), (right, 0.8)):  # The first problem is longer than the context.
+        result, said = judged(engine, tmp_path, code)
+        assert (result["accuracy"], result["errors"], result["count"]) == (accuracy, 1, 5)
+        assert said[0] == "own: the recorded answers to 4 problems are judged again, because the task's code is another"
+    assert len(judged(engine, tmp_path, right)[1]) == 1, "the result alone"
+    fails = (tmp_path / "fails").write_text("")
+    raising = f"import os\n{OWN}def verdict(): return (not os.remove({str(tmp_path / 'fails')!r}), True)\n"
+    assert fails == 0 and judged(engine, tmp_path, raising)[0]["errors"] == 4, "one could be judged"
+    for _ in range(2):
+        (tmp_path / "fails").write_text("")
+        result, said = judged(engine, tmp_path, raising)
+    assert result["errors"] == 2 and "2 problems are judged again, because they could not be judged before" in said[0]
+    with pytest.raises(UserError, match=r"another evaluation \(of other questions\)"):
+        judged(engine, tmp_path, right.replace('"\\n",', '"?",'))
+
+
+def test_the_code_of_a_task_includes_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(f"{OWN}from own_help import verdict\n")
+    hashes = []
+    for value in (True, False, True):
+        (tmp_path / "own_help.py").write_text(f"import numpy, json\ndef verdict(): return ({value}, False)\n")
+        for name in [name for name in sys.modules if name == "own_help"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        hashes.append(code_of(load_task(f"{tmp_path}/own.py:Own")))
+    assert hashes[0] == hashes[2] != hashes[1] and all(hashes)
+    assert code_of(load_task("facts")) == code_of(load_task("spelling")) != code_of(load_task("humaneval"))
+    assert code_of(type("Nowhere", (), {"__module__": "nowhere"})()) == ""
+
+
+def test_a_step_that_was_trained_again_is_another_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One morning Mia went out.\n")
+    outs, hashes = [], []
+    for scale in (0.3, 0.2, 0.3):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        stage = exports.write_run(tmp_path, exports.model(), scale=scale)
+        hashes.append(checkpoint.params_hash(Path(stage), 0))
+        if len(outs) < 2:
+            found = launch.evaluate.main([f"--checkpoint={stage}", "--tasks", f"bpb:{tmp_path}/a.txt", "--slots=1"])
+            outs.append(str((found or {})["out"]))
+    assert outs[0] != outs[1] and hashes[0] != hashes[1] and outs[0].startswith(f"{stage}/eval/0-")
+    (Path(stage) / "sizes.json").unlink(missing_ok=True)
+    assert checkpoint.params_hash(Path(stage), 0) == hashes[2], "of the files, where none are recorded"
+    path = tmp_path / "mmlu.jsonl"
+    Records(path, {"task": "mmlu", "step": 1, "params": hashes[0]}).close()
+    with pytest.raises(UserError, match=r"another evaluation \(of other params\): remove it, or set another --out"):
+        Records(path, {"task": "mmlu", "step": 1, "params": hashes[1]})
+
+
+@pytest.mark.quick
+def test_evaluations_that_are_not_there_or_judged_by_other_code_are_not_compared(tmp_path: Path) -> None:
+    line = '{{"task":"own"}}\n{{"index":0,"right":true,"code":"{}"}}\n'
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.jsonl").write_text(line.format(name))
+    (tmp_path / "empty").mkdir()
+    a, b = tmp_path / "a", tmp_path / "b"
+    for pair, said in {
+        (a, tmp_path / "none"): r"none is not a directory: give the directory that launch\.evaluate printed",
+        (tmp_path / "none", a): "none is not a directory",
+        (a / "own.jsonl", a): r"own\.jsonl is not a directory",
+        (a, tmp_path / "empty"): "empty has no records of answers: give the directory",
+        (a, b): "other code of the task judged the answers in .*a than those in .*b; run both",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            launch.evaluate.main(["--compare", *map(str, pair)])
+    (b / "own.jsonl").write_text(line.format("a"))
+    assert compare(a, b)["own"]["difference"] == 0
 
 
 def test_intervals_and_the_paired_test_are_the_textbooks() -> None:

@@ -357,6 +357,17 @@ def test_the_sandbox_is_checked_with_the_solutions_of_the_problems(task):
     assert found == {"protection": find_protection().sentence, "not_held": [], "problems": 3, "right": 3}
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "content, said", [(None, "--sandbox_check=DIRECTORY must name"), ("", "is empty"), ("\n", "no rows")]
+)
+def test_the_sandbox_is_not_checked_without_problems(content, said, tmp_path):
+    if content is not None:
+        (tmp_path / "HumanEval.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        launch.evaluate.main([f"--sandbox_check={tmp_path}"])
+
+
 def test_problems_asked_of_a_base_model_end_where_the_function_does(task):
     asked, said = [], []
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import textwrap
 from collections import Counter
 from fractions import Fraction
@@ -13,16 +14,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxchat import command_line
 from jaxchat.data import tinyworld
 from jaxchat.data.tinyworld.chance import partition
 from jaxchat.data.tinyworld.problems import Step
 from jaxchat.errors import UserError
+from jaxchat.evaluation.evaluate import Settings, jobs
+from jaxchat.stages import checks
 from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.limit import take
 from jaxchat.tasks.numbers import last_number, read_number
 from jaxchat.tasks.rewards import REWARDS
+from launch.evaluate import Evaluate
 
 SHARED = Path(os.environ.get("JAXCHAT_DATA", Path(__file__).parents[2] / "shared/data")) / "gsm8k"
 
@@ -410,10 +415,20 @@ def test_a_task_of_ones_own_may_be_a_dataclass(tmp_path):
     assert load_task(f"{tmp_path}/own.py:Own").name == "own"
 
 
-def test_the_documented_task_of_ones_own_works(tmp_path):
-    code = (task_module.__doc__ or "").split("\n\n", 1)[1].rpartition("\n\n`")[0]
-    (tmp_path / "doubling.py").write_text("from jaxchat.tasks import Problem, Score\n" + textwrap.dedent(code))
-    own = load_task(f"{tmp_path}/doubling.py:Doubling")
-    train, test = own.problems("train"), own.problems("test")
+def test_the_documented_task_of_ones_own_can_be_copied_and_run(tmp_path, monkeypatch):
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", task_module.__doc__ or "", re.MULTILINE)
+    code, commands = (textwrap.dedent(block) for block in blocks if block.strip())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doubling.py").write_text(code)
+    train, evaluate = (shlex.split(command) for command in commands.strip().splitlines())
+    assert (train[:3], evaluate[:3]) == (["python", "-m", "launch.train"], ["python", "-m", "launch.evaluate"])
+    root = Path(__file__).parents[1]
+    e = command_line.load([word.replace("configs/", f"{root}/configs/") for word in train[3:]])
+    assert e.rl is not None and e.rl.tasks == ("doubling.py:Doubling",)
+    checks.check_tasks(e)
+    (job,) = jobs(command_line.parse(Evaluate, evaluate[3:]).tasks, Settings("chat"), tmp_path)
+    own = job.task
+    train, test = (problems_of(own, split) for split in ("train", "test"))
     assert not set(p.question for p in train) & set(p.question for p in test)
     assert own.score(train[1], train[1].answer) == (True, True)
+    assert own.score(train[1], f"It is {train[1].answer}.") == (False, True) and not own.score(train[1], "40").lenient

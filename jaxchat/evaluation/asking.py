@@ -63,9 +63,11 @@ def score(options: Any) -> Mapping[str, object]:
     processes.check_same("the evaluation", (options, step), "start every process with the same command")
     jobs = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
     engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))
-    about = {"checkpoint": str(directory), "step": step, "length": engine.shape.length}
-    settings_hash = hashlib.sha256(json.dumps(to_json(settings), sort_keys=True).encode()).hexdigest()[:8]
-    out = Path(options.out) if options.out else directory / "eval" / f"{step}-{settings_hash}"
+    params = checkpoint.params_hash(directory, step)  # A step can be trained again, to other parameters.
+    about = {"checkpoint": str(directory), "step": step, "params": params, "length": engine.shape.length}
+    key = json.dumps([params, to_json(settings)], sort_keys=True)
+    name = f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    out = Path(options.out) if options.out else directory / "eval" / name
     if jax.process_index():
         return evaluate.evaluate(engine, jobs, settings, out, about, log=lambda _: None)
     refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxchat import launcher
 from jaxchat.data import sources
 from jaxchat.data.cache import read_json, write_json
 from jaxchat.data.downloads import unpacked
@@ -27,12 +28,11 @@ from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.evaluation.questions import Question, ask_together
 from jaxchat.evaluation.records import Records
-from jaxchat.evaluation.solve import Style, solve
+from jaxchat.evaluation.solve import Record, Style, judge, solve
 from jaxchat.evaluation.statistics import wilson
-from jaxchat.launcher import log
-from jaxchat.processes import gather
+from jaxchat.processes import gather, share_out
 from jaxchat.serialization import json_line, to_json
-from jaxchat.tasks import TASKS, Problem, Task, load_task, problems_of
+from jaxchat.tasks import TASKS, Problem, Task, code_of, load_task, problems_of
 from jaxchat.tasks.limit import take
 from jaxchat.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
         raise UserError(f"CORE has no task {name[5:]!r}: choose one of {', '.join(task.label for task in CORE)}")
-    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=log) / "eval_bundle"
+    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=launcher.log) / "eval_bundle"
     rows = [CoreRows(task, directory, mode) for task in wanted]
     available = [one for one in rows if one.file is not None]
     if not available:
@@ -224,16 +224,17 @@ def _solve(
     engine: Engine, job: Solving, problems: Sequence[Problem], s: Settings, records_of: Opened, log: Log
 ) -> dict[str, Any]:
     """Solves the test problems in batches of `TOGETHER` and scores the answers."""
-    with records_of(job.name, ((problem.messages, problem.answer) for problem in problems)) as records:
+    code, asked_with = code_of(job.task), (tuple(job.task.tools), tuple(getattr(job.task, "stop", ())))
+    questions = [asked_with, *((problem.messages, problem.answer) for problem in problems)]
+    with records_of(job.name, questions) as records:
+        _judge_again(job.task, problems, records, code, log)
         for start in range(len(records.done), len(problems), TOGETHER):  # Records are written in order.
             batch = problems[start : start + TOGETHER]
             # Problem i is sampled with seed + i, so a resumed evaluation gives the same answers.
             sampling = SamplingParams(s.temperature, max_tokens=s.max_tokens, seed=s.seed + start)
             solved = solve(engine, job.task, batch, n=s.samples, sampling=sampling, style=s.style, log=log)
             for i, answers in enumerate(solved.records, start):
-                verdicts = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
-                texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
-                records.add(i, {"right": answers[0].strict, **verdicts, **texts})
+                records.add(i, _recorded(answers, code))
             log(f"{job.name}: {start + len(batch):,} of {len(problems):,} problems")
         done = [records.done[i] for i in range(len(problems))]
     strict, lenient = ([answer for record in done for answer in record[how]] for how in ("strict", "lenient"))
@@ -261,6 +262,29 @@ def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | 
         raise UserError(f"bpb:{spec} has no text: name files with documents")
     nats = -sum(float(scored.logprobs.astype("float64").sum()) for scored in scorer(items))
     return {"bpb": nats / math.log(2) / size, "bytes": size, "tokens": sum(len(item.continuation) for item in items)}
+
+
+def _recorded(answers: Sequence[Record], code: str) -> dict[str, Any]:
+    """What is recorded of the answers to a problem, which the code with hash `code` judged."""
+    verdicts = {"strict": [a.strict for a in answers], "lenient": [a.lenient for a in answers]}
+    texts = {"texts": [a.text for a in answers], "errors": [a.error for a in answers if a.error]}
+    asked = answers[0].asked
+    return {"right": answers[0].strict, **verdicts, **texts, "asked": asked, "code": code if asked else None}
+
+
+def _judge_again(task: Task, problems: Sequence[Problem], records: Records, code: str, log: Log) -> None:
+    """Judges those recorded answers again that could not be judged, or that other code of the task judged."""
+    asked = {i: record for i, record in records.done.items() if record.get("asked", True)}
+    changed = {i for i, record in asked.items() if not code or record.get("code") != code}
+    again = [i for i, record in asked.items() if i in changed or record["errors"]]
+    if not again:
+        return
+    reason = "the task's code is another" if changed else "they could not be judged before"
+    log(f"{task.name}: the recorded answers to {len(again):,} problems are judged again, because {reason}")
+    pairs = [(problems[i], text) for i in again for text in records.done[i]["texts"]]
+    judged = iter(share_out(pairs, partial(judge, task)))
+    for i in again:
+        records.add(i, _recorded([next(judged) for _ in records.done[i]["texts"]], code))
 
 
 def _texts(spec: str) -> Iterator[str]:
@@ -297,6 +321,8 @@ def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, A
     """Adds results to the file's, if `about` is the same, else replaces them; returns all results of the file."""
     known = read_json(path)
     same = isinstance(known, dict) and {**known, "results": None} == {**about, "results": None}
+    if known and not same:
+        launcher.log(f"{path} held the results of another evaluation, which these replace")
     everything = {**((known.get("results") or {}) if same else {}), **json.loads(json_line(results))}
     everything |= json.loads(json_line(summaries(everything)))
     write_json(path, {**about, "results": everything})

@@ -14,8 +14,8 @@ from jaxchat.serialization import json_line
 class Records:
     """Records of one task by question number, appended to a file; `done` holds those already in the file.
 
-    The first line is `about`: the task and the settings. An incomplete last line is removed. Without a path nothing is
-    written.
+    The first line is `about`: the task and the settings. Of several records of a question the last counts. An
+    incomplete last line is removed. Without a path nothing is written.
 
     Raises:
         UserError: the file belongs to another evaluation, or is damaged.
@@ -28,8 +28,11 @@ class Records:
         if path is not None:
             if path.exists():
                 known, self.done, size = _read(path)
-                if size and known != self.about:
-                    raise UserError(f"{path} belongs to another evaluation: remove it, or set another --out")
+                if size and (other := [key for key in self.about if known.get(key) != self.about[key]]):
+                    raise UserError(
+                        f"{path} belongs to another evaluation (of other {', '.join(other)}): remove it, or set "
+                        "another --out"
+                    )
             make_directory(path.parent, "--out")
             self._file = open(path, "ab")  # noqa: SIM115
             self._file.truncate(size)

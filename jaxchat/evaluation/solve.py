@@ -13,19 +13,21 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
 from jaxchat.processes import share_out
-from jaxchat.tasks import Problem, Score, Task
+from jaxchat.tasks import Problem, Task
 from jaxchat.tokenizer import chat
 
 Style = Literal["chat", "text"]
 
 
 class Record(NamedTuple):
-    """An answer and its scores. An answer that could not be judged has an `error` and counts as wrong."""
+    """An answer and its scores. One that could not be judged has an `error` and counts as wrong; so does one to a
+    problem that could not be `asked`."""
 
     text: str
     strict: bool
     lenient: bool
     error: str | None = None
+    asked: bool = True
 
 
 class Solved(NamedTuple):
@@ -118,8 +120,14 @@ def _answer(
             answers = [replace(answer, text=answer.text.lstrip()) for answer in answers]
         completions.append(answers)
     pairs = [(problem, answer) for (_, problem), own in zip(problems, completions) for answer in own]
-    scores = iter(_scores(task, [(problem, answer.text) for problem, answer in pairs if answer.error is None]))
-    return [[_record(task, None if answer.error else next(scores), answer) for answer in own] for own in completions]
+    judged = iter(judge(task, [(problem, answer.text) for problem, answer in pairs if answer.error is None]))
+    return [
+        [
+            next(judged) if answer.error is None else Record(answer.text, False, False, answer.error, False)
+            for answer in own
+        ]
+        for own in completions
+    ]
 
 
 def _request(
@@ -131,6 +139,19 @@ def _request(
     # The prompt has no trailing space, because the first token of a word includes the space before it.
     prompt = [engine.tokenizer.bos, *engine.tokenizer.encode(problem.question)]
     return Request(prompt, replace(sampling, stop=tuple(getattr(task, "stop", ("\n",)))), n=n)
+
+
+def judge(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Record]:
+    """Records of the texts of answers; anything that the task returns but a Score is an error."""
+    records = []
+    for (_, text), score in zip(answers, _scores(task, answers)):
+        if isinstance(score, tuple) and len(score) == 2 and all(part in (False, True) for part in score):
+            records.append(Record(text, bool(score[0]), bool(score[1])))
+        else:
+            reason = score if isinstance(score, Exception) else f"it returned {score!r} instead of a Score"
+            error = f"the task {task.name} failed on {text[:80]!r}: {reason}"
+            records.append(Record(text, False, False, error))
+    return records
 
 
 def _scores(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
@@ -149,15 +170,3 @@ def _scores(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
         except Exception as failure:
             scores.append(failure)
     return scores
-
-
-def _record(task: Task, verdict: Any, answer: Completion) -> Record:
-    """Builds the record of an answer from what `_scores` returned for it; anything but a Score is an error."""
-    error, score = answer.error, Score(False, False)
-    if error is None:
-        if isinstance(verdict, tuple) and len(verdict) == 2 and all(part in (False, True) for part in verdict):
-            score = Score(*map(bool, verdict))
-        else:
-            reason = verdict if isinstance(verdict, Exception) else f"it returned {verdict!r} instead of a Score"
-            error = f"the task {task.name} failed on {answer.text[:80]!r}: {reason}"
-    return Record(answer.text, *score, error)

@@ -1,9 +1,12 @@
 """Tasks with verifiable answers, by name, for reinforcement learning and evaluation."""
 
 import difflib
+import hashlib
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Mapping
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from jaxchat.tasks.limit import take
 from jaxchat.tasks.task import Problem, Score, Split, Task
 from jaxchat.tasks.village import Arithmetic, Facts, Spelling
 
-__all__ = ["TASKS", "Problem", "Score", "Task", "load_task", "problems_of"]
+__all__ = ["TASKS", "Problem", "Score", "Task", "code_of", "load_task", "problems_of"]
 
 TASKS: Mapping[str, type[Any]] = {
     "arithmetic": Arithmetic,
@@ -64,6 +67,28 @@ def problems_of(task: Task, split: Split, limit: int | None = None) -> list[Prob
     if not problems:
         raise UserError(f"the task {task.name} has no {split} problems: its problems({split!r}) must return some")
     return problems[:limit] if getattr(task, "shuffled", False) else take(problems, limit, lambda one: one.kind)
+
+
+def code_of(task: Task) -> str:
+    """Hash of the code that judges a task's answers; empty if it is in no file, as in a notebook.
+
+    It covers the files of the task's module and of what that imports at its top level, except Python's own modules,
+    installed packages and, of jaxchat, all but tasks and sandbox.
+    """
+    foreign = tuple(map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
+    pending, seen, files = [type(task).__module__], set[str](), set[Path]()
+    while pending:
+        name = pending.pop() or ""
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
+        own = name.startswith(("jaxchat.tasks", "jaxchat.sandbox"))
+        if name in seen or not file or (not own and (file.startswith(foreign) or name.startswith("jaxchat."))):
+            continue
+        seen.add(name)
+        files |= set(Path(file).parent.glob("*.py")) if own else {Path(file)}
+        values = list(vars(sys.modules[name]).values())
+        pending += [value.__name__ if ismodule(value) else getattr(value, "__module__", "") for value in values]
+    code = sorted(path.read_bytes() for path in files)
+    return hashlib.blake2b(b"\0".join(code), digest_size=8).hexdigest() if code else ""
 
 
 def _load_own(path: Path, name: str) -> Task:

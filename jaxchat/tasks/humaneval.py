@@ -92,8 +92,12 @@ class HumanEval(FromFiles):
 
 def check_sandbox(directory: str) -> dict[str, Any]:
     """Describes the sandbox and counts the reference solutions that it judges right, for launch.evaluate."""
-    task, protection = HumanEval(directory), find_protection()
-    problems = task.problems("test")
+    task = HumanEval(directory)
+    try:
+        problems = task.problems("test")
+    except UserError as error:
+        raise UserError(str(error).replace("humaneval:DIRECTORY", "--sandbox_check=DIRECTORY")) from None
+    protection = find_protection()
     verdicts = task.verdicts([(problem, problem.answer) for problem in problems])
     return {
         "protection": protection.sentence,

@@ -1,4 +1,7 @@
-"""Interface of tasks: problems, and scores of answers. To add your own task, write a file with a class like this:
+"""Interface of tasks: problems, and scores of answers. To add your own task, write a file like this, doubling.py:
+
+    from jaxchat.tasks import Problem, Score
+
 
     class Doubling:
         name = "doubling"
@@ -8,9 +11,12 @@
             return [Problem.ask(f"What is twice {i}?", str(2 * i)) for i in range(split == "test", 200, 2)]
 
         def score(self, problem, text):
-            return Score(strict=text == problem.answer, lenient=problem.answer in text)
+            return Score(strict=text == problem.answer, lenient=problem.answer in text.replace(".", " ").split())
 
-`python -m launch.train --config=configs/tiny.py:rl --rl.tasks doubling.py:Doubling` trains on it.
+After the stages pretrain and sft of configs/tiny.py, these train and evaluate on it:
+
+    python -m launch.train --config=configs/tiny.py:rl --rl.tasks doubling.py:Doubling
+    python -m launch.evaluate --checkpoint=runs/tiny/sft --tasks doubling.py:Doubling
 """
 
 from collections.abc import Mapping, Sequence
