@@ -346,6 +346,7 @@ def test_recorded_answers_are_judged_again_by_changed_code_and_where_they_could_
         (tmp_path / "fails").write_text("")
         result, said = judged(engine, tmp_path, raising)
     assert result["errors"] == 2 and "2 problems are judged again, because they could not be judged before" in said[0]
+    assert "1 of 2 answers to own could not be judged" in said[1]
     with pytest.raises(UserError, match=r"another evaluation \(of other questions\)"):
         judged(engine, tmp_path, right.replace('"\\n",', '"?",'))
 

@@ -28,7 +28,7 @@ from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.evaluation.questions import Question, ask_together
 from jaxchat.evaluation.records import Records
-from jaxchat.evaluation.solve import Record, Style, judge, solve
+from jaxchat.evaluation.solve import Record, Style, judge, solve, warn_of_errors
 from jaxchat.evaluation.statistics import wilson
 from jaxchat.processes import gather, share_out
 from jaxchat.serialization import json_line, to_json
@@ -282,9 +282,11 @@ def _judge_again(task: Task, problems: Sequence[Problem], records: Records, code
     reason = "the task's code is another" if changed else "they could not be judged before"
     log(f"{task.name}: the recorded answers to {len(again):,} problems are judged again, because {reason}")
     pairs = [(problems[i], text) for i in again for text in records.done[i]["texts"]]
-    judged = iter(share_out(pairs, partial(judge, task)))
+    judged = share_out(pairs, partial(judge, task))
+    warn_of_errors(task, judged, log)
+    answers = iter(judged)
     for i in again:
-        records.add(i, _recorded([next(judged) for _ in records.done[i]["texts"]], code))
+        records.add(i, _recorded([next(answers) for _ in records.done[i]["texts"]], code))
 
 
 def _texts(spec: str) -> Iterator[str]:

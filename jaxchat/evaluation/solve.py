@@ -80,9 +80,7 @@ def solve(
         return _answer(engine, task, part, n, sampling, style)
 
     records = share_out(list(enumerate(problems)), answer)
-    every = [record for own in records for record in own]
-    if failed := [record for record in every if record.error]:
-        log(f"warning: {len(failed)} of {len(every)} answers to {task.name} could not be judged: {failed[0].error}")
+    warn_of_errors(task, [record for own in records for record in own], log)
 
     def mean(how: Callable[[Record], bool], k: int) -> float:
         return sum(pass_at_k(n, sum(map(how, own)), k) for own in records) / len(records)
@@ -90,6 +88,12 @@ def solve(
     ks = [1 << i for i in range(n.bit_length())]
     pass_at = {k: (mean(lambda record: record.strict, k), mean(lambda record: record.lenient, k)) for k in ks}
     return Solved(pass_at, records)
+
+
+def warn_of_errors(task: Task, records: Sequence[Record], log: Callable[[str], None]) -> None:
+    """Logs the number of answers that could not be judged, and the first error."""
+    if failed := [record for record in records if record.error]:
+        log(f"warning: {len(failed)} of {len(records)} answers to {task.name} could not be judged: {failed[0].error}")
 
 
 def _answer(
