@@ -115,9 +115,9 @@ BAD_FILES = {
     "no.jsonl.gz": (b"not gzip at all", "no.jsonl.gz is not a"),
     "cut.parquet": (b"PAR1" + bytes(100), "cut.parquet is not a complete parquet file"),
     "other.jsonl": (b'{"text":"hi"}\n{"body":"x"}\n', "other.jsonl line 2 has no column 'text' (it has body)"),
-    "none.jsonl": (b'{"text":null}\n', "none.jsonl line 1 has no text in column 'text'"),
+    "none.jsonl": (b'{"text":null}\n', "none.jsonl has no text to train a tokenizer on"),
     "number.jsonl": (b'{"text":7}\n', "number.jsonl line 1"),
-    "blank.jsonl": (b'{"text":""}\n' * 5, "--data.train"),
+    "blank.jsonl": (b'{"text":""}\n' * 5, "blank.jsonl has no text to train a tokenizer on"),
     "essay.docx": (b"PK", "essay.docx has an unsupported suffix; expected one of: .txt, .jsonl"),
 }
 
@@ -304,7 +304,7 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
         ("no checkpoint in {place}/runs/small: did you mean {stage}?", ["--checkpoint={place}/runs/small"]),
         ("no checkpoint 9 in {stage}: there are 2", ["--checkpoint={stage}@9"]),
         ("temperature=-1.0 must be", ["--checkpoint={stage}", "--temperature=-1"]),
-        ("top_p=0.0 must be above 0", ["--checkpoint={stage}", "--top_p=0"]),
+        ("top_p=0.0 must be from 1.18e-38 to 1", ["--checkpoint={stage}", "--top_p=0"]),
         ("top_k=-1 must be at least 0", ["--checkpoint={stage}", "--top_k=-1"]),
         ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
         (

@@ -76,7 +76,7 @@ def test_no_row_is_its_own_example() -> None:
 
 
 BAD = {
-    "[1]": "is not an object",
+    "[1]": "is an array instead of an object",
     '{"query": "a", "choices": ["b", "c"]}': "field gold is missing",
     '{"query": "a", "choices": ["b", "c"], "gold": true}': "field gold is missing",
     '{"query": "a", "choices": ["b", "c"], "gold": 2}': "gold=2",

@@ -272,7 +272,8 @@ def _zeros(path: str, data: bytes, position: int) -> str:
     if marked or (max(even, odd) > 0.1 * len(data) > 1 and 10 * min(even, odd) < max(even, odd)):
         encoding = "utf-16" if marked else "utf-16-le" if odd > even else "utf-16-be"
         return f"{path} looks like {encoding.upper()} text: set --data.encoding={encoding}"
-    if even + odd < 0.02 * len(data):
+    controls = sum(data.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
+    if controls < 0.02 * len(data):
         where = f"at byte {first:,}, in line {_lines_before(path, first + 1):,}"
         return f"{path} has a zero byte {where}, which no text has: remove it, as tr -d '\\0' <FILE >NEW does"
     return f"{path} looks like a binary file (zero byte at offset {first:,}); if it is text, set --data.encoding"

@@ -129,6 +129,9 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
         start = time.monotonic()
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
         blocks = sample(_training_texts(sources, data), config.sample_bytes, seed=seed)
+        if not blocks:
+            empty = "every document is empty; are they in another column than --data.text_column?"
+            raise UserError(f"{' '.join(data.train)} has no text to train a tokenizer on: {empty}")
         tokenizer = train_tokenizer(blocks, vocab=data.vocab, config=config, seed=seed)
         for warning in report(tokenizer, blocks[:: 1 + len(blocks) // 500]).warnings():
             log(f"warning: {warning}")
