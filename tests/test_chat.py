@@ -46,15 +46,15 @@ def test_a_conversation_is_the_tokens_and_mask_written_by_hand() -> None:
         {"type": "text", "text": "7"},
     ]
     messages = said(("system", "1"), ("user", "2"), ("assistant", parts), ("user", "8"), ("assistant", "9"))
-    ids, learned = chat.render(messages, WORDS)  # type: ignore[arg-type]
+    ids, loss_mask = chat.render(messages, WORDS)  # type: ignore[arg-type]
     first = [*WORDS.encode("1\n\n2")]
     expected = [0, US, *first, UE, AS, 3, PS, 4, 5, PE, OS, 6, OE, 7, AE, US, 8, UE, AS, 9, AE]
     assert ids == expected
     taught = [3, PS, 4, 5, PE, 7, AE, 9, AE]
-    assert [token for token, learn in zip(ids, learned) if learn] == taught
-    open_ids, open_learned = chat.render(messages[:2], WORDS, complete=True)  # type: ignore[arg-type]
+    assert [token for token, learn in zip(ids, loss_mask) if learn] == taught
+    open_ids, open_mask = chat.render(messages[:2], WORDS, complete=True)  # type: ignore[arg-type]
     assert open_ids == ids[: len(open_ids)] == [0, US, *first, UE, AS]
-    assert not any(open_learned)
+    assert not any(open_mask)
 
 
 BAD = {

@@ -262,20 +262,20 @@ SPECIALS = {name: 50 + i for i, name in enumerate(("user_start", "user_end", "as
 SPECIALS |= {"python_start": 54, "python_end": 55, "output_start": 56, "output_end": 57}
 
 
-def test_alpacas_answer_and_its_end_are_learned_and_its_prompt_is_not():
+def test_alpacas_answer_and_its_end_are_targets_and_its_prompt_is_not():
     letters = Letters(**SPECIALS)
     row = {"instruction": "1", "output": "23"}
-    ids, learned = FORMATS["alpaca"].encode(FORMATS["alpaca"].read(row), letters)
+    ids, loss_mask = FORMATS["alpaca"].encode(FORMATS["alpaca"].read(row), letters)
     assert ids == [0, *letters.encode(alpaca_prompt("1")), 2, 3, 53]
-    assert [number for number, learn in zip(ids, learned) if learn] == [2, 3, 53]
+    assert [number for number, learn in zip(ids, loss_mask) if learn] == [2, 3, 53]
 
 
 def test_a_conversation_of_files_has_a_hand_written_mask():
     row = {"system": "1", "question": "2", "answer": "3<<4=5>>6"}
     del row["system"]
-    ids, learned = FORMATS["chat"].encode(read(row), Letters(**SPECIALS))
+    ids, loss_mask = FORMATS["chat"].encode(read(row), Letters(**SPECIALS))
     assert ids == [0, 50, 2, 51, 52, 3, 54, 4, 55, 56, 5, 57, 6, 53]
-    assert [int(learn) for learn in learned] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1]
+    assert [int(learn) for learn in loss_mask] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1]
 
 
 def rows_of(count):

@@ -1,4 +1,4 @@
-"""Messages as chat data sets write them: what each form is read as, what is learned of it, and what is noted."""
+"""Messages as chat data sets write them: what each form is read as, what of it is a target, and what is noted."""
 
 import json
 
@@ -24,7 +24,7 @@ def text(words, **keys):
 
 
 def shown(messages):
-    """Messages on one line: [system|user|assistant] words, calls as (call=result), what is not learned in {}."""
+    """Messages on one line: [system|user|assistant] words, calls as (call=result), what is not a target in {}."""
     lines = []
     for message in messages:
         parts = message["content"]
@@ -33,7 +33,7 @@ def shown(messages):
         words = ""
         for part in parts:
             shown_part = marks[part["type"]].format(part["text"])
-            words += shown_part if part.get("learned", message.get("learned", True)) else "{" + shown_part + "}"
+            words += shown_part if part.get("in_loss", message.get("in_loss", True)) else "{" + shown_part + "}"
         lines.append(f"[{message['role'][0]}]{words}")
     return " ".join(lines)
 
@@ -171,10 +171,10 @@ def test_every_layout_is_read_from_parquet():
 
 
 def targets(messages, **options):
-    ids, learned = render(messages, LETTERS, **options)
+    ids, in_loss = render(messages, LETTERS, **options)
     names = {number: name for name, number in LETTERS.specials.items()}
     spelled = [names.get(number, chr(ord("0") + number)) for number in ids]
-    return "".join(word for word, learn in zip(spelled, learned, strict=True) if learn)
+    return "".join(word for word, learn in zip(spelled, in_loss, strict=True) if learn)
 
 
 def test_what_has_weight_0_is_never_a_target():
@@ -190,8 +190,8 @@ def test_what_has_weight_0_is_never_a_target():
     messages = read({"messages": [say("system", "s", weight=0), U, A]})
     assert targets(messages, everything=True) == f"<|assistant_start|>a{end}"
     alpaca = FORMATS["alpaca"]
-    _, learned = alpaca.encode(alpaca.read({"messages": [say("system", "s", weight=0), U, A]}), LETTERS, True)
-    assert sum(learned) == 2
+    _, in_loss = alpaca.encode(alpaca.read({"messages": [say("system", "s", weight=0), U, A]}), LETTERS, True)
+    assert sum(in_loss) == 2
 
 
 def test_a_model_does_not_learn_to_stop_after_a_result():

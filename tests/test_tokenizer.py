@@ -185,7 +185,7 @@ def test_a_tokenizer_saved_without_a_chat_format_has_nanochats(bpe, tmp_path):
 def test_another_chat_format_is_stored_and_renders_with_its_own_tokens(tmp_path):
     names = ("<|shell|>", "<|shell_end|>")
     model = train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig(extra_specials=names)).model
-    parts = {"shell": Marks(*names, learned=True)}
+    parts = {"shell": Marks(*names, in_loss=True)}
     given = SentencePiece(model, dataclasses.replace(NANOCHAT, parts=parts))
     given.save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")

@@ -37,7 +37,7 @@ ALPACA = (
 def read(row: Any, note: Note = silent) -> list[Message]:
     """Converts a row of any of the layouts to messages, of which the last is the assistant's.
 
-    A message or part of weight 0 gets {"learned": False}, see `chat.render`.
+    A message or part of weight 0 gets {"in_loss": False}, see `chat.render`.
 
     Raises:
         Malformed: the conversation cannot be trained on.
@@ -56,7 +56,7 @@ def read(row: Any, note: Note = silent) -> list[Message]:
     messages = _trimmed(_opened(row, normalize(reader(row), note), note), note)
     turns = chat.check(messages)
     if not any(
-        learned and kind != "python_output" for role, parts in turns if role != "user" for kind, _, learned in parts
+        in_loss and kind != "python_output" for role, parts in turns if role != "user" for kind, _, in_loss in parts
     ):
         raise Malformed("nothing to train on", "no message of the assistant has a weight other than 0")
     return messages
@@ -204,7 +204,7 @@ def _opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list
         "\n".join(["You can call these tools:", *described]) if described else "",
     ]
     content = "\n\n".join(filter(None, texts))
-    weights = {key: value for message in before for key, value in message.items() if key == "learned"}
+    weights = {key: value for message in before for key, value in message.items() if key == "in_loss"}
     system = [{"role": "system", "content": content, **weights}] if content else []
     unknown = [message for message in messages[:first] if message["role"] not in ("system", "assistant")]
     return [*system, *unknown, *messages[first:]]

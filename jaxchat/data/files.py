@@ -38,7 +38,7 @@ FORMATS = {
 
 def misnamed(head: bytes, mark: str) -> str | None:
     """What is wrong with a file of the kind `mark` that begins with `head`, as the rest of a sentence."""
-    return next((told for magic, (told, own) in FORMATS.items() if head.startswith(magic) and own != mark), None)
+    return next((advice for magic, (advice, own) in FORMATS.items() if head.startswith(magic) and own != mark), None)
 
 
 class Text(Kind):

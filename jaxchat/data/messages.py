@@ -34,7 +34,7 @@ def normalize(raw_messages: list[Any], note: Note) -> list[Message]:
         name = first_given(raw, "role", "from")
         role = ROLES.get(name.lower(), name) if isinstance(name, str) else str(name)
         parts = _parts(role, raw, i)
-        if not all(part.get("learned", True) for part in parts):
+        if not all(part.get("in_loss", True) for part in parts):
             note("with messages of weight 0, which are not trained on")
         if unread := [key for key in NOT_READ if raw.get(key)]:
             note(f"with {' and '.join(unread)}, which is not read")
@@ -73,11 +73,11 @@ def as_text(value: Any) -> str:
 def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
     """The parts of a message, without empty texts."""
     content = first_given(message, "content", "value")
-    learned = _learned(message)
+    in_loss = _in_loss(message)
     if role in ("call", "result"):
         text = "" if content is None else as_json(_joined(content))
         if isinstance(content, list) and _joined(content) is not content:
-            learned = learned and all(_learned(part) for part in content if isinstance(part, Mapping))
+            in_loss = in_loss and all(_in_loss(part) for part in content if isinstance(part, Mapping))
         if role == "call" and not text:
             raise Malformed("empty content", f"message {index} is an empty tool call")
         parts = [{"type": "python" if role == "call" else "python_output", "text": text}]
@@ -87,12 +87,12 @@ def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
             parts = []
         if role == "assistant":
             parts += _calls(message, index)
-    weight = {} if learned else {"learned": False}
+    weight = {} if in_loss else {"in_loss": False}
     return [part | weight for part in parts if part["type"] != "text" or part["text"] != ""]
 
 
 def _as_part(part: Any) -> Message:
-    """A part of a content, or a value instead of one, as {"type", "text"} and perhaps {"learned": False}."""
+    """A part of a content, or a value instead of one, as {"type", "text"} and perhaps {"in_loss": False}."""
     if not isinstance(part, Mapping):
         return {"type": "text", "text": "" if part is None else as_json(part)}
     kind, text = str(first_given(part, "type")), part.get("text")
@@ -100,7 +100,7 @@ def _as_part(part: Any) -> Message:
     text = "" if text is None and kind == "text" else as_json(text) if isinstance(text, int | float) else text
     if not isinstance(text, str):
         raise Malformed("unknown part", f"a part of type {kind!r} has no text")
-    return {"type": kind, "text": text} | ({} if _learned(part) else {"learned": False})
+    return {"type": kind, "text": text} | ({} if _in_loss(part) else {"in_loss": False})
 
 
 def _calls(message: Mapping[str, Any], index: int) -> Iterator[Message]:
@@ -143,20 +143,20 @@ def _kind(parts: list[Message], index: int) -> str | None:
 
 
 def _simplest(parts: list[Message], index: int, is_answer: bool) -> Message:
-    """Content and `learned` of a message: text parts become a string unless their weights differ."""
+    """Content and `in_loss` of a message: text parts become a string unless their weights differ."""
     if is_answer and _waiting(parts):
         raise Malformed("a call without a result", f"message {index} has a tool call without a result")
     parts = [{key: value for key, value in part.items() if key != "id"} for part in parts]
-    weights = {part.get("learned", True) for part in parts}
-    unlearned = {"learned": False} if False in weights else {}
+    weights = {part.get("in_loss", True) for part in parts}
+    no_loss = {"in_loss": False} if False in weights else {}
     if not is_answer and (others := [part["type"] for part in parts if part["type"] != "text"]):
         raise Malformed("unknown part", f"message {index} has a part of type {others[0]!r}; expected text")
     if all(part["type"] == "text" for part in parts) and (len(weights) <= 1 or not is_answer):
-        return {"content": "".join(part["text"] for part in parts), **unlearned}
+        return {"content": "".join(part["text"] for part in parts), **no_loss}
     return {"content": parts}
 
 
-def _learned(value: Mapping[str, Any]) -> bool:
+def _in_loss(value: Mapping[str, Any]) -> bool:
     """Whether a message or part has no weight 0 or false. Raises `Malformed` for other weights than 0 and 1."""
     given = [(key, value[key]) for key in WEIGHTS if value.get(key) is not None]
     for key, weight in given:

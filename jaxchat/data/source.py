@@ -90,7 +90,7 @@ class Kind:
         raise NotImplementedError
 
     def objects(self, source: Source, reading: Reading, columns: list[str] | None = None) -> Iterator[Object]:
-        """Yields the objects of a part in a fixed order; a kind that can read some columns alone reads `columns`."""
+        """Yields the objects of a part in a fixed order; a kind with columns reads only `columns`."""
         raise NotImplementedError
 
     def documents(self, source: Source, reading: Reading) -> Iterator[str]:

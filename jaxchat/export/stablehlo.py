@@ -98,7 +98,7 @@ def named_leaves(params: Params) -> dict[str, Any]:
 README = """\
 # A chat model as two programs
 
-`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX alone, no jaxchat.
+`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX, but not jaxchat.
 
     prefill(parameters, tokens (${rows}, ${piece}) int32, positions (${rows}, ${piece}) int32, cache)
     decode(parameters, tokens (${rows}, 1) int32, positions (${rows}, 1) int32, cache)

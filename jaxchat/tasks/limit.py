@@ -11,8 +11,9 @@ SEED = 1234  # Fixed, so that all models and seeds are asked the same questions.
 def take(items: Sequence[Item], limit: int | None, group: Callable[[Item], Any] = lambda item: "") -> list[Item]:
     """Draws `limit` of the items, the same at every call, and returns them in their order; all without a limit.
 
-    The number drawn of each group differs from its share of the items by less than one, and a smaller limit takes part
-    of what a larger one does: item j of a group of n, in random order, is drawn at place (j + u) / n, u uniform.
+    The sample is stratified: each group's number differs from its share of the items by less than one. A smaller limit
+    takes a subset of what a larger one takes. Item j of a group of n, shuffled, gets the rank (j + u) / n, with one
+    uniform u per group, and the items of the lowest ranks are taken.
     """
     if limit is None or limit >= len(items):
         return list(items)

@@ -1,7 +1,7 @@
 """Renders conversations as tokens: turns between special tokens, with a loss mask.
 
 Training targets are the assistant's text, its tool calls and the token that ends its turn; not the user's text, tool
-results, or the token that begins the assistant's turn (nanochat's rules). A message or part with {"learned": False} is
+results, or the token that begins the assistant's turn (nanochat's rules). A message or part with {"in_loss": False} is
 no target, and neither is the end of a turn whose last part is none: a model shall not learn to stop after a result.
 """
 
@@ -15,10 +15,10 @@ from jaxchat.tokenizer.protocol import Tokenizer
 
 
 class Rendered(NamedTuple):
-    """Token ids of a conversation, and its loss mask: `learned` is true for training targets."""
+    """Token ids of a conversation, and its loss mask, true for training targets."""
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
 
 
 class Malformed(UserError):
@@ -90,7 +90,8 @@ def render(
 
     The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
     nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
-    begins the assistant's next turn. With `everything`, all but the BOS and what is not to be learned are targets.
+    begins the assistant's next turn. With `everything`, all tokens are targets but the BOS and
+    those of messages or parts with {"in_loss": False}.
 
     Raises:
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
@@ -109,16 +110,16 @@ def render(
 
 def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:
     """Renders a user message and its answer without turns; the answer ends as the assistant's turn does."""
-    (_, ((_, prompt, learned),)), (_, parts) = check(messages, tokenizer.chat_format)
+    (_, ((_, prompt, in_loss),)), (_, parts) = check(messages, tokenizer.chat_format)
     _, *answer = _turn("assistant", parts, tokenizer, everything)
-    return _joined([([tokenizer.bos], False), (tokenizer.encode(prompt), everything and learned), *answer])
+    return _joined([([tokenizer.bos], False), (tokenizer.encode(prompt), everything and in_loss), *answer])
 
 
 def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> list[tuple[str, list[Part]]]:
     """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`."""
     return [
-        (role, _parts(content, i, chat_format, *learned))
-        for i, (role, content, *learned) in enumerate(_turns(messages))
+        (role, _parts(content, i, chat_format, *in_loss))
+        for i, (role, content, *in_loss) in enumerate(_turns(messages))
     ]
 
 
@@ -164,32 +165,32 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
         else:
             raise Malformed("tokens out of order", f"token {i} of a conversation is {name or number}, out of order")
     end_part()
-    alone = lambda parts: len(parts) == 1 and parts[0]["type"] == "text"  # noqa: E731
-    return [{"role": role, "content": parts[0]["text"] if alone(parts) else parts} for role, parts in turns if parts]
+    simple = lambda parts: len(parts) == 1 and parts[0]["type"] == "text"  # noqa: E731
+    return [{"role": role, "content": parts[0]["text"] if simple(parts) else parts} for role, parts in turns if parts]
 
 
 def _turn(role: str, parts: Sequence[Part], tokenizer: Tokenizer, everything: bool) -> Iterator[tuple[list[int], bool]]:
     """The tokens of a turn in segments, each with its loss mask; the first begins the turn."""
     special, turn = tokenizer.specials, tokenizer.chat_format.turns[role]
     yield [special[turn.begin]], everything and parts[0][2]
-    learned = False
+    in_loss = False
     for kind, text, target in parts:
         ids = tokenizer.encode(text)
         marks = turn if kind == "text" else tokenizer.chat_format.parts[kind]
-        learned = target and (marks.learned or everything)
-        yield ids if kind == "text" else [special[marks.begin], *ids, special[marks.end]], learned
-    yield [special[turn.end]], learned
+        in_loss = target and (marks.in_loss or everything)
+        yield ids if kind == "text" else [special[marks.begin], *ids, special[marks.end]], in_loss
+    yield [special[turn.end]], in_loss
 
 
 def _joined(segments: Sequence[tuple[list[int], bool]]) -> Rendered:
     return Rendered(
-        [number for ids, _ in segments for number in ids], [learned for ids, learned in segments for _ in ids]
+        [number for ids, _ in segments for number in ids], [in_loss for ids, in_loss in segments for _ in ids]
     )
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, Any, bool]]:
-    """Role, content and `learned` of each turn, the system message merged into the first user message."""
-    turns = [(str(message.get("role")), message.get("content"), message.get("learned", True)) for message in messages]
+    """Role, content and `in_loss` of each turn, the system message merged into the first user message."""
+    turns = [(str(message.get("role")), message.get("content"), message.get("in_loss", True)) for message in messages]
     if turns and turns[0][0] == "system":
         if len(turns) < 2 or turns[1][0] != "user":
             raise Malformed("roles out of order", "a system message must be followed by a user message")
@@ -216,14 +217,14 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any, bool]]:
     return turns
 
 
-def _parts(content: Any, index: int, chat_format: ChatFormat, learned: bool) -> list[Part]:
+def _parts(content: Any, index: int, chat_format: ChatFormat, in_loss: bool) -> list[Part]:
     if isinstance(content, str):
-        return [("text", content, learned)]
+        return [("text", content, in_loss)]
     parts, kinds = [], ("text", *chat_format.parts)
     for part in content if isinstance(content, Sequence) else [content]:
         kind, text = (str(part.get("type")), part.get("text")) if isinstance(part, Mapping) else ("", None)
         if kind not in kinds or not isinstance(text, str):
             expected = f"expected one of {', '.join(kinds)}, with a text"
             raise Malformed("unknown part", f"message {index} has a part of type {kind!r}; {expected}")
-        parts.append((kind, text, learned and part.get("learned", True)))
+        parts.append((kind, text, in_loss and part.get("in_loss", True)))
     return parts

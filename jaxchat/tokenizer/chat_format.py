@@ -14,7 +14,7 @@ class Marks:
 
     begin: str
     end: str
-    learned: bool
+    in_loss: bool
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class ChatFormat:
 NANOCHAT = ChatFormat(
     bos="<|bos|>",
     turns={
-        "user": Marks("<|user_start|>", "<|user_end|>", learned=False),
-        "assistant": Marks("<|assistant_start|>", "<|assistant_end|>", learned=True),
+        "user": Marks("<|user_start|>", "<|user_end|>", in_loss=False),
+        "assistant": Marks("<|assistant_start|>", "<|assistant_end|>", in_loss=True),
     },
     parts={
-        "python": Marks("<|python_start|>", "<|python_end|>", learned=True),
-        "python_output": Marks("<|output_start|>", "<|output_end|>", learned=False),
+        "python": Marks("<|python_start|>", "<|python_end|>", in_loss=True),
+        "python_output": Marks("<|output_start|>", "<|output_end|>", in_loss=False),
     },
 )
 """nanochat's format: that of new tokenizers, and of those that were saved without a format."""

@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
         chat_format: the meaning of the special tokens.
         bos: id of the special token that starts every document.
         end: id of the special token that ends the assistant's turn. An answer ends with it, or with `bos`.
-        bytes_per_token: int32 (vocab_size,), UTF-8 bytes that an id stands for; 0 for special tokens.
+        bytes_per_token: int32 (vocab_size,), number of UTF-8 bytes of each id's text; 0 for special tokens.
         hash: hexadecimal SHA-256 of everything that the ids depend on, those of rendered conversations included.
     """
 
