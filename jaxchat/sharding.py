@@ -119,7 +119,9 @@ def decoding_mesh(config: Mesh) -> jax.sharding.Mesh | None:
 
 
 def spec(axes: Sequence[str | None], rules: Rules = TRAIN_RULES) -> PartitionSpec:
-    """The placement of logical `axes`. Raises ValueError if two of them need the same mesh axis."""
+    """The placement of logical `axes`. Raises ValueError for an unknown one, and if two need the same mesh axis."""
+    if unknown := [name for name in axes if name is not None and name not in rules]:
+        raise ValueError(f"logical axis {unknown[0]!r} has no row in TRAIN_RULES")
     entries = [None if name is None else rules[name] for name in axes]
     owner: dict[str, str] = {}
     for name, entry in zip(axes, entries, strict=True):

@@ -1,5 +1,6 @@
 """What leaves jaxchat means the same elsewhere, and comes back as it was."""
 
+import dataclasses
 import json
 import shutil
 import unicodedata
@@ -142,6 +143,20 @@ def test_what_transformers_lacks_is_refused_by_name(words: str, tmp_path: Path) 
     with pytest.raises(UserError, match=words) as caught:
         export(tmp_path / "out", REFUSED[words], None)
     assert "launch.harness" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_parts_that_resemble_those_of_a_family_are_lacking_in_it() -> None:
+    class OtherNorm(RMSNorm):
+        pass
+
+    class OtherRoPE(RoPE):
+        pass
+
+    norm = OtherNorm()
+    mixer = GQA(heads=4, kv_heads=4, head_dim=4, positions=OtherRoPE(), qk_norm=norm)
+    config = model(pattern=(mixer,), norm=norm)
+    config = dataclasses.replace(config, pattern=tuple(dataclasses.replace(x, norm=norm) for x in config.pattern))
+    assert nanochat.lacking(config) == ["norms other than RMSNorm", "position embeddings other than RoPE by -theta"]
 
 
 AWKWARD = [

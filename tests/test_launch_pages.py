@@ -19,7 +19,7 @@ import launch.plot
 import launch.speedrun
 from jaxchat import command_line, comparison, processes
 from jaxchat.errors import UserError
-from jaxchat.experiment import STAGES
+from jaxchat.experiment import SPEEDRUN, STAGES
 from jaxchat.planning.chips import topology
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def read(command):
         comparison.read_variants(options.variants, lambda flags: command_line.load([*rest, *flags]))
     elif name == "speedrun":
         _, argv = command_line.parse_known(launch.speedrun.Speedrun, argv)
-        for stage in STAGES:
+        for stage in SPEEDRUN:
             command_line.load(command_line.stage_arguments(argv, stage, STAGES))
     elif name != "bench" and "--help" not in argv:
         assert name in ("train", "prepare", "tokenizer"), command

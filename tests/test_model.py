@@ -16,7 +16,8 @@ from jaxchat.model import GQA, Model, Smear, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import facts
 from jaxchat.model.kernels import unsupported
-from jaxchat.model.part import param
+from jaxchat.model.mlp import MLPS
+from jaxchat.model.part import Aux, param
 from jaxchat.model.positions import POSITIONS, Encoding
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.optimizer import Optimizer
@@ -220,6 +221,36 @@ def test_documents_see_each_other_in_the_october_family() -> None:
     np.testing.assert_array_equal(hidden(segments_BT), hidden(None))
 
 
+def test_each_part_of_a_layer_draws_from_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(module: Any) -> Any:
+        class Drawing(module):  # type: ignore[misc]
+            def __call__(self, x_BTM: Array, context: Any, *cache: Any) -> Any:
+                *results, _ = super().__call__(x_BTM, context, *cache)
+                name = "/".join(self.path)
+                drawn = 0.0 if context.key is None else jax.random.uniform(context.key)
+                return *results, Aux(statistics={name: (drawn, 1.0)})
+
+        return Drawing
+
+    config = small.october2025(depth=1)
+    for table, part in ((MIXERS, config.pattern[0].mixer), (MLPS, config.pattern[0].mlp)):
+        monkeypatch.setitem(table, type(part), drawing(table[type(part)]))
+    model, params = Transformer(config), jax.tree.map(jnp.asarray, small.parameters(config))
+    tokens_BT = np.zeros((1, 4), np.int32)
+    statistics = model.apply(params, tokens_BT, key=jax.random.key(0)).statistics
+    assert len({float(total) for total, _ in statistics.values()}) == len(statistics) == 2
+
+
+def test_a_vector_is_no_matrix_of_muon() -> None:
+    class Gain(nn.Module):
+        @nn.compact
+        def __call__(self) -> Array:
+            return param(self, "gain", ("width",), (4,), nn.initializers.ones, group="matrices")
+
+    with pytest.raises(ValueError, match=r"gain with axes .* is no matrix"):
+        Gain().init(jax.random.key(0))
+
+
 @pytest.mark.parametrize("make", [make for models in MODELS.values() for make in models], ids=lambda m: m.__name__)
 def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
     """Its cache has axes for every array and fits any size; its parameters name groups of the optimizer."""
@@ -230,10 +261,11 @@ def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
         assert spec.group in groups and 1 <= spec.inputs < max(len(spec.axes), 2)
     long, short = (transformer.empty_cache(batch, length, write=2).layers for length in (12, 8))
     for layer, cache, like in zip(config.layers, long, short, strict=True):
-        assert [leaf.ndim for leaf in cache] == [len(axes) for axes in cache.axes] and len(cache.axes[0]) == 4
+        assert [leaf.ndim for leaf in cache] == [len(axes) for axes in cache.axes]
         assert [axes[0] for axes in cache.axes] == ["batch"] * len(cache)
         smaller = cache.resize(jnp.full(batch, 5), like)
         assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, like)
         module = MIXERS[type(layer.mixer)]
         assert module.matmul_parameters(layer.mixer, config.width) > 0
-        assert module.keeps_all(layer.mixer) == (layer.mixer.window is None)
+        if isinstance(layer.mixer, GQA):
+            assert module.keeps_all(layer.mixer) == (layer.mixer.window is None)

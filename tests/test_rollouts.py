@@ -11,6 +11,7 @@ from letters import Letters
 
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.errors import NOT_FINITE, UserError
+from jaxchat.objectives.policy import OBJECTIVES
 from jaxchat.rl.rollouts import RolloutStream
 from jaxchat.rl.settings import RL
 
@@ -308,3 +309,10 @@ def test_a_problem_that_leaves_no_room_for_an_answer_is_left_out(task):
 def test_settings_that_cannot_be_are_refused(wrong, told):
     with pytest.raises(ValueError, match=told):
         RL(**wrong)
+
+
+def test_a_field_overrides_what_the_objective_sets():
+    assert RL(objective="rloo").policy.advantage == "leave_one_out"
+    assert RL(objective="rloo", advantage="standard").policy == dataclasses.replace(
+        OBJECTIVES["rloo"], advantage="standard"
+    )

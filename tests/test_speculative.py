@@ -22,6 +22,7 @@ from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.loading import load_engine
 from jaxchat.model import Transformer
+from jaxchat.model.attention import GroupedQueryAttention
 from jaxchat.sharding import Mesh, make_mesh
 
 SHAPE = EngineConfig(length=160, slots=3, steps=8, prefill_chunk=32, adapt=False)
@@ -201,6 +202,12 @@ def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
     draft = Transformer(other), jax.tree.map(jnp.asarray, small.parameters(other))
     with pytest.raises(UserError, match="vocabulary"):
         make(config, draft=draft)
+
+
+def test_a_mixer_whose_cache_cannot_be_rolled_back_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GroupedQueryAttention, "rewinds", staticmethod(lambda config: False))
+    with pytest.raises(UserError, match="which GQA has not"):
+        make(small.october2025())
 
 
 def test_a_checkpoint_drafts_for_another_with_the_same_tokenizer(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ class Engine:
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
         mixers = [layer.mixer for layer in transformer.config.pattern]
         windowed = not all(MIXERS[type(mixer)].keeps_all(mixer) for mixer in mixers)
+        if speculation and (fixed := [type(m).__name__ for m in mixers if not MIXERS[type(m)].rewinds(m)]):
+            raise UserError(f"speculation needs caches that can be rolled back, which {fixed[0]} has not: leave it out")
         self.prefixes = Prefixes(shape.prefix_cache_bytes, windowed=windowed)
         with self.on_mesh():
             if draft is not None:

@@ -70,6 +70,7 @@ def lacking(model: Model) -> list[str]:
         return ["mixers other than grouped-query attention"]
     features = {
         "layers of different kinds": len(set(model.pattern)) > 1,
+        "norms other than RMSNorm": type(model.norm) is not RMSNorm,
         "norms other than before each mixer and MLP": (layer.placement, layer.norm) != ("before", model.norm),
         "windows": any(m.window is not None for m in mixers),
         "value embeddings": any(m.value_embedding is not None for m in mixers),
@@ -78,7 +79,7 @@ def lacking(model: Model) -> list[str]:
         "scales of the residual stream": model.residual_scales is not None,
         f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
         "a norm of queries and keys that differs from the other norms": mixer.qk_norm != model.norm,
-        "position embeddings other than RoPE by -theta": getattr(mixer.positions, "direction", 0) != -1,
+        "position embeddings other than RoPE by -theta": type(p := mixer.positions) is not RoPE or p.direction != -1,
         f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
     }
     return [name for name, is_used in features.items() if is_used]

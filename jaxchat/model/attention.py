@@ -68,7 +68,9 @@ class GroupedQueryAttention(nn.Module):
         c, M, H, K, D = self.config, self.static.width, self.config.heads, self.config.kv_heads, self.config.head_dim
 
         def project(name: str, axis: str, heads: int) -> jax.Array:
-            w_MHD = param(self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D))
+            w_MHD = param(
+                self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D), group="matrices"
+            )
             return sharding.constrain(product(x_BTM, w_MHD, self.static.matmul), ("batch", "length", axis, "head"))
 
         q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
@@ -86,7 +88,9 @@ class GroupedQueryAttention(nn.Module):
             cache = kv.write(cache, context.positions_BT, k_BTKD, v_BTKD)
             decode = DECODING[self.static.decoding]
             o_BTHD = decode(q_BTHD, cache, context.positions_BT, context.length_B, c.window, **bias)
-        w_HDM = param(self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2)
+        w_HDM = param(
+            self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2, group="matrices"
+        )
         # One contracted axis: with two, XLA may transpose the matrix again for every decoded token.
         o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
         return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
@@ -103,7 +107,7 @@ class GroupedQueryAttention(nn.Module):
         shape, axes = (self.static.vocab, K, D), ("tokens", "kv_heads", "head")
         init, group = centred_uniform(self.static.width**-0.5), "value_embeddings"
         table_VKD = param(self, "value_embedding", axes, shape, init, group=group)
-        gate_CK = param(self, "value_gate", ("gate", "kv_heads"), (C, K), uniform_between(*GATE_INIT))
+        gate_CK = param(self, "value_gate", ("gate", "kv_heads"), (C, K), uniform_between(*GATE_INIT), group="matrices")
         gate_BTK = value.scale * jax.nn.sigmoid(x_BTM[..., :C] @ gate_CK.astype(x_BTM.dtype))
         return gate_BTK[..., None] * look_up(table_VKD, tokens_BT, axes, x_BTM.dtype)
 
@@ -125,6 +129,11 @@ class GroupedQueryAttention(nn.Module):
     def keeps_all(config: GQA) -> bool:
         """Whether the cache holds every earlier position, so that any prefix of it can be reused."""
         return config.window is None
+
+    @staticmethod
+    def rewinds(config: GQA) -> bool:
+        """Whether the last positions may be written again after they were rolled back, as speculation does."""
+        return True
 
     @staticmethod
     def matmul_parameters(config: GQA, width: int) -> int:

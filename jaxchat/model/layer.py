@@ -59,14 +59,17 @@ class Block(nn.Module):
         mixer = MIXERS[type(c.mixer)](c.mixer, self.static, name="mixer")
         mlp = MLPS[type(c.mlp)](c.mlp, self.static, name="mlp")
 
+        def keyed(part: int) -> Context:
+            return context if context.key is None else context._replace(key=jax.random.fold_in(context.key, part))
+
         def mix(x_BTM: jax.Array) -> jax.Array:
             nonlocal cache
-            y_BTM, cache, aux = mixer(x_BTM, context, cache)
+            y_BTM, cache, aux = mixer(x_BTM, keyed(0), cache)
             auxes.append(aux)
             return y_BTM
 
         def feed_forward(x_BTM: jax.Array) -> jax.Array:
-            y_BTM, aux = mlp(x_BTM, context)
+            y_BTM, aux = mlp(x_BTM, keyed(1))
             auxes.append(aux)
             return y_BTM
 

@@ -38,8 +38,8 @@ class ReluSquaredLayer(nn.Module):
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
         c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
-        w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale))
-        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
+        w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale), group="matrices")
+        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M), group="matrices")
         h_BTF = sharding.constrain(product(x_BTM, w_MF, matmul), ("batch", "length", "hidden"))
         return product(jnp.square(jax.nn.relu(h_BTF)), w_FM, matmul), Aux()
 
@@ -56,9 +56,9 @@ class SwiGLULayer(nn.Module):
     def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
         c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
         init = initializer(c.init, M, F, c.init_scale)
-        g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init)
-        w_MF = param(self, "in", ("embed", "hidden"), (M, F), init)
-        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M))
+        g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init, group="matrices")
+        w_MF = param(self, "in", ("embed", "hidden"), (M, F), init, group="matrices")
+        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M), group="matrices")
         h_BTF = jax.nn.silu(product(x_BTM, g_MF, matmul)) * product(x_BTM, w_MF, matmul)
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "hidden"))
         return product(h_BTF, w_FM, matmul), Aux()

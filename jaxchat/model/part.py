@@ -7,9 +7,11 @@ with `param` (shape, logical axes, initializer, optimizer group) and uses no mut
     mixer         (x_BTM, context, cache) -> (y_BTM, cache, Aux)
                   static methods that take the configuration: `empty` (a cache), `share` (values that equal layers
                   compute once), `kernel` (the shapes of its attention call, or None), `keeps_all`,
-                  `matmul_parameters`, `attention_flops`
+                  `rewinds`, `matmul_parameters`, `attention_flops`
     feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters`
     norm          (x) -> y, over the last axis
+
+A part scales its own losses. A call with a cache may have padding at position -1, which must leave the cache as it was.
 
 A mixer's cache is a NamedTuple of arrays whose first axis is the batch. It has a property `axes` (the same tree with
 tuples of logical axes) and a method `resize(length_B, like)` (copies the rows into arrays with the shapes of `like`).
@@ -50,7 +52,7 @@ class Context(NamedTuple):
     """Inputs of a part besides x: token ids, positions and segments, each (B, T); segments may be None.
 
     `shared` holds values that equal layers compute once, such as the cosines of rotary positions. `length_B` is the
-    number of positions written in each row after this call, None without a cache. `key` is this layer's random key in
+    number of positions written in each row after this call, None without a cache. `key` is this part's random key in
     training (for dropout), None otherwise.
     """
 
@@ -117,10 +119,15 @@ def param(
     shape: tuple[int, ...],
     init: Callable[..., jax.Array],
     *,
-    group: str = "matrices",
+    group: str,
     inputs: int = 1,
 ) -> jax.Array:
-    """Creates a float32 parameter with its logical `axes` (for sharding) and optimizer `group`."""
+    """Creates a float32 parameter with its logical `axes` (a row of `sharding.TRAIN_RULES` each) and optimizer `group`.
+
+    Muon orthogonalises a parameter of the group "matrices" as one matrix, whose input side is the first `inputs` axes.
+    """
+    if group == "matrices" and not 0 < inputs < len(axes):
+        raise ValueError(f"parameter {name} with axes {axes} is no matrix: it needs another optimizer group")
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} has {len(axes)} logical axes but {len(shape)} dimensions")
     spec = Spec(axes, group, inputs)

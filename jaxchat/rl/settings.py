@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jaxchat.decode.sampling import LARGEST, SamplingParams, Truncation
-from jaxchat.objectives.advantages import Aggregate
+from jaxchat.objectives.advantages import Aggregate, Baseline
 from jaxchat.objectives.policy import OBJECTIVES, Policy
 from jaxchat.tasks.rewards import REWARDS
 
@@ -20,7 +20,7 @@ class RL(Truncation):
 
     Attributes:
         tasks: sources of problems: arithmetic, spelling, gsm8k:DIRECTORY, my_task.py:Task.
-        objective: the loss; `clip_low`, `clip_high` and `aggregate` override its parameters.
+        objective: the loss; `clip_low`, `clip_high`, `advantage` and `aggregate` override its parameters.
         prompts: problems per rollout batch.
         samples: answers per problem.
         max_tokens: length limit of an answer.
@@ -45,6 +45,7 @@ class RL(Truncation):
     minibatches: int = 1
     clip_low: float | None = None
     clip_high: float | None = None
+    advantage: Baseline | None = None
     aggregate: Aggregate | None = None
     rewards: tuple[str, ...] = ("correct",)
     reward_weights: tuple[float, ...] = (1.0,)
@@ -80,7 +81,7 @@ class RL(Truncation):
 
     @property
     def policy(self) -> Policy:
-        given = {name: getattr(self, name) for name in ("clip_low", "clip_high", "aggregate")}
+        given = {name: getattr(self, name) for name in ("clip_low", "clip_high", "advantage", "aggregate")}
         return replace(OBJECTIVES[self.objective], **{k: v for k, v in given.items() if v is not None})
 
     @property
