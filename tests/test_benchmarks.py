@@ -24,7 +24,7 @@ from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model import Transformer
 from jaxchat.planning.chips import CHIPS
-from jaxchat.sharding import Mesh
+from jaxchat.sharding import Mesh, make_mesh
 from launch import bench
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,30 @@ def test_a_late_block_has_fewer_steps() -> None:
     asked = options.Bench(blocks=1, block_steps=50, pause=0.0)
     row = training.measure(training.adamw_only(experiment()), asked, deadline=time.monotonic())
     assert row["step_seconds"]["count"] == training.LEAST_STEPS
+
+
+def test_steps_are_dispatched_before_the_metrics_of_the_last_are_read() -> None:
+    events: list[str] = []
+
+    class Loss:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def item(self) -> float:
+            events.append(f"read {self.number}")
+            return float(self.number)
+
+    def step(state: int, batch: str) -> tuple[int, dict[str, Any]]:
+        events.append(f"step {state} {batch}")
+        return state + 1, {"loss": Loss(state), "skipped_in_row": np.int32(0)}
+
+    trainer: Any = training.Trainer.__new__(training.Trainer)
+    trainer.compiled, trainer._batches = SimpleNamespace(step=step, rows=1), ["even", "odd"]
+    trainer._mesh, trainer._number, trainer._state = make_mesh(Mesh(1), rows=1, devices=jax.devices()[:1]), 0, 0
+    found = trainer.train(2)
+    assert events == ["step 0 even", "step 1 odd", "read 0", "step 2 even", "read 1", "read 2"]
+    assert (found.losses, len(found.seconds)) == ([0.0, 1.0, 2.0], 2), "the first step warms up"
+    assert trainer.train(0).losses == [3.0] and events[-2:] == ["step 3 odd", "read 3"]
 
 
 def test_a_smaller_micro_batch_is_tried_after_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +193,24 @@ def test_decoding_is_set_beside_the_peer_and_the_memory() -> None:
     assert row["rows"] == 2 and row["answers_equal_to_peer"] == 0.0
     assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["peer_tokens_per_second"])
     assert row["roofline_fraction"] == pytest.approx(row["step_bytes"] / row["token_seconds"] / 1e9)
+
+
+def test_the_commands_report_every_part_that_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("tokens_per_second", "peer_tokens_per_second", "ratio", "roofline_fraction")
+    monkeypatch.setattr(decoding, "random_model", lambda e: (SimpleNamespace(config=e.model, dtype=e.dtype), None))
+    monkeypatch.setattr(decoding, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(decoding, "measure", lambda *given: dict.fromkeys(names, given[3]))
+    for part in ("cache_gain", "stored_prefixes", "speculation"):
+        monkeypatch.setattr(decoding, part, lambda *_, part=part: part)
+    monkeypatch.setattr(rl, "measure", lambda *_: {"rollouts_per_second": 3.0})
+    argv = ["--config=configs/d4.py", "--batch_sizes=1,8", "--lengths=3,4", "--threads=1024"]
+    found: Any = bench.main(["decode", *argv])
+    assert [row["ratio"] for row in found["batches"]] == [1, 8] and [found[name] for name in names] == [8] * 4
+    assert found["cache"] == ["cache_gain"] * 2 and found["prefixes"] == "stored_prefixes"
+    assert found["speculation"] == "speculation" and found["machine"]["devices"] == jax.device_count()
+    assert found["command"] == f"python -m launch.bench decode {' '.join(argv)}"
+    assert bench.main(["decode", *argv, "--speculative=False"])["speculation"] is None
+    assert bench.main(["rl", *argv])["rollouts_per_second"] == 3
 
 
 def test_bytes_of_a_decoding_step_are_matrices_and_cache() -> None:

@@ -172,6 +172,15 @@ def test_a_seeded_request_has_its_tokens_alone_in_company_and_in_any_slot(engine
     assert tuple(late.tokens) == alone.tokens
 
 
+def test_a_logit_bias_ends_with_its_request(engine: Engine) -> None:
+    """The last request gets the slot of the biased one while penalties of others are still in use."""
+    biased = SamplingParams(0.0, logit_bias={3: 1e3}, max_tokens=3)
+    penalised = [Request(prompt(5, i), SamplingParams(0.0, frequency_penalty=1.0, max_tokens=40)) for i in range(3)]
+    answers = engine.generate([Request(prompt(9), biased), *penalised, Request(prompt(30), GREEDY)])
+    assert answers[0][0].tokens == (3, 3, 3)
+    assert answers[-1][0].tokens == ask(engine, prompt(30)).tokens
+
+
 def test_across_compiled_shapes_tokens_differ_only_at_ties(engine: Engine) -> None:
     """A token that differs had a rival within 1e-4, what it was drawn with included; what follows tells nothing."""
     adaptive = make(july2026(), dataclasses.replace(SHAPE, adapt=True, slots=8, steps=5, prefill_batch=3))

@@ -151,6 +151,13 @@ def test_a_start_after_an_error_downloads_only_what_is_missing(server, tmp_path)
     assert {path for path, _ in server.requests} == {f"/datasets/{REPOSITORY}/resolve/c0ffee/data/shard_1.parquet"}
 
 
+def test_a_busy_hub_is_asked_again_and_a_failing_one_is_reported(server, tmp_path):
+    server.faults = {"data/shard_0.parquet": ["429"], "data/shard_1.parquet": ["503"] * 99}
+    with pytest.raises(UserError, match=r"shard_1.parquet of owner/texts cannot be downloaded \(503\): start again"):
+        fetch(server, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.parquet")] == ["data--shard_0.parquet"]
+
+
 def test_a_file_with_a_wrong_checksum_is_refused_and_removed(server, tmp_path):
     server.faults["data/shard_0.parquet"] = ["garbage"]
     with pytest.raises(UserError, match=r"shard_0\.parquet of owner/texts has another checksum than the hub states"):

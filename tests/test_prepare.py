@@ -167,6 +167,15 @@ def test_lost_and_broken_shards_are_made_again(tmp_path, corpus, tokenizer):
         assert shard.read_bytes() == before
 
 
+def test_a_lost_or_damaged_manifest_is_made_again(tmp_path, corpus, tokenizer):
+    (rows,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+    manifest = rows.directory / "manifest.json"
+    for damage in (manifest.unlink, lambda: manifest.write_text("{")):
+        damage()
+        (again,) = ensure_rows(settings(corpus), tokenizer, "train", tmp_path / "cache", silent)
+        assert again.manifest["shards"] == rows.manifest["shards"] and len(again) == len(rows)
+
+
 def test_rows_are_kept_on_this_machine(tokenizer, corpus):
     with pytest.raises(UserError, match=r"rows cannot be stored at gs://bucket/cache.*--data.cache"):
         ensure_rows(settings(corpus), tokenizer, "train", "gs://bucket/cache", silent)

@@ -12,8 +12,10 @@ from letters import Letters
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.objectives.policy import OBJECTIVES
+from jaxchat.rl.reinforcement import Reinforcement
 from jaxchat.rl.rollouts import RolloutStream
 from jaxchat.rl.settings import RL
+from jaxchat.sharding import Mesh, make_mesh
 
 TOKENIZER = Letters(user_start=50, user_end=51, assistant_start=52, assistant_end=53)
 TASK = """
@@ -130,6 +132,15 @@ def test_every_answer_lies_in_a_row_with_its_mask_and_its_numbers(task):
     assert not found
     assert one.facts["gap_max"] == pytest.approx(0.001, rel=1e-3)
     assert one.facts["gap_kl"] == pytest.approx(-0.001, rel=1e-3)
+
+
+def test_a_step_counts_the_tokens_that_it_trains(task):
+    engine, stage = Engine(), Reinforcement.__new__(Reinforcement)
+    stage._stream, stage._records, stage._dispatched = stream(task, engine), {}, 0.0
+    stage._rl, stage._setup = stage._stream._rl, SimpleNamespace(mesh=make_mesh(Mesh(1), rows=2))
+    stage.batch_at(0, SimpleNamespace(params=None))
+    sampled = [engine.answer(request, i).sampled for request in engine.asked[0] for i in range(4)]
+    assert stage.numbers(1, {})["trained_tokens"] == sum(map(sum, sampled)) < sum(map(len, sampled))
 
 
 def test_answers_have_rows_of_their_own_where_documents_see_each_other(task):

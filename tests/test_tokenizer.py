@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 import random
 import re
 import subprocess
@@ -163,12 +164,12 @@ def test_another_vocabulary_or_text_has_another_hash(bpe):
     assert len({bpe.hash, other.hash, fewer.hash}) == 3
 
 
-def test_a_saved_tokenizer_encodes_alike(tokenizer, tmp_path):
+def test_a_saved_tokenizer_and_a_pickled_one_encode_alike(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "deep" / "tokenizer")
     text = "".join(TEXTS)
-    copy = load_tokenizer(tmp_path / "deep" / "tokenizer")
-    assert (copy.hash, copy.specials, copy.chat_format) == (tokenizer.hash, tokenizer.specials, NANOCHAT)
-    assert copy.encode(text) == tokenizer.encode(text)
+    for copy in (load_tokenizer(tmp_path / "deep" / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
+        assert (copy.hash, copy.specials, copy.chat_format) == (tokenizer.hash, tokenizer.specials, NANOCHAT)
+        assert copy.encode(text) == tokenizer.encode(text)
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["tokenizer"]
 
 
@@ -189,7 +190,7 @@ def test_another_chat_format_is_stored_and_renders_with_its_own_tokens(tmp_path)
     given = SentencePiece(model, dataclasses.replace(NANOCHAT, parts=parts))
     given.save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    assert tokenizer.chat_format == given.chat_format != NANOCHAT
+    assert tokenizer.chat_format == pickle.loads(pickle.dumps(given)).chat_format == given.chat_format != NANOCHAT
     assert tokenizer.hash == given.hash != SentencePiece(model).hash
     answer = [{"type": "shell", "text": "ls"}]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
