@@ -400,3 +400,109 @@ def test_a_second_engine_of_the_same_model_compiles_nothing(engine: Engine) -> N
     again = make(july2026(), SHAPE)
     assert [answers[0].tokens for answers in again.generate([request])] == [answers[0].tokens for answers in first]
     assert [program._cache_size() for program in compiled] == before
+
+
+LONG = Request(prompt(200), GREEDY)  # Seven chunks.
+
+
+def test_a_long_prompt_is_read_in_chunks_between_the_chunks_of_others(engine: Engine) -> None:
+    busy = SamplingParams(temperature=0.9, max_tokens=90, seed=3, ignore_end=True)
+    alone = [ask(engine, prompt(9), busy), ask(engine, LONG.prompt)]
+    (short,) = engine.submit(Request(prompt(9), busy))
+    engine.step()
+    (long,), (last,) = engine.submit(LONG), engine.submit(Request(prompt(12), GREEDY))
+    for chunk in range(6):
+        before = len(short.tokens)
+        assert engine.step() and not long.tokens and not last.tokens, "requests enter in order"
+        assert len(short.tokens) == before + SHAPE.steps, f"nobody waits for more than chunk {chunk}"
+    engine.step()
+    assert long.tokens and last.tokens and not short.finish_reason
+    while engine.step():
+        pass
+    assert (tuple(short.tokens), tuple(long.tokens)) == tuple(answer.tokens for answer in alone)
+    assert_most_likely(july2026(), LONG.prompt, long.completion())
+
+
+def test_a_prompt_that_is_being_read_can_be_cancelled_and_reuses_a_prefix(engine: Engine) -> None:
+    longer = (*LONG.prompt[:60], 7, *LONG.prompt[60:])
+    expected = ask(engine, longer)
+    ask(engine, longer[:50], keep=True, params=SamplingParams(0.0, max_tokens=1))
+    (short,) = engine.submit(Request(prompt(9), dataclasses.replace(GREEDY, max_tokens=150, ignore_end=True)))
+    engine.step()
+    (gone,), (kept,) = engine.submit(LONG), engine.submit(Request(longer, GREEDY))
+    before = engine.prompt_stats.reused
+    engine.step()
+    gone.cancel()
+    while engine.step():
+        pass
+    assert (gone.finish_reason, gone.tokens) == ("cancelled", [])
+    assert engine.prompt_stats.reused == before + 2 * 50 and tuple(kept.tokens) == expected.tokens
+    assert len(short.tokens) == 150
+    engine.prefixes.clear()
+
+
+def test_a_batch_of_prompts_is_read_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody follows the text, slots that stay empty meanwhile would only cost time."""
+    order: list[str] = []
+    for name in ("prefill", "decode"):
+        real = getattr(programs, name)
+        note = lambda *args, real=real, name=name, **kwargs: order.append(name) or real(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(programs, name, note)
+    engine.generate([LONG] * 4)
+    assert order[: 4 * 7 + 1] == ["prefill"] * 28 + ["decode"]
+
+
+@pytest.mark.parametrize("moment", ["seat", "prefill", "admit", "decode", "empty"])
+def test_an_error_in_a_step_ends_its_requests_and_not_the_engine(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are donated to the call that fails."""
+    engine = make(small.october2025(depth=1))
+    ask(engine, prompt(20), keep=True)
+    right = [ask(engine, tokens).tokens for tokens in (prompt(9), (*prompt(20), 5), prompt(70))]
+    (active,) = engine.submit(Request(prompt(9), dataclasses.replace(GREEDY, max_tokens=99, ignore_end=True)))
+    if moment != "empty":
+        engine.step()
+    for asked in (Request((*prompt(20), 5), GREEDY), Request(prompt(70), GREEDY, n=3)):
+        engine.submit(asked)
+    samples, real = list(engine._unfinished), getattr(programs, moment)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt if moment == "admit" else jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
+
+    monkeypatch.setattr(programs, moment, fails)
+    with pytest.raises((KeyboardInterrupt, jax.errors.JaxRuntimeError)):
+        while engine.step():
+            pass
+    assert len(samples) == 5 and {sample.finish_reason for sample in samples} == {"error"}
+    assert active.error is not None and active.error.startswith("the engine stopped: ")
+    with pytest.raises(UserError, match="the engine stopped"):
+        list(engine.follow(samples[-1]))
+    monkeypatch.setattr(programs, moment, real)
+    assert not engine.step()
+    assert [ask(engine, tokens).tokens for tokens in (prompt(9), (*prompt(20), 5), prompt(70))] == right
+
+
+def test_an_engine_without_parameters_holds_no_memory(engine: Engine) -> None:
+    before = ask(engine, prompt(40), keep=True)
+    params = jax.tree.map(jnp.asarray, small.parameters(july2026()))
+    own = make(july2026())
+    own.load(params)
+    ask(own, prompt(40), keep=True)
+    own.unload()
+    assert not jax.tree.leaves((own.params, own.slots._cache, own.slots._history, own.slots._rows))
+    assert len(own.prefixes) == 0
+    own.load(params)
+    assert ask(own, prompt(40)).tokens == before.tokens
+
+
+def test_any_number_of_stop_tokens_takes_one_program(engine: Engine) -> None:
+    free = ask(engine, prompt(25), dataclasses.replace(WARM, ignore_end=True))
+    others = [token for token in range(2, 60) if token not in free.tokens]
+    engine.generate([Request(prompt(25), WARM)])
+    stop = free.tokens[11]
+    for count in (0, 3, 7, 8, 40):
+        for stops in ((*others[:count], stop), (stop, *others[:count])):
+            with Compilations() as compilations:
+                answer = ask(engine, prompt(25), dataclasses.replace(WARM, ignore_end=True, stop_tokens=stops))
+            first = free.tokens.index(stop)
+            assert (answer.tokens, answer.finish_reason) == (free.tokens[: first + 1], "stop")
+            assert compilations.count == 0

@@ -90,3 +90,43 @@ def test_the_tokens_of_a_trained_tokenizer_stream_their_text(text: str) -> None:
 def test_text_that_can_be_no_stop_text_is_not_held_back() -> None:
     stream = TextStream(bytewise(), ("xyz",))  # type: ignore[arg-type]
     assert [stream.add(byte) for byte in b"axxyab"] == ["a", "", "x", "", "xya", "b"]
+
+
+CALL = Letters(python_start=50, python_end=51, output_start=52, output_end=53)
+BEGIN, END, RESULT, DONE = 50, 51, 52, 53
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "shown"),
+    [
+        ([BEGIN, 9, 4, END, RESULT, 5, DONE, 7, 8], "94578", "[94 = 5] 78"),
+        ([1, BEGIN, 9, END, RESULT, 5, DONE], "195", "1[9 = 5] "),
+        ([BEGIN, 9, END, 3], "93", "[9] 3"),
+        ([BEGIN, 9, END], "9", "[9]"),
+        ([BEGIN, 9], "9", "[9]"),
+        ([BEGIN, 9, END, RESULT, 5], "95", "[9 = 5]"),
+        ([BEGIN, 1, END, BEGIN, 2, END, RESULT, 3, DONE, 4], "1234", "[1] [2 = 3] 4"),
+        ([RESULT, 5, DONE, 1], "51", "[= 5] 1"),
+        ([END, 1, DONE, 2], "12", "12"),
+        ([BEGIN, BEGIN, 1, DONE, END, 2], "12", "[1] 2"),
+        ([1, 2, 3], "123", "123"),
+    ],
+)
+def test_a_call_and_its_result_are_shown_as_such(tokens: list[int], text: str, shown: str) -> None:
+    stream = TextStream(CALL)  # type: ignore[arg-type]
+    pieces = [*map(stream.add, tokens), stream.finish()]
+    assert (stream.text, stream.shown, "".join(pieces)) == (text, shown, shown)
+
+
+def test_calls_keep_their_place_where_text_is_held_back() -> None:
+    """A character that is not complete, and text that may begin a stop text."""
+    tokens = [1, 2, BEGIN, 3, END, RESULT, 4, DONE, 5]
+    for stop, text, shown in [
+        ("129", "12345", "12[3 = 4] 5"),
+        ("123", "", ""),
+        ("34", "12", "12[]"),
+        ("45", "123", "12[3 = ]"),
+    ]:
+        stream = TextStream(CALL, (stop,))  # type: ignore[arg-type]
+        pieces = [*map(stream.add, tokens), stream.finish()]
+        assert (stream.text, stream.shown, "".join(pieces)) == (text, shown, shown), stop

@@ -222,3 +222,22 @@ def test_a_checkpoint_drafts_for_another_with_the_same_tokenizer(tmp_path: Path)
     exports.tokenizer("unigram").save(other)
     with pytest.raises(UserError, match="has another tokenizer than"):
         load_engine(large, draft=small_one)
+
+
+def test_a_draft_knows_all_of_a_prompt_whose_prefix_was_reused() -> None:
+    """Also where prompts of other lengths, reused in part, take the same chunks of prefill."""
+    text = np.random.default_rng(3).integers(1, 60, 120).tolist()
+    asked = SamplingParams(0.0, max_tokens=60, ignore_end=True)
+    for draft in ("itself", "stranger"):
+        engine = make(JULY, draft=drafts(JULY)[draft])
+        engine.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), keep=True)])
+        requests = [Request(text[:40], asked), Request(text[:99], asked), Request(text[1:41], asked)]
+        assert [one.tokens for (one,) in engine.generate(requests)] == [
+            one.tokens for (one,) in plain(JULY).generate(requests)
+        ]
+        assert engine.prompt_stats.reused == 60
+    one = make(JULY, slots=1, draft=drafts(JULY)["itself"])
+    one.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), keep=True)])
+    counts = small.dispatches(one)
+    one.generate([Request(text[:99], asked)])
+    assert counts["dispatches"] == np.ceil(59 / (ALWAYS.tokens + 1) / ALWAYS.rounds), "every guess is accepted"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.slots import PrefilledPrompt, Slots
 from jaxchat.decode.speculative import Speculation
-from jaxchat.errors import NOT_FINITE, UserError
+from jaxchat.errors import NOT_FINITE, UserError, first_line
 from jaxchat.launcher import log
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.choice import choose_decoding
@@ -38,6 +38,13 @@ class PromptStats:
 
     computed: int = 0
     reused: int = 0
+
+
+class Reading(NamedTuple):
+    """Prompts that are being prefilled: the samples of each, and the iterator over their chunks (`prompts.read`)."""
+
+    waiting: list[deque[Sample]]
+    chunks: Iterator[tuple[Cache, jax.Array] | None]
 
 
 class Engine:
@@ -85,7 +92,9 @@ class Engine:
             self.slots = Slots(transformer, shape, speculation=speculation, draft=draft)
         self.ends = {tokenizer.bos, tokenizer.end}
         self.prompt_stats = PromptStats()
+        self._unfinished: list[Sample] = []
         self._waiting: deque[deque[Sample]] = deque()  # The samples of each request.
+        self._reading: Reading | None = None
         self._prefilled: deque[PrefilledPrompt] = deque()
         if params is not None:
             self.load(params)
@@ -95,6 +104,20 @@ class Engine:
         with self.on_mesh():
             self.params = programs.unstack(self.transformer, params)
         self.prefixes.clear()
+
+    def reset(self, reason: str = "the engine was reset") -> None:
+        """Ends every unfinished sample with an error, and frees all caches; the engine can take new requests."""
+        for sample in self._unfinished:
+            if not sample.finish_reason:
+                sample.fail(reason)
+        for queue in (self._unfinished, self._waiting, self._prefilled, self.prefixes, self.slots):
+            queue.clear()
+        self._reading = None
+
+    def unload(self) -> None:
+        """`reset`, and frees the parameters; call `load` before the next request."""
+        self.reset()
+        self.params = None
 
     def on_mesh(self) -> AbstractContextManager[Any]:
         """Context manager that sets the engine's mesh, if it has one."""
@@ -123,6 +146,7 @@ class Engine:
             for index in range(request.n)
         ]
         self._waiting.append(deque(samples))
+        self._unfinished += samples
         return samples
 
     def check(self, prompt: Sequence[int], *, what: str = "the prompt", room: int = 1) -> tuple[int, ...]:
@@ -146,7 +170,9 @@ class Engine:
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
         """Prefills one prompt; returns its cache (in the first row) and the logits after it, (R, V)."""
         own_plan = plan(len(prompt), 0, self.shape)
-        return read(self.transformer, self.params, [prompt], [None], own_plan, rows=self.shape.prefill_batch)
+        *_, last = read(self.transformer, self.params, [prompt], [None], own_plan, rows=self.shape.prefill_batch)
+        assert last is not None
+        return last
 
     def forward(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of a text, (T, V) float32, computed in one call without a cache."""
@@ -167,7 +193,7 @@ class Engine:
                 submitted.append(self.submit(request))
             except UserError as error:
                 submitted.append(error)
-        while self.step():
+        while self.step(interleave=False):
             pass
         return [
             [refused(samples)] if isinstance(samples, UserError) else [sample.completion() for sample in samples]
@@ -192,16 +218,25 @@ class Engine:
         finally:
             sample.cancel()
 
-    def step(self) -> bool:
-        """Admits queued requests, decodes one chunk, and returns whether any work is left."""
-        with self.on_mesh():
-            self._leave()
-            self._enter()
-            if self.slots.active:
-                self.slots.fit()
-                self.slots.decode(self.params)
+    def step(self, *, interleave: bool = True) -> bool:
+        """Admits queued requests, decodes one chunk, and returns whether any work is left.
+
+        While samples are decoded, a prompt of several chunks is prefilled one chunk per step, so that they need not
+        wait for all of it. Without `interleave` it is prefilled at once, which takes less time for all requests
+        together. An exception ends every unfinished sample with an error (`reset`), because caches were donated.
+        """
+        try:
+            with self.on_mesh():
                 self._leave()
-        return bool(self.slots.active or self._waiting or self._prefilled)
+                self._enter(interleave)
+                if self.slots.active:
+                    self.slots.fit()
+                    self.slots.decode(self.params)
+                    self._leave()
+        except BaseException as error:
+            self.reset(f"the engine stopped: {first_line(error)}")
+            raise
+        return bool(self.slots.active or self._waiting or self._reading or self._prefilled)
 
     def _leave(self) -> None:
         """Removes finished samples, and stores their caches in the prefix cache if their request has `keep`."""
@@ -213,23 +248,41 @@ class Engine:
         def unfinished(samples: Iterable[Sample]) -> deque[Sample]:
             return deque(sample for sample in samples if not sample.finish_reason)
 
+        self._unfinished = list(unfinished(self._unfinished))
         self._waiting = deque(samples for samples in map(unfinished, self._waiting) if samples)
+        if self._reading is not None:
+            self._reading = self._reading._replace(waiting=[*map(unfinished, self._reading.waiting)])
         left = (prompt._replace(waiting=unfinished(prompt.waiting)) for prompt in self._prefilled)
         self._prefilled = deque(prompt for prompt in left if prompt.waiting)
 
-    def _enter(self) -> None:
+    def _enter(self, interleave: bool) -> None:
         """Fills free slots in order of submission; a sample whose first token is its last frees its slot at once."""
-        while (self._waiting or self._prefilled) and self.slots.free:
-            if not self._prefilled:
-                self._read()
+        while self.slots.free and (self._prefilled or self._read(interleave)):
             prompt = self._prefilled[0]
             entering = [prompt.waiting.popleft() for _ in range(min(self.slots.free, len(prompt.waiting)))]
             self.slots.fit(entering)
             self.slots.enter(prompt, entering)
             self._leave()
 
-    def _read(self) -> None:
-        """Prefills the next prompt, once for all of its samples, together with later prompts of the same plan."""
+    def _read(self, interleave: bool) -> bool:
+        """Prefills the next prompts; returns whether one is ready. With `interleave`, a chunk that is not their last is
+        all that a call processes while samples are decoded.
+        """
+        if self._reading is None or not any(self._reading.waiting):
+            self._reading = self._next_prompts() if self._waiting else None
+        if self._reading is None:
+            return False
+        for ready in self._reading.chunks:
+            if ready is not None:
+                groups, self._reading = self._reading.waiting, None
+                self._prefilled.extend(PrefilledPrompt(*ready, row, group) for row, group in enumerate(groups) if group)
+                return True
+            if interleave and self.slots.active:
+                return False
+        raise AssertionError("a plan has at least one chunk")
+
+    def _next_prompts(self) -> Reading:
+        """Takes the next prompt, once for all of its samples, together with later prompts of the same plan."""
         rows, chosen, prefixes = self.shape.prefill_batch, list[deque[Sample]](), list[tuple[int, Cache] | None]()
         shared_plan = None
         for samples in islice(self._waiting, LOOK_AHEAD * rows):
@@ -250,5 +303,4 @@ class Engine:
         for samples in chosen:
             self._waiting.remove(samples)
         prompts = [samples[0].prompt for samples in chosen]
-        cache, logits_RV = read(self.transformer, self.params, prompts, prefixes, shared_plan, rows=rows)
-        self._prefilled.extend(PrefilledPrompt(cache, logits_RV, row, group) for row, group in enumerate(chosen))
+        return Reading(chosen, read(self.transformer, self.params, prompts, prefixes, shared_plan, rows=rows))

@@ -19,7 +19,7 @@ class DecodeState(NamedTuple):
     """Decoding state per slot, arrays of shape (B,).
 
     `token_B`: last sampled token, not yet in the cache. `position_B`: its position, -1 if the slot is idle. `limit_B`:
-    last position that the slot may fill. `stops_BN` (B, N): tokens after which the device stops decoding the slot,
+    last position that the slot may fill. `stops_BN` (B, STOPS): tokens after which the device stops decoding the slot,
     padded with -1.
     """
 
@@ -29,6 +29,7 @@ class DecodeState(NamedTuple):
     stops_BN: Any
 
 
+STOPS = 8  # Stop tokens per slot that the device knows. The host drops what is decoded after any other.
 _SAMPLING = ("level", "return_support")
 
 

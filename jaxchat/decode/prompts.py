@@ -1,7 +1,7 @@
 """Sizes of an engine, and prefill: prompts are read in chunks of fixed lengths, after their longest stored prefix."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,8 +139,9 @@ def read(
     plan: Plan,
     *,
     rows: int,
-) -> tuple[Cache, jax.Array]:
-    """Prefills prompts that have the same plan; returns their cache, one row each, and the logits after each, (R, V).
+) -> Iterator[tuple[Cache, jax.Array] | None]:
+    """Prefills prompts that have the same plan, one chunk each per iteration. Yields None until the last chunk, then
+    their cache, one row each, and the logits after each, (R, V).
 
     `found` are their prefixes in the prefix cache (see `Prefixes.find`).
     """
@@ -153,7 +154,7 @@ def read(
             source = source._replace(length_B=length_1, last_B=last_1)
             cache = programs.seat(cache, source, np.zeros(1, np.int32), np.array([row], np.int32))
     logits_RV = jnp.zeros((rows, transformer.config.vocab), jnp.float32)
-    for size in plan.chunks:
+    for left, size in zip(reversed(range(len(plan.chunks))), plan.chunks):
         chunk = next_chunk(prompts, done, rows=rows, size=size)
         cache, logits_RV = programs.prefill(transformer, params, *chunk, cache, logits_RV)
-    return cache, logits_RV
+        yield None if left else (cache, logits_RV)

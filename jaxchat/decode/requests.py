@@ -1,6 +1,7 @@
 """Requests to the engine, completions that it returns, and incremental conversion of tokens to text."""
 
 import codecs
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,6 +46,7 @@ class Completion:
 
     Attributes:
         text: the answer, without special tokens and without the stop text.
+        shown: the same for people: tool calls and results are marked, `[9 - 4 = 5] The answer is 5.`
         tokens: its tokens, including the stop token.
         logprobs: log-probability of each token under the model; 0 for tool output.
         sampling_logprobs: log-probability of each token under the sampling distribution; 0 for tool output.
@@ -67,6 +69,7 @@ class Completion:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     error: str | None = None
+    shown: str = ""
     support: np.ndarray | None = field(default=None, compare=False)
 
 
@@ -76,22 +79,46 @@ def check_finite(completions: Iterable[Completion]) -> None:
         raise UserError(NOT_FINITE)
 
 
+# What `TextStream.shown` has at a border in an answer, by the part before it and what begins there: a call, the end of
+# one, its result, the end of that, or text.
+_MARKS = {
+    ("", "call"): "[",
+    ("call", "called"): "",
+    ("called", "call"): "] [",
+    ("called", "result"): " = ",
+    ("called", ""): "] ",
+    ("", "result"): "[= ",
+    ("result", "done"): "] ",
+}
+
+
 class TextStream:
     """Converts tokens to text incrementally; holds back incomplete characters and text that may begin a stop text.
 
-    A character that is still incomplete at the end is dropped.
+    `text` has no trace of special tokens; `shown`, what people see, has tool calls with results as `[9 - 4 = 5] `. A
+    character that is still incomplete at the end is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.text, self.stopped = "", False
+        self.text, self.shown, self.stopped = "", "", False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pending = ""
+        self._part, self._last_mark = "", ""
+        self._marks: deque[tuple[int, str]] = deque()  # Each with its place in `text`.
+        self._borders = {
+            tokenizer.specials[special]: name
+            for marks in tokenizer.chat_format.parts.values()
+            for special, name in zip(
+                (marks.begin, marks.end), ("call", "called") if marks.in_loss else ("result", "done")
+            )
+        }
 
     def add(self, token: int) -> str:
-        """Adds a token; returns the new text that is certain. Sets `stopped` once a stop text is complete."""
+        """Adds a token; returns what is new in `shown`. Sets `stopped` once a stop text is complete."""
         if self.stopped:
             return ""
+        self._note(self._borders.get(token, ""))
         self._pending += self._decoder.decode(self._tokenizer.decode_bytes([token]))
         starts = [at for at in (self._pending.find(text) for text in self._stop) if at >= 0]
         if starts:
@@ -102,13 +129,30 @@ class TextStream:
         return self._release(certain)
 
     def finish(self) -> str:
-        """Returns the text that was held back, at the end of the answer."""
-        return self._release(len(self._pending))
+        """Returns what was held back, at the end of the answer."""
+        held = self._release(len(self._pending))
+        end = "]" if self._last_mark and not self._last_mark.endswith("] ") else ""
+        self.shown += end
+        return held + end
+
+    def _note(self, border: str) -> None:
+        """Queues the mark at a border of parts, if there is one here."""
+        mark = _MARKS.get((self._part, border))
+        if mark is not None:
+            self._part = "" if border == "done" else border
+            self._marks.append((len(self.text) + len(self._pending), mark))
 
     def _release(self, certain: int) -> str:
         new, self._pending = self._pending[:certain], self._pending[certain:]
+        start, at, shown = len(self.text), 0, ""
         self.text += new
-        return new
+        while self._marks and self._marks[0][0] <= len(self.text):
+            place, mark = self._marks.popleft()
+            shown += new[at : place - start] + mark
+            at, self._last_mark = place - start, mark or self._last_mark
+        shown += new[at:]
+        self.shown += shown
+        return shown
 
     def _partial_stop(self) -> int:
         """Number of characters at the end of the pending text that may begin a stop text."""

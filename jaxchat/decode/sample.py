@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxchat.decode.programs import STOPS
 from jaxchat.decode.requests import Completion, Request, TextStream, Tool
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.tokenizer import Tokenizer
@@ -59,9 +60,10 @@ class Sample:
         return len(self.prompt) + len(self.tokens) - 1
 
     @property
-    def pauses(self) -> set[int]:
-        """Stop tokens and ends of tool calls: the device stops decoding the slot when it samples one."""
-        return self.stops | {self._tokenizer.specials[self._parts[tool.call_part].end] for tool in self.request.tools}
+    def pauses(self) -> list[int]:
+        """Ends of tool calls, and stop tokens up to STOPS in all: the device stops decoding the slot at one."""
+        calls = {self._tokenizer.specials[self._parts[tool.call_part].end] for tool in self.request.tools}
+        return [*sorted(calls), *sorted(self.stops - calls)[: max(0, STOPS - len(calls))]]
 
     @property
     def returns_support(self) -> bool:
@@ -78,8 +80,7 @@ class Sample:
         if forced:
             token = self.forced.popleft()
         elif not math.isfinite(float(logprob) + float(sampling_logprob)):
-            self.error = NOT_FINITE
-            self._finish("error")
+            self.fail(NOT_FINITE)
             return
         elif not self.tokens:
             self._first = time.perf_counter()
@@ -116,15 +117,14 @@ class Sample:
                 output = tool(self._tokenizer.decode(call))
                 output_tokens = None if output is None else self._tokenizer.encode(output)
             except Exception as error:  # Tools are user code; an error ends this sample only.
-                self.error = f"the tool {type(tool).__name__} failed: {error}"
-                self._finish("error")
+                self.fail(f"the tool {type(tool).__name__} failed: {error}")
                 return
             if output_tokens is not None:
                 marks = self._parts[tool.output_part]
                 self.forced.extend([specials[marks.begin], *output_tokens, specials[marks.end]])
 
     def take_text(self) -> str:
-        """Returns the text that was added since the last call."""
+        """Returns the text that was added since the last call, with tool calls marked as in `Completion.shown`."""
         text = "".join(self._unread)
         self._unread.clear()
         return text
@@ -134,6 +134,11 @@ class Sample:
         if not self.finish_reason:
             self._finish("cancelled")
 
+    def fail(self, reason: str) -> None:
+        """Ends the sample with an error."""
+        self.error = reason
+        self._finish("error")
+
     def _finish(self, reason: str) -> None:
         self._end = time.perf_counter()
         self._unread.append(self._stream.finish())
@@ -142,6 +147,7 @@ class Sample:
     def completion(self) -> Completion:
         return Completion(
             text=self._stream.text,
+            shown=self._stream.shown,
             tokens=tuple(self.tokens),
             logprobs=tuple(self._logprobs),
             sampling_logprobs=tuple(self._sampling_logprobs),

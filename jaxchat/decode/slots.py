@@ -38,7 +38,6 @@ class Slots:
         speculation: Speculation | None = None,
         draft: tuple[Transformer, Params] | None = None,
     ) -> None:
-        self.samples: list[Sample | None] = []
         self._transformer, self._shape, self._speculation = transformer, shape, speculation
         self._draft = None if draft is None else draft[0]
         self._draft_params = None if draft is None else draft[1]
@@ -48,13 +47,16 @@ class Slots:
             self._longest_chunk = max(self._write, min(shape.prefill_chunk, shape.length))
             self._most_new = max(shape.steps, speculation.rounds * self._write)
             self._acceptance = AcceptanceTracker(speculation.least)
-        self._draft_cache: Cache | None = None
-        if self._draft is not None:
-            self._draft_cache = programs.empty(self._draft, shape.slots, shape.length, self._longest_chunk)
-        self._drafted = [0] * shape.slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops all samples and frees the caches."""
+        self.samples: list[Sample | None] = []
+        self._drafted = [0] * self._shape.slots
         """Number of positions of each slot in the draft model's cache."""
         self._length = 0
         self._cache: Cache | None = None
+        self._draft_cache: Cache | None = None
         self._history: History | None = None
         self._rows: Rows | None = None
         """Sampling parameters on the device. They are sent only when samples enter, because sending them at every
@@ -86,6 +88,8 @@ class Slots:
             return
         if self._cache is None:
             self._cache, self.samples = programs.empty(self._transformer, slots, length, self._write), [None] * slots
+            if self._draft is not None:
+                self._draft_cache = programs.empty(self._draft, slots, length, self._longest_chunk)
         else:
             order = list(range(len(self.samples)))
             if slots < len(order):
@@ -128,8 +132,8 @@ class Slots:
         assert self._cache is not None
         B, K = len(self.samples), self._shape.steps
         position, token, limit = np.full(B, -1, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
-        pauses = [sorted(sample.pauses) if sample else [] for sample in self.samples]
-        stops = np.full((B, max(4, *map(len, pauses))), -1, np.int32)
+        pauses = [sample.pauses if sample else [] for sample in self.samples]
+        stops = np.full((B, max(programs.STOPS, *map(len, pauses))), -1, np.int32)
         forced = np.full((K, B), -1, np.int32)
         for slot, sample in enumerate(self.samples):
             if sample is not None:
