@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import decoding, options, report, rl, timing, training
-from jaxchat import command_line, compilation, errors, launcher, serialization, signals
+from jaxchat import command_line, compilation, devices, errors, launcher, serialization, signals
 from jaxchat.experiment import Experiment
 from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING, kernel_calls
 from jaxchat.model.kernels import BACKENDS
@@ -101,7 +101,7 @@ def attention(run: Run) -> Cases:
     e, bench = run.experiment(), run.bench
     call = max(kernel_calls(e.model), key=lambda call: call.window or 0)
     B, T, H, D = bench.rows, e.data.row_length, call.heads, call.head_dim
-    dtype, keys = compilation.compute_dtype(e, jax.devices()[0], launcher.log), jax.random.split(jax.random.key(0), 4)
+    dtype, keys = devices.compute_dtype(e.dtype, jax.devices()[0], launcher.log), jax.random.split(jax.random.key(0), 4)
     arguments = [jax.random.normal(key, (B, T, H, D), dtype) for key in keys]
     segments_BT = jnp.broadcast_to(jnp.arange(T) // min(training.DOCUMENT, T // 2), (B, T)).astype(jnp.int32)
     names = [name for name in BACKENDS if name in ("xla", "xla_remat", PREFERRED.get(jax.default_backend()))]
@@ -123,7 +123,7 @@ def attention_flops(B: int, T: int, H: int, D: int, *, window: int | None) -> fl
 def loss(run: Run) -> Cases:
     """The loss in chunks of several sizes, the last of which builds every logit at once; gradients included."""
     e, B, keys = run.experiment(), run.bench.rows, jax.random.split(jax.random.key(1), 3)
-    c, T, dtype = e.model, e.data.row_length, compilation.compute_dtype(e, jax.devices()[0], launcher.log)
+    c, T, dtype = e.model, e.data.row_length, devices.compute_dtype(e.dtype, jax.devices()[0], launcher.log)
     head_MV = 0.02 * jax.random.normal(keys[1], (c.width, c.padded_vocab), jnp.float32)
     targets_BT = jax.random.randint(keys[2], (B, T), 0, c.vocab, jnp.int32)
     arguments = [jax.random.normal(keys[0], (B, T, c.width), dtype), head_MV, targets_BT, jnp.ones((B, T))]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import options, peer, report, timing
-from jaxchat import compilation, devices, launcher
+from jaxchat import devices, launcher
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams, choose, pack
@@ -35,7 +35,7 @@ def random_prompts(vocab: int, rows: int, tokens: int) -> list[list[int]]:
 
 def random_model(e: Experiment) -> tuple[Transformer, Any]:
     """The model, with weights of ordinary size everywhere; fresh ones have zeros, which make all tokens alike."""
-    transformer = Transformer(e.model, compilation.compute_dtype(e, jax.devices()[0], launcher.log))
+    transformer = Transformer(e.model, devices.compute_dtype(e.dtype, jax.devices()[0], launcher.log))
     leaves, tree = jax.tree.flatten(transformer.shapes())
     scale = lambda shape: 1.0 if len(shape) < 2 else max(shape[-2:]) ** -0.5  # noqa: E731
     draw = lambda i, shape: scale(shape) * jax.random.normal(jax.random.key(e.seed + i), shape)  # noqa: E731

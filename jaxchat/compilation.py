@@ -72,16 +72,6 @@ def prepare_backend(experiment: Experiment) -> None:
     jax.config.update("jax_compilation_cache_dir", str((experiment.cache_directory / "xla").absolute()))
 
 
-def compute_dtype(experiment: Experiment, device: Any, log: Log) -> Any:
-    """The experiment's dtype; "auto" is bfloat16 on accelerators that compute fast in it, float32 elsewhere."""
-    if experiment.dtype != "auto":
-        return jnp.dtype(experiment.dtype)
-    if device.platform == "gpu" and (devices.capability(device) or 8.0) < 8.0:
-        log(f"{device.device_kind} has no fast bfloat16: computing in float32")
-        return jnp.dtype("float32")
-    return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
-
-
 def warn_of_float8(experiment: Experiment, device: Any, log: Log) -> None:
     """Logs a warning if float8 products are not faster: TPUs before the seventh, GPUs before capability 8.9."""
     slow = device.device_kind.startswith("TPU v") or (devices.capability(device) or 9.0) < 8.9
@@ -89,20 +79,21 @@ def warn_of_float8(experiment: Experiment, device: Any, log: Log) -> None:
         log(f"warning: {device.device_kind} has no float8 units: --matmul=float8 rounds like float8 but is not faster")
 
 
-def make_setup(experiment: Experiment, log: Log, devices: Sequence[Any] | None = None) -> Setup:
-    """Derives mesh, model, optimizer and placements. `devices` (default: JAX's) may be absent ones, to compile for."""
+def make_setup(experiment: Experiment, log: Log, targets: Sequence[Any] | None = None) -> Setup:
+    """Derives mesh, model, optimizer and placements. `targets` (default: JAX's devices) may be absent ones, to compile
+    for."""
     rows = experiment.batch_rows if experiment.micro_rows == "auto" else experiment.micro_rows
-    devices = list(jax.devices() if devices is None else devices)
-    dtype, length = compute_dtype(experiment, devices[0], log), experiment.data.row_length
-    warn_of_float8(experiment, devices[0], log)
+    targets = list(jax.devices() if targets is None else targets)
+    dtype, length = devices.compute_dtype(experiment.dtype, targets[0], log), experiment.data.row_length
+    warn_of_float8(experiment, targets[0], log)
     attention = choose_attention(
-        experiment.attention, experiment.model, length=length, dtype=dtype, device=devices[0], log=log
+        experiment.attention, experiment.model, length=length, dtype=dtype, device=targets[0], log=log
     )
     transformer = Transformer(experiment.model, dtype, attention)
     try:
-        mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=devices)
-        if mesh.size < len(devices) and processes.joined_count() > 1:
-            part = f"{mesh.size} of the {len(devices)} devices of {processes.joined_count()} processes"
+        mesh = sharding.make_mesh(experiment.mesh, rows=rows, devices=targets)
+        if mesh.size < len(targets) and processes.joined_count() > 1:
+            part = f"{mesh.size} of the {len(targets)} devices of {processes.joined_count()} processes"
             raise ValueError(f"the mesh uses {part}, but every device must take part: leave out --mesh.data")
         axes = transformer.axes()
         tx = optim.make(experiment.optimizer, transformer.specs(), steps=experiment.steps, dtype=transformer.dtype)
@@ -123,7 +114,7 @@ def compile_step(setup: Setup, log: Log) -> Compiled:
         OutOfMemory: no micro-batch fits.
     """
     e = setup.experiment
-    limit = MEMORY_SHARE * min(processes.gather(devices.memory_limit(jax.local_devices()[0])))
+    limit = MEMORY_SHARE * min(processes.gather(devices.memory_limit(jax.local_devices()[0]))) - reference_bytes(setup)
     start, state = time.perf_counter(), state_bytes(setup)
     if e.micro_rows == "auto" and state > limit:
         needs = f"the training state needs {state / 2**30:.1f} GiB of a device's {limit / 2**30:.1f}"
@@ -175,7 +166,17 @@ def compile_lowered(lowered: Any, setup: Setup, log: Log) -> tuple[Any, float]:
 
 def state_bytes(setup: Setup) -> float:
     """Bytes per device of the training state."""
-    leaves = jax.tree.leaves(setup.abstract)
+    return _bytes_per_device(setup.abstract)
+
+
+def reference_bytes(setup: Setup) -> float:
+    """Bytes per device of the KL reference of RL, which lies beside the step. Engines free theirs before a step."""
+    e = setup.experiment
+    return 0.0 if e.rl is None or e.rl.kl is None else _bytes_per_device(setup.abstract.params)
+
+
+def _bytes_per_device(tree: Any) -> float:
+    leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -1,14 +1,15 @@
 """Facts about devices: peak FLOPs and bandwidth, memory, compute capability."""
 
 import math
-import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxchat.machine import memory
 
 # Dense bfloat16 FLOPs per second and memory bytes per second of one device (None: not known), from Google Cloud's TPU
 # pages and NVIDIA's data sheets, by prefix of JAX's device_kind.
@@ -52,6 +53,17 @@ def capability(device: Any) -> float | None:
         return None
 
 
+def compute_dtype(dtype: str, device: Any, log: Callable[[str], None] = lambda text: None) -> Any:
+    """The type of activations and products on a device, in training and afterwards: `dtype` of an experiment, or for
+    "auto" bfloat16 on accelerators that compute fast in it, float32 elsewhere."""
+    if dtype != "auto":
+        return jnp.dtype(dtype)
+    if device.platform == "gpu" and (capability(device) or 8.0) < 8.0:
+        log(f"{device.device_kind} has no fast bfloat16: computing in float32")
+        return jnp.dtype("float32")
+    return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
+
+
 def _peaks(device: Any) -> tuple[float | None, float | None]:
     """The entry whose key is the longest prefix of the device's kind."""
     known = [kind for kind in PEAKS if device.device_kind.startswith(kind)]
@@ -84,4 +96,4 @@ def memory_limit(device: Any) -> int:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return memory() // jax.local_device_count()

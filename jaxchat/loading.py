@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxchat import checkpoint, sharding
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.speculative import Speculation
+from jaxchat.devices import compute_dtype
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.model.transformer import Params, Transformer
@@ -25,9 +25,8 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
     def transformer(self) -> Transformer:
-        """The model, in float32 on a CPU or if it was trained in float32, otherwise in bfloat16."""
-        wide = jax.devices()[0].platform == "cpu" or self.experiment.dtype == "float32"
-        return Transformer(self.experiment.model, jnp.float32 if wide else jnp.bfloat16)
+        """The model, in the type that training would compute in on this device."""
+        return Transformer(self.experiment.model, compute_dtype(self.experiment.dtype, jax.devices()[0]))
 
     def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
         """Loads the parameters in float32, on the first local device or sharded over a mesh for decoding.

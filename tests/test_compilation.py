@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxchat import command_line, compilation, devices, xla
+from jaxchat import command_line, compilation, devices, loading, xla
 from jaxchat.errors import UserError
 from jaxchat.model import Float8
+from jaxchat.rl.settings import RL
 
 
 def setup(**changes):
@@ -193,3 +194,39 @@ def test_products_in_float8_that_gain_nothing_are_told_of(kind, capability, slow
     assert bool(said) == slow and all(kind in line for line in said)
     compilation.warn_of_float8(plain, device, said.append)
     assert len(said) == slow
+
+
+def test_the_reference_of_rl_takes_memory_beside_the_step(memory, monkeypatch):
+    memory(600)
+    params = {
+        "w": jax.ShapeDtypeStruct((2, 25), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    }
+
+    def with_rl(kl):
+        made = setup(rl=RL(prompts=3, samples=4, kl=kl))
+        made.abstract = SimpleNamespace(params=params)
+        return compilation.compile_step(made, lambda text: None).rows
+
+    assert [with_rl(kl) for kl in (None, 0.0, 0.1)] == [6, 4, 4], "of 600 bytes, 200 are the reference's"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "capability", "expected"),
+    [
+        ("auto", "cpu", None, "float32"),
+        ("auto", "tpu", None, "bfloat16"),
+        ("auto", "gpu", "9.0", "bfloat16"),
+        ("auto", "gpu", "7.5", "float32"),
+        ("float32", "gpu", "9.0", "float32"),
+        ("bfloat16", "gpu", "7.5", "bfloat16"),
+        ("bfloat16", "cpu", None, "bfloat16"),
+    ],
+)
+def test_a_model_is_used_in_the_type_that_it_is_trained_in(monkeypatch, dtype, platform, capability, expected):
+    device = SimpleNamespace(platform=platform, device_kind="a device", compute_capability=capability)
+    said: list[str] = []
+    e = dataclasses.replace(setup().experiment, dtype=dtype)
+    assert devices.compute_dtype(e.dtype, device, said.append) == expected
+    assert len(said) == (dtype == "auto" and capability == "7.5")
+    monkeypatch.setattr(loading.jax, "devices", lambda: [device])
+    assert loading.Loaded(None, 0, e, None).transformer().dtype == expected

@@ -48,7 +48,10 @@ class Engine:
         self.asked: list[list[Request]] = []
 
     def load(self, params: Any) -> None:
-        self.params = params
+        self.params, self.loaded = params, True
+
+    def unload(self) -> None:
+        self.loaded = False
 
     def generate(self, requests: list[Request]) -> list[list[Completion]]:
         self.asked.append(requests)
@@ -103,7 +106,7 @@ def test_every_answer_lies_in_a_row_with_its_mask_and_its_numbers(task):
     engine = Engine()
     one = stream(task, engine)
     batch, used = one.batch(0, "params")
-    assert engine.params == "params" and batch["tokens"].shape == (6, 2, ROW) and 0 < used <= 6
+    assert engine.params == "params" and not engine.loaded and batch["tokens"].shape == (6, 2, ROW) and 0 < used <= 6
     assert not batch["weights"][used:].any() and not batch["norms"][used:].any()
     flat = {name: column.reshape(-1, ROW) for name, column in batch.items()}
     found = {}
@@ -327,3 +330,24 @@ def test_a_field_overrides_what_the_objective_sets():
     assert RL(objective="rloo", advantage="standard").policy == dataclasses.replace(
         OBJECTIVES["rloo"], advantage="standard"
     )
+
+
+def test_an_answer_is_judged_once_and_together_with_the_others(tmp_path):
+    for number, many in enumerate(
+        (
+            "",
+            "\n    def score_many(self, answers):\n        self.calls.append(len(answers))\n"
+            "        return [RuntimeError('no') if text[0] == '8' else self.score(p, text) for p, text in answers]\n",
+        )
+    ):
+        judged = TASK.replace("    tools = ()", "    tools, calls = (), []") + many
+        judged = judged.replace("right = text", "self.calls.append(1)\n        right = text")
+        (tmp_path / f"judged{number}.py").write_text(judged)
+        one = stream(f"{tmp_path}/judged{number}.py:Digits", rewards=("correct", "lenient"), reward_weights=(1.0, 0.5))
+        one.batch(0, None)
+        calls = one._problems[0][0].calls
+        if many:
+            assert calls[0] == 12 and 0 < len(calls) - 1 == 12 - one.facts["reward_errors"] < 12
+            assert len(said) >= 2 and "reward 'correct' of task digits failed: no" in said[0]
+        else:
+            assert calls == [1] * 12 and one.facts["reward"] == pytest.approx(1.5 * one.facts["reward_correct"])

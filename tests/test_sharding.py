@@ -1,6 +1,7 @@
 """Meshes: the same training on one device and on eight, and a state that is never whole on one of them."""
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec
 from test_train import cut, keep_gradient
 
 from configs import recipe
-from jaxchat import machine, optim, sharding
+from jaxchat import devices, machine, optim, sharding
 from jaxchat.model import GQA, Model, Transformer, ValueEmbedding
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.train import init_state, state_placements, train_step
@@ -195,13 +196,41 @@ def test_host_devices_divide_the_rows(rows: int, cores: int, devices: int, monke
     assert sharding.host_devices(rows) == devices
 
 
-def test_a_cgroups_quota_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
+LIMITS: list[tuple[str, dict[str, str], int, int | None]] = [
+    ("0::/\n", {}, 8, None),
+    ("0::/\n", {"cpu.max": "max 100000\n", "memory.max": "max\n"}, 8, None),
+    ("0::/\n", {"cpu.max": "250000 100000\n", "memory.max": "1048576\n"}, 3, 1 << 20),
+    ("0::/\n", {"cpu.max": "5000 100000\n"}, 1, None),
+    ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": "4096"}, 2, 4096),
+    ("0::/a/b\n", {"memory.max": "9000", "a/memory.max": "4096", "a/b/memory.max": "5000"}, 8, 4096),
+    ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8, None),
+    ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "4096\n"}, 8, 4096),
+    (
+        "3:cpu,cpuacct:/a\n",
+        {"cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "50000"},
+        3,
+        None,
+    ),
+    ("3:cpu,cpuacct:/a\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8, None),
+    ("", {"memory.max": "4096"}, 8, 4096),
+]
+
+
+@pytest.mark.parametrize(("own", "files", "cores", "memory"), LIMITS)
+def test_the_limits_of_a_container_hold(
+    own: str, files: dict[str, str], cores: int, memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN", tmp_path / "self")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    for text, count in ((None, 8), ("max 100000\n", 8), ("250000 100000\n", 3), ("5000 100000\n", 1)):
-        if text is not None:
-            (tmp_path / "cpu.max").write_text(text)
-        assert machine.cores() == count
+    (tmp_path / "self").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.cores() == cores
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.memory() == (memory or whole)
+    assert devices.memory_limit(jax.devices()[0]) == (memory or whole) // 8
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_stays_whole() -> None:

@@ -296,7 +296,7 @@ def test_rewards_tell_their_parts_apart(arithmetic):
     problem = Problem.ask("What is 7 + 5?", "12")
 
     def told(text, reason):
-        return {name: reward(arithmetic, problem, text, reason) for name, reward in REWARDS.items()}
+        return {name: reward(lambda: arithmetic.score(problem, text), text, reason) for name, reward in REWARDS.items()}
 
     assert told("The answer is 12.", "stop") == {"correct": 1, "lenient": 1, "ending": 1, "brevity": 1}
     assert told("12", "length") == {"correct": 0, "lenient": 1, "ending": 0, "brevity": 1}

@@ -88,6 +88,10 @@ class Scorer:
         with self._on_mesh():
             self._params = programs.unstack(self.transformer, params)
 
+    def unload(self) -> None:
+        """Frees the parameters; call `load` before the next items."""
+        self._params = {}
+
     def __call__(self, items: Sequence[Item]) -> list[Scored]:
         """Scores of the items, in the same order."""
         scores = dict(self.stream(items))

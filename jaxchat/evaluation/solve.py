@@ -148,7 +148,7 @@ def _request(
 def judge(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Record]:
     """Records of the texts of answers; anything that the task returns but a Score is an error."""
     records = []
-    for (_, text), score in zip(answers, _scores(task, answers)):
+    for (_, text), score in zip(answers, scores_of(task, answers)):
         if isinstance(score, tuple) and len(score) == 2 and all(part in (False, True) for part in score):
             records.append(Record(text, bool(score[0]), bool(score[1])))
         else:
@@ -158,7 +158,7 @@ def judge(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Record]:
     return records
 
 
-def _scores(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
+def scores_of(task: Task, answers: Sequence[tuple[Problem, str]]) -> list[Any]:
     """What the task returns for each answer, or the exception it raises. Tasks are user code, so any may occur."""
     if hasattr(task, "score_many"):
         try:

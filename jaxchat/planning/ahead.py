@@ -39,6 +39,7 @@ def compiled(e: Experiment, topology: Topology, micro_rows: int, remat: str, log
     setup = compilation.make_setup(changed, lambda _: None, topology.devices())
     # Settings found by a search keep the same reserve as in launch.train; the user's own setting may use all memory.
     limit = topology.chip.memory * (1 if e.micro_rows == micro_rows else compilation.MEMORY_SHARE)
+    limit -= compilation.reference_bytes(setup)
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         program, needed = compilation.compile_lowered(compilation.lower_step(setup, micro_rows), setup, log)
@@ -59,7 +60,8 @@ def best(e: Experiment, topology: Topology, log: Log) -> tuple[Fit | None, list[
     Each remat policy is searched as launch.train searches its micro-batch.
     """
     setup = compilation.make_setup(dataclasses.replace(e, micro_rows="auto"), lambda _: None, topology.devices())
-    state, limit = compilation.state_bytes(setup), topology.chip.memory * compilation.MEMORY_SHARE
+    limit = topology.chip.memory * compilation.MEMORY_SHARE - compilation.reference_bytes(setup)
+    state = compilation.state_bytes(setup)
     tried: list[Fit] = []
     if state > limit:
         log(f"{topology.name}: the training state needs {state / GiB:.2f} GiB of {limit / GiB:.2f} per device")
@@ -98,7 +100,6 @@ def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int
     Raises:
         UserError: the experiment does not fit; the message names the smallest change that does, tested by compiling.
     """
-    e = in_bfloat16(e)
     if e.micro_rows == "auto":
         found, tried = best(e, topology, log)
     else:
@@ -120,11 +121,6 @@ def fit(e: Experiment, topology: Topology, log: Log, *, shallower: Callable[[int
         "tried": [dataclasses.asdict(one) for one in tried],
         "decoding": fit_decoding(e, topology, log),
     }
-
-
-def in_bfloat16(e: Experiment) -> Experiment:
-    """Resolves dtype="auto" to bfloat16, as on an accelerator."""
-    return dataclasses.replace(e, dtype="bfloat16") if e.dtype == "auto" else e
 
 
 def remedy(
@@ -150,7 +146,7 @@ def remedy(
         per_state = min(needed) / whole * e.mesh.split
     for depth in range(e.depth - 1, 0, -1):
         try:
-            smaller = in_bfloat16(dataclasses.replace(shallower(depth), micro_rows="auto"))
+            smaller = dataclasses.replace(shallower(depth), micro_rows="auto")
         except (UserError, ValueError):  # The model or batch of this depth does not divide among the devices.
             continue
         expected = per_state * sum(plan.state_bytes(smaller).values()) / e.mesh.split

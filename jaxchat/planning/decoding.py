@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxchat import compilation, sharding
 from jaxchat.decode import programs
 from jaxchat.decode.sampling import SamplingParams, pack
+from jaxchat.devices import compute_dtype
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
 from jaxchat.model.choice import choose_decoding
@@ -21,17 +22,18 @@ ROWS, STEPS = 64, 8  # Rows per chip, as in RL sampling, and decoding steps per 
 def lower_decode(e: Experiment, topology: Topology, rows: int) -> Any:
     """Lowers the engine's decoding steps for `rows` rows of the experiment's length on all chips.
 
-    Sampling is at temperature 1, in bfloat16, with the attention backend of the chips.
+    Sampling is at temperature 1, with the compute type and the attention backend of the chips.
     """
-    devices, length, dtype = topology.devices(), e.data.row_length, jnp.bfloat16
-    decoding = choose_decoding("auto", e.model, dtype=dtype, device=devices[0], log=log)
+    chips, length = topology.devices(), e.data.row_length
+    dtype = compute_dtype(e.dtype, chips[0])
+    decoding = choose_decoding("auto", e.model, dtype=dtype, device=chips[0], log=log)
     transformer = Transformer(e.model, dtype, decoding=decoding)
-    mesh = make_mesh(Mesh(), rows=0, devices=devices)
+    mesh = make_mesh(Mesh(), rows=0, devices=chips)
     with jax.set_mesh(mesh):
         params = _results(programs.unstack.lower(transformer, _replicated(mesh, transformer.shapes())))
         cache = _results(programs.empty.lower(transformer, rows, length, 1))
         number = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        running = programs.DecodeState(number, number, number, jax.ShapeDtypeStruct((rows, 2), jnp.int32))
+        running = programs.DecodeState(number, number, number, jax.ShapeDtypeStruct((rows, programs.STOPS), jnp.int32))
         sampled = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, pack([(SamplingParams(), 0)] * rows)))
         forced = jax.ShapeDtypeStruct((STEPS, rows), jnp.int32)
         arguments = _replicated(mesh, (running, sampled, forced))

@@ -17,7 +17,7 @@ from jaxchat.objectives.logprobs import score_tokens
 from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.rl.settings import RL
-from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
 from jaxchat.stages.stage import locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
@@ -100,7 +100,7 @@ class Reinforcement:
         """Task scores, and bits per byte of the pretraining text."""
         e, scores = self._setup.experiment, dict[str, Any]()
         if self._text is not None:
-            scores["val_rows"] = self._text.rows_in_all if last else min(e.eval_rows or 2**31, self._text.rows_in_all)
+            scores["val_rows"] = rows_to_score(e, self._text, last=last)
             scores["val_bpb"] = self._text(state.params, scores["val_rows"])
         return scores | self._tasks(state.params)
 

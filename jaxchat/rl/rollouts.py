@@ -22,6 +22,7 @@ from jaxchat.decode.requests import Completion, Request, check_finite
 from jaxchat.decode.sampling import LARGEST, SamplingParams
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, first_line
+from jaxchat.evaluation.solve import scores_of
 from jaxchat.objectives import advantages
 from jaxchat.processes import share_out
 from jaxchat.rl.answers import Columns, answer_of, lay_out, micro_batches
@@ -96,6 +97,7 @@ class RolloutStream:
         rl, start = self._rl, time.perf_counter()
         self._engine.load(self._own_copy(params))
         groups, equal, drawn = self._groups(number)
+        self._engine.unload()
         sampled = time.perf_counter()
         rewards_PG = np.stack([group.rewards_G for group in groups])
         self._check(number, rewards_PG, drawn)
@@ -164,26 +166,30 @@ class RolloutStream:
 
     def _answered(self, drawn: Sequence[Drawn]) -> list[Group]:
         """Samples answers to problems and computes their rewards."""
-        rl, groups = self._rl, list[Group]()
+        rl = self._rl
         sampling = SamplingParams(rl.temperature, **rl.truncation, max_tokens=rl.max_tokens)
         options: dict[str, Any] = {"n": rl.samples, "return_support": rl.truncates}
         requests = [
             Request(prompt, replace(sampling, seed=seed), tools=named_tools(task.tools), **options)
             for task, _, prompt, seed in drawn
         ]
-        for (task, problem, prompt, _), answers in zip(drawn, self._engine.generate(requests)):
+        generated = self._engine.generate(requests)
+        for answers in generated:
             check_finite(answers)
-            # A refused request has a single answer, which holds the error.
-            answers = answers if len(answers) == rl.samples else answers * rl.samples
-            groups.append(self._reward(task, problem, prompt, answers))
-        return groups
+        # A refused request has a single answer, which holds the error.
+        answered = [answers if len(answers) == rl.samples else answers * rl.samples for answers in generated]
+        scores = _judged(drawn, answered)
+        return [
+            self._reward(task, prompt, answers, [scores.get((i, j)) for j in range(len(answers))])
+            for i, ((task, _, prompt, _), answers) in enumerate(zip(drawn, answered))
+        ]
 
-    def _reward(self, task: Task, problem: Problem, prompt: list[int], answers: list[Completion]) -> Group:
+    def _reward(self, task: Task, prompt: list[int], answers: list[Completion], scores: Sequence[Any]) -> Group:
         rl = self._rl
         parts: dict[str, list[float]] = {name: [] for name in dict.fromkeys((*rl.rewards, "correct", "lenient"))}
-        for answer in answers:
+        for answer, score in zip(answers, scores):
             for name, values in parts.items():
-                values.append(self._reward_of(name, task, problem, answer))
+                values.append(self._reward_of(name, task, answer, score))
         rewards_G = np.zeros(len(answers))
         for name, weight in zip(rl.rewards, rl.reward_weights):
             rewards_G += weight * np.array(parts[name])
@@ -194,12 +200,19 @@ class RolloutStream:
             parts["overlong"] = penalty_G.tolist()
         return Group(prompt, answers, rewards_G, parts)
 
-    def _reward_of(self, name: str, task: Task, problem: Problem, answer: Completion) -> float:
-        """One reward of an answer; NaN with a warning if it fails or is too large for float32."""
+    def _reward_of(self, name: str, task: Task, answer: Completion, score: Any) -> float:
+        """One reward of an answer with a score (or the exception of its judge); NaN with a warning if it fails or is
+        too large for float32."""
+
+        def given() -> Any:
+            if isinstance(score, Exception):
+                raise score
+            return score
+
         try:
             if answer.error:
                 raise ValueError(answer.error)
-            value = float(REWARDS[name](task, problem, answer.text, answer.finish_reason))
+            value = float(REWARDS[name](given, answer.text, answer.finish_reason))
             most = LARGEST / max(1, *map(abs, self._rl.reward_weights))
             if not abs(value) <= most:
                 raise ValueError(f"it returned {value}, which is not from -{most:g} to {most:g}")
@@ -242,6 +255,17 @@ class RolloutStream:
             for i in range(0, len(columns["tokens"]), size)
         ]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _judged(drawn: Sequence[Drawn], answered: Sequence[Sequence[Completion]]) -> dict[tuple[int, int], Any]:
+    """What the tasks return for each answer, or the exception they raise, by problem and sample, in one call per task;
+    an answer with an error is not judged."""
+    scores: dict[tuple[int, int], Any] = {}
+    for task in {id(task): task for task, *_ in drawn}.values():
+        own = [i for i, (other, *_) in enumerate(drawn) if other is task]
+        places = [(i, j) for i in own for j, answer in enumerate(answered[i]) if answer.error is None]
+        scores |= zip(places, scores_of(task, [(drawn[i][1], answered[i][j].text) for i, j in places]))
+    return scores
 
 
 def _usable_problems(

@@ -14,7 +14,7 @@ from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
-from jaxchat.stages.scores import TaskScores, pretrained_text
+from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -67,12 +67,11 @@ class FromText:
         """Bits per byte of text, the loss on held-out conversations (SFT), and the task scores."""
         e, scores = self._experiment, dict[str, Any]()
         if self._text is not None:
-            # Never more rows than the run trains on, so that a short trial of a large model ends soon.
-            wanted = self._text.rows_in_all if last or not e.eval_rows else min(e.eval_rows, self._text.rows_in_all)
-            scores["val_rows"] = min(wanted, e.steps * e.batch_rows)
+            scores["val_rows"] = rows_to_score(e, self._text, last=last)
             scores["val_bpb"] = self._text(state.params, scores["val_rows"])
         if self._loss is not None:
-            scores["val_loss"] = self._loss(state.params)
+            scores["val_loss_rows"] = rows_to_score(e, self._loss, last=last)
+            scores["val_loss"] = self._loss(state.params, scores["val_loss_rows"])
         return scores | self._tasks(state.params)
 
     numbers = None

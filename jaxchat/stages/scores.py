@@ -46,6 +46,13 @@ def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Lo
     )
 
 
+def rows_to_score(e: Experiment, held_out: HeldOut, *, last: bool) -> int:
+    """Number of held-out rows to score: `eval_rows`, all for the last time, but never more than the run trains on, so
+    that a short trial of a large model ends soon."""
+    wanted = held_out.rows_in_all if last or not e.eval_rows else min(e.eval_rows, held_out.rows_in_all)
+    return min(wanted, e.steps * e.batch_rows)
+
+
 class TaskScores:
     """Scores parameters on the tasks of an experiment, each time on the same problems with the same noise.
 
@@ -85,6 +92,9 @@ class TaskScores:
                 scores |= self._solved(params, job.task)
         if any(not isinstance(job, Solving) for job in self._jobs):
             scores |= self._answered(params)
+        for part in (self._engine, self._scorer):  # Training needs the memory.
+            if part is not None:
+                part.unload()
         return scores
 
     def _solved(self, params: Params, task: Task) -> dict[str, float]:

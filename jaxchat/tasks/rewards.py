@@ -1,29 +1,32 @@
-"""Reward functions: each maps (task, problem, text, finish reason) to a number."""
+"""Reward functions: each maps (score, text, finish reason) of an answer to a number.
+
+The score is a function without arguments; it raises what the task raised.
+"""
 
 from collections.abc import Callable, Mapping
 
-from jaxchat.tasks.task import Problem, Task
+from jaxchat.tasks.task import Score
 
-Reward = Callable[[Task, Problem, str, str], float]
+Reward = Callable[[Callable[[], Score], str, str], float]
 SHORT = 500  # characters
 
 
-def correct(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
+def correct(score: Callable[[], Score], text: str, finish_reason: str) -> float:
     """1 for a right answer in the format that the task requires."""
-    return float(task.score(problem, text).strict)
+    return float(score().strict)
 
 
-def lenient(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
+def lenient(score: Callable[[], Score], text: str, finish_reason: str) -> float:
     """1 for a right answer in any format."""
-    return float(task.score(problem, text).lenient)
+    return float(score().lenient)
 
 
-def ending(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
+def ending(score: Callable[[], Score], text: str, finish_reason: str) -> float:
     """1 for an answer that ends with a stop token instead of being cut off."""
     return float(finish_reason == "stop")
 
 
-def brevity(task: Task, problem: Problem, text: str, finish_reason: str) -> float:
+def brevity(score: Callable[[], Score], text: str, finish_reason: str) -> float:
     """1 for an answer of fewer than 500 characters, right or wrong."""
     return float(len(text) < SHORT)
 
