@@ -1,13 +1,17 @@
 """The modes of launch.chat: answers to a prompt, beam search, an explanation, a score, or a conversation."""
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from jaxchat import checkpoint
+from jaxchat.data.cache import read_json
 from jaxchat.decode import explain
 from jaxchat.decode.beam import beam_search
 from jaxchat.decode.dialogue import HELP, Dialogue, show, talk
@@ -15,7 +19,7 @@ from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Completion, Request, Tool
 from jaxchat.decode.sampling import PRESETS, SamplingParams
 from jaxchat.decode.speculative import Speculation
-from jaxchat.decode.tools import named_tools
+from jaxchat.decode.tools import named_tools, usable_tools
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.loading import load_engine
@@ -26,7 +30,8 @@ _BEAM_OPTIONS = ("prompt", "beams", "max_tokens", "style")
 
 def run(options: Any) -> dict[str, object] | None:
     """Runs launch.chat; returns the result for the last line of output, None after a conversation read from stdin."""
-    sampling, tools = _sampling(options), named_tools(options.tools)
+    sampling = _sampling(options)
+    named_tools(options.tools or ())
     _check(options)
     if options.num_samples > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
         raise UserError(
@@ -37,6 +42,8 @@ def run(options: Any) -> dict[str, object] | None:
     chats = trained.chats if options.style == "auto" else options.style == "chat"
     if chats and options.prompt == "":
         raise UserError("--prompt is empty: give it a text, or leave it out for a conversation")
+    if options.tools and not chats:
+        raise UserError(f"{directory} continues texts and calls no tools: leave out --tools, or add --style=chat")
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     engine = load_engine(
         options.checkpoint,
@@ -46,20 +53,55 @@ def run(options: Any) -> dict[str, object] | None:
     )
     if options.score is not None:
         return _score(engine, options.score)
+    tools = usable_tools(engine.tokenizer.chat_format) if options.tools is None else named_tools(options.tools)
     if options.prompt is None:
-        _talk(engine, sampling, chats, tools)
+        _talk(engine, sampling, chats, tools, _turns_notice(directory.parent))
         return None
     prompt = _prompt(engine, options.prompt, chats)
     if options.beams:
         return _beams(engine, prompt, options)
-    answers = engine.generate([Request(prompt, sampling, n=options.num_samples, tools=tools)])[0]
-    if answers[0].error:
-        raise UserError(answers[0].error)
+    answers, speed = _answer(engine, Request(prompt, sampling, n=options.num_samples, tools=tools if chats else ()))
     for answer in answers:
-        print(answer.text if chats else options.prompt + answer.text)
+        print(answer.shown if chats else options.prompt + answer.shown)
     if options.explain:
         _explain(engine, prompt, answers[0], sampling)
-    return _report(answers)
+    return _report(answers, speed)
+
+
+def _answer(engine: Engine, request: Request) -> tuple[list[Completion], float | None]:
+    """Answers a request; also returns tokens per second over the steps in which nothing was compiled, None without any.
+
+    Raises:
+        UserError: the request is invalid, or its first sample ended with an error.
+    """
+    samples, tokens, seconds, going = engine.submit(request), 0, 0.0, True
+    with _compilations() as count:
+        while going:
+            before = count(), sum(len(sample.tokens) for sample in samples), time.perf_counter()
+            going = engine.step(interleave=False)
+            if count() == before[0]:
+                tokens += sum(len(sample.tokens) for sample in samples) - before[1]
+                seconds += time.perf_counter() - before[2]
+    answers = [sample.completion() for sample in samples]
+    if answers[0].error:
+        raise UserError(answers[0].error)
+    return answers, tokens / seconds if tokens else None
+
+
+@contextmanager
+def _compilations() -> Iterator[Callable[[], int]]:
+    """Context manager: returns a function that counts the programs traced or compiled since it was entered."""
+    events: list[str] = []
+
+    def note(event: str, duration_secs: float, **about: Any) -> None:
+        if "/compile/" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield lambda: len(events)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def _check(options: Any) -> None:
@@ -94,15 +136,14 @@ def _prompt(engine: Engine, text: str, chats: bool) -> list[int]:
     return [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
 
 
-def _report(answers: Sequence[Completion]) -> dict[str, object]:
-    tokens, seconds = sum(len(answer.tokens) for answer in answers), max(answer.seconds for answer in answers)
+def _report(answers: Sequence[Completion], speed: float | None) -> dict[str, object]:
     report: dict[str, object] = {
-        "text": answers[0].text,
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1),
+        "text": answers[0].shown,
+        "tokens": sum(len(answer.tokens) for answer in answers),
+        "tokens_per_second": None if speed is None else round(speed, 1),
         "finish_reason": answers[0].finish_reason,
     }
-    return report if len(answers) == 1 else report | {"texts": [answer.text for answer in answers]}
+    return report if len(answers) == 1 else report | {"texts": [answer.shown for answer in answers]}
 
 
 def _beams(engine: Engine, prompt: list[int], options: Any) -> dict[str, object]:
@@ -134,12 +175,21 @@ def _score(engine: Engine, text: str) -> dict[str, object]:
     return {"tokens": len(scored), "loss": round(loss, 6), "logprob": round(-loss * len(scored), 6)}
 
 
-def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool]) -> None:
+def _turns_notice(run: Path) -> str:
+    """A sentence for the second question, if SFT in a run directory trained on no conversation of several answers."""
+    manifests = read_json(run / "rows" / "sft-train.json")
+    if not isinstance(manifests, list) or any(part.get("several", 1) for part in manifests):
+        return ""
+    return "note: the model was trained on single questions and may not follow a conversation; /clear starts a new one"
+
+
+def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool], notice: str) -> None:
     """Holds a conversation, or continues texts, one per line of stdin, until an empty line."""
     lines = (line.rstrip("\n") for line in sys.stdin)
     if chats:
         print(HELP, file=sys.stderr)
-        talk(Dialogue(engine, sampling, tools), lines, sys.stdout, sys.stderr)
+        echo = not sys.stdin.isatty()
+        talk(Dialogue(engine, sampling, tools), lines, sys.stdout, sys.stderr, echo=echo, notice=notice)
         return
     print("enter the beginning of a text; an empty line ends", file=sys.stderr)
     for line in lines:
@@ -147,7 +197,7 @@ def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence
             return
         print(line, end="", flush=True)
         try:
-            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling, tools=tools))
+            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling))
             show(engine.follow(sample), sys.stdout, sample.cancel)
         except UserError as error:
             print(f" ({error})", file=sys.stderr)

@@ -37,7 +37,8 @@ class Chat(Truncation):
     """Guess tokens that repeat earlier text; faster for repetitive text, and does not change the tokens."""
     draft: str = ""
     """Checkpoint of a smaller model with the same tokenizer, which guesses tokens for speculative decoding."""
-    tools: tuple[str, ...] = ()  # Tools that a chat model may call: calculator.
+    tools: tuple[str, ...] | None = None
+    """Tools that the model may call; by default a chat model has all (calculator), and `--tools` alone means none."""
 
 
 def main(argv: list[str]) -> dict[str, object] | None:

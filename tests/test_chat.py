@@ -235,7 +235,7 @@ def test_a_dialogue_loses_nothing_to_a_file_that_cannot_be_written(engine: Engin
     dialogue = Dialogue(engine, SHORT)
     lines = [f"/save {file}", "12", "/save a\0b", "/save ~nobody-at-all/x", f"/save {tmp_path}", f"/save {file}"]
     talk(dialogue, iter(lines), io.StringIO(), notes)
-    first, *refusals, last = notes.getvalue().splitlines()
+    first, *refusals, last, _ = notes.getvalue().replace("you: ", "").replace("model: ", "").splitlines()
     assert first == "there is nothing to save yet: send a message first"
     assert len(refusals) == 3 and all("give another path to /save" in refusal for refusal in refusals)
     assert last == f"saved to {file}"
@@ -266,7 +266,7 @@ class Scripted:
 
 def test_a_dialogue_remembers_a_tool_call_as_it_was_written() -> None:
     dialogue = Dialogue(Scripted(3, PS, 4, 5, PE, 0, 0, 0, 7, AE), SHORT, [Five()])  # type: ignore[arg-type]
-    assert "".join(dialogue.answer("12")) == "34557"
+    assert "".join(dialogue.answer("12")) == "3[45 = 5] 7"
     assert [part["text"] for part in dialogue.messages[-1]["content"]] == ["3", "45", "5", "7"]
     assert dialogue.last is not None
     said = [*dialogue.last.prompt, *dialogue.last.tokens]

@@ -41,7 +41,16 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(engine: Engine) -> None:
     out = Impatient()
     talk(stopped, iter(["12", "34"]), out, notes)
     assert signal.getsignal(signal.SIGINT) is before
-    assert notes.getvalue() == "(stopped)\n"
+    assert notes.getvalue() == "you: model: (stopped)\nyou: model: you: \n"
     first, second = (message["content"] for message in stopped.messages[1::2])
     assert whole.messages[1]["content"].startswith(first) and first != whole.messages[1]["content"]
     assert out.getvalue() == f"{first}\n{second}\n"
+
+
+def test_it_is_said_who_speaks_and_once_that_turns_were_single(engine: Engine) -> None:
+    out, notes = io.StringIO(), io.StringIO()
+    talk(Dialogue(engine, SHORT), iter(["12", "/nope", "34", "56"]), out, notes, echo=True, notice="single")
+    first, second, *_ = notes.getvalue().split("/nope is unknown")
+    assert first == "you: 12\nmodel: you: /nope\n"
+    assert second.endswith("you: 34\nsingle\nmodel: you: 56\nmodel: you: \n"), "the notice is not repeated"
+    assert len(out.getvalue().splitlines()) == 3

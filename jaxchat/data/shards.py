@@ -96,6 +96,8 @@ class Counts:
     padding: int = 0
     trained: int = 0
     """Number of training targets."""
+    several: int = 0
+    """Conversations with more than one answer."""
     too_long: int = 0
     """Conversations left out because they do not fit in a row."""
     longest: int = 0
@@ -215,6 +217,7 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
                 counts.notes[note] = counts.notes.get(note, 0) + 1
             ids, mask = data_format.encode(value, tokenizer, everything)
             counts.longest = max(counts.longest, len(ids))
+            counts.several += ids.count(tokenizer.end) > 1
             block.append((np.array(ids, dtype), np.array(mask) if mask else None))
             tokens += len(ids)
             if tokens >= PACKED_TOKENS:

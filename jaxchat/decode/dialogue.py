@@ -82,10 +82,18 @@ class Dialogue:
             raise UserError(f"cannot write {path}: {reason}; give another path to /save") from None
 
 
-def talk(dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO) -> None:
-    """Answers messages and runs commands, one per line, until an empty line; all but answers goes to `notes`."""
-    for line in lines:
-        text = line.strip()
+def talk(
+    dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO, *, echo: bool = False, notice: str = ""
+) -> None:
+    """Answers messages and runs commands, one per line, until an empty line; all but answers goes to `notes`.
+
+    `notes` also says who speaks; with `echo` it has the lines, too. `notice` precedes the second answer.
+    """
+    while True:
+        print("you: ", end="", file=notes, flush=True)
+        text = next(lines, "").strip()
+        if echo or not text:
+            print(text, file=notes)
         if not text:
             return
         command, _, argument = text.partition(" ")
@@ -101,6 +109,10 @@ def talk(dialogue: Dialogue, lines: Iterator[str], out: TextIO, notes: TextIO) -
             elif command.startswith("/"):
                 print(HELP if command == "/help" else f"{command} is unknown; {HELP}", file=notes)
             else:
+                if notice and dialogue.messages:
+                    print(notice, file=notes)
+                    notice = ""
+                print("model: ", end="", file=notes, flush=True)
                 if show(dialogue.answer(text), out, dialogue.stop):
                     print("(stopped)", file=notes)
                 if left_out := dialogue.left_out:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxchat.errors import UserError
+from jaxchat.tokenizer.chat_format import ChatFormat
 
 MOST_CHARACTERS = 256
 MOST_DEPTH = 32
@@ -89,6 +90,12 @@ def _bounded(value: int | float) -> int | float:
 
 
 TOOLS = {"calculator": Calculator}
+
+
+def usable_tools(chat_format: ChatFormat) -> list[Calculator]:
+    """Creates every tool whose parts the chat format has."""
+    tools = [make() for make in TOOLS.values()]
+    return [tool for tool in tools if {tool.call_part, tool.output_part} <= set(chat_format.parts)]
 
 
 def named_tools(names: Sequence[str]) -> list[Calculator]:
