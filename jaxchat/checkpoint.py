@@ -1,9 +1,9 @@
 """Checkpoints with Orbax: asynchronous, atomic, restored under any mesh.
 
 A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; decoding reads only `params`. The
-tokenizer is one directory up, so a run directory moves as one folder. sizes.json holds the size and hash of each
-checkpoint's files, so that a damaged checkpoint is recognised before it is read. It is moved to checkpoints-damaged/
-once an older one has been restored in its place.
+tokenizer is one directory up, so a run directory moves as one folder. A damaged checkpoint is recognised by sizes.json,
+which has the size of its files and the hash of small ones, and by the checksums of its arrays, which are part of facts,
+so that nothing is read twice. It is moved to checkpoints-damaged/ once an older one has been restored in its place.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat import processes
@@ -31,8 +33,10 @@ EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 SIZES = "sizes.json"
+CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
+LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
 
-Files = dict[str, tuple[int, str]]  # Size and hash of a checkpoint's files, by relative name.
+Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's files, by relative name.
 
 
 class Checkpoints:
@@ -48,9 +52,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {first_line(error)}") from error
-        # One thread, so that a checkpoint is hashed after it is committed, in parallel with training.
+        # One thread, so that a checkpoint's files are recorded after it is committed, in parallel with training.
         self._thread = ThreadPoolExecutor(1)
-        self._pending: list[Future[None]] = []  # The last save: committed and, in process 0, hashed.
+        self._pending: list[Future[None]] = []  # The last save: committed and, in process 0, recorded.
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -63,11 +67,11 @@ class Checkpoints:
                 pending.result()
             if step in self._manager.all_steps():
                 return
-            rest = state._replace(params=None)
+            parts = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+            sums = {name: checksums(part) for name, part in parts.items()}
             items = ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(rest._asdict()),
-                facts=ocp.args.JsonSave(facts),
+                **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
+                facts=ocp.args.JsonSave({**facts, CHECKSUMS: sums}),
             )
             self._manager.save(step, args=items)
         self._pending = [self._thread.submit(self._manager.wait_until_finished)]
@@ -105,12 +109,14 @@ class Checkpoints:
             try:
                 processes.everyone(functools.partial(check_files, self.directory, step))
                 read = processes.everyone(functools.partial(self._read, step, abstract))
+                _verify(facts := dict(read.facts), params=read.params, rest=read.rest)
             except (ValueError, OSError) as error:
                 reason = first_line(error)
                 warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({reason}); trying an older one")
                 continue
             self._move_aside([later for later in steps if later > step], warn)
-            return step, abstract._replace(**{**read.rest, "params": read.params}), dict(read.facts)
+            facts.pop(CHECKSUMS, None)
+            return step, abstract._replace(**{**read.rest, "params": read.params}), facts
         if steps:
             problem = f"none of the {len(steps)} checkpoints in {self.directory} can be read"
             raise UserError(f"{problem}: remove that directory to start again")
@@ -158,7 +164,7 @@ class Checkpoints:
 
 
 def record_files(directory: Path, steps: list[int], *, fresh: int) -> None:
-    """Writes sizes.json for the checkpoints in `steps`; hashes only the files of `fresh` and of unrecorded steps."""
+    """Writes sizes.json for the checkpoints in `steps`; reads only the files of `fresh` and of unrecorded steps."""
     known = _read_sizes(directory)
     recorded = {str(step): known.get(str(step)) for step in steps if step != fresh}
     sizes = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
@@ -186,7 +192,48 @@ def check_files(directory: Path, step: int, *, part: str = "") -> None:
 
 def _measure(directory: Path) -> Files:
     paths = _files(directory)
-    return {name: (paths[name].stat().st_size, digest) for name, digest in _hashes(paths).items()}
+    hashes = _hashes({name: path for name, path in paths.items() if path.stat().st_size < LARGE})
+    return {name: (path.stat().st_size, hashes.get(name)) for name, path in paths.items()}
+
+
+def checksums(tree: Any) -> list[int]:
+    """A checksum of the bits of each array of a tree; it does not depend on the sharding."""
+    found: list[int] = np.asarray(_checksums(jax.tree.leaves(tree))).tolist()
+    return found
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    """Sums of bits * (2 * index + 1) modulo 2^32, (leaves,): a change of one element never leaves a sum the same."""
+
+    def add(x: jax.Array) -> jax.Array:
+        bits = (
+            x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        )
+        weight, stride = jnp.ones(x.shape, jnp.uint32), 2
+        for axis in reversed(range(x.ndim)):
+            weight += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+
+    return jnp.stack([add(x) for x in leaves])
+
+
+def _verify(facts: dict[str, Any], **parts: Any) -> None:
+    """Raises ValueError naming an array of params or rest that differs from what was saved. Checkpoints of earlier
+    versions have no checksums, but hashes of all files."""
+    for part, tree in parts.items():
+        if (saved := facts.get(CHECKSUMS, {}).get(part)) is not None:
+            paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+            for path, before, now in zip(paths, saved, checksums(tree), strict=True):
+                if before != now:
+                    raise ValueError(f"{part}{path} does not match its recorded checksum")
+
+
+def _read_facts(directory: Path, step: int) -> dict[str, Any]:
+    """The facts of a checkpoint in a stage directory; empty if there are none that can be read."""
+    value = read_json(directory / CHECKPOINTS / str(step) / "facts" / "metadata")
+    return value if isinstance(value, dict) else {}
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -206,10 +253,12 @@ def _hashes(paths: dict[str, Path]) -> dict[str, str]:
 
 
 def params_hash(directory: Path, step: int) -> str:
-    """Hash of the parameter files of a checkpoint in a stage directory, from sizes.json if they are recorded there."""
+    """Hash of the parameters of a checkpoint in a stage directory: of their checksums, or of their files if a version
+    without checksums wrote them."""
     checkpoints, part = directory / CHECKPOINTS, "params/"
     recorded = _read_sizes(checkpoints).get(str(step)) or {}
     hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
+    hashes = _read_facts(directory, step).get(CHECKSUMS, {}).get("params") or hashes
     if not hashes:
         paths = _files(checkpoints / str(step))
         hashes = _hashes({name: path for name, path in paths.items() if name.startswith(part)})
@@ -277,7 +326,9 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     with ocp.StandardCheckpointer() as reader:
         try:
             check_files(checkpoints, step, part=f"{part}/")
-            return reader.restore(checkpoints / str(step) / part, abstract)
+            tree = reader.restore(checkpoints / str(step) / part, abstract)
+            _verify(_read_facts(directory, step), **{part: tree})
+            return tree
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
             raise ValueError(first_line(error)) from error
 
