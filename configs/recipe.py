@@ -337,12 +337,15 @@ def _july2026(dial: Dial) -> Model:
             value_embedding=ValueEmbedding() if layer % 2 == (dial.depth - 1) % 2 else None,
         )
 
-    period = 4 if dial.depth % 4 == 0 else dial.depth
+    # A scan needs equal repeats; shallower models, which are unrolled, keep parameters of one stack per layer.
+    period = 4 if dial.depth % 4 == 0 or _loop(dial) == "scan" else dial.depth
+    layers = [Layer(mixer(i), ReluSquared(4 * M)) for i in range(dial.depth)]
     return Model(
         vocab=dial.vocab,
         width=M,
         depth=dial.depth,
-        pattern=tuple(Layer(mixer(i), ReluSquared(4 * M)) for i in range(period)),
+        pattern=tuple(layers[:period]),
+        tail=tuple(layers[dial.depth - dial.depth % period :]),
         residual_scales=ResidualScales(),
         smear=Smear(),
         backout=Backout(),

@@ -8,7 +8,7 @@ calculator, mixed with some pretraining text. RL trains on sums with new numbers
     python -m launch.train --config=configs/tiny.py
     python -m launch.train --config=configs/tiny.py:sft
     python -m launch.train --config=configs/tiny.py:rl
-    python -m launch.chat --checkpoint=runs/tiny/rl --prompt="What is 7 + 5?" --tools calculator
+    python -m launch.chat --checkpoint=runs/tiny/rl --prompt="What is 7 + 5?"
 """
 
 from configs.recipe import Dial, chosen, dials, family, pretrain, rl, sft

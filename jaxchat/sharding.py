@@ -203,6 +203,14 @@ def device_count() -> int:
     return 1 if mesh.empty else mesh.size
 
 
+def platform() -> str:
+    """Platform that the current program is for: that of the mesh's devices, which may be absent (`launch.plan`), or
+    without a mesh JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
 def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = TRAIN_RULES) -> Any:
     """Shardings for a tree of shapes and its tree of logical axes. Raises ValueError if a size does not divide."""
 

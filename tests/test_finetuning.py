@@ -1,10 +1,12 @@
 """SFT and RL: where they start, what they are scored on, and that a run which was stopped ends as one that was not."""
 
+import dataclasses
 import json
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.stages import running
+from jaxchat.stages.scores import rows_to_score
 
 
 def flags(place: Path, stage: str, name: str = "road", **changes) -> list[str]:
@@ -254,3 +257,22 @@ def test_text_among_conversations_is_learned_whole(place):
     found = [path for path in (place / "cache/rows").iterdir() if Rows(path).manifest["spec"].startswith("text:")]
     ids_RS, flags_RS = Rows(found[0]).read([0])
     assert np.count_nonzero(flags_RS & 2) > 0.9 * ids_RS.size
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rl"])
+def test_every_evaluation_on_held_out_rows_is_bounded(stage):
+    """By eval_rows at intervals, and always by what the run trains on."""
+    e = command_line.load([f"--config=configs/tiny.py:{stage}", "--steps=20", "--eval_rows=5"])
+    for in_all, rows in ((3, (3, 3)), (100, (5, 100)), (10**6, (5, 20 * e.batch_rows))):
+        held_out = SimpleNamespace(rows_in_all=in_all)
+        assert tuple(rows_to_score(e, held_out, last=last) for last in (False, True)) == rows
+    every = dataclasses.replace(e, eval_rows=0)
+    assert rows_to_score(every, SimpleNamespace(rows_in_all=30), last=False) == 30
+
+
+def test_the_loss_on_held_out_conversations_takes_as_many_rows_as_asked(place):
+    with_base(place, "bounded")
+    changes = {"steps": 4, "eval_every": 2, "eval_rows": 1, "data.val": "tinyworld:chat:60"}
+    told = run(place, "sft", "bounded", **changes)
+    rows = [line["val_loss_rows"] for line in records(place / "runs/bounded/sft") if "val_loss" in line]
+    assert rows == [told["val_loss_rows"], 1, told["val_loss_rows"]] and 1 < told["val_loss_rows"] <= 4 * 4

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import recipe
 from jaxchat import compilation, sharding
+from jaxchat.objectives import logprobs
 from jaxchat.objectives.logprobs import score_tokens, token_logprobs, weighted_nll
 
 VOCAB, PADDED, WIDTH, ROWS, LENGTH = 60, 64, 8, 8, 12
@@ -310,3 +311,46 @@ def test_the_heads_gradient_is_summed_over_devices_after_the_last_chunk(mesh: sh
     assert "while(" in compiled.as_text(), "no loop over chunks"
     assert outside
     assert not inside
+
+
+@pytest.mark.parametrize("length", [13, 1021])
+def test_a_prime_row_length_is_padded_instead_of_cut_into_single_tokens(length: int) -> None:
+    generator = np.random.default_rng(2)
+    hidden = generator.standard_normal((2, length, WIDTH))
+    head = generator.standard_normal((WIDTH, PADDED))
+    targets = generator.integers(0, VOCAB, (2, length)).astype(np.int32)
+    weights, support = generator.random((2, length)), generator.integers(0, 256, (2, length, 8)).astype(np.uint8)
+    static = {"vocab": VOCAB, "softcap": 6.0}
+    most = 10 if length == 13 else 128
+    jaxpr = str(jax.make_jaxpr(lambda h: weighted_nll(h, head, targets, weights, **static, chunk_tokens=most))(hidden))
+    assert f"length={-(-length // (most // 2))}" in jaxpr, "as few chunks as their size allows"
+    with jax.enable_x64(True):
+        columns = (targets, weights)
+        ours = squared(weighted_nll, columns, **static, chunk_tokens=most)(hidden, head)
+        assert_equal(ours, squared(plain, columns, **static)(hidden, head))
+
+        def truncated(tokens: int) -> Any:
+            def total(h: Any, w: Any) -> Any:
+                found = token_logprobs(h, w, targets, **static, support_BTC=support[..., :8], chunk_tokens=tokens)
+                return jnp.sum(found * weights)
+
+            scores = score_tokens(hidden, head, targets, **static, support_BTC=support[..., :8], chunk_tokens=tokens)
+            return *jax.value_and_grad(total, argnums=(0, 1))(hidden, head), scores
+
+        for ours, theirs in zip(*map(jax.tree.leaves, (truncated(most), truncated(2 * length))), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_chunks_are_those_of_the_devices_that_the_program_is_for() -> None:
+    """launch.plan compiles on a machine without them."""
+
+    def chunks(kind: str, platform: str) -> int:
+        device = jax.sharding.AbstractDevice(kind, 1, platform)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return logprobs._chunks(jax.ShapeDtypeStruct((16, 2048, 8), jnp.float32), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "shards", lambda mesh: 2)
+        assert [chunks("TPU v5 lite", "tpu"), chunks("NVIDIA H100", "gpu"), chunks("cpu", "cpu")] == [4, 4, 64]
+    assert sharding.platform() == "cpu"

@@ -269,3 +269,40 @@ def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
         assert module.matmul_parameters(layer.mixer, config.width) > 0
         if isinstance(layer.mixer, GQA):
             assert module.keeps_all(layer.mixer) == (layer.mixer.window is None)
+
+
+def with_tail(**changes: Any) -> Model:
+    """Two repeats of the pattern and a layer of another kind, as a deep model whose depth is no multiple of four."""
+    plain = small.july2026(depth=4)
+    last = dataclasses.replace(plain.pattern[1], mixer=dataclasses.replace(plain.pattern[1].mixer, window=5))
+    return dataclasses.replace(plain, **{"depth": 6, "tail": (plain.pattern[0], last), **changes})
+
+
+def test_layers_after_the_repeats_are_those_of_one_long_pattern() -> None:
+    """The same initial values and likelihood as with a stack for every layer, scanned and unrolled."""
+    config = with_tail()
+    long = dataclasses.replace(config, pattern=config.layers, tail=())
+    assert config.layers == long.layers and config.repeats == 2
+    one, other = (Transformer(c).unstack(Transformer(c).init(jax.random.key(0))) for c in (config, long))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    for loop in ("scan", "unroll"):
+        c = with_tail(layer_loop=loop)
+        hidden_BTM = Transformer(c).apply(Transformer(c).init(jax.random.key(0)), np.arange(8, dtype=np.int32)[None])[0]
+        expected = Transformer(long).apply(
+            Transformer(long).init(jax.random.key(0)), np.arange(8, dtype=np.int32)[None]
+        )
+        np.testing.assert_allclose(hidden_BTM, expected[0], atol=1e-5)
+    scanned, unrolled = (likelihood_and_gradient(with_tail(layer_loop=loop)) for loop in ("scan", "unroll"))
+    small.assert_close(scanned, unrolled, 1e-12)
+    test_cached_decode_equals_the_full_forward(with_tail)
+    with pytest.raises(ValueError, match="depth=7 less the tail's 2 is not a multiple of the pattern's 2 layers"):
+        with_tail(depth=7)
+
+
+def test_a_scan_compiles_one_repeat_and_the_tail() -> None:
+    def products(depth: int) -> int:
+        config = with_tail(depth=depth, layer_loop="scan")
+        call = lambda params: Transformer(config).apply(params, np.zeros((1, 8), np.int32)).hidden  # noqa: E731
+        return str(jax.make_jaxpr(call)(Transformer(config).shapes())).count("dot_general")
+
+    assert products(6) == products(4) == products(12)

@@ -92,3 +92,22 @@ def test_the_world_and_its_problems_are_what_scores_were_measured_on():
     }
     e = tiny.get_config("rl")
     assert (talk.TOOL_SHARE, e.tasks, e.eval_problems, e.eval_samples) == (0.4, ("arithmetic",), 512, 1)
+
+
+@pytest.mark.parametrize("depth", [12, 13, 14, 15, 18, 23, 26, 32])
+def test_deep_models_scan_over_repeats_of_four_layers_at_any_depth(depth):
+    model = recipe.model(Dial(depth))
+    assert model.layer_loop == "scan" and len(model.pattern) == 4 and len(model.tail) == depth % 4
+    windows = [layer.mixer.window is not None for layer in model.layers]
+    assert windows == [i % 4 != 3 and i != depth - 1 for i in range(depth)]
+    tables = [layer.mixer.value_embedding is not None for layer in model.layers]
+    assert tables == [i % 2 == (depth - 1) % 2 for i in range(depth)]
+    assert [i for stack in model.stacks for i in stack if i < 4] == [0, 1, 2, 3]
+    assert sorted(i for stack in model.stacks for i in stack) == list(range(depth))
+
+
+def test_shallow_models_keep_one_stack_a_layer():
+    """Their checkpoints stay valid; they are unrolled."""
+    for depth in (3, 6, 11):
+        model = recipe.model(Dial(depth))
+        assert (len(model.pattern), model.tail, model.layer_loop) == (depth, (), "unroll")

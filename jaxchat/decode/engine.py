@@ -80,7 +80,7 @@ class Engine:
 
         transformer = with_decoding(transformer)
         self.transformer, self.tokenizer, self.shape, self.mesh = transformer, tokenizer, shape, mesh
-        mixers = [layer.mixer for layer in transformer.config.pattern]
+        mixers = transformer.config.mixers
         windowed = not all(MIXERS[type(mixer)].keeps_all(mixer) for mixer in mixers)
         if speculation and (fixed := [type(m).__name__ for m in mixers if not MIXERS[type(m)].rewinds(m)]):
             raise UserError(f"speculation needs caches that can be rolled back, which {fixed[0]} has not: leave it out")

@@ -36,9 +36,10 @@ _SAMPLING = ("level", "return_support")
 @partial(jax.jit, static_argnums=0)
 def unstack(transformer: Transformer, params: Params) -> Params:
     """Parameters per layer in the compute dtype, with the shardings for decoding."""
-    axes, pattern = transformer.axes(), transformer.config.pattern
+    axes, stacks = transformer.axes(), transformer.config.stacks
     cut = [jax.tree.map(lambda names: names[1:], own, is_leaf=lambda x: isinstance(x, tuple)) for own in axes["layers"]]
-    by_layer = {"ends": axes["ends"], "layer": tuple(cut[i % len(pattern)] for i in range(transformer.config.depth))}
+    own = {i: one for stack, one in zip(stacks, cut, strict=True) for i in stack}
+    by_layer = {"ends": axes["ends"], "layer": tuple(own[i] for i in sorted(own))}
     put = lambda x, names: sharding.constrain(x, names, sharding.DECODE_RULES)  # noqa: E731
     return jax.tree.map(put, transformer.unstack(params), by_layer)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat import sharding
 from jaxchat.errors import UserError
 
 # What a compiled step supports: greedy decoding only; temperature as well; or also penalties and filters, the slowest.
@@ -323,7 +324,7 @@ def _order(x: jax.Array) -> jax.Array:
 
 def _largest(order_BV: jax.Array, weight_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
     """The largest threshold t, (B, 1), such that tokens with order >= t have a total weight of at least `least_B1`."""
-    bits = _BITS_PER_PASS.get(jax.default_backend(), 4)
+    bits = _BITS_PER_PASS.get(sharding.platform(), 4)
     digit_J = jnp.arange(1, 1 << bits, dtype=jnp.uint32)
 
     def refine(i: jax.Array, threshold_B1: jax.Array) -> jax.Array:

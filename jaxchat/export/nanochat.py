@@ -64,12 +64,12 @@ ROPE: Mapping[str, Key] = {
 
 def lacking(model: Model) -> list[str]:
     """The features of the model that NanoChatForCausalLM does not have."""
-    layer, mixers = model.pattern[0], [layer.mixer for layer in model.pattern]
+    layer, mixers = model.pattern[0], list(model.mixers)
     mixer = mixers[0]
     if not all(isinstance(m, GQA) for m in mixers):
         return ["mixers other than grouped-query attention"]
     features = {
-        "layers of different kinds": len(set(model.pattern)) > 1,
+        "layers of different kinds": len(set(model.layers)) > 1,
         "norms other than RMSNorm": type(model.norm) is not RMSNorm,
         "norms other than before each mixer and MLP": (layer.placement, layer.norm) != ("before", model.norm),
         "windows": any(m.window is not None for m in mixers),

@@ -127,8 +127,7 @@ def to_params(config: Model, state: Mapping[str, Array], places: Places) -> Para
         place, position = places[_key(path)], _position(path)
         if position is None:
             return take(place, 0, leaf.shape, spec)
-        layers = range(position, config.depth, len(config.pattern))
-        return np.stack([take(place, i, leaf.shape[1:], _own(spec)) for i in layers])
+        return np.stack([take(place, i, leaf.shape[1:], _own(spec)) for i in config.stacks[position]])
 
     transformer = Transformer(config)
     params: Params = jax.tree_util.tree_map_with_path(read, transformer.shapes(), transformer.specs())
@@ -152,8 +151,8 @@ def to_state(config: Model, params: Params, places: Places) -> Iterator[tuple[st
         if position is None:
             yield name, put(value, linear, spec)
         else:
-            for repeat, own in enumerate(value):
-                yield name.format(position + repeat * len(config.pattern)), put(own, linear, _own(spec))
+            for layer, own in zip(config.stacks[position], value, strict=True):
+                yield name.format(layer), put(own, linear, _own(spec))
 
 
 def _key(path: Any) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def _choose(
 
 def kernel_calls(model: Model) -> set[Attends]:
     """The shapes with which the model's mixers call an attention kernel."""
-    return {call for layer in model.pattern if (call := MIXERS[type(layer.mixer)].kernel(layer.mixer)) is not None}
+    return {call for layer in model.layers if (call := MIXERS[type(layer.mixer)].kernel(layer.mixer)) is not None}
 
 
 def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:

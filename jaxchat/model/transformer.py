@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxchat import sharding
@@ -51,12 +52,14 @@ class Backout:
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture. Layer i is `pattern[i % len(pattern)]`; `norm` is applied to the embedding and the output."""
+    """The architecture: `pattern`, repeated, and then `tail`, `depth` layers in all; `norm` is applied to the embedding
+    and the output. A scan over the layers compiles one repeat and the tail."""
 
     vocab: int
     width: int
     depth: int
     pattern: tuple[Layer, ...]
+    tail: tuple[Layer, ...] = ()
     norm: Norm = RMSNorm()
     embed_std: float = 0.8
     head_std: float = 0.001
@@ -72,8 +75,9 @@ class Model:
     def __post_init__(self) -> None:
         if min(self.vocab, self.width, self.depth) < 1:
             raise ValueError(f"vocab={self.vocab}, width={self.width} and depth={self.depth} must be positive")
-        if not self.pattern or self.depth % len(self.pattern):
-            raise ValueError(f"depth={self.depth} is not a multiple of the pattern's {len(self.pattern)} layers")
+        if not self.pattern or self.depth < len(self.tail) or (self.depth - len(self.tail)) % len(self.pattern):
+            less = f" less the tail's {len(self.tail)}" if self.tail else ""
+            raise ValueError(f"depth={self.depth}{less} is not a multiple of the pattern's {len(self.pattern)} layers")
         if self.smear is not None and self.smear.channels > self.width:
             raise ValueError(f"smear.channels={self.smear.channels} is more than width={self.width}")
         if self.softcap is not None and not self.softcap > 0:
@@ -81,11 +85,18 @@ class Model:
 
     @property
     def repeats(self) -> int:
-        return self.depth // len(self.pattern)
+        return (self.depth - len(self.tail)) // len(self.pattern)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        return self.pattern * self.repeats
+        return self.pattern * self.repeats + self.tail
+
+    @property
+    def stacks(self) -> tuple[range, ...]:
+        """The numbers of the layers whose parameters are stacked: a stack per position of the pattern, and per layer of
+        the tail."""
+        P, end = len(self.pattern), self.depth - len(self.tail)
+        return (*(range(j, end, P) for j in range(P)), *(range(i, i + 1) for i in range(end, self.depth)))
 
     @property
     def mixers(self) -> tuple[Any, ...]:
@@ -156,8 +167,8 @@ class Transformer:
     `attention` names the backend in `kernels.BACKENDS` for calls without a cache, `decoding` the one in
     `decoding_kernels.DECODING` for calls with a cache; all compute the same function. `matmul` is the eight-bit format
     of the layers' large products; only training sets it.
-    Parameters are a tree {"ends": ..., "layers": (one tree per pattern position, stacked over repeats)}, whether layers
-    are scanned or unrolled; `unstack` converts it to {"ends": ..., "layer": (one tree per layer)}.
+    Parameters are a tree {"ends": ..., "layers": (one tree per entry of `Model.stacks`)}, whether layers are scanned or
+    unrolled; `unstack` converts it to {"ends": ..., "layer": (one tree per layer)}.
     """
 
     config: Model
@@ -201,9 +212,10 @@ class Transformer:
         keys = jax.random.split(key, 1 + c.depth)
         x_BTM, tokens_BT = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
         context, layers = self._share(Context(tokens_BT, tokens_BT, None)), []
-        for i, layer in enumerate(c.pattern):
-            start = functools.partial(Block(layer, static).init, x_BTM=x_BTM, context=context, cache=None)
-            repeats = jax.vmap(start)(keys[1 + i :: len(c.pattern)])["params"]
+        for stack in c.stacks:
+            block = Block(c.layers[stack[0]], static)
+            start = functools.partial(block.init, x_BTM=x_BTM, context=context, cache=None)
+            repeats = jax.vmap(start)(keys[1 + np.array(stack)])["params"]
             layers.append(jax.tree.map(stacked, repeats, is_leaf=is_boxed))
         return {"ends": Ends(c, static).init(keys[0])["params"], "layers": tuple(layers)}
 
@@ -273,11 +285,11 @@ class Transformer:
             return list(params["layer"])
         c = self.config
         layers: list[Any] = [None] * c.depth
-        for j, repeats in enumerate(params["layers"]):
+        for stack, repeats in zip(c.stacks, params["layers"], strict=True):
             leaves, tree = jax.tree.flatten(repeats)
-            parts = [jax.lax.split(leaf, [1] * c.repeats, axis=0) for leaf in leaves]
-            for g in range(c.repeats):
-                layers[g * len(c.pattern) + j] = jax.tree.unflatten(tree, [part[g][0] for part in parts])
+            parts = [jax.lax.split(leaf, [1] * len(stack), axis=0) for leaf in leaves]
+            for g, i in enumerate(stack):
+                layers[i] = jax.tree.unflatten(tree, [part[g][0] for part in parts])
         return layers
 
     def _normalise(self, ends: Params, name: str, x_BTM: jax.Array) -> jax.Array:
@@ -310,14 +322,14 @@ class Transformer:
     def _layer(
         self, i: Any, j: int, p: Any, x_BTM: jax.Array, x0_BTM: jax.Array, ends: Any, context: Context, cache: Any
     ) -> tuple[jax.Array, Any, Aux]:
-        """Applies layer i, which is layer j of the pattern, to the residual stream; i may be traced."""
+        """Applies layer i, which is of the kind of layer j, to the residual stream; i may be traced."""
         c = self.config
         if c.residual_scales is not None:
             resid, x0 = (ends[name][i].astype(x_BTM.dtype) for name in ("resid_scale", "x0_scale"))
             x_BTM = resid * x_BTM + x0 * x0_BTM
         if context.key is not None:
             context = context._replace(key=jax.random.fold_in(context.key, i))
-        block = Block(c.pattern[j], self.static)
+        block = Block(c.layers[j], self.static)
 
         def forward(p: Any, x_BTM: jax.Array, context: Context, cache: Any) -> Any:
             return block.apply({"params": p}, x_BTM, context, cache)
@@ -332,7 +344,7 @@ class Transformer:
         c, x0_BTM, middle_BTM, caches, auxes = self.config, x_BTM, x_BTM, [], []
         for i, p in enumerate(self._layers(params)):
             before = None if cache is None else cache.layers[i]
-            x_BTM, after, aux = self._layer(i, i % len(c.pattern), p, x_BTM, x0_BTM, params["ends"], context, before)
+            x_BTM, after, aux = self._layer(i, i, p, x_BTM, x0_BTM, params["ends"], context, before)
             caches.append(after)
             auxes.append(aux)
             if i == c.depth // 2:
@@ -340,23 +352,29 @@ class Transformer:
         return x_BTM, middle_BTM, tuple(caches), add_aux(auxes)
 
     def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, Aux]:
-        """The layers of `_unroll` as a scan over repeats of the pattern: compile time does not grow with depth."""
-        c, P, x0_BTM = self.config, len(self.config.pattern), x_BTM
+        """The layers of `_unroll` as a scan over repeats of the pattern, and the tail: compile time does not grow with
+        depth."""
+        c, P, x0_BTM, ends = self.config, len(self.config.pattern), x_BTM, params["ends"]
 
         def repeat(carry: Any, xs: Any) -> Any:
             x_BTM, middle_BTM = carry
             index, layers = xs
             auxes = []
             for j in range(P):
-                x_BTM, _, aux = self._layer(index * P + j, j, layers[j], x_BTM, x0_BTM, params["ends"], context, None)
+                x_BTM, _, aux = self._layer(index * P + j, j, layers[j], x_BTM, x0_BTM, ends, context, None)
                 auxes.append(aux)
                 if c.backout is not None and j == (c.depth // 2) % P:
                     middle_BTM = jnp.where(index == (c.depth // 2) // P, x_BTM, middle_BTM)
             return (x_BTM, middle_BTM), add_aux(auxes)
 
-        xs = (jnp.arange(c.repeats), params["layers"])
+        xs = (jnp.arange(c.repeats), params["layers"][:P])
         (x_BTM, middle_BTM), aux = jax.lax.scan(repeat, (x_BTM, x0_BTM), xs)
-        return x_BTM, middle_BTM, jax.tree.map(lambda x: x.sum(axis=0), aux)
+        auxes = [jax.tree.map(lambda x: x.sum(axis=0), aux)]
+        for (i,), p in zip(c.stacks[P:], params["layers"][P:], strict=True):
+            x_BTM, _, aux = self._layer(i, i, jax.tree.map(lambda x: x[0], p), x_BTM, x0_BTM, ends, context, None)
+            auxes.append(aux)
+            middle_BTM = x_BTM if i == c.depth // 2 else middle_BTM
+        return x_BTM, middle_BTM, add_aux(auxes)
 
 
 def all_finite(params: Params) -> jax.Array:

@@ -1,7 +1,8 @@
 """Log-probabilities of targets, computed in chunks, so that no array of (B, T, V) ever exists.
 
-Chunks divide the tokens of each row. Rows are grouped by batch shard (axis S), so that each device works on its own
-tokens and the gradient of the head is summed over devices once, after the last chunk.
+Chunks divide the tokens of each row, which is padded if no number of chunks near the smallest divides it. Rows are
+grouped by batch shard (axis S), so that each device works on its own tokens and the gradient of the head is summed over
+devices once, after the last chunk.
 """
 
 import functools
@@ -22,6 +23,7 @@ class _Shape(NamedTuple):
 
     vocab: int
     softcap: float | None
+    length: int
     chunks: int
     temperature: float = 1.0
 
@@ -51,7 +53,7 @@ def weighted_nll(
     gradients of hidden and head, chunk by chunk, so logits are computed only once. Log-sum-exp and softmax are in
     float32. Weights get no gradient.
     """
-    shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens))
+    shape = _Shape(vocab, softcap, hidden_BTM.shape[1], _chunks(hidden_BTM, chunk_tokens))
     return _nll(shape, _sharded(hidden_BTM), head_MV, _sharded(targets_BT), _sharded(weights_BT))
 
 
@@ -102,7 +104,7 @@ def score_tokens(
         return (), TokenScores(target - norm, entropy, target >= z.max(axis=-1))
 
     scores = _scan(shape, step, (), h_SBTM, targets_SBT, support_SBTC)[1]
-    return jax.tree.map(lambda x: _whole(x).reshape(targets_BT.shape), scores)
+    return jax.tree.map(lambda x: _whole(shape, x).reshape(targets_BT.shape), scores)
 
 
 def _prepare(
@@ -115,7 +117,7 @@ def _prepare(
 ) -> tuple[_Shape, jax.Array | None]:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be positive and finite")
-    shape = _Shape(vocab, softcap, _chunks(hidden_BTM, chunk_tokens), temperature)
+    shape = _Shape(vocab, softcap, hidden_BTM.shape[1], _chunks(hidden_BTM, chunk_tokens), temperature)
     if support_BTC is None:
         return shape, None
     expected = (*hidden_BTM.shape[:2], -(-vocab // 8))
@@ -137,7 +139,7 @@ def _logprobs_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, s
         return (), (_pick(z, targets) - norm, norm)
 
     logprobs, norms = _scan(shape, step, (), h_SBTM, targets_SBT, support_SBTC)[1]
-    return _whole(logprobs), (h_SBTM, w_MV, targets_SBT, support_SBTC, _whole(norms))
+    return _whole(shape, logprobs), (h_SBTM, w_MV, targets_SBT, support_SBTC, _whole(shape, norms))
 
 
 def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
@@ -152,7 +154,7 @@ def _logprobs_backward(shape: _Shape, saved: Any, g_SBT: jax.Array) -> Any:
 
     columns = (h_SBTM, targets_SBT, support_SBTC, norms_SBT, g_SBT)
     dw_SMV, dh = _scan(shape, step, _no_gradient(h_SBTM, w_MV), *columns)
-    return _whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype), None, None
+    return _whole(shape, dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype), None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
@@ -186,7 +188,7 @@ def _nll_forward(shape: _Shape, h_SBTM: Any, w_MV: Any, targets_SBT: Any, weight
 
     start = (jnp.zeros(h_SBTM.shape[0], _wide(h_SBTM)), _no_gradient(h_SBTM, w_MV))
     (total_S, dw_SMV), dh = _scan(shape, step, start, h_SBTM, targets_SBT, weights_SBT)
-    return jnp.sum(total_S), (_whole(dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype))
+    return jnp.sum(total_S), (_whole(shape, dh), sharding.add_shards(dw_SMV, ("embed", "vocab")).astype(w_MV.dtype))
 
 
 def _nll_backward(shape: _Shape, saved: Any, g: jax.Array) -> Any:
@@ -242,13 +244,15 @@ def _pick(z: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _chunks(hidden_BTM: jax.Array, chunk_tokens: int | None) -> int:
-    """The number of chunks per row, such that a chunk has at most `chunk_tokens` tokens per device if possible."""
+    """The number of chunks per row, such that a chunk has at most `chunk_tokens` tokens per device if possible: the
+    smallest, or one up to twice as large if it divides the row."""
     B, T, _ = hidden_BTM.shape
     shards = sharding.batch_shards()
     if B % shards:
         raise ValueError(f"{B} rows do not divide over {shards} batch shards")
-    most = chunk_tokens or CHUNK_TOKENS.get(jax.default_backend(), 1024)
-    return T // max(n for n in range(1, T + 1) if T % n == 0 and (n == 1 or n * (B // shards) <= most))
+    most = chunk_tokens or CHUNK_TOKENS.get(sharding.platform(), 1024)
+    least = -(-T // max(1, most // (B // shards)))
+    return next((chunks for chunks in range(least, 2 * least) if T % chunks == 0), least)
 
 
 def _sharded(x: jax.Array) -> jax.Array:
@@ -258,19 +262,22 @@ def _sharded(x: jax.Array) -> jax.Array:
 
 
 def _scan(shape: _Shape, step: Callable[[Any, Any], Any], carry: Any, *columns: jax.Array | None) -> Any:
-    """`jax.lax.scan` over chunks of columns: (S, B, T, ...) is cut to (chunks, S, B, T / chunks, ...)."""
+    """`jax.lax.scan` over chunks of columns: (S, B, T, ...), padded with zeros, is cut to (chunks, S, B, N, ...)."""
+    size = -(-shape.length // shape.chunks)
+    missing = shape.chunks * size - shape.length
 
     def cut(x: jax.Array) -> jax.Array:
-        S, B, T = x.shape[:3]
-        return jnp.moveaxis(x.reshape(S, B, shape.chunks, T // shape.chunks, *x.shape[3:]), 2, 0)
+        if missing:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], shape.chunks, size, *x.shape[3:]), 2, 0)
 
     return jax.lax.scan(step, carry, jax.tree.map(cut, columns))
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """(chunks, S, B, T / chunks, ...) to (S, B, T, ...)."""
+def _whole(shape: _Shape, x: jax.Array) -> jax.Array:
+    """(chunks, S, B, N, ...) to (S, B, T, ...), without padding."""
     x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : shape.length]
 
 
 def _wide(x: jax.Array) -> Any:
