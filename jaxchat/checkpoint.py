@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 from jaxchat import processes
 from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, check_local, first_line
-from jaxchat.machine import cores
 from jaxchat.model.transformer import all_finite
 from jaxchat.serialization import difference, from_json, to_json
 from jaxchat.upgrades import FORMAT, upgraded
@@ -207,9 +206,7 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
     """Sums of bits * (2 * index + 1) modulo 2^32, (leaves,): a change of one element never leaves a sum the same."""
 
     def add(x: jax.Array) -> jax.Array:
-        bits = (
-            x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        )
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
         weight, stride = jnp.ones(x.shape, jnp.uint32), 2
         for axis in reversed(range(x.ndim)):
             weight += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
@@ -242,14 +239,12 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _hashes(paths: dict[str, Path]) -> dict[str, str]:
-    """BLAKE2b hashes of files, by name; files are read in parallel and in chunks."""
-
-    def digest(path: Path) -> str:
+    """BLAKE2b hashes of files, by name."""
+    hashes = {}
+    for name, path in paths.items():
         with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        return dict(zip(paths, pool.map(digest, paths.values())))
+            hashes[name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return hashes
 
 
 def params_hash(directory: Path, step: int) -> str:

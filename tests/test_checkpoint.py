@@ -352,7 +352,6 @@ def test_a_checksum_knows_every_element_and_no_sharding():
         "float32": generator.standard_normal((8, 3, 5)).astype(np.float32),
         "bfloat16": jnp.asarray(generator.standard_normal((8, 4)), jnp.bfloat16),
         "int32": generator.integers(0, 9, 8).astype(np.int32),
-        "bool": generator.random(8) < 0.5,
         "scalar": np.float32(3),
     }
     before = checkpoint.checksums(arrays)

@@ -204,14 +204,7 @@ LIMITS: list[tuple[str, dict[str, str], int, int | None]] = [
     ("0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": "4096"}, 2, 4096),
     ("0::/a/b\n", {"memory.max": "9000", "a/memory.max": "4096", "a/b/memory.max": "5000"}, 8, 4096),
     ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8, None),
-    ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "4096\n"}, 8, 4096),
-    (
-        "3:cpu,cpuacct:/a\n",
-        {"cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "50000"},
-        3,
-        None,
-    ),
-    ("3:cpu,cpuacct:/a\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8, None),
+    ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "4096\n"}, 8, 4096),
     ("", {"memory.max": "4096"}, 8, 4096),
 ]
 
