@@ -19,6 +19,7 @@ from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
 from jaxchat.errors import UserError
+from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.model import Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 
@@ -490,8 +491,9 @@ def test_an_engine_without_parameters_holds_no_memory(engine: Engine) -> None:
     own.unload()
     assert not jax.tree.leaves((own.params, own.slots._cache, own.slots._history, own.slots._rows))
     assert len(own.prefixes) == 0
-    own.load(params)
-    assert ask(own, prompt(40)).tokens == before.tokens
+    assert Scorer(engine.transformer, engine.params, length=64).params is engine.params, "shared and not copied"
+    own.load(engine.params)
+    assert ask(own, prompt(40)).tokens == before.tokens and own.params is engine.params
 
 
 def test_any_number_of_stop_tokens_takes_one_program(engine: Engine) -> None:

@@ -102,7 +102,7 @@ class Engine:
     def load(self, params: Params) -> None:
         """Replaces the parameters and clears the prefix cache."""
         with self.on_mesh():
-            self.params = programs.unstack(self.transformer, params)
+            self.params = programs.by_layer(self.transformer, params)
         self.prefixes.clear()
 
     def reset(self, reason: str = "the engine was reset") -> None:

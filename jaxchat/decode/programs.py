@@ -33,6 +33,11 @@ STOPS = 8  # Stop tokens per slot that the device knows. The host drops what is 
 _SAMPLING = ("level", "return_support")
 
 
+def by_layer(transformer: Transformer, params: Params) -> Params:
+    """`unstack`; parameters that are by layer already, of another engine of the model, are shared and not copied."""
+    return params if "layer" in params else unstack(transformer, params)
+
+
 @partial(jax.jit, static_argnums=0)
 def unstack(transformer: Transformer, params: Params) -> Params:
     """Parameters per layer in the compute dtype, with the shardings for decoding."""

@@ -63,8 +63,7 @@ class Adapter:
         self._tokenizer, self._format = loaded.tokenizer, loaded.tokenizer.chat_format
         self._special_names = re.compile("(" + "|".join(map(re.escape, self._tokenizer.specials)) + ")")
         self._transformer = loaded.transformer()
-        self._params = loaded.params()
-        self._scorer = Scorer(self._transformer, self._params, length=length)
+        self._scorer = Scorer(self._transformer, loaded.params(), length=length)
         self._engine: Engine | None = None
 
     @property
@@ -148,7 +147,7 @@ class Adapter:
         """Generates all answers in one batch; prompts are truncated to leave room for the task's longest answer."""
         if self._engine is None:
             shape = EngineConfig(self.length, slots=SLOTS, prefill_batch=4, prefill_chunk=min(self.length, 512))
-            self._engine = Engine(self._transformer, self._params, self._tokenizer, shape)
+            self._engine = Engine(self._transformer, self._scorer.params, self._tokenizer, shape)
         engine_requests = [self._request(*request.args) for request in requests]
         answers = []
         for request, (answer,) in zip(requests, self._engine.generate(engine_requests), strict=True):

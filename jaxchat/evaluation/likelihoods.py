@@ -86,11 +86,11 @@ class Scorer:
     def load(self, params: Params) -> None:
         """Replaces the parameters."""
         with self._on_mesh():
-            self._params = programs.unstack(self.transformer, params)
+            self.params = programs.by_layer(self.transformer, params)
 
     def unload(self) -> None:
         """Frees the parameters; call `load` before the next items."""
-        self._params = {}
+        self.params = {}
 
     def __call__(self, items: Sequence[Item]) -> list[Scored]:
         """Scores of the items, in the same order."""
@@ -134,7 +134,7 @@ class Scorer:
         for kind in batches:
             for program, owners, arrays in kind:
                 with self._on_mesh():
-                    in_flight.append((owners, program(self._params, *map(self._put, arrays))))
+                    in_flight.append((owners, program(self.params, *map(self._put, arrays))))
                 if len(in_flight) > IN_FLIGHT:
                     yield _fetch(*in_flight.popleft())
         while in_flight:
