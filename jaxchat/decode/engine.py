@@ -117,7 +117,7 @@ class Engine:
     def unload(self) -> None:
         """`reset`, and frees the parameters; call `load` before the next request."""
         self.reset()
-        self.params = None
+        self.params = {}
 
     def on_mesh(self) -> AbstractContextManager[Any]:
         """Context manager that sets the engine's mesh, if it has one."""
