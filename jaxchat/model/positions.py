@@ -91,3 +91,13 @@ def encodings(mixers: Iterable[Any], static: Static) -> list[Encoding]:
     """The distinct encodings of some mixers; each has the name of its parameters outside the layers."""
     configs = dict.fromkeys(getattr(mixer, "positions", None) for mixer in mixers)
     return [POSITIONS[type(config)](config, static, name=f"positions_{i}") for i, config in enumerate(configs)]
+
+
+def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Each token's index within its segment (within its row without segments), (B, T)."""
+    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    if segments_BT is None:
+        return index_BT
+    starts_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts_BT = jnp.pad(starts_BT, ((0, 0), (1, 0)), constant_values=True)
+    return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)

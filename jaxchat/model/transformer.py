@@ -17,7 +17,7 @@ from jaxchat.model.layer import Block, Layer
 from jaxchat.model.layers import look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
 from jaxchat.model.part import Aux, Context, Static, Weighted, add_aux, is_boxed, param, stacked
-from jaxchat.model.positions import encodings
+from jaxchat.model.positions import encodings, positions_within
 from jaxchat.model.quantized import Matmul
 
 EMBED = ("vocab", "embed")  # Logical axes of the embedding.
@@ -52,8 +52,7 @@ class Backout:
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture: `pattern`, repeated, and then `tail`, `depth` layers in all; `norm` is applied to the embedding
-    and the output. A scan over the layers compiles one repeat and the tail."""
+    """The architecture: `depth` layers, first `pattern` repeated, then `tail`; `norm` for embedding and output."""
 
     vocab: int
     width: int
@@ -93,8 +92,7 @@ class Model:
 
     @property
     def stacks(self) -> tuple[range, ...]:
-        """The numbers of the layers whose parameters are stacked: a stack per position of the pattern, and per layer of
-        the tail."""
+        """The layers whose parameters are stacked, by position of the pattern; a layer of the tail is its own stack."""
         P, end = len(self.pattern), self.depth - len(self.tail)
         return (*(range(j, end, P) for j in range(P)), *(range(i, i + 1) for i in range(end, self.depth)))
 
@@ -213,8 +211,7 @@ class Transformer:
         x_BTM, tokens_BT = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
         context, layers = self._share(Context(tokens_BT, tokens_BT, None)), []
         for stack in c.stacks:
-            block = Block(c.layers[stack[0]], static)
-            start = functools.partial(block.init, x_BTM=x_BTM, context=context, cache=None)
+            start = functools.partial(Block(c.layers[stack[0]], static).init, x_BTM=x_BTM, context=context, cache=None)
             repeats = jax.vmap(start)(keys[1 + np.array(stack)])["params"]
             layers.append(jax.tree.map(stacked, repeats, is_leaf=is_boxed))
         return {"ends": Ends(c, static).init(keys[0])["params"], "layers": tuple(layers)}
@@ -352,8 +349,7 @@ class Transformer:
         return x_BTM, middle_BTM, tuple(caches), add_aux(auxes)
 
     def _scan(self, params: Params, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, Aux]:
-        """The layers of `_unroll` as a scan over repeats of the pattern, and the tail: compile time does not grow with
-        depth."""
+        """`_unroll` with a scan over the repeats of the pattern, so that compile time does not grow with depth."""
         c, P, x0_BTM, ends = self.config, len(self.config.pattern), x_BTM, params["ends"]
 
         def repeat(carry: Any, xs: Any) -> Any:
@@ -380,16 +376,6 @@ class Transformer:
 def all_finite(params: Params) -> jax.Array:
     """Whether all parameters are finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
-def positions_within(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Each token's index within its segment (within its row without segments), (B, T)."""
-    index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    if segments_BT is None:
-        return index_BT
-    starts_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-    starts_BT = jnp.pad(starts_BT, ((0, 0), (1, 0)), constant_values=True)
-    return index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
 
 
 def _length(positions_BT: jax.Array, cache: Cache) -> jax.Array:
