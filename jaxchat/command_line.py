@@ -52,7 +52,7 @@ def parse(
         if not stop.code:
             raise
         names = [field.name for field in dataclasses.fields(cls)] if default is None else flags(default)
-        raise UserError(_mistake(text.getvalue(), [*names, *more])) from None
+        raise UserError(_mistake(text.getvalue(), [*names, *more], argv)) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -154,11 +154,18 @@ def _config_argument(argv: Sequence[str], description: str | None) -> tuple[Path
     name, _, stage = specs[-1].partition(":")
     path = Path(name)
     if not path.is_file():
-        near = [str(file) for file in _configs(path.parent)]
-        guess = difflib.get_close_matches(str(path), near, n=1)
-        hint = f"did you mean {guess[0]}?" if guess else f"{path.parent}/ contains {', '.join(near) or 'none'}"
-        raise UserError(f"no configuration file {path}: {hint}")
+        raise UserError(f"no configuration file {path}: {_similar(path, stage)}")
     return path, stage or None, [word for word in words if not word.startswith("--config=")]
+
+
+def _similar(path: Path, stage: str) -> str:
+    """A hint for a configuration file that does not exist: one of a similar name, beside it or in a directory configs,
+    here or where the program is; else what there is."""
+    places = dict.fromkeys((path.parent, Path("configs"), Path(__file__).parents[1] / "configs"))
+    near = {file.stem: file for place in reversed(places) for file in _configs(place)}
+    if guess := difflib.get_close_matches(path.stem, near, n=1):
+        return f"did you mean --config={near[guess[0]]}{f':{stage}' if stage else ''}?"
+    return f"choose one of {', '.join(map(str, near.values()))}"
 
 
 def _import(path: Path) -> types.ModuleType:
@@ -186,7 +193,7 @@ def _dial_flags(dial: Any) -> dict[str, Any]:
     return values
 
 
-def _mistake(report: str, names: list[str]) -> str:
+def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
     """Extracts one sentence from tyro's framed report."""
     # If standard output is not UTF-8, the frame consists of lines of hyphens only.
     lines = [re.sub(r"[│╭╮╰╯─]+|^\s*-{3,}\s*$", " ", line).strip() for line in report.splitlines()]
@@ -204,7 +211,11 @@ def _mistake(report: str, names: list[str]) -> str:
         return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"
     missing = re.search(r"^Missing from \S+ (--\S+) (\S+)", text)
     if missing:
-        return f"{missing.group(1)} is missing: give it as {missing.group(1)}={missing.group(2)}; see --help"
+        flag, kind = missing.groups()
+        near = difflib.get_close_matches(flag, [word.partition("=")[0] for word in argv], n=1)
+        if near and near[0] != flag:
+            return f"unknown field {near[0]}: did you mean {flag}?"
+        return f"{flag} is missing: give it as {flag}={kind}; see --help"
     invalid = re.search(r"^Error parsing (--[\w.]+): (.*?)(?: Got errors:.*)? Argument helptext:", text)
     if invalid:
         name, reason = invalid.groups()

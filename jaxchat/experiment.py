@@ -49,6 +49,7 @@ SPEEDRUN = tuple(name for name, stage in STAGES.items() if stage.speedrun)
 RESUMABLE = (
     "steps",
     "directory",
+    "name",
     "save_every",
     "eval_every",
     "eval_rows",

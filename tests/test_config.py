@@ -227,11 +227,31 @@ def test_a_field_without_its_value_is_named():
     assert "--save_every" in mistake("--save_every") and "\n" not in mistake("--save_every")
 
 
-def test_a_missing_configuration_suggests_one():
-    with pytest.raises(UserError, match=r"no configuration file configs/tinny\.py: did you mean configs/tiny\.py\?"):
-        command_line.load(["--config=configs/tinny.py"])
+def test_a_missing_configuration_suggests_one(tmp_path, monkeypatch):
+    def hint(spec):
+        with pytest.raises(UserError, match="no configuration file") as caught:
+            command_line.load([f"--config={spec}"])
+        return str(caught.value).partition(": ")[2]
+
+    for spec in ("configs/tinny.py", "config/tiny.py", "tiny", "tiny.py", "configs/tiny"):
+        assert hint(spec) == "did you mean --config=configs/tiny.py?"
+        assert hint(f"{spec}:sft") == "did you mean --config=configs/tiny.py:sft?"
+    assert hint("qqqq").startswith("choose one of ") and "configs/d4.py" in hint("qqqq")
+    there = Path.cwd() / "configs/tiny.py"
+    monkeypatch.chdir(tmp_path)  # The wrong directory: the suggestion has a path that works from there.
+    for spec in ("configs/tiny.py", "tiny"):
+        assert hint(spec) == f"did you mean --config={there}?"
+    assert command_line.load([f"--config={there}"]).name == "tiny"
     with pytest.raises(UserError, match="no configuration given"):
         command_line.load(["--steps=3"])
+
+
+@pytest.mark.parametrize("word", ["--chekpoint=runs/tiny/sft", "--checkpiont", "--check-point=a"])
+def test_a_misspelt_field_that_is_required_gets_a_suggestion(word):
+    with pytest.raises(UserError, match=rf"unknown field {word.partition('=')[0]}: did you mean --checkpoint\?"):
+        command_line.parse(launch.chat.Chat, [word, "--prompt=a"])
+    with pytest.raises(UserError, match=r"--checkpoint is missing: give it as --checkpoint=STR"):
+        command_line.parse(launch.chat.Chat, ["--prompt=a"])
 
 
 @pytest.mark.parametrize("field", ["directory", "data.cache", "start_from"])

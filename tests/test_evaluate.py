@@ -28,7 +28,7 @@ from jaxchat.evaluation import choice
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE, CoreRows
-from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
+from jaxchat.evaluation.evaluate import Settings, evaluate, jobs, keep
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
@@ -383,6 +383,11 @@ def test_a_step_that_was_trained_again_is_another_evaluation(tmp_path: Path) -> 
     Records(path, {"task": "mmlu", "step": 1, "params": hashes[0]}).close()
     with pytest.raises(UserError, match=r"another evaluation \(of other params\): remove it, or set another --out"):
         Records(path, {"task": "mmlu", "step": 1, "params": hashes[1]})
+    for place in ("runs/a/sft", "runs/b/sft"):  # A renamed run.
+        about = {"task": "mmlu", "step": 1, "params": hashes[0], "checkpoint": place}
+        Records(path, about).close()
+        kept = keep(tmp_path / "results.json", about, {place: {"accuracy": 1.0, "count": 1}})
+    assert {"runs/a/sft", "runs/b/sft"} <= kept.keys()
 
 
 @pytest.mark.quick

@@ -322,7 +322,8 @@ def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
 def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Adds results to the file's, if `about` is the same, else replaces them; returns all results of the file."""
     known = read_json(path)
-    same = isinstance(known, dict) and {**known, "results": None} == {**about, "results": None}
+    free = dict.fromkeys(("results", "checkpoint"))  # The parameters are compared; a run may be moved.
+    same = isinstance(known, dict) and {**known, **free} == {**about, **free}
     if known and not same:
         launcher.log(f"{path} held the results of another evaluation, which these replace")
     everything = {**((known.get("results") or {}) if same else {}), **json.loads(json_line(results))}

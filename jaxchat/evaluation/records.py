@@ -28,7 +28,8 @@ class Records:
         if path is not None:
             if path.exists():
                 known, self.done, size = _read(path)
-                if size and (other := [key for key in self.about if known.get(key) != self.about[key]]):
+                names = self.about.keys() - {"checkpoint"}  # Its parameters are compared; a run may be moved.
+                if size and (other := sorted(key for key in names if known.get(key) != self.about[key])):
                     raise UserError(
                         f"{path} belongs to another evaluation (of other {', '.join(other)}): remove it, or set "
                         "another --out"
