@@ -187,13 +187,11 @@ def measure_sections(
     timer = threading.Timer(run.deadline + GRACE - time.monotonic(), cut_off)
     timer.start()
     try:
-        with signals.raised() as signalled:
-            for name in [name for name in sections if not run.bench.only or name in run.bench.only]:
-                measure_section(name, *sections[name], run, kept)
-                if signalled():  # A library may have taken the signal for an error of its own.
-                    break
+        for name in [name for name in sections if not run.bench.only or name in run.bench.only]:
+            measure_section(name, *sections[name], run, kept)
     except KeyboardInterrupt:
         kept.add({"section": name, "error": "cut off: a signal stopped it"})
+        signals.forget()  # The file is finished and printed, which is what a signal asks for here.
     finally:
         timer.cancel()
     if not kept.measured():
@@ -206,6 +204,7 @@ def measure_section(name: str, make_cases: Any, share: float, run: Run, kept: re
     own_end = min(run.deadline, time.monotonic() + share * run.bench.budget_s)
     cases = make_cases(run._replace(deadline=own_end))
     for number in itertools.count():
+        signals.check()
         row, start = {"section": name}, time.monotonic()
         if run.deadline - start < LEAST_SECONDS or (number and own_end <= start):
             reason = f"its share of the budget is used up, or all: {max(0.0, run.deadline - start):.0f} s are left"

@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -258,6 +260,21 @@ def params_hash(directory: Path, step: int) -> str:
         paths = _files(checkpoints / str(step))
         hashes = _hashes({name: path for name, path in paths.items() if name.startswith(part)})
     return hashlib.blake2b(json.dumps(hashes, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def copy_params(directory: Path, step: int, target: Path) -> None:
+    """Copies the parameters of a checkpoint to the stage directory `target`, by hard links if the file system can."""
+
+    def link(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:
+            shutil.copy2(source, copy)
+
+    shutil.rmtree(target, ignore_errors=True)
+    source, copy = (place / CHECKPOINTS / str(step) / "params" for place in (directory, target))
+    shutil.copytree(source, copy, copy_function=link)
+    record_files(target / CHECKPOINTS, [step], fresh=step)
 
 
 def _read_sizes(directory: Path) -> dict[str, Any]:

@@ -75,7 +75,6 @@ def run(
     seeds: Sequence[int],
     equal: Literal["tokens", "time"],
     measure: str,
-    stopped: Callable[[], bool],
     log: Log,
 ) -> dict[str, Any]:
     """Trains every variant with every seed, unless compare.json has the result; writes compare.md and compare.png.
@@ -93,7 +92,7 @@ def run(
     lower = lower_is_better(measure)
     place = load([]).run_directory
     log = log if jax.process_index() == 0 else lambda _: None
-    trained = functools.partial(_trained, place, stopped, log)
+    trained = functools.partial(_trained, place, log)
     with run_lock(place, "compares", log):
         if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
             raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
@@ -174,7 +173,7 @@ def _planned(
     return planned
 
 
-def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Experiment) -> dict[str, Any]:
+def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
     """The result of a run, from compare.json if it is finished; {"diverged": reason} if it diverged.
 
     Raises:
@@ -189,14 +188,14 @@ def _trained(place: Path, stopped: Callable[[], bool], log: Log, key: str, e: Ex
         return results[key]
     log(f"== {key}")
     try:
-        results[key] = stages.run(e, stopped)
+        results[key] = stages.run(e)
     except Diverged as error:
         results[key] = {"diverged": str(error)}
     finally:
         jax.clear_caches()  # Otherwise the compiled programs of all runs stay in memory.
     if jax.process_index() == 0:
         write_json(place / RESULTS, results)
-    if any(processes.gather(stopped())):
+    if any(processes.gather(bool(signals.received()))):
         raise signals.Interrupted(f"{key} is finished")
     return results[key]
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxchat import checkpoint, devices, optim, processes, sharding, xla
+from jaxchat import checkpoint, devices, optim, processes, sharding, signals, xla
 from jaxchat.data.cache import Log
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
@@ -123,6 +123,7 @@ def compile_step(setup: Setup, log: Log) -> Compiled:
     tried: dict[int, float] = {}
     while choices:
         rows = choices[0]
+        log(f"compiling the training step with micro_rows={rows}")
         compiled, tried[rows] = compile_lowered(lower_step(setup, rows), setup, log)
         if compiled is not None and (tried[rows] <= limit or e.micro_rows != "auto"):
             return Compiled(_guarded(compiled, setup, rows), rows, time.perf_counter() - start, tried)
@@ -151,6 +152,7 @@ def compile_lowered(lowered: Any, setup: Setup, log: Log) -> tuple[Any, float]:
     while True:
         try:
             compiled = lowered.compile(compiler_options=dict(options) or None)
+            signals.check()
             return compiled, step_bytes(compiled)
         except jax.errors.JaxRuntimeError as error:
             message = str(error)

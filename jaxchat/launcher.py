@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxchat import signals
 from jaxchat.errors import UserError
 from jaxchat.serialization import json_line
-from jaxchat.signals import Interrupted
 
 
 def log(text: str) -> None:
@@ -17,18 +17,22 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
+def run(main: Callable[[list[str]], Mapping[str, Any] | None], *, resumes: bool = False) -> None:
     """Runs a launcher and prints its result as JSON.
 
-    Exits with 2 on a `UserError` or full disk, with 75 if a signal stopped a run that can be resumed, 130 on Ctrl-C.
+    Exits with 2 on a `UserError` or full disk. If SIGTERM or Ctrl-C came before the result was printed, exits with 75
+    if the command continues its work when it is started again (`resumes`), otherwise with 130.
     """
     for stream in (sys.stdin, sys.stdout):  # Invalid input or an unprintable character must not stop the program.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        result = main(sys.argv[1:])
-        if result is not None:
-            print(json_line(result, ascii_only=False), flush=True)
+        with signals.handled():
+            signals.check()
+            result = main(sys.argv[1:])
+            signals.check()
+            if result is not None:
+                print(json_line(result, ascii_only=False), flush=True)
     except BrokenPipeError:  # The reader closed the pipe; without devnull, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -41,9 +45,7 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None]) -> None:
         what = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
         print(f"error: {what} ({error.strerror}): free some space and start again", file=sys.stderr)
         raise SystemExit(2) from None
-    except Interrupted as stop:
-        print(f"stopped by a signal; {stop}: start again to continue", file=sys.stderr)
-        raise SystemExit(75) from None  # As processes.EXIT_RESTART.
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        kept = f"; {stop or signals.KEPT}: start again to continue" if resumes else ""
+        print(f"stopped by a signal{kept}", file=sys.stderr)
+        raise SystemExit(signals.EXIT_RESTART if resumes else signals.EXIT_STOPPED) from None

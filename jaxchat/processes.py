@@ -28,7 +28,6 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 JOIN_SECONDS = 300  # A slow host may still be installing.
 TIMEOUT = "JAXCHAT_HEARTBEAT_TIMEOUT"  # Seconds without a heartbeat after which a process counts as lost; default 30.
-EXIT_RESTART = 75  # EX_TEMPFAIL: a scheduler should restart the job.
 FOREVER_MS = 7 * 24 * 3600 * 1000  # Timeout of barriers; heartbeats detect a lost process earlier.
 HEARTBEAT_KEY = "jaxchat/alive"
 _barriers = itertools.count()
@@ -85,6 +84,7 @@ def joined() -> Iterator[None]:
     Raises:
         UserError: the group could not be joined, or the timeout is not a number.
     """
+    signals.check()
     if not grouped(os.environ) or jax.distributed.is_initialized():
         yield
         return
@@ -95,7 +95,8 @@ def joined() -> Iterator[None]:
     watch = _Watch(int(timeout))
     try:
         yield
-        gather(None)  # No process leaves before all are done.
+        if any(gather(bool(signals.received()))):  # No process leaves before all are done.
+            raise signals.Interrupted(signals.KEPT)
     except (Exception, KeyboardInterrupt) as error:
         watch.leave_with(error)
     watch.end("done")
@@ -132,8 +133,9 @@ def _join(environment: Mapping[str, str], timeout: int) -> None:
     try:
         while thread.is_alive() and time.monotonic() - start < JOIN_SECONDS:
             thread.join(0.2)
+            signals.check()
     except KeyboardInterrupt as stop:
-        _exit(EXIT_RESTART, f"stopped by a signal; {stop}: start again to continue")
+        _exit(signals.EXIT_RESTART, f"stopped by a signal; {stop}: start again to continue")
     if thread.is_alive():
         _exit(2, f"error: the processes did not find each other in {JOIN_SECONDS} s: {remedy}")
     if failed:
@@ -198,7 +200,7 @@ class _Watch:
         # An error of this process itself, if it follows at once, is reported instead.
         if not self._ended.wait(self._beat_seconds):
             print(f"{reason}, so process {self._index} stops: start all again to continue", file=sys.stderr, flush=True)
-            self._leave("left", EXIT_RESTART)
+            self._leave("left", signals.EXIT_RESTART)
 
     def end(self, text: str) -> None:
         """Stops the heartbeats and publishes `text` as this process's last status."""
@@ -237,12 +239,12 @@ class _Watch:
         """Ends this process with the message and exit code of its launcher, and tells the others the reason."""
         if isinstance(error, signals.Interrupted):
             print(f"stopped by a signal; {error}: start again to continue", file=sys.stderr, flush=True)
-            self._leave("stopping", EXIT_RESTART)
+            self._leave("stopping", signals.EXIT_RESTART)
         code, message = 1, ""
         if _broken(error):
             time.sleep(3 * self._beat_seconds)  # If another process failed, the watch says which one and why.
             problem = f"another process or the connection to it is lost ({first_line(error)})"
-            code, message = EXIT_RESTART, f"error: {problem}: start all again to continue"
+            code, message = signals.EXIT_RESTART, f"error: {problem}: start all again to continue"
         elif isinstance(error, UserError):
             code, message = 2, f"error: {error}"
         # Printed first, because JAX may end this process while it waits.

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ BASE = "scoring the base model"
 CLOCK_SECONDS = 5.0  # Interval of writing a stage's time; a kill loses at most so much.
 
 
-def run(
-    pipeline: Sequence[Experiment], stopped: Callable[[], bool], log: Log, *, dollars_per_hour: float | None = None
-) -> dict[str, Any]:
+def run(pipeline: Sequence[Experiment], log: Log, *, dollars_per_hour: float | None = None) -> dict[str, Any]:
     """Runs every unfinished stage, scores the base model on the last stage's tasks, and writes report.md.
 
     speedrun.json keeps the finished stages, and the seconds of each stage summed over restarts.
@@ -48,9 +46,9 @@ def run(
             continue
         log(f"== {e.stage} ({number} of {len(pipeline)})")
         with timed(place, e.stage):
-            result = stages.run(e, stopped)
+            result = stages.run(e)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
-        if any(processes.gather(stopped())):  # The signal came after the last step, so the stage finished first.
+        if any(processes.gather(bool(signals.received()))):  # It came after the last step.
             raise signals.Interrupted(f"{e.stage} is finished")
         extended = e.stage if known.get("finished") else extended
     if not _shared_progress(place)[pipeline[0].stage].get("base"):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxchat import checkpoint
+from jaxchat import checkpoint, signals
 from jaxchat.data.cache import read_json
 from jaxchat.decode import explain
 from jaxchat.decode.beam import beam_search
@@ -183,9 +183,15 @@ def _turns_notice(run: Path) -> str:
     return "note: the model was trained on single questions and may not follow a conversation; /clear starts a new one"
 
 
+def _read_line() -> str:
+    """The next line of stdin with its end; empty at the end of the input. A signal ends the wait."""
+    with signals.waiting():
+        return sys.stdin.readline()
+
+
 def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence[Tool], notice: str) -> None:
     """Holds a conversation, or continues texts, one per line of stdin, until an empty line."""
-    lines = (line.rstrip("\n") for line in sys.stdin)
+    lines = (line.rstrip("\n") for line in iter(_read_line, ""))
     if chats:
         print(HELP, file=sys.stderr)
         echo = not sys.stdin.isatty()

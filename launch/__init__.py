@@ -3,6 +3,8 @@
 import os
 import sys
 
+from jaxchat import signals
+
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -19,3 +21,4 @@ def start_again_with_huge_pages() -> None:
 
 if sys.argv[:1] == ["-m"]:  # Python imports this package before it runs `python -m launch.NAME`, and nothing else yet.
     start_again_with_huge_pages()
+    signals.listen()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxchat import command_line, errors, launcher, signals
+from jaxchat import command_line, errors, launcher
 from jaxchat.experiment import Experiment
 
 
@@ -26,23 +26,22 @@ class Compare:
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
-    with signals.raised() as stopped:
-        options, rest = command_line.parse_known(Compare, argv, description=__doc__)
-        if any(word.partition("=")[0] == "--seed" for word in rest):
-            raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
+    options, rest = command_line.parse_known(Compare, argv, description=__doc__)
+    if any(word.partition("=")[0] == "--seed" for word in rest):
+        raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
 
-        def load(flags: Sequence[str]) -> Experiment:
-            return command_line.load(["--name=compare", *rest, *flags])
+    def load(flags: Sequence[str]) -> Experiment:
+        return command_line.load(["--name=compare", *rest, *flags])
 
-        from jaxchat import comparison, compilation, processes
+    from jaxchat import comparison, compilation, processes
 
-        variants = comparison.read_variants(options.variants, load)
-        with processes.joined():
-            compilation.prepare_backend(load([]))
-            how = {"seeds": options.seeds, "equal": options.equal, "measure": options.measure}
-            result = comparison.run(variants, load, **how, stopped=stopped, log=launcher.log)
-            return processes.from_first(result)
+    variants = comparison.read_variants(options.variants, load)
+    with processes.joined():
+        compilation.prepare_backend(load([]))
+        how = {"seeds": options.seeds, "equal": options.equal, "measure": options.measure}
+        result = comparison.run(variants, load, **how, log=launcher.log)
+        return processes.from_first(result)
 
 
 if __name__ == "__main__":
-    launcher.run(main)
+    launcher.run(main, resumes=True)

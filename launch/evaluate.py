@@ -44,4 +44,4 @@ def main(argv: list[str]) -> Mapping[str, object] | None:
 
 
 if __name__ == "__main__":
-    launcher.run(main)
+    launcher.run(main, resumes=True)

@@ -20,4 +20,4 @@ def main(argv: list[str]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    launcher.run(main)
+    launcher.run(main, resumes=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxchat import command_line, launcher, signals
+from jaxchat import command_line, launcher
 from jaxchat.experiment import SPEEDRUN, STAGES
 
 
@@ -25,16 +25,15 @@ class Speedrun:
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
     price, rest = command_line.parse_known(Speedrun, argv)
-    with signals.raised() as stopped:
-        arguments = [command_line.stage_arguments(rest, stage, STAGES) for stage in SPEEDRUN]
-        stages = [command_line.load(words, description=__doc__) for words in arguments]
-        from jaxchat import compilation, processes, speedrun
+    arguments = [command_line.stage_arguments(rest, stage, STAGES) for stage in SPEEDRUN]
+    stages = [command_line.load(words, description=__doc__) for words in arguments]
+    from jaxchat import compilation, processes, speedrun
 
-        with processes.joined():
-            compilation.prepare_backend(stages[0])
-            result = speedrun.run(stages, stopped, launcher.log, dollars_per_hour=price.dollars_per_hour)
-            return processes.from_first(result)
+    with processes.joined():
+        compilation.prepare_backend(stages[0])
+        result = speedrun.run(stages, launcher.log, dollars_per_hour=price.dollars_per_hour)
+        return processes.from_first(result)
 
 
 if __name__ == "__main__":
-    launcher.run(main)
+    launcher.run(main, resumes=True)

@@ -6,18 +6,17 @@ it saves a checkpoint and exits with status 75, so that a scheduler can restart 
 
 from collections.abc import Mapping
 
-from jaxchat import command_line, launcher, signals
+from jaxchat import command_line, launcher
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
-    with signals.raised() as stopped:
-        experiment = command_line.load(argv, description=__doc__)
-        from jaxchat import compilation, processes, stages
+    experiment = command_line.load(argv, description=__doc__)
+    from jaxchat import compilation, processes, stages
 
-        with processes.joined():
-            compilation.prepare_backend(experiment)
-            return processes.from_first(stages.run(experiment, stopped))
+    with processes.joined():
+        compilation.prepare_backend(experiment)
+        return processes.from_first(stages.run(experiment))
 
 
 if __name__ == "__main__":
-    launcher.run(main)
+    launcher.run(main, resumes=True)

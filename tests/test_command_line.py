@@ -1,6 +1,5 @@
 """What a user does wrong is one sentence that names the remedy, and costs nothing that was there before."""
 
-import contextlib
 import gzip
 import json
 import os
@@ -21,6 +20,7 @@ import launch.train
 from jaxchat import checkpoint, launcher
 from jaxchat.data import cache, prepare
 from jaxchat.errors import UserError
+from jaxchat.experiment import Experiment
 from jaxchat.stages import running
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +92,10 @@ def contents(directory):
 
 def trains_not(place, said, **changes):
     """Training refuses the changed arguments in a sentence that holds `said`, and leaves every run as it was."""
-    before = contents(place / "runs")
+    before, stages = contents(place / "runs"), set((place / "runs").glob("*/pretrain"))
     assert said in refusal(launch.train.main, flags(place, **changes))
     assert contents(place / "runs") == before
+    assert set((place / "runs").glob("*/pretrain")) == stages, "a failed start left a directory"
 
 
 def parquet(path, columns=None):
@@ -252,30 +253,13 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
 
     monkeypatch.setattr(module, name, interrupted)
     with pytest.raises(SystemExit) as stop:
-        launcher.run(lambda _: launch.train.main(flags(place, steps=4)))
+        launcher.run(lambda _: launch.train.main(flags(place, steps=4)), resumes=True)
     assert stop.value.code == 75 and contents(place / "runs") == before
-    said = "stopped by a signal; prepared data is kept: start again to continue"
+    said = "stopped by a signal; what was finished is kept: start again to continue"
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
-    # What came out of reading a checkpoint as another error would be taken for damage.
-    assert bool(went_on) == (moment == "restoring")
+    assert went_on
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_that_a_library_swallows_exits_with_75_all_the_same(place, trained, monkeypatch, capsys, moment):
-    def swallowing(*args, **named):
-        with contextlib.suppress(BaseException):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **named)
-
-    module, name = MOMENTS[moment]
-    real, before = getattr(module, name), contents(place / "runs")
-    monkeypatch.setattr(module, name, swallowing)
-    with pytest.raises(SystemExit) as stop:
-        launcher.run(lambda _: launch.train.main(flags(place, steps=4)))
-    assert stop.value.code == 75 and contents(place / "runs") == before
-    assert capsys.readouterr().err.splitlines()[-1].endswith("start again to continue")
 
 
 def test_a_run_directory_that_cannot_be_written_says_so(place, trained):
@@ -339,6 +323,14 @@ def test_a_moved_run_directory_talks(trained, tmp_path, capsys):
     told = launch.chat.main([f"--checkpoint={run / 'pretrain'}@2", "--prompt=the fox", "--max_tokens=3"])
     assert set(told) >= {"text", "tokens", "tokens_per_second", "finish_reason"}
     assert told["tokens"] <= 3 and capsys.readouterr().out == "the fox" + told["text"] + "\n"
+
+
+def test_a_renamed_run_directory_resumes(place, trained, tmp_path):
+    shutil.copytree(trained.parent, tmp_path / "renamed")
+    told = launch.train.main(flags(place, directory=tmp_path, name="renamed"))
+    assert told["step"] == 2 and told["checkpoint"] == str(tmp_path / "renamed/pretrain")
+    assert isinstance(told["loss"], float), "of a run that was started again after its last step"
+    assert checkpoint.read_experiment(tmp_path / "renamed/pretrain", Experiment).name == "renamed"
 
 
 def command(module, *argv, **more):

@@ -102,7 +102,7 @@ def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_p
     variants = ("base:", "half: --batch_tokens=320", "mad: --optimizer.scale=2")
     ran = []
 
-    def run(e, stopped):
+    def run(e):
         ran.append(f"{Path(e.name).parent.name} {e.seed} {e.steps}")
         if "mad" in e.name and e.seed == 1:
             checkpoint.write_experiment(e.stage_directory, e)
@@ -155,7 +155,7 @@ def test_variants_are_really_trained_from_the_same_start(tmp_path):
 def test_equal_time_gives_the_faster_variant_more_steps(tmp_path, monkeypatch):
     speeds, trials = {"base": 1000.0, "fast": 2000.0, "mad": None}, []
 
-    def run(e, stopped):
+    def run(e):
         checkpoint.write_experiment(e.stage_directory, e)
         kind = next(name for name in speeds if f"/{name}/" in f"/{e.name}/")
         if "/speed/" in e.name:
@@ -179,7 +179,7 @@ def test_a_later_stage_is_resumed_with_what_it_took_from_the_checkpoint(tmp_path
     """Model, vocabulary and steps of SFT come from elsewhere, so experiment.json differs from the configuration."""
     ran = []
 
-    def run(e, stopped):
+    def run(e):
         ran.append(e.name)
         taken, _ = inherited(e)
         checkpoint.write_experiment(e.stage_directory, dataclasses.replace(taken, steps=e.steps or 9))

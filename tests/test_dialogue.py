@@ -9,6 +9,7 @@ import pytest
 import small
 from letters import Letters
 
+from jaxchat import signals
 from jaxchat.decode.dialogue import Dialogue, talk
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
@@ -39,7 +40,9 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(engine: Engine) -> None:
     list(whole.answer("12"))
     before = signal.getsignal(signal.SIGINT)
     out = Impatient()
-    talk(stopped, iter(["12", "34"]), out, notes)
+    with signals.handled():
+        talk(stopped, iter(["12", "34"]), out, notes)
+        signals.check()
     assert signal.getsignal(signal.SIGINT) is before
     assert notes.getvalue() == "you: model: (stopped)\nyou: model: you: \n"
     first, second = (message["content"] for message in stopped.messages[1::2])

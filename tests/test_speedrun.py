@@ -74,11 +74,11 @@ def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     real, ran = stages.run, []
 
-    def run(experiment, stopped):
+    def run(experiment):
         ran.append(experiment.stage)
         if ran == ["pretrain", "sft", "rl"]:
             raise UserError("the machine went away")
-        return real(experiment, stopped)
+        return real(experiment)
 
     monkeypatch.setattr(stages, "run", run)
     with pytest.raises(UserError, match="went away"):
@@ -110,17 +110,16 @@ def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monke
     monkeypatch.chdir(Path(__file__).parent.parent)
     ran = []
 
-    def run(experiment, stopped):
+    def run(experiment):
         ran.append(experiment.stage)
         experiment.run_directory.mkdir(parents=True, exist_ok=True)
-        with signals.noted():
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         return {"step": 2}
 
     monkeypatch.setattr(stages, "run", run)
     road = [command_line.load(stage_arguments(flags(tmp_path), stage, STAGES)) for stage in STAGES]
-    with pytest.raises(Interrupted), signals.raised() as stopped:
-        speedrun.run(road, stopped, print)
+    with pytest.raises(Interrupted), signals.handled():
+        speedrun.run(road, print)
     assert ran == ["pretrain"]
     assert json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())["pretrain"]["finished"]
 

@@ -1,19 +1,28 @@
 """What a stage takes from the checkpoint that it starts from, and what it says about the rest."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import small
 from exports import model, tokenizer, write_run
 
 from configs.recipe import imported
+from jaxchat import checkpoint
 from jaxchat.errors import UserError
 from jaxchat.evaluation.evaluate import Settings
 from jaxchat.experiment import Experiment
+from jaxchat.export.convert import Imported
+from jaxchat.model import Transformer
+from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import pretrained_text
-from jaxchat.stages.stage import inherited, not_used
+from jaxchat.stages.stage import inherited, locate_start, not_used, record_start, reference_params
 
 
 def later(tmp_path: Path, start: str, **changes: Any) -> Experiment:
@@ -53,3 +62,72 @@ def test_equal_answers_are_not_counted_as_several() -> None:
     with pytest.raises(UserError, match="--samples=2 are equal at temperature 0: leave it out, or raise --temperature"):
         Settings("chat", samples=2)
     Settings("chat", samples=2, temperature=0.1)
+
+
+def begin(tmp_path: Path, start: str, **changes: Any) -> Experiment:
+    """A stage that has started from `start`, as `running.build` leaves it before its first step."""
+    e = dataclasses.replace(inherited(later(tmp_path, start))[0], **changes)
+    tokenizer().save(e.run_directory / "tokenizer")
+    checkpoint.write_experiment(e.stage_directory, e)
+    record_start(e)
+    return e
+
+
+def train_further(start: str, step: int, scale: float) -> Any:
+    """Another checkpoint of the stage `start` instead of those that it has (`--keep=1`); returns its parameters."""
+    params = small.parameters(model(), scale=scale)
+    for old in (Path(start) / "checkpoints").iterdir():
+        shutil.rmtree(old)
+    checkpoints = checkpoint.Checkpoints(start, keep=1)
+    checkpoints.save(step, Imported(jax.tree.map(jnp.asarray, params), np.zeros((), np.int32)), {})
+    checkpoints.close()
+    return params
+
+
+def test_a_stage_that_has_started_knows_its_start_whatever_becomes_of_that(tmp_path: Path) -> None:
+    start = write_run(tmp_path / "there", model())
+    e = begin(tmp_path, start)
+    assert locate_start(e) == (Path(start), 0)
+    train_further(start, 7, 0.2)
+    with pytest.raises(UserError, match=r"started from .*@0, which is gone: remove .*later/sft to start again, or"):
+        locate_start(e)
+    assert locate_start(later(tmp_path / "other", start)) == (Path(start), 7), (
+        "a stage that starts now takes the newest"
+    )
+    train_further(start, 0, 0.2)
+    with pytest.raises(UserError, match=r"@0, which is another now"):
+        locate_start(e)
+    shutil.rmtree(start)
+    resumed, its_tokenizer = inherited(later(tmp_path, start))
+    assert resumed == e and its_tokenizer is not None and its_tokenizer.hash == tokenizer().hash
+    with pytest.raises(UserError, match="no checkpoint in"):
+        inherited(later(tmp_path / "other", start))
+
+
+def test_the_kl_reference_is_that_of_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = write_run(tmp_path / "there", model())
+    abstract = checkpoint.abstract_like(
+        (shapes := Transformer(model()).shapes()),
+        jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes),
+    )
+    said: list[str] = []
+    for linked in (True, False):
+        if not linked:
+            monkeypatch.setattr(checkpoint.os, "link", _refused)
+        e = begin(tmp_path / str(linked), start, rl=RL(kl=0.1))
+        before = reference_params(e, abstract, said.append)
+        newer = train_further(start, 7 + linked, 0.2 if linked else 0.1)
+        after = reference_params(e, abstract, said.append)
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+        assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(newer)))
+    assert set(said[:2]) == {f"KL reference: {tmp_path}/True/later/sft/reference@0"}
+    damaged = next(
+        path for path in (e.stage_directory / "reference").rglob("*") if path.is_file() and "params" in str(path)
+    )
+    damaged.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        reference_params(e, abstract, said.append)
+
+
+def _refused(*_: Any) -> None:
+    raise OSError("no links here")

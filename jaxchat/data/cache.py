@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxchat import signals
 from jaxchat.errors import UserError
 
 Log = Callable[[str], None]
@@ -62,12 +64,14 @@ def make_directory(directory: Path, option: str = "--data.cache") -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, log: Log, *, refusal: str | None = None) -> Iterator[None]:
+def locked(directory: Path, log: Log, *, refusal: str | None = None, option: str = "--data.cache") -> Iterator[None]:
     """Context manager: holds an exclusive lock on a directory, which the system releases when the process ends.
 
-    If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given.
+    If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given; then also a
+    failure before anything was written leaves no directory behind that did not exist. `option` sets the directory.
     """
-    make_directory(directory)
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    make_directory(directory, option)
     with (directory / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,9 +79,18 @@ def locked(directory: Path, log: Log, *, refusal: str | None = None) -> Iterator
             if refusal is not None:
                 raise UserError(refusal) from None
             log(f"another process is preparing {directory}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with signals.waiting():
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
             log(f"warning: {directory} cannot be locked ({error.strerror}): let no other process use it meanwhile")
-        yield
+        try:
+            yield
+        except BaseException:
+            if refusal is not None and made and not any(p.is_file() for p in directory.rglob("*") if p.name != "lock"):
+                shutil.rmtree(directory, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Something else is in one of the others.
+                    for place in made[1:]:
+                        place.rmdir()
+            raise

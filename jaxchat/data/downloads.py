@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxchat import signals
 from jaxchat.data.cache import locked
 from jaxchat.errors import UserError
 
@@ -21,7 +22,7 @@ def unpacked(url: str, place: Path, *, log: Callable[[str], None]) -> Path:
     Raises:
         UserError: the file cannot be downloaded, or is not a complete zip archive.
     """
-    with locked(place.parent, log):
+    with locked(place.parent, log), signals.waiting():
         if place.is_dir():
             return place
         log(f"downloading {url} to {place}")

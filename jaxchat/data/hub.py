@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxchat import signals
 from jaxchat.data.cache import Log, locked, read_json, write_json
 from jaxchat.data.source import TEST, Content, Kind, Split, by_words
 from jaxchat.errors import UserError, first_line
@@ -112,7 +113,8 @@ def download(spec: str, split: str, directory: Path, *, log: Log = log, endpoint
             log(f"downloading {len(missing)} shards of {data_set.repository} ({size:.2f} GB) to {place}")
             pool = ThreadPoolExecutor(AT_ONCE)
             try:
-                list(pool.map(partial(_fetch, data_set.repository, index["commit"], place, endpoint), missing))
+                with signals.waiting():
+                    list(pool.map(partial(_fetch, data_set.repository, index["commit"], place, endpoint), missing))
             finally:
                 pool.shutdown(cancel_futures=True)
     return [shard.file(place) for shard in chosen]

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jaxchat import signals
 from jaxchat.data import cache, workers
 from jaxchat.data.batch import token_dtype
 from jaxchat.data.cache import Log
@@ -282,7 +283,10 @@ def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
 def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:
     """The documents of a recipe's split, or the texts of its conversations."""
     examples = FORMATS[recipe.form].examples(source, reading, lambda *_: None)
-    return (example.text for example in examples if recipe.takes(example.opening))
+    for example in examples:
+        signals.check()
+        if recipe.takes(example.opening):
+            yield example.text
 
 
 def _recipe(data: Data, split: Split, form: Format | None = None) -> Recipe:

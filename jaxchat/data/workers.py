@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 import jaxchat
+from jaxchat import signals
 from jaxchat.data.shards import Counts, Job, Recipe, make_shard
 from jaxchat.errors import UserError
 from jaxchat.machine import cores
@@ -57,6 +58,7 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Show]:
 
         def show(shard: int, share: float, read_bytes: int) -> None:
             nonlocal printed_at
+            signals.check()
             done[shard] = share
             read[shard] += read_bytes
             completed = sum(size * done[shard] for shard, size in sizes.items())
@@ -104,7 +106,7 @@ def _in_processes(jobs: Sequence[Job], task: Any, show: Show, processes: int) ->
                     done.result()
             finally:
                 for worker in workers:
-                    worker.terminate()
+                    worker.kill()
                     assert worker.stdin is not None
                     with contextlib.suppress(BrokenPipeError):  # of a message that a dead worker did not read
                         worker.stdin.close()
@@ -138,7 +140,8 @@ def _receive(worker: Worker, job: Job, show: Show) -> Counts:
 
 def work() -> None:
     """Runs a worker process: reads its task and then jobs from stdin; answers with progress, counts or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates this process
+    for number in signals.STOPPING:  # A signal to the whole group is the parent's to answer; it kills this process.
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat import signals
 from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine
 from jaxchat.errors import NOT_FINITE, UserError
@@ -81,6 +82,7 @@ def beam_search(
             open=jnp.bool_(True),
         )
         while bool(state.open):
+            signals.check()
             arguments = (engine.transformer, engine.params, state, stops, np.int32(len(prompt)))
             state = search(*arguments, **settings, steps=min(engine.shape.steps, most))
     found = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxchat import signals
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sample import Sample
@@ -122,23 +123,14 @@ def talk(
 
 
 def show(texts: Iterator[str], out: TextIO, stop: Callable[[], None]) -> bool:
-    """Prints a stream of text; returns whether Ctrl-C stopped it. A second Ctrl-C raises `KeyboardInterrupt`.
-
-    The first Ctrl-C only calls `stop`, because an exception in the middle of a step would lose the engine's cache.
-    """
-    interrupts: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        if interrupts:
-            raise KeyboardInterrupt
-        interrupts.append(number)
-        stop()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
+    """Prints a stream of text; returns whether Ctrl-C stopped it, which calls `stop`. A second one ends the process."""
+    with signals.deferred():  # The sample is cancelled, instead of an exception in the middle of a step.
         for text in texts:
             print(text, end="", file=out, flush=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+            if signals.received():
+                stop()
     print(file=out, flush=True)
-    return bool(interrupts)
+    stopped = set(signals.received()) == {signal.SIGINT}
+    if stopped:
+        signals.forget()
+    return stopped

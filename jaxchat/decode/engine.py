@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxchat import signals
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import EngineConfig, Prefixes, bucket, plan, read
 from jaxchat.decode.requests import Completion, Request
@@ -225,6 +226,7 @@ class Engine:
         wait for all of it. Without `interleave` it is prefilled at once, which takes less time for all requests
         together. An exception ends every unfinished sample with an error (`reset`), because caches were donated.
         """
+        signals.check()
         try:
             with self.on_mesh():
                 self._leave()

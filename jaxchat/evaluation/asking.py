@@ -1,6 +1,5 @@
 """Implements launch.evaluate: scores a checkpoint and keeps records from which an interrupted evaluation resumes."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -71,14 +70,8 @@ def score(options: Any) -> Mapping[str, object]:
     if jax.process_index():
         return evaluate.evaluate(engine, jobs, settings, out, about, log=lambda _: None)
     refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"
-    new = not out.exists()
-    try:
-        with locked(out, log, refusal=refusal):
-            results = evaluate.evaluate(engine, jobs, settings, out, about, log=log)
-    finally:
-        if new:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # Fails, as it should, if anything was written.
+    with locked(out, log, refusal=refusal, option="--out"):
+        results = evaluate.evaluate(engine, jobs, settings, out, about, log=log)
     all_results = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # The published scores use nanochat's prompts.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import sharding
+from jaxchat import sharding, signals
 from jaxchat.data import streams
 from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
@@ -58,6 +58,7 @@ class HeldOut:
         nats = size = 0.0
         own = sharding.own_rows(self._mesh, self._batch_rows)
         for batch in streams.every_row_once(self._rows, self._batch_rows, places=own, limit=limit):
+            signals.check()
             placed = sharding.put_batch(self._mesh, {name: column[None] for name, column in batch.items()})
             one = {name: column[0] for name, column in placed.items()}
             nats_here, size_here = self._score(params, one, self._sizes_V)

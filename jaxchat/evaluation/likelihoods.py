@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import sharding
+from jaxchat import sharding, signals
 from jaxchat.decode import programs
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model.transformer import Params, Transformer
@@ -133,6 +133,7 @@ class Scorer:
         in_flight: deque[Any] = deque()
         for kind in batches:
             for program, owners, arrays in kind:
+                signals.check()
                 with self._on_mesh():
                     in_flight.append((owners, program(self.params, *map(self._put, arrays))))
                 if len(in_flight) > IN_FLIGHT:

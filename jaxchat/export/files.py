@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxchat import signals
 from jaxchat.errors import UserError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,6 +33,7 @@ def whole(directory: Path) -> Iterator[Path]:
         raise UserError(f"{directory} cannot be created: {first_line(error)}") from None
     try:
         yield temporary
+        signals.check()
         if directory.exists():
             directory.rmdir()
         temporary.rename(directory)

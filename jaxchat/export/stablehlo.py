@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from jaxchat import signals
 from jaxchat.decode import programs
 from jaxchat.errors import UserError
 from jaxchat.export.files import whole, write_json, write_weights
@@ -54,6 +55,7 @@ def write(
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named.items()}
     with whole(directory) as place:
         for name, tokens in (("prefill", piece), ("decode", 1)):
+            signals.check()
             ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
             exported = export.export(jax.jit(step), platforms=PLATFORMS)(shapes, ids, ids, tuple(leaves))
             (place / f"{name}.bin").write_bytes(_serialize(exported))

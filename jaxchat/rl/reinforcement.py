@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat import checkpoint, processes, sharding
+from jaxchat import processes, sharding
 from jaxchat.compilation import Setup
 from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
@@ -18,7 +18,7 @@ from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.rl.rollouts import Columns, RolloutStream, Score
 from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
-from jaxchat.stages.stage import locate_start
+from jaxchat.stages.stage import reference_params
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -56,7 +56,7 @@ class Reinforcement:
         engine = Engine(setup.transformer, None, self._tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
         reference = None
         if rl.kl is not None:
-            reference = checkpoint.load_params(*locate_start(e), setup.abstract.params)
+            reference = reference_params(e, setup.abstract.params, self._log)
         self._stream = RolloutStream(
             rl,
             engine,

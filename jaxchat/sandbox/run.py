@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
+from jaxchat import signals
 from jaxchat.errors import UserError
 from jaxchat.machine import cores
 from jaxchat.sandbox import walls
@@ -103,6 +104,7 @@ def judge_many(
     def work() -> None:
         with _Judge(limits, sandbox) as judge, contextlib.suppress(IndexError):
             while True:
+                signals.check()
                 number, job = queue.popleft()
                 verdicts[number] = judge.ask(job)
 

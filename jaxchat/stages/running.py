@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +17,17 @@ from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
-from jaxchat.stages.stage import Stage, inherited, locate_start, not_used, started
+from jaxchat.stages.stage import Stage, inherited, locate_start, not_used, record_start, started
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, fit, init_state
 
 
-def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def run(experiment: Experiment) -> dict[str, Any]:
     """Runs one stage, resuming from its latest checkpoint if there is one; returns what the launcher prints.
 
     Raises:
         UserError: the stage cannot be run as configured.
-        Interrupted: `stopped()` became true; a checkpoint was saved if the first step was taken.
+        Interrupted: a signal came; a checkpoint was saved if the first step was taken.
     """
     terminal = metrics.Terminal(experiment.steps)
     check_alike(experiment)
@@ -36,29 +36,26 @@ def run(experiment: Experiment, stopped: Callable[[], bool] = lambda: False) -> 
         terminal.log(note)
     check(e)
     setup = make_setup(e, terminal.log)
-    cache.make_directory(e.stage_directory, "--directory")
-    processes.check_shared(e.stage_directory, "--directory")
     with run_lock(e.stage_directory, "trains", terminal.log):
-        setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log, stopped)
+        processes.check_shared(e.stage_directory, "--directory")
+        setup, stage, tokenizer = prepared(setup, tokenizer, terminal.log)
         terminal.steps = stage.steps
         peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Outside of the mesh, because a CPU's is measured.
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
-            built = build(setup, stage, tokenizer, peak, terminal.log, stopped)
-            results, step_log = train(built, terminal, stopped)
+            built = build(setup, stage, tokenizer, peak, terminal.log)
+            results, step_log = train(built, terminal)
     check_end(built.setup.experiment, {"loss": step_log.loss} | results)
     return result(built, results, step_log)
 
 
-def prepared(
-    setup: Setup, tokenizer: Tokenizer | None, log: Log, stopped: Callable[[], bool]
-) -> tuple[Setup, Stage, Tokenizer]:
+def prepared(setup: Setup, tokenizer: Tokenizer | None, log: Log) -> tuple[Setup, Stage, Tokenizer]:
     """Makes the tokenizer and the rows, or takes them from the cache; sets `steps` if the rows determine it."""
     e = setup.experiment
-    raise_if_interrupted(stopped)
+    signals.check()
     if tokenizer is None:
         tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
     check_tokenizer(e.run_directory, tokenizer)
-    raise_if_interrupted(stopped)
+    signals.check()
     stage: Stage = STAGES[e.stage].load()(e, tokenizer, log)
     if stage.steps != e.steps:
         setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
@@ -79,29 +76,28 @@ class Built(NamedTuple):
     facts: dict[str, Any]
 
 
-def build(
-    setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, log: Log, stopped: Callable[[], bool]
-) -> Built:
+def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, log: Log) -> Built:
     """Compiles the step, restores or initializes the state, and writes experiment, tokenizer and data manifests."""
     e = setup.experiment
-    raise_if_interrupted(stopped)
+    signals.check()
     compiled = compile_step(setup, log)
     describe(setup, compiled, peak, log)
     processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
-    with signals.noted() as interrupted:  # So that a signal during the restore is not mistaken for a damaged file.
-        start, state, facts = _start(setup, checkpoints, log)
-    raise_if_interrupted(lambda: stopped() or interrupted())
+    start, state, facts = _start(setup, checkpoints, log)
+    signals.check()
     stage.begin(setup, compiled.rows, start, facts)
     # The first files of the run; an experiment that was refused before this point does not occupy its name.
     if jax.process_index() == 0:
         tokenizer.save(e.run_directory / "tokenizer")
         checkpoint.write_experiment(e.stage_directory, e)
+        if not start:
+            record_start(e)
         stage.write_sources()
     return Built(setup, stage, tokenizer, compiled, peak, checkpoints, start, state, facts)
 
 
-def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> tuple[dict[str, Any], StepLog]:
+def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog]:
     """Runs the loop with its checkpoints and evaluations; returns the latest scores and the log of the steps."""
     e, log = b.setup.experiment, terminal.log
     writers = make_writers(e, b.start, terminal)
@@ -115,7 +111,9 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
 
     def score(number: int, state: State, last: bool) -> None:
         b.checkpoints.wait()
-        scores = b.stage.score(state, last=last or number == 0)  # The first and the last use the same rows.
+        # The checkpoint is saved, so an evaluation may be interrupted; several processes agree after it.
+        with signals.deferred(jax.process_count() > 1):
+            scores = b.stage.score(state, last=last or number == 0)  # The first and the last use the same rows.
         results.update(scores)
         if number == 0:
             numbers = {f"{name}_before": value for name, value in scores.items() if isinstance(value, int | float)}
@@ -126,7 +124,7 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
     def sample(number: int, state: State) -> None:
         write_samples(b.setup, b.tokenizer, state, number=number, log=log)
 
-    with signals.noted() as interrupted, contextlib.ExitStack() as stack:
+    with signals.deferred(), contextlib.ExitStack() as stack:  # A signal waits for the next checkpoint.
         for close in (*(writer.close for writer in writers), b.checkpoints.close, step_log.finish):
             stack.callback(close)
         # A resumed run may have stopped between a checkpoint and its evaluation; a new stage scores its start.
@@ -134,12 +132,13 @@ def train(b: Built, terminal: metrics.Terminal, stopped: Callable[[], bool]) -> 
         if due:
             score(b.start, b.state, False)
         agreed = processes.Agreement()
-        hooks = Hooks(step_log, save, score, sample, lambda: agreed(stopped() or interrupted()))
+        hooks = Hooks(step_log, save, score, sample, lambda: agreed(bool(signals.received())))
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
         fit(b.state, b.compiled.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
         b.checkpoints.wait()
         if b.start == e.steps:
             score(e.steps, b.state, True)
+            sample(e.steps, b.state)
     return results, step_log
 
 
@@ -192,11 +191,5 @@ def run_lock(directory: Path, does: str, log: Log) -> Iterator[None]:
         yield
         return
     refusal = f"another process {does} in {directory}: wait until it ends, or give this one its own --name"
-    with cache.locked(directory, log, refusal=refusal):
+    with cache.locked(directory, log, refusal=refusal, option="--directory"):
         yield
-
-
-def raise_if_interrupted(stopped: Callable[[], bool]) -> None:
-    """Raises `Interrupted` if a signal came, also if a library swallowed the exception."""
-    if stopped():
-        raise signals.Interrupted(signals.KEPT)

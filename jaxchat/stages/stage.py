@@ -10,12 +10,17 @@ import optax
 
 from jaxchat import checkpoint
 from jaxchat.compilation import Setup
+from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
+from jaxchat.model.transformer import Params
 from jaxchat.objectives.objective import Objective
 from jaxchat.serialization import flags
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
+
+START = "start.json"
+REFERENCE = "reference"
 
 Record = dict[str, Any]
 
@@ -55,10 +60,13 @@ class Stage(Protocol):
 
 
 def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
-    """Returns the experiment with model and vocabulary of its starting checkpoint, and the tokenizer of that."""
+    """Returns the experiment with model and vocabulary of its starting checkpoint, and the tokenizer of that.
+
+    A stage that has started has them itself, so it resumes without that checkpoint.
+    """
     if not e.start_from:
         return e, None
-    directory, _ = locate_start(e)
+    directory = e.stage_directory if (e.stage_directory / START).is_file() else locate_start(e)[0]
     before = checkpoint.read_experiment(directory, Experiment)
     tokenizer = load_tokenizer(directory.parent / "tokenizer")
     model = dataclasses.replace(before.model, layer_loop=e.model.layer_loop, remat=e.model.remat)
@@ -78,7 +86,19 @@ def not_used(given: Experiment, e: Experiment) -> str | None:
 
 
 def locate_start(e: Experiment) -> tuple[Path, int]:
-    """Directory and step of the checkpoint that the experiment starts from; `UserError` if there is none."""
+    """Directory and step of the checkpoint that the experiment starts from; `UserError` if it does not exist.
+
+    Once the stage has started it is the one that start.json names, although `start_from` may have a newer one.
+    """
+    if record := read_json(e.stage_directory / START):
+        directory, step = Path(e.start.partition("@")[0]), record["step"]
+        gone = step not in checkpoint.finished_steps(directory)
+        if gone or checkpoint.params_hash(directory, step) != record["params"]:
+            problem = (
+                f"{e.stage_directory} started from {directory}@{step}, which is {'gone' if gone else 'another now'}"
+            )
+            raise UserError(f"{problem}: remove {e.stage_directory} to start again, or give this run its own --name")
+        return directory, step
     try:
         return checkpoint.locate(e.start)
     except UserError as error:
@@ -86,6 +106,30 @@ def locate_start(e: Experiment) -> tuple[Path, int]:
         hint = f"; train that stage first, with --config=...{'' if stage == 'pretrain' else f':{stage}'}"
         known = stage in STAGES and e.start_from.partition("@")[0] == stage
         raise UserError(f"{e.stage} starts from {e.start}: {error}{hint if known else ''}") from None
+
+
+def record_start(e: Experiment) -> None:
+    """Writes start.json, the step and the parameters' hash of the checkpoint that the stage starts from.
+
+    With a KL reference it keeps that checkpoint's parameters in reference/, as hard links where the file system has
+    them: `--keep` may remove the checkpoint from its own stage, and the stage may be trained further.
+    """
+    path = e.stage_directory / START
+    if not e.start_from or path.is_file():
+        return
+    directory, step = locate_start(e)
+    if e.rl is not None and e.rl.kl is not None:
+        checkpoint.copy_params(directory, step, e.stage_directory / REFERENCE)
+    write_json(path, {"step": step, "params": checkpoint.params_hash(directory, step)})
+
+
+def reference_params(e: Experiment, abstract: Any, log: Log) -> Params:
+    """The parameters of the KL reference, those that the stage started from, in the shardings of `abstract`."""
+    own = e.stage_directory / REFERENCE
+    kept = checkpoint.finished_steps(own) if (e.stage_directory / START).is_file() else []
+    directory, step = (own, kept[0]) if kept else locate_start(e)
+    log(f"KL reference: {directory}@{step}")
+    return checkpoint.load_params(directory, step, abstract)
 
 
 def started(setup: Setup, fresh: State) -> State:
