@@ -12,6 +12,7 @@ from jaxchat.decode.speculative import Speculation
 from jaxchat.devices import compute_dtype
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.launcher import log
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,6 +88,7 @@ def load_engine(
         drafting, speculation = (small.transformer(), small.params(mesh)), speculation or Speculation()
         whole = dataclasses.replace(whole, adapt=False)
     params = loaded.params(mesh)
+    log(f"loaded {loaded.directory}@{loaded.step}; its programs are compiled when they are first used")
     return Engine(
         loaded.transformer(), params, loaded.tokenizer, whole, mesh=mesh, speculation=speculation, draft=drafting
     )

@@ -19,7 +19,7 @@ EXIT_RESTART = 75  # EX_TEMPFAIL: a scheduler should start the command again, wh
 EXIT_STOPPED = 130  # Stopped by a signal; starting again begins anew. A second signal ends with 128 + its number.
 KEPT = "what was finished is kept"
 REPEAT_SECONDS = 1.0  # Within this time a further signal counts as the same one: `timeout` sends SIGTERM twice.
-HEARD = "{name} received: stopping at the next safe point, after a compilation that runs; a second one ends at once"
+HEARD = "{name} received: stopping when it is safe (a compilation is finished first); a second signal ends at once"
 
 _received: list[int] = []
 _mode = {"listening": False, "waiting": False, "deferred": False}

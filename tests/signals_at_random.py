@@ -23,12 +23,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ("step", "loss", "val_bpb", "val_loss", "text", "rows", "tokens", "arithmetic", "stages", "parameters")
-COMMON = "--depth=1 --head_dim=8 --data.vocab=400 --data.row_length=160 --data.workers=1 --micro_rows=2 --mesh.data=2"
+COMMON = (
+    "--depth=1 --head_dim=8 --data.vocab=400 --data.row_length=160 --data.workers=1 --micro_rows=2 --mesh.data=2 "
+    "--batch_tokens=640"
+)
 SHORT = "--steps=8 --save_every=4 --eval_every=4 --eval_rows=4 --tasks --prompts"
 LAUNCHERS = {
-    "pretrain": f"train --config=configs/tiny.py {COMMON} {SHORT} --batch_tokens=640 --data.train=tinyworld:train:150 "
+    "pretrain": f"train --config=configs/tiny.py {COMMON} {SHORT} --data.train=tinyworld:train:150 "
     "--data.val=tinyworld:val:4 --directory=RUNS",
-    "sft": f"train --config=configs/tiny.py:sft {COMMON} {SHORT} --batch_tokens=640 --data.train=tinyworld:chat:60 "
+    "sft": f"train --config=configs/tiny.py:sft {COMMON} {SHORT} --data.train=tinyworld:chat:60 "
     "--data.val=tinyworld:chat:20 --data.epochs --directory=RUNS",
     "rl": f"train --config=configs/tiny.py:rl {COMMON} {SHORT} --rl.prompts=2 --rl.samples=4 --rl.max_tokens=8 "
     "--rl.kl=0.1 --rl.rewards=brevity --directory=RUNS",

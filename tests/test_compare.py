@@ -230,6 +230,6 @@ def test_a_mistake_outside_the_variants_is_refused_before_the_first_run(tmp_path
 
 
 def test_a_measure_that_the_stage_does_not_have_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "run", lambda e, _: {"val_bpb": 1.0, "loss": 2.0, "step": 6})
+    monkeypatch.setattr(stages, "run", lambda e: {"val_bpb": 1.0, "loss": 2.0, "step": 6})
     with pytest.raises(UserError, match="--measure=gsm8k_strict is not a number of this stage's result: choose one of"):
         launch.compare.main([*flags(tmp_path, "base:", "fast:"), "--measure=gsm8k_strict"])

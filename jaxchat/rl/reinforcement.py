@@ -70,6 +70,7 @@ class Reinforcement:
             log=self._log,
         )
         self._stream.cursor = facts.get("cursor", 0)
+        self._log("sampling, after the decoding programs are compiled")
         self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
         self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
 
