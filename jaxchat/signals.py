@@ -22,7 +22,7 @@ REPEAT_SECONDS = 1.0  # Within this time a further signal counts as the same one
 HEARD = "{name} received: stopping when it is safe (a compilation is finished first); a second signal ends at once"
 
 _received: list[int] = []
-_mode = {"listening": False, "waiting": False, "deferred": False}
+_mode = {"listening": False, "ended": False, "waiting": False, "deferred": False}
 _forgotten = [0]  # How often the received signals were taken as dealt with.
 
 
@@ -38,7 +38,7 @@ def listen() -> Callable[[], None]:
     before = {number: signal.signal(number, _receive) for number in STOPPING}
     thread = threading.Thread(target=_acknowledge, args=(reading,), name="signals", daemon=True)
     thread.start()
-    _mode["listening"] = True
+    _mode.update(listening=True, ended=False)
 
     def end() -> None:
         for number, handler in before.items():
@@ -56,7 +56,10 @@ def listen() -> Callable[[], None]:
 def handled() -> Iterator[None]:
     """Context manager: takes SIGTERM and SIGINT, unless they are taken already or this is not the main thread."""
     if _mode["listening"] or threading.current_thread() is not threading.main_thread():
-        yield
+        try:
+            yield
+        finally:
+            _mode["ended"] = True  # The process only leaves, and has told how it ended.
         return
     end = listen()
     try:
@@ -80,7 +83,8 @@ def _acknowledge(reading: int) -> None:
         now, name = time.monotonic(), signal.Signals(byte[0]).name
         if forgotten != _forgotten[0]:
             first, forgotten = now, _forgotten[0]
-            os.write(2, f"{HEARD.format(name=name)}\n".encode())
+            if not _mode["ended"]:
+                os.write(2, f"{HEARD.format(name=name)}\n".encode())
         elif now - first > REPEAT_SECONDS:
             os.write(2, f"{name} received again: ended at once\n".encode())
             os._exit(128 + byte[0])

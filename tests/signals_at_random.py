@@ -93,7 +93,7 @@ def add_cache(base: Path, place: Path) -> None:
 def moment(
     name: str, base: Path, place: Path, whole: dict[str, object], after: float, number: int
 ) -> dict[str, object]:
-    """Sends one signal `after` seconds; returns what happened. An empty record: the process had ended by then."""
+    """Sends one signal `after` seconds; returns what happened, nothing if that was too late."""
     runs = fresh(base, name, place, cache=False)
     process = start(name, runs)
     try:
@@ -105,6 +105,8 @@ def moment(
         process.send_signal(number)
         sent = time.monotonic()
     out, err = process.communicate()
+    if ready and process.returncode == 0 and out.strip() and "received: stopping" not in err:
+        return {}  # The result was printed, and the process was leaving.
     record: dict[str, object] = {
         "launcher": name,
         "signal": signal.Signals(number).name,

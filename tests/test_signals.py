@@ -191,6 +191,18 @@ def test_a_signal_after_the_last_check_is_not_swallowed(capfd):
     assert stop.value.code == 130 and capfd.readouterr().out == ""
 
 
+def test_a_signal_after_the_result_is_not_acknowledged(notes, monkeypatch):
+    with signals.handled():  # As in a process, which takes signals from its start to its end.
+        launcher.run(lambda argv: None)
+        send(signal.SIGTERM)
+        time.sleep(0.05)
+        assert notes.texts == []
+        monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
+        send(signal.SIGTERM)
+        notes.wait()
+    assert notes.statuses == [143] and "again" in notes.texts[0]
+
+
 def test_a_user_error_after_a_signal_is_still_a_user_error(capfd):
     def works(argv):
         send(signal.SIGINT)
