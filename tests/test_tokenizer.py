@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import pickle
 import random
@@ -99,6 +100,57 @@ def test_cutting_texts_changes_no_segmentation(tokenizer, text):
     text = text.replace("\u2581", "")
     whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     assert tokenizer.encode(text) == whole.encode(text)
+
+
+CHINESE = "".join(random.Random(0).choices([chr(0x4E00 + i) for i in range(99)], k=9000))
+RARE_SPACES = {
+    "none": CHINESE,
+    "rare": CHINESE + " " + CHINESE,
+    "minified": "".join(random.Random(1).choices("abcdefgh(){};=.,01", k=9000)),
+    "tabs": CHINESE.replace("\u4e01", "\t"),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("name", RARE_SPACES)
+def test_a_space_comes_back_whatever_the_tokenizer_was_trained_on(name, algorithm):
+    tokenizer = train_tokenizer([RARE_SPACES[name]], vocab=380, config=TokenizerConfig(algorithm=algorithm))
+    for text in ("hello world", " \u4e01  a ", "\u2581 \u2581", "\t \t"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.bytes_per_token[ids].sum() == len(text.encode())
+
+
+LOSSY = {
+    "no space": ({}, CHINESE, r"is not lossless \(' ' comes back as '\u2581'\)"),
+    "normalized": ({"normalization_rule_name": "nfkc"}, " ".join(TEXTS), "is not lossless"),
+    "cut": ({"remove_extra_whitespaces": True}, " ".join(TEXTS), "is not lossless"),
+    "with a prefix": ({"add_dummy_prefix": True}, " ".join(TEXTS), "is not lossless"),
+    "lower case": ({"normalization_rule_name": "nmt_nfkc_cf"}, " ".join(TEXTS), "is not lossless"),
+    "no bytes": ({"byte_fallback": False}, " ".join(TEXTS), "needs byte pieces"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_model_that_loses_text_is_refused(name):
+    options, text, said = LOSSY[name]
+    plain = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    blocks = iter([text[i : i + 500] for i in range(0, len(text), 500)])
+    output = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        **{"sentence_iterator": blocks, "model_writer": output, "model_type": "bpe", "vocab_size": 380, "unk_id": 0}
+        | {"control_symbols": list(NANOCHAT.specials), "byte_fallback": True, "minloglevel": 2}
+        | {"bos_id": -1, "eos_id": -1, "pad_id": -1, "character_coverage": 1.0, **plain, **options}
+    )
+    with pytest.raises(UserError, match=said):
+        SentencePiece(output.getvalue())
+
+
+def test_a_saved_tokenizer_that_loses_text_is_named(bpe, tmp_path, monkeypatch):
+    bpe.save(tmp_path / "tokenizer")
+    monkeypatch.setattr(SentencePiece, "decode_bytes", lambda self, ids, **_: b"-")
+    with pytest.raises(UserError, match=r"the tokenizer in .*tokenizer is not lossless .*: delete .* train again"):
+        load_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

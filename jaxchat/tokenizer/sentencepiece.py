@@ -36,6 +36,8 @@ _RUN_OF_SPACES = re.compile(r"(?<! ) ")
 _PART = re.compile(r" *+(?:[A-Za-z]++(?![^\0-\x7f])|[\0-\x1f!-@\[-`{-\x7f]++(?![^\0-\x7f])|[^ ]++)| ++")
 _CROSSING = re.compile(r"[^\u2581]\u2581|[A-Za-z][\0-\x1f!-@\[-`{-\x7f]|[\0-\x1f!-@\[-`{-\x7f][A-Za-z]")
 _UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips or misreads sentences with one of these
+# ASCII, and what programs cut, join, normalize or read in their own way.
+_PROBES = [*map(chr, range(128)), *"\xa0\xad\u2581\u2585\ufeff\u0301\u212b\ufb01\uff21\u3000\U0001f9f6", "  ", "e\u0301"]
 _BLOCK_CHARACTERS = 2000
 _COVERAGE = 0.9995
 _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
@@ -104,6 +106,16 @@ class SentencePiece(Tokenizer):
         self._space_mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._parts = _Cache(processor.encode)
         self._words = _Cache(lambda word: self._segment(" " + word))
+        self._check_lossless()
+
+    def _check_lossless(self) -> None:
+        """Raises `UserError` if a byte, a probe or a random text of probes does not come back with all its bytes."""
+        drawn = random.Random(0)
+        texts = [*_PROBES, *("".join(drawn.choices(_PROBES, k=20)) for _ in range(100))]
+        for text in texts:
+            ids = self.encode(text)
+            if (found := self.decode(ids)) != text or self.bytes_per_token[ids].sum() != len(text.encode()):
+                raise UserError(f"the tokenizer is not lossless ({text!r} comes back as {found!r}): train it again")
 
     def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes, ChatFormat]]:
         return SentencePiece, (self.model, self.chat_format)  # For the workers that make rows.
@@ -164,7 +176,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except (ValueError, LookupError, TypeError):
         message = f"the tokenizer in {directory} is damaged or of another format; delete it and train again"
         raise UserError(message) from None
-    return SentencePiece(model, chat_format)
+    try:
+        return SentencePiece(model, chat_format)
+    except UserError as error:
+        problem = str(error).removeprefix("the tokenizer ").removesuffix(": train it again")
+        message = f"the tokenizer in {directory} {problem}: delete that directory and train again"
+        raise UserError(message) from None
 
 
 def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +222,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
             pad_id=-1,
             byte_fallback=True,
             character_coverage=1.0,
+            # Named only where it is missing, because a model contains its settings and so its hash would change.
+            **({} if any(" " in block for block in blocks) else {"required_chars": SPACE_MARK}),
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -261,7 +280,8 @@ def scalar_values(text: str) -> str:
 def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
     """The blocks with a tab in place of every character that gets no piece of its own and is encoded as bytes.
 
-    These are the rarest characters, 0.05 percent of the text, and more if over `most` different ones remain.
+    These are the rarest characters except the space, 0.05 percent of the text, and more if over `most` different ones
+    remain. A space without a piece would be encoded like U+2581.
     """
     text = np.frombuffer("".join(blocks).encode("utf-32-le"), np.uint32)
     counts = np.bincount(text)
@@ -269,6 +289,7 @@ def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
     covering = 1 + int(np.searchsorted(np.cumsum(counts[common_first]), _COVERAGE * len(text)))
     # No piece of sentencepiece crosses a tab.
     rare = dict.fromkeys(common_first[min(covering, most) :].tolist(), "\t")
+    rare.pop(ord(" "), None)
     return (block.translate(rare) for block in blocks) if rare else iter(blocks)
 
 
