@@ -20,6 +20,7 @@ from jaxchat.experiment import Experiment
 from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING, kernel_calls
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.objectives.logprobs import weighted_nll
+from jaxchat.paths import user_path
 from jaxchat.sharding import Mesh
 
 GRACE, LEAST_SECONDS = 20.0, 15.0  # Until what runs after the budget is cut off; what a row must have to begin.
@@ -160,14 +161,14 @@ SECTIONS: Mapping[str, Section] = {
 
 def start(kind: str, bench: options.Bench, arguments: Sequence[str], command: str) -> Row:
     """Measures on the accelerator; raises UserError if JAX finds none."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(bench.cache).absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(user_path(bench.cache).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # A second run finds what a first one kept.
     if (found := jax.default_backend()) != kind and not bench.anyway:
         remedy = f"install '.[{'cuda' if kind == 'gpu' else kind}]' where there is one, or measure this with --anyway"
         raise errors.UserError(f"no {kind.upper()} here, JAX computes on {found}: {remedy}")
     run = Run(kind, bench, arguments, time.monotonic() + bench.budget_s)
     run.experiment()  # A mistake in the arguments is reported before anything is measured.
-    return measure_sections(run, report.Report(Path(bench.out), report.surroundings(bench, command)))
+    return measure_sections(run, report.Report(user_path(bench.out), report.surroundings(bench, command)))
 
 
 def measure_sections(

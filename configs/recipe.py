@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,6 +54,8 @@ class Dial:
         family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
             original, which transformers has as NanoChatForCausalLM; "november2026" the architecture of July with
             learning rates for small models and batches. "auto" is november2026 below depth 12, otherwise july2026.
+        train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
+            unless all entries of `train` are of the same data sets.
         ratio: training tokens per scaling parameter.
         matmul: number format of the layers' large products in pretraining and SFT; "dtype" is the experiment's
             `dtype`, which RL always uses.
@@ -64,6 +66,7 @@ class Dial:
     family: Literal["auto", "november2026", "july2026", "october2025"] = "auto"
     steps: int = 0
     batch_tokens: int = 0
+    train: Annotated[tuple[str, ...], tyro.conf.arg(name="data.train")] = ()
     vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
     row_length: Annotated[int, tyro.conf.arg(name="data.row_length")] = 2048
     ratio: float = 12.0
@@ -126,7 +129,8 @@ def pretrain(
     dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
     """The pretraining experiment of a dial; `fields` sets further fields of Experiment."""
-    data = Data(train=train, val=val, vocab=dial.vocab, row_length=dial.row_length)
+    parts = {"train": train, "val": val} | replaced(dial, train, fields)
+    data = Data(**parts, vocab=dial.vocab, row_length=dial.row_length)
     experiment = Experiment(
         model=model(dial),
         optimizer=optimizer(dial),
@@ -142,8 +146,28 @@ def pretrain(
     return dataclasses.replace(experiment, **fields)  # type: ignore[arg-type]
 
 
+def replaced(dial: Dial, train: tuple[str, ...], fields: dict[str, object]) -> dict[str, tuple[Any, ...]]:
+    """Fields of Data that `dial.train` replaces; removes from `fields` the prompts, which are about other data."""
+    if not dial.train:
+        return {}
+    parts: dict[str, tuple[Any, ...]] = {"train": dial.train}
+    if len(dial.train) != len(train):
+        parts["epochs"] = ()
+    if not {_data_set(spec) for spec in dial.train} <= {_data_set(spec) for spec in train}:
+        fields.pop("prompts", None)
+        parts |= {"val": (), "epochs": ()}
+    return parts
+
+
+def _data_set(spec: str) -> str:
+    """The generator or the hub's data set of a spec; a file is its own."""
+    kind, colon, rest = spec.removeprefix("text:").partition(":")
+    return kind if kind == "tinyworld" else f"hub:{rest.partition(':')[0]}" if kind == "hub" and colon else spec
+
+
 def sft(
     base: Experiment,
+    dial: Dial,
     *,
     train: tuple[str, ...],
     val: tuple[str, ...] = (),
@@ -152,16 +176,15 @@ def sft(
     **fields: object,
 ) -> Experiment:
     """Supervised fine-tuning of a pretraining experiment: its optimizer with another `scale` and no weight decay."""
-    data = dataclasses.replace(
-        base.data, train=train, val=val, format="chat", epochs=epochs, weights=(), packing="best_fit"
-    )
+    parts = {"train": train, "val": val, "epochs": epochs} | replaced(dial, train, fields)
+    data = dataclasses.replace(base.data, **parts, format="chat", weights=(), packing="best_fit")
     return dataclasses.replace(
         base,
         stage="sft",
         start_from="pretrain",
         data=data,
         optimizer=gentle(base.optimizer, scale, warmdown_fraction=0.5),
-        **fields,  # type: ignore[arg-type]
+        **{"prompts": QUESTIONS} | fields,  # type: ignore[arg-type]
     )
 
 
@@ -206,12 +229,12 @@ def road(
         pretrain=lambda: base,
         sft=lambda: sft(
             base,
+            dial,
             train=("hub:smoltalk", "hub:mmlu", "hub:gsm8k"),
             epochs=(1.0, 3.0, 4.0),
             scale=family(dial).sft_scale,
             steps=dial.steps,
             tasks=("gsm8k",),
-            prompts=QUESTIONS,
         ),
         rl=lambda: rl(
             base,

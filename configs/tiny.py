@@ -37,6 +37,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         pretrain=lambda: base,
         sft=lambda: sft(
             base,
+            dial,
             train=("tinyworld:chat", "text:tinyworld:train"),
             epochs=(1.0, 0.04),
             val=("tinyworld:chat",),

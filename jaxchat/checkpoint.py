@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import backend, gpath, stat_utils
 
 from jaxchat import processes
 from jaxchat.data.cache import read_json, write_text
-from jaxchat.errors import UserError, check_local, first_line
+from jaxchat.errors import UserError, first_line
 from jaxchat.model.transformer import all_finite
+from jaxchat.paths import check_local, user_path
 from jaxchat.serialization import difference, from_json, to_json
 from jaxchat.upgrades import FORMAT, upgraded
 
@@ -36,6 +39,21 @@ DAMAGED = "checkpoints-damaged"
 SIZES = "sizes.json"
 CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
 LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
+
+
+class _Local(type(backend.os_backend)):  # type: ignore[misc]
+    """Local files for Orbax, also those of users and groups that have no name, as in containers (etils#790)."""
+
+    def stat(self, path: Any) -> stat_utils.StatResult:
+        try:
+            return super().stat(path)
+        except KeyError:
+            found = os.stat(path)
+            mode, time = found.st_mode, int(found.st_mtime)
+            return stat_utils.StatResult(stat.S_ISDIR(mode), length=found.st_size, mtime=time, mode=mode)
+
+
+gpath._PREFIX_TO_BACKEND[None] = _Local()
 
 Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's files, by relative name.
 
@@ -294,7 +312,7 @@ def locate(path: str) -> tuple[Path, int]:
     except ValueError as error:
         raise UserError(str(error)) from None
     name, at, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
-    directory = Path(name)
+    directory = user_path(name)
     if not (directory / EXPERIMENT).is_file():
         inside = [p.parent.name for p in sorted(directory.glob(f"*/{EXPERIMENT}"))] if directory.is_dir() else []
         hint = (

@@ -25,6 +25,7 @@ from typing import Any
 import tyro
 
 from jaxchat.errors import UserError, first_line
+from jaxchat.paths import user_path
 from jaxchat.serialization import flags
 
 
@@ -83,7 +84,7 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
         start = getattr(module, "DIALS", {}).get(stage, module.DIAL)
         known["dial"], rest = parse_known(type(start), rest, default=start)
         dial = _dial_flags(start)
-        dial_flags = " ".join(f"--{name}={value}" for name, value in dial.items())
+        dial_flags = " ".join(f"--{name}={value}" for name, value in dial.items() if value != ())
         about += f"\n\nApplied first; other fields are derived from these: {dial_flags}"
     try:
         default = module.get_config(**known)
@@ -152,7 +153,7 @@ def _config_argument(argv: Sequence[str], description: str | None) -> tuple[Path
     if not specs or not specs[-1]:
         raise UserError("no configuration given: choose one, such as --config=configs/tiny.py")
     name, _, stage = specs[-1].partition(":")
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         raise UserError(f"no configuration file {path}: {_similar(path, stage)}")
     return path, stage or None, [word for word in words if not word.startswith("--config=")]

@@ -15,11 +15,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters; the name of its type if it has no message."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
-
-
-def check_local(name: str, place: str | None) -> None:
-    """Raises ValueError if `place` is a URL: a run locks, renames and appends to files."""
-    if place and "://" in place:
-        raise ValueError(
-            f"{name}={place} is not a directory: mount the bucket (see docs/launch) and give its directory instead"
-        )

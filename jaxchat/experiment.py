@@ -1,6 +1,7 @@
 """The configuration of a run: one field per part, and the checks across parts."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
-from jaxchat.errors import check_local
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.objectives.objective import Objective
 from jaxchat.optimizer import Optimizer
+from jaxchat.paths import check_local, user_path
 from jaxchat.rl.settings import RL
+from jaxchat.serialization import flags
 from jaxchat.sharding import Mesh
 
 PROMPTS = ("", "The", "One day")
@@ -143,6 +145,7 @@ class Experiment:
             raise ValueError(f"{problem}: leave it None in stage 'rl'")
         if self.warm_optimizer and not self.start_from:
             raise ValueError("warm_optimizer needs start_from, the checkpoint whose optimizer moments it loads")
+        check_local("name", self.name)
         check_local("directory", self.directory)
         check_local("start_from", self.start_from)
         check_local("data.cache", self.data.cache)
@@ -177,9 +180,19 @@ class Experiment:
         """Rows per optimizer step; in RL the maximum, with one sample per row."""
         return self.batch_tokens // self.data.row_length if self.rl is None else self.rl.update_samples
 
+    def longer_rows(self, least: int) -> str:
+        """The options that make rows of at least `least` tokens, and the batch a multiple of them."""
+        length = 2 ** math.ceil(math.log2(least))
+        rows = max(1, self.batch_tokens // length)
+        wanted = {"data.row_length": length, "batch_tokens": rows * length}
+        if self.micro_rows != "auto":
+            wanted["micro_rows"] = math.gcd(self.micro_rows, rows)
+        now = flags(self)
+        return " ".join(f"--{name}={value}" for name, value in wanted.items() if now[name] != value)
+
     @property
     def run_directory(self) -> Path:
-        return Path(self.directory) / self.name
+        return user_path(self.directory) / self.name
 
     @property
     def stage_directory(self) -> Path:
@@ -198,4 +211,4 @@ class Experiment:
 
     @property
     def cache_directory(self) -> Path:
-        return Path(self.data.cache or Path(self.directory) / "cache")
+        return user_path(self.data.cache or Path(self.directory) / "cache")

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxchat import command_line, launcher
+from jaxchat.paths import check_local
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Convert:
     rows: int = 0  # With --to=stablehlo: batch size; 0 is 1.
     length: int = 0  # With --to=stablehlo: context length; 0 is the row length of training.
     piece: int = 0  # With --to=stablehlo: tokens per prefill chunk; 0 is 128.
+
+    def __post_init__(self) -> None:
+        check_local("out", self.out)
 
 
 def main(argv: list[str]) -> dict[str, object]:

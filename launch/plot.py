@@ -1,9 +1,9 @@
 """Plots the curves of runs: python -m launch.plot --runs runs/tiny/pretrain [MORE ...] --out=curves.png"""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxchat import command_line, launcher
+from jaxchat.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> dict[str, object]:
     plot = command_line.parse(Plot, argv, description=__doc__)
     from jaxchat.evaluation.curves import draw
 
-    return {"out": plot.out, "val_bpb": draw([Path(run) for run in plot.runs], Path(plot.out))}
+    return {"out": plot.out, "val_bpb": draw([*map(user_path, plot.runs)], user_path(plot.out))}
 
 
 if __name__ == "__main__":

@@ -4,16 +4,21 @@ Training does this automatically; this command is for a machine with many cores,
 """
 
 from jaxchat import command_line, launcher
+from jaxchat.errors import UserError
 
 
 def main(argv: list[str]) -> dict[str, object]:
     experiment = command_line.load(argv, description=__doc__)
     from jaxchat.data import prepare
+    from jaxchat.stages.stage import inherited
 
-    log = launcher.log
-    tokenizer = prepare.ensure_tokenizer(experiment.data, experiment.cache_directory, seed=experiment.seed, log=log)
+    e, log = experiment, launcher.log
+    if e.rl is not None:
+        raise UserError(f"stage {e.stage} samples its data, so it has no rows: leave :{e.stage} out of --config")
+    e, tokenizer = inherited(e)
+    tokenizer = tokenizer or prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
     rows = {
-        split: prepare.ensure_rows(experiment.data, tokenizer, split, experiment.cache_directory, log=log)
+        split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log, e.longer_rows)
         for split in ("train", "val")
     }
     return prepare.summary(rows["train"]) | {"val": prepare.summary(rows["val"])}

@@ -10,12 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxchat import command_line, launcher
+from jaxchat.errors import UserError
 from jaxchat.tokenizer import Report, load_tokenizer, report, sample
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 
 
 def main(argv: list[str]) -> dict[str, object]:
     experiment = command_line.load(argv, description=__doc__)
+    if experiment.start_from:
+        stage = experiment.stage
+        raise UserError(f"stage {stage} takes the tokenizer of {experiment.start}: leave :{stage} out of --config")
     from jaxchat.data import prepare
 
     data, cache, seed = experiment.data, experiment.cache_directory, experiment.seed

@@ -379,3 +379,25 @@ def test_checkpoints_without_checksums_are_read_and_have_the_hash_of_their_files
     old = checkpoint.params_hash(copy, 3)
     (copy / "sizes.json").unlink()
     assert checkpoint.params_hash(copy, 3) == old != new
+
+
+@pytest.mark.parametrize("unknown", ["pwd.getpwuid", "grp.getgrgid"])
+def test_files_of_a_user_without_a_name_are_read_and_written(copy, monkeypatch, unknown):
+    def nobody(number):
+        raise KeyError(f"{unknown}(): {number} not found")
+
+    monkeypatch.setattr(unknown, nobody)
+    with pytest.raises(KeyError):
+        getattr(sys.modules[unknown[:3]], unknown[4:])(12345)
+    (copy / "sizes.json").unlink()
+    for step in (2, 3):  # Without it, Orbax asks for the time of the directory, and so for its owner.
+        (copy / f"checkpoints/{step}/_CHECKPOINT_METADATA").unlink()
+    assert read(copy)[0] == 3
+    write(copy, 4)
+    assert checkpoint.finished_steps(copy) == [3, 4]
+    found = checkpoint.load_params(copy, 4, abstract().params)
+    assert same(found, state(4).params)
+    from etils import epath
+
+    status, real = epath.Path(copy).stat(), copy.stat()
+    assert (status.is_directory, status.mtime, status.mode) == (True, int(real.st_mtime), real.st_mode)

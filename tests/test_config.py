@@ -196,7 +196,10 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--optimizer.head.learning_rate=-1"], "optimizer.head: learning_rate=-1.0 must be at least 0 and finite"),
         (["--optimizer.embed.b2=1.5"], "optimizer.embed: b2=1.5 must be at least 0 and below 1"),
         (["--optimizer.scalars.eps=0"], "optimizer.scalars: eps=0 must be positive: it keeps the first updates finite"),
-        (["--data.weights", "1", "2"], "data.weights has 2 entries, but data.train has 1"),
+        (
+            ["--data.weights", "1", "2"],
+            "data.weights has 2 entries, but data.train has 1: give one for each, or --data.weights without a value",
+        ),
         (
             ["--model.pattern.0.mixer.heads=3", "--model.pattern.0.mixer.kv_heads=2"],
             "model.pattern.0.mixer: heads=3 is not a multiple of kv_heads=2",

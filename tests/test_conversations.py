@@ -187,6 +187,9 @@ BAD = {
     "unknown weight": (
         {"messages": [HELLO[0], {**HELLO[1], "weight": 0.5}]},
         {"messages": [HELLO[0], {**HELLO[1], "train": "no"}]},
+        {"instruction": "1", "input": [part("text", "2") | {"weight": 0}], "output": "3"},
+        {"instruction": "1", "output": [part("text", "2"), part("text", "3") | {"train": False}]},
+        {"question": "1", "answer": [part("text", "2") | {"weight": 0}]},
     ),
     "nothing to train on": (
         {"messages": [HELLO[0], {**HELLO[1], "weight": 0}]},

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("errors", "serialization", "upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
+    ("errors", "paths", "serialization", "upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
     ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "devices", "sharding", "processes"),

@@ -176,11 +176,6 @@ def test_a_lost_or_damaged_manifest_is_made_again(tmp_path, corpus, tokenizer):
         assert again.manifest["shards"] == rows.manifest["shards"] and len(again) == len(rows)
 
 
-def test_rows_are_kept_on_this_machine(tokenizer, corpus):
-    with pytest.raises(UserError, match=r"rows cannot be stored at gs://bucket/cache.*--data.cache"):
-        ensure_rows(settings(corpus), tokenizer, "train", "gs://bucket/cache", silent)
-
-
 def test_a_document_of_many_rows_and_many_of_none_are_prepared(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(shards, "PACKED_TOKENS", 500)  # packed in many blocks
     val = (str(write(tmp_path / "v.jsonl", ["x"])),)
@@ -233,7 +228,7 @@ def test_too_little_to_hold_out_names_the_remedy(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"no document to use in --data.train .*b.jsonl. 2 documents without text"):
         ensure_rows(settings(write(tmp_path / "b.jsonl", ["", ""])), tokenizer, "train", tmp_path / "cache", silent)
     held_out = settings(path, val_fraction=0.999999)
-    with pytest.raises(UserError, match=r"no document to use in .*a.jsonl. --data.val_fraction=.* holds out all"):
+    with pytest.raises(UserError, match=r"no document to use in .*a.jsonl. --data.val_fraction=.* every document"):
         ensure_rows(held_out, tokenizer, "train", tmp_path / "cache", silent)
 
 

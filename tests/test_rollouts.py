@@ -299,6 +299,16 @@ def test_every_update_takes_its_ratios_against_the_parameters_that_sampled(task)
     assert sorted(old[0] + old[1]) == sorted(old[2] + old[3])
 
 
+@pytest.mark.parametrize("content", ["", None])
+def test_a_problem_without_a_question_is_named(tmp_path, content):
+    problems = f"[Problem.ask('1', '1'), Problem([{{'role': 'user', 'content': {content!r}}}], '1')]"
+    path = tmp_path / "empty.py"
+    path.write_text(TASK.split("class ")[0] + f"class T:\n    name, tools = 'holes', ()\n    score = None\n"
+                    f"    def problems(self, split):\n        return {problems}\n")  # fmt: skip
+    with pytest.raises(UserError, match=r"problem 1 of the task holes cannot be asked: message 0.*; correct it, or"):
+        stream(f"{path}:T")
+
+
 def test_a_problem_that_leaves_no_room_for_an_answer_is_left_out(task):
     with pytest.raises(UserError, match=r"no problem of .* leaves room for rl\.max_tokens=21 in a row of 24"):
         stream(task, max_tokens=21)

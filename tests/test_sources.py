@@ -183,6 +183,7 @@ BROKEN = {
         jsonl("one") + '{"text": "' + "x" * 99 + '\0"}',
         r"zero.jsonl has a zero byte at byte \d+, in line 2",
     ),
+    "tail.jsonl": (jsonl("one") + "\0" * 99, r"tail.jsonl has a zero byte at byte \d+, in line 2, .* as tr -d"),
     "number.jsonl": ("7\n", r"number.jsonl line 1 is not an object"),
     "column.jsonl": (jsonl("one") + '{"id": 2, "body": "x"}\n', r"line 2 has no column 'text' \(it has id, body\)"),
     "chat.jsonl": ('{"messages": []}\n', r"line 1 has no column 'text' \(it has messages\).*--data.format=chat"),
@@ -345,3 +346,24 @@ def test_only_the_columns_that_are_read_are_converted(tmp_path):
     assert set(row) == {"text", "messages", *times}
     with pytest.raises(UserError, match=r"a.parquet rows 1 to 1 hold .*; write the file again"):
         list(KINDS["parquet"].objects(source, Reading()))
+
+
+def test_the_text_may_be_a_field_of_a_column(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    fields = pa.struct({"text": pa.string(), "by": pa.struct({"name": pa.string()})})
+    rows = [{"text": "a", "by": {"name": "A"}}, {"text": None, "by": None}, None]
+    table, dotted = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    pq.write_table(pa.table({"meta": pa.array(rows, fields), "n": [1, 2, 3]}), table)
+    pq.write_table(pa.table({"meta.text": ["a", None]}), dotted)
+    lines = write(tmp_path / "a.jsonl", "".join(json.dumps({"meta": row, "n": 1}) + "\n" for row in rows))
+    array = write(tmp_path / "a.json", json.dumps([{"meta": row} for row in rows]))
+    for path in (table, lines, array):
+        assert read(path, text_column="meta.text") == ["a", "", ""]
+        assert read(path, text_column="meta.by.name") == ["A", "", ""]
+        with pytest.raises(UserError, match=r"\(it has .*meta\.text.*\); set --data.text_column=meta.text"):
+            read(path)
+        with pytest.raises(UserError, match=r"no column 'meta.title' \(it has"):
+            read(path, text_column="meta.title")
+    assert read(dotted, text_column="meta.text") == ["a", ""]
+    with pytest.raises(UserError, match=r"set --data.text_column=meta.text"):
+        read(dotted)

@@ -294,15 +294,18 @@ def test_a_missing_or_damaged_tokenizer_is_named(bpe, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
 def test_too_little_text_is_refused_with_the_remedy(algorithm):
-    with pytest.raises(UserError, match=r"vocabulary of 8,192: use --data\.vocab=\d+ at most, or more text"):
+    with pytest.raises(UserError, match=r"vocabulary of 8,192: use --data\.vocab=\d+, or more text"):
         train_tokenizer(TEXTS, vocab=8192, config=TokenizerConfig(algorithm=algorithm))
 
 
-def test_the_vocabulary_that_a_refusal_names_works():
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("text", [" ".join(TEXTS), "abc", CHINESE[:600], "".join(map(chr, range(0x4E00, 0x5000)))])
+def test_the_vocabulary_that_a_refusal_names_works(text, algorithm):
+    config = TokenizerConfig(algorithm=algorithm)
     with pytest.raises(UserError) as caught:
-        train_tokenizer(TEXTS, vocab=8192, config=TokenizerConfig())
-    possible = int(re.search(r"vocab=(\d+)", str(caught.value)).group(1))
-    assert train_tokenizer(TEXTS, vocab=possible, config=TokenizerConfig()).vocab_size == possible
+        train_tokenizer([text], vocab=8192, config=config)
+    possible = int(re.search(r"vocab=(\d+), or more text", str(caught.value)).group(1))
+    assert train_tokenizer([text], vocab=possible, config=config).vocab_size == possible
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n", "\0"]])

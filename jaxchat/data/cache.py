@@ -31,11 +31,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically, in UTF-8."""
+    """Writes a file atomically, in UTF-8; a byte of a path that is not UTF-8 is written as JSON escapes it, \\udcff."""
     # Random, because processes in different containers can have the same process id.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

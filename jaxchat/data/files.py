@@ -149,14 +149,19 @@ class Parquet(Kind):
         except ImportError:
             raise UserError(f"reading {source.path} needs pyarrow: pip install 'jaxchat[hub]'") from None
         try:
-            with pq.ParquetFile(source.path) as file:
-                unread = dict.fromkeys(file.schema_arrow.names)
+            with open(source.path, "rb") as stored, pq.ParquetFile(stored) as file:
+                names = file.schema_arrow.names
+                # The text may be a field of a column.
+                is_flat = columns is not None and len(columns) == 1 and columns[0] not in names
+                unread = dict.fromkeys(_flat(file.schema_arrow) if is_flat else names)
                 leaves = None if columns is None else _leaves(file.schema, columns)
                 before = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
                     if group % reading.parts == reading.part:
                         table = file.read_row_group(group, columns=leaves)
+                        while is_flat and any(map(pa.types.is_struct, table.schema.types)):
+                            table = table.flatten()
                         read = table.to_pylist() if table.num_columns else [{}] * rows
                         yield from ((i, unread | _without_nulls(row)) for i, row in enumerate(read, before + 1))
                         reading.advance(group + 1, file.num_row_groups)
@@ -176,6 +181,13 @@ class Parquet(Kind):
                 f"{source.path} rows {before + 1:,} to {before + rows:,} hold a value that cannot be read "
                 f"({first_line(error)}); write the file again without columns of times and dates"
             ) from None
+
+
+def _flat(fields: Any, prefix: str = "") -> Iterator[str]:
+    """The names of columns, or of their fields, COLUMN.FIELD, if they hold objects."""
+    for field in fields:
+        name, kind = f"{prefix}{field.name}", field.type
+        yield from _flat(kind, f"{name}.") if str(kind).startswith("struct") and kind.num_fields else [name]
 
 
 def _leaves(schema: Any, columns: list[str]) -> list[str]:
@@ -273,7 +285,7 @@ def _zeros(path: str, data: bytes, position: int) -> str:
         encoding = "utf-16" if marked else "utf-16-le" if odd > even else "utf-16-be"
         return f"{path} looks like {encoding.upper()} text: set --data.encoding={encoding}"
     controls = sum(data.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
-    if controls < 0.02 * len(data):
+    if controls < 0.02 * len(data) or not data.strip(b"\0\r\n"):  # The latter is what a power cut leaves.
         where = f"at byte {first:,}, in line {_lines_before(path, first + 1):,}"
         return f"{path} has a zero byte {where}, which no text has: remove it, as tr -d '\\0' <FILE >NEW does"
     return f"{path} looks like a binary file (zero byte at offset {first:,}); if it is text, set --data.encoding"

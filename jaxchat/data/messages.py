@@ -66,7 +66,9 @@ def as_json(value: Any) -> str:
 
 def as_text(value: Any) -> str:
     """A field as text: parts are joined, other values written as JSON; "" if it is blank, null or has no entries."""
-    text = "" if value is None or value in ([], {}) else as_json(_joined(value))
+    text = "" if value is None or value in ([], {}) else as_json(joined := _joined(value))
+    if text and joined is not value and not all(_in_loss(part) for part in value if isinstance(part, Mapping)):
+        raise Malformed("unknown weight", "a part of a field has weight 0; write the conversation as messages")
     return text if text.strip() else ""
 
 

@@ -11,20 +11,23 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxchat import signals
 from jaxchat.data import cache, workers
 from jaxchat.data.batch import token_dtype
 from jaxchat.data.cache import Log
 from jaxchat.data.formats import FORMATS, Format
+from jaxchat.data.reports import Entry, Longer, count, division, nothing, warnings
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.source import Reading, Source, Split
 from jaxchat.data.sources import TEXT, content_hashes, find
 from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
+from jaxchat.paths import user_path
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, report, sample, train_tokenizer
 
 FORMAT = 1  # increase it when the same key would make different rows
@@ -68,7 +71,8 @@ class Data:
         for name in ("weights", "epochs"):
             given = getattr(self, name)
             if given and len(given) != len(self.train):
-                raise ValueError(f"data.{name} has {len(given)} entries, but data.train has {len(self.train)}")
+                wrong = f"data.{name} has {len(given)} entries, but data.train has {len(self.train)}"
+                raise ValueError(f"{wrong}: give one for each, or --data.{name} without a value")
             if not all(0 < share < math.inf for share in given):
                 raise ValueError(f"data.{name}={given} must be positive and finite")
         if self.weights and self.epochs:
@@ -89,14 +93,6 @@ class Data:
         return 0.0 if self.val else self.val_fraction
 
 
-class Entry(NamedTuple):
-    """An entry of train or val: as given, its format (text for an entry text:...), and its sources."""
-
-    spec: str
-    form: Format
-    sources: list[Source]
-
-
 def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Tokenizer:
     """Loads the tokenizer of `data`, training it if missing; raises `UserError` if its size is not `data.vocab`."""
     directory = ensure_tokenizer_directory(data, cache_directory, seed, log)
@@ -109,10 +105,11 @@ def ensure_tokenizer(data: Data, cache_directory: str | Path, seed: int, log: Lo
 
 def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: int, log: Log) -> Path:
     """Directory of the tokenizer that `ensure_tokenizer` loads; trains it if missing."""
-    config, cache_directory = data.tokenizer, _local(cache_directory)
+    config, cache_directory = data.tokenizer, user_path(cache_directory)
     if config.path is not None:
-        return Path(config.path)
-    sources = _tokenizer_sources(_find_all(data, cache_directory, log)["train"], data)
+        return user_path(config.path)
+    entries = [one for one in _find_all(data, cache_directory, log)["train"] if one.form == data.format]
+    sources = [source for entry in entries for source in entry.sources]
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
@@ -131,6 +128,8 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
         blocks = sample(_training_texts(sources, data), config.sample_bytes, seed=seed)
         if not blocks:
+            if reason := division(entries, data):
+                raise UserError(f"no text to train a tokenizer on: {reason}")
             empty = "every document is empty; are they in another column than --data.text_column?"
             raise UserError(f"{' '.join(data.train)} has no text to train a tokenizer on: {empty}")
         tokenizer = train_tokenizer(blocks, vocab=data.vocab, config=config, seed=seed)
@@ -143,33 +142,40 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
 
 def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> Iterator[str]:
     """The texts that tokenizer training reads ("train"), or the held-out texts ("val")."""
-    entries = _find_all(data, _local(cache_directory), log)[_origin(data, split)]
+    entries = _find_all(data, user_path(cache_directory), log)[_origin(data, split)]
     if split == "train":
-        return _training_texts(_tokenizer_sources(entries, data), data)
+        return _training_texts([one for entry in entries if entry.form == data.format for one in entry.sources], data)
     reading = Reading(data.text_column, data.encoding)
     pairs = ((source, _recipe(data, "val", entry.form)) for entry in entries for source in entry.sources)
     return chain.from_iterable(_texts_of(source, reading, recipe) for source, recipe in pairs)
 
 
-def ensure_rows(data: Data, tokenizer: Tokenizer, split: Split, cache_directory: str | Path, log: Log) -> list[Rows]:
+def ensure_rows(
+    data: Data,
+    tokenizer: Tokenizer,
+    split: Split,
+    cache_directory: str | Path,
+    log: Log,
+    longer: Longer = "--data.row_length={}".format,
+) -> list[Rows]:
     """The rows of each entry of train or val, prepared if missing. Raises `UserError` if there is no row.
 
     If val is empty, the validation rows are those of the held-out documents of each entry of train that has any.
+    `longer` returns the options that a message advises for longer rows.
     """
-    cache_directory = _local(cache_directory)
+    cache_directory = user_path(cache_directory)
     origin = _origin(data, split)
     entries = _find_all(data, cache_directory, log, note=log if split == "train" else None)[origin]
-    rows = [_ensure(data, tokenizer, split, entry, cache_directory, log) for entry in entries]
+    rows = [_ensure(data, tokenizer, split, entry, cache_directory, log, longer) for entry in entries]
+    divided = partial(division, entries, data)
     if split != origin:
         if not any(map(len, rows)):
-            raise UserError(
-                f"--data.val_fraction={data.val_fraction} holds out no document of --data.train "
-                f"{' '.join(data.train)}: increase it, or set --data.val"
-            )
+            others = [reason for part in rows for reason in warnings(part.manifest, longer)]
+            raise UserError(f"nothing to validate on: {divided() or '. '.join(others)}")
         return [part for part in rows if len(part)]
     for entry, part in zip(entries, rows):
         if not len(part):
-            raise UserError(_nothing(part.manifest, data, f"--data.{split} {entry.spec}"))
+            raise UserError(nothing(part.manifest, f"--data.{split} {entry.spec}", longer, divided))
     return rows
 
 
@@ -197,7 +203,9 @@ def summary(rows: Sequence[Rows]) -> dict[str, Any]:
     }
 
 
-def _ensure(data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_directory: Path, log: Log) -> Rows:
+def _ensure(
+    data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_directory: Path, log: Log, longer: Longer
+) -> Rows:
     spec, form, sources = entry
     recipe = _recipe(data, split, form)
     content = _content(sources, cache_directory)
@@ -229,7 +237,7 @@ def _ensure(data: Data, tokenizer: Tokenizer, split: Split, entry: Entry, cache_
                 }
                 cache.write_json(directory / "manifest.json", manifest)
                 log(_summary(Rows(directory)))
-                for warning in _warnings(manifest):
+                for warning in warnings(manifest, longer):
                     log(f"warning: {spec}: {warning}")
     return Rows(directory)
 
@@ -301,11 +309,6 @@ def _origin(data: Data, split: Split) -> Split:
     return "val" if split == "val" and data.val else "train"
 
 
-def _tokenizer_sources(entries: Sequence[Entry], data: Data) -> list[Source]:
-    """The sources that a tokenizer is trained on: those of the format of `data`."""
-    return [source for entry in entries if entry.form == data.format for source in entry.sources]
-
-
 def _find_all(data: Data, cache_directory: Path, log: Log, note: Log | None = None) -> dict[Split, list[Entry]]:
     """The entries of train and of val with their sources. Raises `UserError` if a file is in both."""
     if not data.train:  # a configuration may leave it empty, a run may not
@@ -329,12 +332,6 @@ def _find_all(data: Data, cache_directory: Path, log: Log, note: Log | None = No
     return {"train": train, "val": val}
 
 
-def _local(directory: str | Path) -> Path:
-    if "://" in str(directory):
-        raise UserError(f"rows cannot be stored at {directory}: set --data.cache to a local directory")
-    return Path(directory)
-
-
 def _content(sources: Sequence[Source], cache_directory: Path) -> list[tuple[str, str]]:
     return [(source.kind, sha256) for source, sha256 in zip(sources, content_hashes(sources, cache_directory))]
 
@@ -347,37 +344,8 @@ def _reading(data: Data) -> dict[str, Any]:
 def _summary(rows: Rows) -> str:
     found, seconds = summary([rows]), rows.manifest["seconds"]
     return (
-        f"{found['rows']:,} rows, {found['tokens']:,} tokens of {_count(rows.manifest, found['documents'])}, "
+        f"{found['rows']:,} rows, {found['tokens']:,} tokens of {count(rows.manifest, found['documents'])}, "
         f"{found['cut_documents']:,} of them cut; {found['trained_fraction']:.2%} of tokens trained on, "
         f"{found['discarded_fraction']:.2%} of tokens discarded, {found['padding_fraction']:.2%} padding; "
         f"{seconds:.1f} s: {rows.directory}"
     )
-
-
-def _warnings(manifest: dict[str, Any]) -> list[str]:
-    """A line for each reason why documents or conversations are not in the rows, or not as they stand."""
-    counts = [
-        f"{_count(manifest, count)} skipped: {reason}; the first is {manifest['examples'][reason]}"
-        for reason, count in sorted(manifest["skipped"].items())
-    ]
-    counts += [f"{_count(manifest, count)} {note}" for note, count in sorted(manifest.get("notes", {}).items())]
-    if manifest["empty"]:
-        counts.append(f"{_count(manifest, manifest['empty'])} without text")
-    if manifest["too_long"]:
-        counts.append(
-            f"{_count(manifest, manifest['too_long'])} of more than {manifest['row_length'] + 1} tokens left out; "
-            f"--data.row_length={manifest['longest'] - 1} fits the longest"
-        )
-    return counts
-
-
-def _nothing(manifest: dict[str, Any], data: Data, spec: str) -> str:
-    """Error message for an entry of which no row could be made, with the reasons."""
-    reasons = _warnings(manifest)
-    if not reasons and data.held_out:
-        reasons = [f"--data.val_fraction={data.val_fraction} holds out all it has: decrease it, or set --data.val"]
-    return ". ".join([f"no {FORMATS[manifest['recipe']['form']].noun} to use in {spec}", *reasons])
-
-
-def _count(manifest: dict[str, Any], number: int) -> str:
-    return f"{number:,} {FORMATS[manifest['recipe']['form']].noun}{'s' * (number != 1)}"

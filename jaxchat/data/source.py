@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ Content = Literal["documents", "objects"]
 Object = tuple[int, Any]
 """An object's number, counted from 1 in its file or part, and its value; `Kind.place` makes it a location."""
 Item = TypeVar("Item")
+MISSING = object()
 TRAIN, VAL, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test"}  # words in file names
 
 
@@ -97,9 +98,9 @@ class Kind:
         """Yields the documents of a part in a fixed order."""
         column = reading.text_column
         for number, row in self.objects(source, reading, [column]):
-            text = row.get(column) if isinstance(row, dict) else None
+            text = cell(row, column)
             # A null is a document without text. So is NaN, which other programs write instead.
-            if isinstance(row, dict) and column in row and (text is None or text != text):
+            if text is None or text != text:
                 text = ""
             if not isinstance(text, str):
                 raise UserError(f"{self.place(source, reading, number)} {_no_text(row, column)}")
@@ -130,10 +131,30 @@ def by_words(files: Sequence[tuple[str, Item]], val: Set[str] = VAL) -> tuple[li
     return train, [file for found, file in words if found & val]
 
 
+def cell(row: Any, column: str) -> Any:
+    """The value in a column of a row, or in a field of a column of objects, named COLUMN.FIELD; MISSING if there is
+    none. A field of null is null."""
+    value = row if isinstance(row, dict) else MISSING
+    while isinstance(value, dict):
+        if column in value:
+            return value[column]
+        name, _, column = column.partition(".")
+        value = value.get(name, MISSING) if column else MISSING
+    return None if value is None else MISSING
+
+
+def columns(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The names by which `cell` finds the values of a row."""
+    for name, value in row.items():
+        yield from columns(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+
+
 def no_column(column: str, names: Iterable[str]) -> str:
     """Error message for a row with the columns `names` but without `column`."""
+    names = list(names)
+    near = next((f"={name}" for name in names if name.endswith(f".{column}")), " to the text column")
     return (
-        f"has no column {column!r} (it has {', '.join(names) or 'none'}); set --data.text_column to the text column, "
+        f"has no column {column!r} (it has {', '.join(names) or 'none'}); set --data.text_column{near}, "
         "or read conversations with --data.format=chat"
     )
 
@@ -141,8 +162,9 @@ def no_column(column: str, names: Iterable[str]) -> str:
 def _no_text(row: Any, column: str) -> str:
     if not isinstance(row, dict):
         return f"is not an object with a text column {column!r}"
-    if column not in row:
-        return no_column(column, row)
+    value = cell(row, column)
+    if value is MISSING:
+        return no_column(column, columns(row))
     names = {"bytes": "bytes", "list": "a list", "dict": "an object"}
-    found = names.get(type(row[column]).__name__, "a number")
+    found = names.get(type(value).__name__, "a number")
     return f"has no text in column {column!r} but {found}; write it as text, or set --data.text_column to another"

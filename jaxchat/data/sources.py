@@ -30,6 +30,7 @@ from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.data.source import Content, Kind, Reading, Source, Split, by_words
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
+from jaxchat.paths import user_path
 from jaxchat.tokenizer.sentencepiece import scalar_values
 
 KINDS: Mapping[str, Kind] = {
@@ -90,8 +91,16 @@ def plain_or_gzipped(path: Path) -> Path | None:
 
 def held_out(text: str, fraction: float) -> bool:
     """Whether a document is held out, by a hash of its text: independent of order and file."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _hash(text) < fraction * 2**64
+
+
+def held_out_from(text: str) -> float:
+    """The share above which `held_out` takes a document."""
+    return _hash(text) / 2**64
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest(), "big")
 
 
 def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str]:
@@ -132,7 +141,7 @@ def _stamp(source: Source) -> list[int]:
 
 
 def _find_files(spec: str, split: Split, content: Content, note: Log) -> list[Path]:
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.is_dir():
         return _find_in_directory(path, split, content, note)
     if path.exists():

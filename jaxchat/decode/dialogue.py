@@ -3,7 +3,6 @@
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from jaxchat import signals
@@ -12,6 +11,7 @@ from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sample import Sample
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
+from jaxchat.paths import user_path
 from jaxchat.tokenizer import chat
 
 HELP = "/clear starts anew, /save FILE appends the conversation to FILE, /help shows this, an empty line or Ctrl-D ends"
@@ -76,9 +76,9 @@ class Dialogue:
         if not self.messages:
             raise UserError("there is nothing to save yet: send a message first")
         try:
-            with Path(path).expanduser().open("a", encoding="utf-8") as file:
+            with user_path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except (OSError, ValueError, RuntimeError) as error:  # ValueError: NUL in a path; RuntimeError: unknown ~user.
+        except (OSError, ValueError) as error:  # ValueError: NUL in a path.
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"cannot write {path}: {reason}; give another path to /save") from None
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxchat.evaluation.table import score_table
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
 from jaxchat.loading import load_engine
+from jaxchat.paths import user_path
 from jaxchat.serialization import to_json
 from jaxchat.sharding import decoding_mesh
 from jaxchat.tasks.humaneval import check_sandbox
@@ -34,7 +34,7 @@ def run(options: Any) -> Mapping[str, object] | None:
     if options.compare:
         if len(options.compare) != 2:
             raise UserError("--compare needs two directories of results, such as runs/NAME/sft/eval/500-...")
-        return compare(*map(Path, options.compare))
+        return compare(*map(user_path, options.compare))
     if options.sandbox_check:
         return check_sandbox(options.sandbox_check)
     if not options.checkpoint:
@@ -66,7 +66,7 @@ def score(options: Any) -> Mapping[str, object]:
     about = {"checkpoint": str(directory), "step": step, "params": params, "length": engine.shape.length}
     key = json.dumps([params, to_json(settings)], sort_keys=True)
     name = f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    out = Path(options.out) if options.out else directory / "eval" / name
+    out = user_path(options.out) if options.out else directory / "eval" / name
     if jax.process_index():
         return evaluate.evaluate(engine, jobs, settings, out, about, log=lambda _: None)
     refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"

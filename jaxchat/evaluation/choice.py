@@ -16,6 +16,7 @@ from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
 from jaxchat.evaluation.solve import Style
 from jaxchat.launcher import log
+from jaxchat.paths import user_path
 from jaxchat.tasks.files import read_rows
 from jaxchat.tasks.limit import take
 from jaxchat.tokenizer import Tokenizer, chat
@@ -128,7 +129,7 @@ def read(name: str, place: str, downloads: Path) -> list[Choice]:
         UserError: the file is missing or empty, or a row is malformed.
     """
     task, data_set, split = HUB[name]
-    in_bundle = Path(place, "eval_data", "world_knowledge")
+    in_bundle = user_path(place) / "eval_data" / "world_knowledge"
     directory = str(in_bundle) if place and task != "mmlu" and in_bundle.is_dir() else place
     choices = []
     for where, row in read_rows(task, f"{name}.jsonl", directory, downloads, split, hub=data_set):

@@ -30,6 +30,7 @@ from jaxchat.evaluation.questions import Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Record, Style, judge, solve, warn_of_errors
 from jaxchat.evaluation.statistics import wilson
+from jaxchat.paths import user_path
 from jaxchat.processes import gather, share_out
 from jaxchat.serialization import json_line, to_json
 from jaxchat.tasks import TASKS, Problem, Task, code_of, load_task, problems_of
@@ -135,7 +136,7 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
         raise UserError(f"CORE has no task {name[5:]!r}: choose one of {', '.join(task.label for task in CORE)}")
-    directory = Path(place) if place else unpacked(BUNDLE, downloads / "core", log=launcher.log) / "eval_bundle"
+    directory = user_path(place) if place else unpacked(BUNDLE, downloads / "core", log=launcher.log) / "eval_bundle"
     rows = [CoreRows(task, directory, mode) for task in wanted]
     available = [one for one in rows if one.file is not None]
     if not available:

@@ -16,6 +16,7 @@ from jaxchat.decode.sampling import FILTERS, SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.loading import Loaded, load_checkpoint
+from jaxchat.paths import user_path
 from jaxchat.tokenizer import chat
 
 ANSWER_TOKENS = 256  # lm-eval's own default.
@@ -206,8 +207,8 @@ def run(options: Any) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=options.include_path)
-    if unknown := [name for name in options.tasks if not manager.match_tasks([name]) and not Path(name).is_file()]:
+    manager = TaskManager(include_path=str(user_path(options.include_path)) if options.include_path else None)
+    if unknown := [name for name in options.tasks if not manager.match_tasks([name]) and not user_path(name).is_file()]:
         raise UserError(f"unknown lm-eval task {unknown[0]}: set --include_path to the directory of its YAML file")
     results = lm_eval.simple_evaluate(
         model=model,
@@ -222,7 +223,7 @@ def run(options: Any) -> dict[str, Any]:
         log_samples=options.out is not None,
     )
     if options.out is not None:
-        _write(Path(options.out), results)
+        _write(user_path(options.out), results)
     # lm-eval names metrics "acc,none" (metric, filter); "alias" only repeats the task's name.
     metrics = {
         task: {name.removesuffix(",none"): value for name, value in values.items() if name != "alias"}

@@ -16,6 +16,7 @@ from jaxchat.export.files import DTYPES, whole
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Model, Params, Transformer
+from jaxchat.paths import user_path
 from jaxchat.tokenizer import load_tokenizer
 
 STAGES = ("pretrain", "sft")  # Stages of imported checkpoints; files of other programs lack the settings of RL.
@@ -33,13 +34,13 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
 
     `make_experiment(model, length, stage)` builds the experiment of an imported model with context length `length`.
     """
-    out = Path(options.out)
+    out = user_path(options.out)
     if (options.to is None) == (options.source is None):
         raise UserError("set exactly one of --to=huggingface, --to=stablehlo and --from=huggingface")
     if options.tokenizer is not None and options.source is None:
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
     if options.source is not None:
-        return _import(Path(options.checkpoint), out, options.tokenizer, make_experiment)
+        return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "piece")}
     if options.to == "huggingface" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")

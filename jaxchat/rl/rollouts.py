@@ -274,8 +274,12 @@ def _usable_problems(
     """Training problems with their prompts; those that leave less than `rl.max_tokens` of a row are left out."""
     usable, too_long = [], 0
     for task in tasks:
-        for problem in problems_of(task, "train"):
-            prompt = chat.render(problem.messages, tokenizer, complete=True).ids
+        for number, problem in enumerate(problems_of(task, "train")):
+            try:
+                prompt = chat.render(problem.messages, tokenizer, complete=True).ids
+            except UserError as error:
+                problem_of = f"problem {number} of the task {task.name} cannot be asked"
+                raise UserError(f"{problem_of}: {error}; correct it, or leave it out of problems()") from None
             if len(prompt) + rl.max_tokens > row_length:
                 too_long += 1
             else:

@@ -18,6 +18,9 @@ from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
+MOST_PASSES = 16
+"""Passes over the same text after which more teach little (Muennighoff et al. 2023, arXiv:2305.16264)."""
+
 
 class FromText:
     """Pretraining on documents, scored by bits per byte of held-out ones; see `stages.stage.Stage` for the methods."""
@@ -25,7 +28,7 @@ class FromText:
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         self._tokenizer, self._log = tokenizer, log
         self._rows = {
-            split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log=log)
+            split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log, e.longer_rows)
             for split in ("train", "val")
         }
         self._row_hashes = [part.directory.name for part in self._rows["train"]]  # They identify the rows' content.
@@ -34,6 +37,12 @@ class FromText:
             self._rows["train"], e.data.weights, epochs=e.data.epochs, seed=e.seed, batch_rows=e.batch_rows
         )
         self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
+        if (passes := self.steps * e.batch_rows / self._stream.rows_per_pass) > MOST_PASSES:
+            rows, fewer = self._stream.rows_per_pass, max(1, MOST_PASSES * self._stream.rows_per_pass // e.batch_rows)
+            log(
+                f"warning: --data.train makes {rows:,} rows, each trained on {passes:,.0f} times: add data, "
+                f"or train for --steps={fewer}; repetition teaches little after some {MOST_PASSES} times"
+            )
         self._batches: Iterator[Any] = iter(())
 
     @staticmethod

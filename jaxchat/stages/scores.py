@@ -1,6 +1,5 @@
 """Scores besides a stage's own loss: bits per byte of the pretraining text (forgetting), and tasks."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
+from jaxchat.paths import user_path
 from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
@@ -28,12 +28,12 @@ EVALUATION_SEED = 1_000_003  # The same noise at every evaluation, and not that 
 def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> HeldOut | None:
     """Evaluation on the held-out text of the pretraining run that this stage descends from; None if not available."""
     e = setup.experiment
-    directory = Path(e.start.partition("@")[0])
+    directory = user_path(e.start.partition("@")[0])
     try:
         base = checkpoint.read_experiment(directory, Experiment)
         while base.chats and base.start_from:
             name = base.start_from.partition("@")[0]
-            directory = directory.parent / name if name in STAGES else Path(name)
+            directory = directory.parent / name if name in STAGES else user_path(name)
             base = checkpoint.read_experiment(directory, Experiment)
         if base.chats or not base.data.train:
             raise UserError(f"{directory} was not pretrained here")

@@ -77,6 +77,8 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
 def not_used(given: Experiment, e: Experiment) -> str | None:
     """A sentence on the settings of `given` that `e`, which `inherited` returned for it, replaces; None without any."""
     wanted, taken = flags(given), flags(e)
+    if given.start_from and given.data.tokenizer.path:
+        taken["data.tokenizer.path"] = str(locate_start(given)[0].parent / "tokenizer")
     replaced = sorted((name for name in wanted if wanted[name] != taken.get(name)), key=lambda name: name.count("."))
     if not replaced:
         return None

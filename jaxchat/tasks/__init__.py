@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import UserError, first_line
+from jaxchat.paths import user_path
 from jaxchat.tasks.files import FromFiles
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
@@ -37,7 +38,7 @@ def load_task(spec: str, downloads: Path | None = None) -> Task:
     """
     name, _, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     if name.endswith(".py"):
-        return _load_own(Path(name), rest)
+        return _load_own(user_path(name), rest)
     if name not in TASKS:
         guess = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(TASKS)}, or FILE.py:CLASS"

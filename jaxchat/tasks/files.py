@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxchat.data import sources
 from jaxchat.errors import UserError
+from jaxchat.paths import user_path
 
 
 class FromFiles:
@@ -31,7 +32,7 @@ def read_rows(
     """
     spec = f"hub:{hub or task}"
     if directory:
-        path = sources.plain_or_gzipped(Path(directory, file))
+        path = sources.plain_or_gzipped(user_path(directory) / file)
         if path is None:
             raise UserError(f"no {file} or {file}.gz in {directory}: {task}:DIRECTORY must name their directory")
         spec = str(path)

@@ -24,6 +24,7 @@ import numpy as np
 import sentencepiece
 
 from jaxchat.errors import UserError
+from jaxchat.paths import user_path
 from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
 from jaxchat.tokenizer.protocol import Tokenizer
 
@@ -37,7 +38,7 @@ _PART = re.compile(r" *+(?:[A-Za-z]++(?![^\0-\x7f])|[\0-\x1f!-@\[-`{-\x7f]++(?![
 _CROSSING = re.compile(r"[^\u2581]\u2581|[A-Za-z][\0-\x1f!-@\[-`{-\x7f]|[\0-\x1f!-@\[-`{-\x7f][A-Za-z]")
 _UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips or misreads sentences with one of these
 # ASCII, and what programs cut, join, normalize or read in their own way.
-_PROBES = [*map(chr, range(128)), *"\xa0\xad\u2581\u2585\ufeff\u0301\u212b\ufb01\uff21\u3000\U0001f9f6", "  ", "e\u0301"]
+_PROBES = [*map(chr, range(128)), *"\xa0\xad\u2581\u2585\ufeff\u0301\u212b\ufb01\uff21\u3000\U0001f9f6", "  "]
 _BLOCK_CHARACTERS = 2000
 _COVERAGE = 0.9995
 _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
@@ -163,7 +164,7 @@ class SentencePiece(Tokenizer):
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
-    directory = Path(directory)
+    directory = user_path(directory)
     for name in (MODEL_FILE, METADATA_FILE):
         if not (directory / name).is_file():
             raise UserError(f"no tokenizer in {directory} ({name} is missing); train one with launch.tokenizer")
@@ -208,7 +209,25 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
     blocks = sample(texts, config.sample_bytes, seed=seed)
     if not blocks:
         raise UserError("there is no text to train a tokenizer on; set --data.train to documents")
+    model = _train(blocks, vocab, config)
+    if isinstance(model, bytes):
+        return SentencePiece(model)
+    # The limit of a vocabulary depends on the vocabulary, because fewer ids get fewer characters: it is tried.
+    limit = model
+    while limit >= vocab - free + 2 and not isinstance(model := _train(blocks, limit, config), bytes):
+        limit = min(limit - 1, model)
+    remedy = f"--data.vocab={limit}, or more text" if isinstance(model, bytes) else "more text"
+    size = sum(len(block.encode("utf-8")) for block in blocks)
+    raise UserError(f"{size:,} bytes of text are too little for a vocabulary of {vocab:,}: use {remedy}")
+
+
+def _train(blocks: Sequence[str], vocab: int, config: TokenizerConfig) -> bytes | int:
+    """The model that sentencepiece trains; if the blocks are too little text, the limit of the vocabulary it names."""
+    specials = NANOCHAT.specials + config.extra_specials
+    free = vocab - (1 + len(specials) + 256)
     output = io.BytesIO()
+    # Only where it is needed, because a model contains its settings, and other models would get another hash.
+    more: dict[str, Any] = {} if any(" " in block for block in blocks) else {"required_chars": SPACE_MARK}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(_common_characters(blocks, most=free // 2)),
@@ -222,8 +241,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
             pad_id=-1,
             byte_fallback=True,
             character_coverage=1.0,
-            # Named only where it is missing, because a model contains its settings and so its hash would change.
-            **({} if any(" " in block for block in blocks) else {"required_chars": SPACE_MARK}),
+            **more,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -236,8 +254,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
     except RuntimeError as error:
         if "Vocabulary size" not in str(error):
             raise
-        raise UserError(_too_large(vocab, blocks, str(error))) from None
-    return SentencePiece(output.getvalue())
+        limit = re.search(r"<= ?(\d+)", str(error))
+        return int(limit.group(1)) if limit else 0
+    return output.getvalue()
 
 
 def sample(texts: Iterable[str], most_bytes: int, *, seed: int) -> list[str]:
@@ -291,13 +310,6 @@ def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
     rare = dict.fromkeys(common_first[min(covering, most) :].tolist(), "\t")
     rare.pop(ord(" "), None)
     return (block.translate(rare) for block in blocks) if rare else iter(blocks)
-
-
-def _too_large(vocab: int, blocks: Sequence[str], report: str) -> str:
-    size = sum(len(block.encode("utf-8")) for block in blocks)
-    limit = re.search(r"<= ?(\d+)", report)
-    remedy = f"--data.vocab={limit.group(1)} at most" if limit else "a smaller --data.vocab"
-    return f"{size:,} bytes of text are too little for a vocabulary of {vocab:,}: use {remedy}, or more text"
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, piece: str) -> bytes:
