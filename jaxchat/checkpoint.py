@@ -71,8 +71,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {first_line(error)}") from error
-        # One thread, so that a checkpoint's files are recorded after it is committed, in parallel with training.
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1)  # Records files after they are committed, in parallel with training.
         self._pending: list[Future[None]] = []  # The last save: committed and, in process 0, recorded.
 
     def steps(self) -> list[int]:
@@ -217,8 +216,7 @@ def _measure(directory: Path) -> Files:
 
 def checksums(tree: Any) -> list[int]:
     """A checksum of the bits of each array of a tree; it does not depend on the sharding."""
-    found: list[int] = np.asarray(_checksums(jax.tree.leaves(tree))).tolist()
-    return found
+    return [int(one) for one in np.asarray(_checksums(jax.tree.leaves(tree)))]
 
 
 @jax.jit
@@ -237,8 +235,7 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _verify(facts: dict[str, Any], **parts: Any) -> None:
-    """Raises ValueError naming an array of params or rest that differs from what was saved. Checkpoints of earlier
-    versions have no checksums, but hashes of all files."""
+    """Raises ValueError naming an array of params or rest that differs from what was saved with checksums."""
     for part, tree in parts.items():
         if (saved := facts.get(CHECKSUMS, {}).get(part)) is not None:
             paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -268,15 +265,14 @@ def _hashes(paths: dict[str, Path]) -> dict[str, str]:
 
 
 def params_hash(directory: Path, step: int) -> str:
-    """Hash of the parameters of a checkpoint in a stage directory: of their checksums, or of their files if a version
-    without checksums wrote them."""
+    """Hash of the parameters of a checkpoint in a stage directory: of its checksums, or else of its files."""
     checkpoints, part = directory / CHECKPOINTS, "params/"
-    recorded = _read_sizes(checkpoints).get(str(step)) or {}
+    recorded = _read_sizes(checkpoints).get(str(step), {})
     hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
     hashes = _read_facts(directory, step).get(CHECKSUMS, {}).get("params") or hashes
     if not hashes:
-        paths = _files(checkpoints / str(step))
-        hashes = _hashes({name: path for name, path in paths.items() if name.startswith(part)})
+        paths = _files(checkpoints / str(step)).items()
+        hashes = _hashes({name: path for name, path in paths if name.startswith(part)})
     return hashlib.blake2b(json.dumps(hashes, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
