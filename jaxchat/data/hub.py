@@ -21,6 +21,7 @@ at the commit of the first download, so that a data set cannot change during a r
 import contextlib
 import hashlib
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from jaxchat.launcher import log
 
 DEFAULT_SHARDS = 8
 AT_ONCE = 4
+RETRY_SECONDS = (1.0, 5.0, 25.0)  # Waits before a download is tried again after an error of the server.
 
 
 @dataclass(frozen=True)
@@ -175,13 +177,18 @@ def _index(name: str, data_set: DataSet, place: Path, endpoint: str | None, log:
 
 
 def _fetch(repository: str, commit: str, place: Path, endpoint: str | None, shard: Shard) -> None:
-    """Downloads a shard; the library retries, resumes after a broken connection and checks the size."""
+    """Downloads a shard. The library resumes after a broken connection, waits if the hub is busy and checks the size;
+    after an error of the server the download is tried again."""
     with _one_sentence(f"{shard.path} of {repository}") as library:
-        path = Path(
-            library.hf_hub_download(
-                repository, shard.path, repo_type="dataset", revision=commit, local_dir=place, endpoint=endpoint
-            )
-        )
+        get = partial(library.hf_hub_download, repository, shard.path, repo_type="dataset", revision=commit)
+        for wait in (*RETRY_SECONDS, None):
+            try:
+                path = Path(get(local_dir=place, endpoint=endpoint))
+                break
+            except Exception as error:
+                if wait is None or (_status(error) or 0) < 500:
+                    raise
+                time.sleep(wait)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if shard.sha256 not in (None, sha256):
@@ -193,6 +200,11 @@ def _fetch(repository: str, commit: str, place: Path, endpoint: str | None, shar
 def _is_there(shard: Shard, place: Path) -> bool:
     path = shard.file(place)
     return path.exists() and path.stat().st_size == shard.size
+
+
+def _status(error: Exception) -> int | None:
+    """The status of the answer that an error is about, if there was one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 @contextlib.contextmanager
@@ -208,7 +220,7 @@ def _one_sentence(what: str) -> Iterator[Any]:
     try:
         yield huggingface_hub
     except failures as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         if status in (401, 403):
             hint = "set HF_TOKEN to a token with read access, and accept the terms on its page"
         elif status == 404:
