@@ -24,7 +24,8 @@ from jaxchat.planning.chips import topology
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RECORDS = ("log.md", "claims.md", "decisions.md", "small_models.md", "glossary.md", "code.md", "removed_tests.md")  # No code, or old.
+# Pages without commands, or with old ones.
+RECORDS = ["log.md", "claims.md", "decisions.md", "small_models.md", "glossary.md", "code.md", "removed_tests.md"]
 RECIPES = sorted((ROOT / "docs/launch").glob("*.md"))
 OPTIONS = {
     "chat": launch.chat.Chat,
