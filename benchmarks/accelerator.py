@@ -164,8 +164,8 @@ def start(kind: str, bench: options.Bench, arguments: Sequence[str], command: st
     jax.config.update("jax_compilation_cache_dir", str(user_path(bench.cache).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # A second run finds what a first one kept.
     if (found := jax.default_backend()) != kind and not bench.anyway:
-        remedy = f"install '.[{'cuda' if kind == 'gpu' else kind}]' where there is one, or measure this with --anyway"
-        raise errors.UserError(f"no {kind.upper()} here, JAX computes on {found}: {remedy}")
+        problem = f"no {kind.upper()} here, JAX computes on {found}: measure this with --anyway, or, where there is one"
+        raise errors.missing(problem, "cuda" if kind == "gpu" else kind)
     run = Run(kind, bench, arguments, time.monotonic() + bench.budget_s)
     run.experiment()  # A mistake in the arguments is reported before anything is measured.
     return measure_sections(run, report.Report(user_path(bench.out), report.surroundings(bench, command)))

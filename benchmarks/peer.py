@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from benchmarks.timing import timed
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, missing
 from jaxchat.export import huggingface
 from jaxchat.export.places import to_state
 from jaxchat.model import Model
@@ -42,7 +42,7 @@ class Peer:
         except UserError as error:
             raise UserError(f"the peer knows the October 2025 family, --family=october2025: {error}") from None
         except ImportError as error:
-            raise UserError(f"--peer=transformers: {error}: pip install 'jaxchat[interop]'") from None
+            raise missing(f"--peer=transformers: {error}", "interop") from None
         torch.set_num_threads(threads)
         self._torch, self._dtype, half = torch, getattr(torch, str(dtype)), str(dtype) == "bfloat16"
         device = self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"

@@ -1,12 +1,7 @@
 """The report of a benchmark: where it ran, and a file that is whole after every row."""
 
-import contextlib
-import importlib.metadata
-import itertools
 import json
 import os
-import platform
-import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -15,11 +10,11 @@ from typing import Any
 
 import jax
 
-from jaxchat import devices, errors, launcher, serialization
+from jaxchat import devices, errors, launcher, machine, serialization
+from jaxchat.data.cache import set_aside
 from jaxchat.model import Model
 from jaxchat.model.counts import parameter_counts
 
-PACKAGES = "jax jaxlib flax optax numpy libtpu jax-cuda12-plugin jax-cuda13-plugin torch transformers"
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader")
 
 
@@ -32,9 +27,7 @@ class Report:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-                kept = path.rename(next(name for name in names if not name.exists()))
-                launcher.log(f"{path} of an earlier run is kept as {kept}")
+                launcher.log(f"{path} of an earlier run is kept as {set_aside(path)}")
             self._write()
         except OSError as error:
             raise errors.UserError(
@@ -66,29 +59,14 @@ def rounded(content: Any) -> Any:
 
 def surroundings(bench: Any, command: str = "") -> dict[str, Any]:
     """What a result depends on: options, code, versions, machine, accelerator, driver, and the data sheet's peak."""
-    cpuinfo, device, versions = Path("/proc/cpuinfo"), jax.devices()[0], {"python": platform.python_version()}
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    for name in PACKAGES.split():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    git = ("git", "-C", str(Path(__file__).parent))
-    commit, changed = output(*git, "rev-parse", "HEAD"), output(*git, "status", "--porcelain")
-    machine: dict[str, Any] = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-    machine |= {"backend": device.platform, "device": device.device_kind, "devices": jax.device_count()}
-    machine |= {"driver": output(*NVIDIA_SMI) or str(getattr(device.client, "platform_version", ""))}
-    machine |= {"memory_bytes": devices.memory_limit(device), "bytes_per_second": devices.peak_bandwidth(device)}
+    device, known = jax.devices()[0], machine.surroundings()
+    about: dict[str, Any] = {name: known.pop(name) for name in ("processor", "cores")}
+    about |= {"backend": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    about |= {"driver": machine.output(*NVIDIA_SMI) or str(getattr(device.client, "platform_version", ""))}
+    about |= {"memory_bytes": devices.memory_limit(device), "bytes_per_second": devices.peak_bandwidth(device)}
     flags = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "LIBTPU_", "JAX_"))}
-    facts = {"command": command, "commit": commit and commit + "-changed" * bool(changed), "versions": versions}
-    return facts | {"settings": serialization.to_json(bench), "machine": machine, "flags": flags}
-
-
-def output(*command: str) -> str | None:
-    """What a command prints; None if it fails or does not exist."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    facts = {"command": command, **known, "settings": serialization.to_json(bench)}
+    return facts | {"machine": about, "flags": flags}
 
 
 def facts_of(model: Model, dtype: Any) -> dict[str, Any]:

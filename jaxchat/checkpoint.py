@@ -29,7 +29,7 @@ from jaxchat import processes
 from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, first_line
 from jaxchat.model.transformer import all_finite
-from jaxchat.paths import check_local, user_path
+from jaxchat.paths import check_local, split_step, user_path
 from jaxchat.serialization import difference, from_json, to_json
 from jaxchat.upgrades import FORMAT, upgraded
 
@@ -110,7 +110,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             problem = f"the checkpoint could not be written to {self.directory} ({first_line(error)})"
             last = f"the last good one is step {self.steps()[-1]}" if self.steps() else "no earlier one exists"
-            raise UserError(f"{problem}; {last}") from error
+            raise UserError(f"{problem}; {last}: free some space and start again") from error
 
     def _record(self, step: int, committed: "Future[None]") -> None:
         if committed.exception() is None:
@@ -153,6 +153,13 @@ class Checkpoints:
                 return reader.restore((self.directory / str(step)).absolute(), args=items)
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
             raise ValueError(first_line(error)) from error
+
+    def check(self) -> None:
+        """Raises `UserError` if the last save has failed by now."""
+        with self._writing():
+            for pending in self._pending:
+                if pending.done():
+                    pending.result()
 
     def close(self) -> None:
         """Waits for pending writes and closes; raises `UserError` if a checkpoint could not be written."""
@@ -307,8 +314,8 @@ def locate(path: str) -> tuple[Path, int]:
         check_local("checkpoint", path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    name, at, wanted = path.rpartition("@") if "@" in Path(path).name else (path, "", "")
-    directory = user_path(name)
+    name, wanted = split_step(path)
+    directory, step = user_path(name), wanted.removeprefix("@")
     if not (directory / EXPERIMENT).is_file():
         inside = [p.parent.name for p in sorted(directory.glob(f"*/{EXPERIMENT}"))] if directory.is_dir() else []
         hint = (
@@ -318,9 +325,9 @@ def locate(path: str) -> tuple[Path, int]:
     steps = finished_steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
-    if at and (not wanted.isdecimal() or int(wanted) not in steps):
-        raise UserError(f"no checkpoint {wanted or at} in {directory}: there are {', '.join(map(str, steps))}")
-    return directory, int(wanted) if wanted else steps[-1]
+    if wanted and (not step.isdecimal() or int(step) not in steps):
+        raise UserError(f"no checkpoint {step or wanted} in {directory}: there are {', '.join(map(str, steps))}")
+    return directory, int(step) if step else steps[-1]
 
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
@@ -368,11 +375,13 @@ def write_experiment(directory: Path, experiment: Any) -> None:
 
 def read_experiment(directory: Path, cls: type) -> Any:
     """Reads experiment.json; raises `UserError` if it is missing or damaged."""
+    path, remedy = directory / EXPERIMENT, f"restore it, or remove {directory} to start again"
     try:
-        value = json.loads((directory / EXPERIMENT).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory / EXPERIMENT} cannot be read: {first_line(error)}") from None
-    return from_json(cls, upgraded(value, directory / EXPERIMENT) if isinstance(value, dict) else value)
+        reason = "it is empty" if isinstance(error, ValueError) and not path.stat().st_size else first_line(error)
+        raise UserError(f"{path} cannot be read ({reason}): {remedy}") from None
+    return from_json(cls, upgraded(value, path) if isinstance(value, dict) else value)
 
 
 def check_same(directory: Path, experiment: Any, allowed: tuple[str, ...]) -> None:

@@ -15,10 +15,11 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import os
 import re
 import types
 import typing
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def parse(
     if default is not None:
         settings["default"] = default
     settings |= {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
-    text = io.StringIO()
+    text, helped = io.StringIO(), {"-h", "--help"} & set(argv)
     try:
-        with contextlib.redirect_stderr(text):
+        with contextlib.nullcontext() if helped else _unwrapped(), contextlib.redirect_stderr(text):
             return tyro.cli(cls, args=_flags(cls, argv), description=description, **settings)
     except SystemExit as stop:
         if not stop.code:
@@ -56,6 +57,20 @@ def parse(
         raise UserError(_mistake(text.getvalue(), [*names, *more], argv)) from None
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Context manager: tyro reports a mistake in lines that are not wrapped, whatever the width of the terminal."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def parse_known(
@@ -90,6 +105,8 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
         default = module.get_config(**known)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if asked := [word for word in rest if word.partition("=")[0] in ("-h", "--help")]:
+        _print_fields(default, asked[0].partition("=")[2], about)
     return parse(type(default), rest, default=default, description=about, more=list(dial))
 
 
@@ -137,6 +154,22 @@ def _print_help(description: str | None) -> None:
             about = ast.get_docstring(ast.parse(path.read_bytes())) or " "
         print(f"  --config={path}  {about.splitlines()[0]}")
     raise SystemExit(0)
+
+
+def _print_fields(default: Any, part: str, about: str) -> None:
+    """Prints the fields of a `part` of a configuration, without a name those in no part, and exits."""
+    cls, hints = type(default), typing.get_type_hints(type(default), include_extras=True)
+    values = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
+    parts = {name: flags(value) for name, value in values.items() if dataclasses.is_dataclass(value)}
+    if part and part not in parts:
+        raise UserError(f"--help={part} is no part of the configuration: choose one of {', '.join(parts)}")
+    names = [part] if part else [name for name in values if name not in parts]
+    fields = [(name, hints[name], dataclasses.field(default=values[name])) for name in names]
+    made: Any = dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})
+    if not part:
+        listed = ", ".join(f"--help={name} ({len(own)})" for name, own in parts.items())
+        about += f"\n\nFurther fields, and how many: {listed}"
+    parse(made, ["--help"], default=made(), description=about)
 
 
 def _configs(directory: Path) -> list[Path]:
@@ -221,8 +254,8 @@ def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
     if invalid:
         name, reason = invalid.groups()
         value = re.search(r"'.*'", reason)
-        kind = next(line for line in lines if line.startswith(name + " ")).removeprefix(name + " ")
-        return f"{name} takes {kind}, not {value.group(0)}" if value else f"{name}: {reason}"
+        kind = next((line.removeprefix(name + " ") for line in lines if line.startswith(name + " ")), "")
+        return f"{name} takes {kind}, not {value.group(0)}" if value and kind else f"{name}: {reason}"
     # The error comes from a dataclass's own check: the name of the root class is dropped, that of a part is kept.
     return (
         re.sub(r"^Error parsing (?:[A-Z]\w*: |(\w+): (?=\1\b))?", "", text)

@@ -15,7 +15,7 @@ import jax
 from jaxchat import checkpoint, processes, signals, stages
 from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.errors import UserError
-from jaxchat.evaluation.curves import draw_groups, read_metrics
+from jaxchat.evaluation.curves import draw_groups, read_run
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.stages.running import run_lock
@@ -250,7 +250,7 @@ def _write(
     lines = [f"# {place.name}", "", heading, "", *table, "", *notes, ""]
     log("\n".join(lines))
     curves = {
-        name: [read_metrics(file.parent) for seed in seeds for file in place.glob(f"{name}/seed{seed}/*/metrics.jsonl")]
+        name: [read_run(file.parent) for seed in seeds for file in place.glob(f"{name}/seed{seed}/*/metrics.jsonl")]
         for name in variants
     }
     try:

@@ -1,8 +1,21 @@
 """Errors that a user can correct."""
 
+import importlib.util
+
 
 class UserError(Exception):
     """An error that the user can correct; the message is one sentence and names the remedy."""
+
+
+def require(module: str, problem: str, extra: str) -> None:
+    """Raises `missing` if a module is not installed. Call it before anything slow."""
+    if importlib.util.find_spec(module) is None:
+        raise missing(problem, extra)
+
+
+def missing(problem: str, extra: str) -> UserError:
+    """The refusal for want of a package: the problem, and the command that installs the `extra` of this clone."""
+    return UserError(f"{problem}: pip install -e '.[{extra}]'")
 
 
 NOT_FINITE = (

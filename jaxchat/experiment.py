@@ -13,7 +13,7 @@ from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.objectives.objective import Objective
 from jaxchat.optimizer import Optimizer
-from jaxchat.paths import check_local, user_path
+from jaxchat.paths import check_local, split_step, user_path
 from jaxchat.rl.settings import RL
 from jaxchat.serialization import flags
 from jaxchat.sharding import Mesh
@@ -81,6 +81,9 @@ class Experiment:
         steps: optimizer steps; 0 takes one pass over the rows (`data.epochs` sets how often each part is in it).
         batch_tokens: tokens per optimizer step, over all devices and hosts; in RL the number of samples decides.
         stage: a row of STAGES.
+        directory: where runs and their cache are.
+        name: directory of this run in `directory`.
+        seed: of initial parameters, order of the rows, and samples in RL.
         start_from: checkpoint whose parameters training starts from: a stage of this run, or a checkpoint such as
             runs/other/pretrain@500; empty initializes them. Model and tokenizer are those of that checkpoint.
         warm_optimizer: also load the optimizer moments of that checkpoint.
@@ -91,14 +94,20 @@ class Experiment:
         xla: names of compiler settings (jaxchat/xla.py); each applies to certain platforms only.
         matmul: Int8() or Float8() for the layers' large products in training, None for `dtype`; evaluation and
             decoding always compute in `dtype`.
+        save_every: steps between checkpoints.
+        eval_every: steps between evaluations.
+        sample_every: steps between samples.
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: number of checkpoints to keep.
+        prompts: texts that the model continues or answers at the end and every `sample_every` steps.
         tasks: tasks scored at every evaluation: arithmetic, gsm8k:DIRECTORY, core:DIRECTORY, my_task.py:Task, or any
             other task of launch.evaluate.
         eval_problems: problems or questions per task, the same at every evaluation.
         eval_tokens: length limit of an answer to a problem.
         eval_samples: answers per problem, sampled at temperature 1; pass@k is reported up to this k.
+        tensorboard: also write metrics for TensorBoard (extra tensorboard).
+        wandb: also send metrics to Weights & Biases (extra wandb).
     """
 
     model: Model
@@ -157,9 +166,14 @@ class Experiment:
         if Path(self.name).parts[:1] in ((), ("cache",)) or self.run_directory == self.cache_directory:
             raise ValueError(f"name={self.name!r} is empty or the directory of the data cache: give another --name")
         if self.batch_tokens < length or self.batch_tokens % length:
-            raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of data.row_length={length}")
+            problem = f"batch_tokens={self.batch_tokens} is not a multiple of data.row_length={length}"
+            raise ValueError(f"{problem}: set --batch_tokens={max(1, self.batch_tokens // length) * length}")
         if self.micro_rows != "auto" and (self.micro_rows < 1 or self.batch_rows % self.micro_rows):
-            raise ValueError(f"micro_rows={self.micro_rows} does not divide the batch of {self.batch_rows} rows")
+            rows = max(
+                n for n in range(1, self.batch_rows + 1) if not self.batch_rows % n and n <= max(1, self.micro_rows)
+            )
+            problem = f"micro_rows={self.micro_rows} does not divide the batch of {self.batch_rows} rows"
+            raise ValueError(f"{problem}: set --micro_rows={rows}")
         for name in self.xla:
             if name not in xla.SETTINGS:
                 raise ValueError(f"xla: unknown setting {name!r}; expected one of: {', '.join(xla.SETTINGS)}")
@@ -206,7 +220,7 @@ class Experiment:
     @property
     def start(self) -> str:
         """Path of the checkpoint that `start_from` names."""
-        inside = self.start_from.partition("@")[0] in STAGES
+        inside = split_step(self.start_from)[0] in STAGES
         return str(self.run_directory / self.start_from) if inside else self.start_from
 
     @property

@@ -3,18 +3,42 @@
 import errno
 import io
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxchat import signals
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, first_line
 from jaxchat.serialization import json_line
 
 
 def log(text: str) -> None:
     """Prints a line to stderr; stdout is reserved for the launcher's result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _unraisable(problem: Any) -> None:
+    """Reports an exception that Python cannot raise, but not those of TensorStore for writes after a failed one."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
+
+
+def sentence(error: BaseException) -> str | None:
+    """The message of an error that the user can correct: a `UserError`, a full disk, a backend that does not start."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
+        return f"{what} ({error.strerror}): free some space and start again"
+    text, name = re.split(r" \((?:you may|set JAX)", first_line(error))[0], os.environ.get("JAX_PLATFORMS")
+    # Where no other backend is left, JAX fails on an assertion.
+    own = isinstance(error, AssertionError) and "xla_bridge" in traceback.extract_tb(error.__traceback__)[-1].filename
+    if name and (own or text.startswith(("Unable to initialize backend", "Unknown backend"))):
+        reason = "there is no such device" if own else text
+        return f"JAX cannot start with JAX_PLATFORMS={name} ({reason}): unset it, or set JAX_PLATFORMS=cpu"
+    return None
 
 
 def run(main: Callable[[list[str]], Mapping[str, Any] | None], *, resumes: bool = False) -> None:
@@ -26,6 +50,7 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None], *, resumes: bool 
     for stream in (sys.stdin, sys.stdout):  # Invalid input or an unprintable character must not stop the program.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    sys.unraisablehook = _unraisable
     try:
         with signals.handled():
             signals.check()
@@ -36,14 +61,10 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None], *, resumes: bool 
     except BrokenPipeError:  # The reader closed the pipe; without devnull, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if (problem := sentence(error)) is None:
             raise
-        what = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
-        print(f"error: {what} ({error.strerror}): free some space and start again", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         kept = f"; {stop or signals.KEPT}: start again to continue" if resumes else ""

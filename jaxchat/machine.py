@@ -1,12 +1,19 @@
-"""Resources of the machine that this process may use."""
+"""The machine and the software of this process: processors it may use, versions, commit."""
 
+import contextlib
+import importlib.metadata
 import math
 import os
+import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CGROUPS = Path("/sys/fs/cgroup")  # Linux.
 OWN = Path("/proc/self/cgroup")  # In version 2 a line such as 0::/user.slice; a container may see its own as the root.
+CPUINFO = Path("/proc/cpuinfo")
+PACKAGES = "jaxchat jax jaxlib flax optax numpy libtpu jax-cuda12-plugin jax-cuda13-plugin torch transformers"
 
 
 def cores() -> int:
@@ -36,3 +43,30 @@ def _limits(name: str) -> Iterator[str]:
             yield (CGROUPS / directory / name).read_text().strip()
         except OSError:
             continue
+
+
+def surroundings() -> dict[str, Any]:
+    """The commit of the code ("-changed" if files differ from it), the versions of Python and packages, the processor.
+
+    `commit` is None where the code is no clone.
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    git = ("git", "-C", str(Path(__file__).parent))
+    own = output(*git, "ls-files", __file__)  # A clone of this code, not one that it was installed in.
+    commit, changed = own and output(*git, "rev-parse", "HEAD"), output(*git, "status", "--porcelain")
+    commit = commit and commit + "-changed" * bool(changed)
+    processor = names[0] if names else platform.machine()
+    return {"commit": commit, "versions": versions, "processor": processor, "cores": cores()}
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None if it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -13,11 +13,11 @@ LEAST_STEPS = 40  # A shorter run would get higher learning rates than were ever
 class AdamW:
     """One AdamW group (arXiv:1711.05101)."""
 
-    learning_rate: float
-    b1: float = 0.8
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    eps: float = 1e-10
+    learning_rate: float  # Before the schedule and the optimizer's scale.
+    b1: float = 0.8  # Decay of the first moment.
+    b2: float = 0.95  # Decay of the second moment.
+    weight_decay: float = 0.0  # Decoupled, times the learning rate.
+    eps: float = 1e-10  # Added to the root of the second moment.
 
     def __post_init__(self) -> None:
         _check_numbers(self, finite=("learning_rate", "weight_decay", "eps"), shares=("b1", "b2"))
@@ -29,17 +29,17 @@ class AdamW:
 class Muon:
     """Muon for every matrix of the layers; each flag enables an extension of the original Muon."""
 
-    learning_rate: float = 0.02
-    weight_decay: float = 0.28
-    momentum_first: float = 0.85
-    momentum: float = 0.97
-    momentum_last: float = 0.90
-    momentum_warmup: int = 400
-    b2: float = 0.9
-    equilibrate: bool = True
-    renormalise: bool = True
-    variance: bool = True
-    polar_express: bool = True
+    learning_rate: float = 0.02  # Before the schedule and the optimizer's scale.
+    weight_decay: float = 0.28  # At the first step; it falls with the learning rate.
+    momentum_first: float = 0.85  # Momentum at the first step.
+    momentum: float = 0.97  # Momentum after momentum_warmup steps.
+    momentum_last: float = 0.90  # Momentum at the last step.
+    momentum_warmup: int = 400  # Steps over which the momentum rises.
+    b2: float = 0.9  # Decay of the second moment of `variance`.
+    equilibrate: bool = True  # Give all rows of a gradient the same norm (arXiv:2603.28254).
+    renormalise: bool = True  # Scale updates to the norm of an orthogonal matrix.
+    variance: bool = True  # Divide by running mean squares of rows or columns (NorMuon).
+    polar_express: bool = True  # Polar Express instead of Newton-Schulz coefficients.
 
     def __post_init__(self) -> None:
         shares = ("momentum_first", "momentum", "momentum_last", "b2")
@@ -61,12 +61,12 @@ class Optimizer:
     resid_scale: AdamW
     x0_scale: AdamW
     scalars: AdamW
-    warmup_steps: int = 40
-    warmdown_fraction: float = 0.65
-    final_fraction: float = 0.05
-    clip: float | None = None
-    scale: float = 1.0
-    steps_exponent: float = 0.0
+    warmup_steps: int = 40  # Steps over which the learning rates rise.
+    warmdown_fraction: float = 0.65  # Share of the steps over which they fall.
+    final_fraction: float = 0.05  # Share of the learning rates that is left at the end.
+    clip: float | None = None  # Largest norm of the gradient; None does not clip.
+    scale: float = 1.0  # Factor of every learning rate.
+    steps_exponent: float = 0.0  # Exponent of (2520 / steps) in a factor of every learning rate.
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmdown_fraction <= 1:

@@ -35,3 +35,9 @@ def is_utf8(path: Path) -> bool:
         return True
     except UnicodeEncodeError:
         return False
+
+
+def split_step(path: str) -> tuple[str, str]:
+    """Directory and `@step` of a checkpoint's path ("" without one). Names of directories may contain an @."""
+    directory, at, step = path.rpartition("@")
+    return (directory, at + step) if "@" in Path(path).name and not Path(path).is_dir() else (path, "")

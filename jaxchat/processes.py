@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxchat import signals
+from jaxchat import launcher, signals
 from jaxchat.errors import UserError, first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -37,12 +37,14 @@ Result = TypeVar("Result")
 
 
 def grouped(environment: Mapping[str, str]) -> bool:
-    """Whether the environment makes this process one of several.
+    """Whether the environment makes this process one of several. JAX_NUM_PROCESSES=1 alone denies it.
 
     Raises:
         UserError: some of the three variables are set and others are not, or one is invalid.
     """
     present = [name for name in (ADDRESS, COUNT, INDEX) if environment.get(name)]
+    if present == [COUNT] and environment[COUNT] == "1":  # Alone, though a cluster numbers its processes.
+        return False
     if 0 < len(present) < 3:
         missing = " and ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in present)
         raise UserError(f"{' and '.join(present)} is set without {missing}: set all three or none")
@@ -245,8 +247,8 @@ class _Watch:
             time.sleep(3 * self._beat_seconds)  # If another process failed, the watch says which one and why.
             problem = f"another process or the connection to it is lost ({first_line(error)})"
             code, message = signals.EXIT_RESTART, f"error: {problem}: start all again to continue"
-        elif isinstance(error, UserError):
-            code, message = 2, f"error: {error}"
+        elif (sentence := launcher.sentence(error)) is not None:
+            code, message = 2, f"error: {sentence}"
         # Printed first, because JAX may end this process while it waits.
         if message:
             print(message, file=sys.stderr, flush=True)

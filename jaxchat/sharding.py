@@ -53,11 +53,11 @@ DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "tokens": None}
 
 @dataclass(frozen=True)
 class Mesh:
-    """Number of devices along each mesh axis; `data=0` uses all remaining devices."""
+    """Number of devices along each mesh axis."""
 
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 0  # Devices that split the batch; 0 uses all that remain.
+    fsdp: int = 1  # Devices that split the batch and the parameters.
+    tensor: int = 1  # Devices that split heads, hidden units and vocabulary.
 
     def __post_init__(self) -> None:
         if self.data < 0 or min(size for name, size in self.sizes.items() if name != "data") < 1:

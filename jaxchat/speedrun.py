@@ -1,9 +1,7 @@
 """The full pipeline: runs every stage of a configuration in order and writes a report."""
 
-import contextlib
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,17 @@ from jaxchat.evaluation import report
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.loading import load_checkpoint
 from jaxchat.serialization import json_line
+from jaxchat.stages import starts
 from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import inherited
 
 PROGRESS = "speedrun.json"
-BASE = "scoring the base model"
-CLOCK_SECONDS = 5.0  # Interval of writing a stage's time; a kill loses at most so much.
 
 
 def run(pipeline: Sequence[Experiment], log: Log, *, dollars_per_hour: float | None = None) -> dict[str, Any]:
     """Runs every unfinished stage, scores the base model on the last stage's tasks, and writes report.md.
 
-    speedrun.json keeps the finished stages, and the seconds of each stage summed over restarts.
+    speedrun.json keeps the finished stages; the seconds of a stage are those of its starts.json.
 
     Raises:
         UserError: a stage cannot be run, or the directory of a finished stage belongs to another experiment.
@@ -45,24 +42,22 @@ def run(pipeline: Sequence[Experiment], log: Log, *, dollars_per_hour: float | N
             log(f"== {e.stage} ({number} of {len(pipeline)}) is finished")
             continue
         log(f"== {e.stage} ({number} of {len(pipeline)})")
-        with timed(place, e.stage):
-            result = stages.run(e)
+        result = stages.run(e)
         _note(place, e.stage, {"finished": True, "result": result, "base": None})
         if any(processes.gather(bool(signals.received()))):  # It came after the last step.
             raise signals.Interrupted(f"{e.stage} is finished")
         extended = e.stage if known.get("finished") else extended
-    if not _shared_progress(place)[pipeline[0].stage].get("base"):
-        with timed(place, BASE):
-            base = score_base(pipeline[0], pipeline[-1], log)
-        _note(place, pipeline[0].stage, {"base": base})
+    if _shared_progress(place)[pipeline[0].stage].get("base") is None:
+        began = time.monotonic()
+        base = score_base(pipeline[0], pipeline[-1], log)
+        _note(place, pipeline[0].stage, {"base": base, "base_seconds": round(time.monotonic() - began, 1)})
     progress = _shared_progress(place)
     if jax.process_index():
         return {}
-    path = report.write(place, [e.stage for e in pipeline], progress, log=log, dollars_per_hour=dollars_per_hour)
-    return {
-        **{e.stage: progress[e.stage]["result"] | {"seconds": progress[e.stage]["seconds"]} for e in pipeline},
-        "report": str(path),
-    }
+    known = {e.stage: progress[e.stage] | {"starts": starts.read(e.stage_directory)} for e in pipeline}
+    path = report.write(place, known, log=log, dollars_per_hour=dollars_per_hour)
+    seconds = {stage: round(sum(start["seconds"] for start in own["starts"]), 1) for stage, own in known.items()}
+    return {**{stage: known[stage]["result"] | {"seconds": seconds[stage]} for stage in known}, "report": str(path)}
 
 
 def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
@@ -72,32 +67,6 @@ def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
     scores = score(base.params())
     log(f"base model, with plain-text prompts: {json_line(scores)}")
     return scores
-
-
-@contextlib.contextmanager
-def timed(place: Path, part: str) -> Iterator[None]:
-    """Adds the duration of a block to the seconds of a part in speedrun.json, every `CLOCK_SECONDS`.
-
-    Writes nothing before the run directory exists.
-    """
-    before, start, done = _read(place).get(part, {}).get("seconds", 0.0), time.monotonic(), threading.Event()
-
-    def count() -> None:
-        if place.is_dir():
-            _note(place, part, {"seconds": round(before + time.monotonic() - start, 1)})
-
-    def beat() -> None:
-        while not done.wait(CLOCK_SECONDS):
-            count()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        count()
 
 
 def _note(place: Path, part: str, facts: Mapping[str, Any]) -> None:

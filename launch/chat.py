@@ -30,7 +30,7 @@ class Chat(Truncation):
     repetition_penalty: float = 1.0  # Above 1, makes tokens of the prompt and the answer less likely.
     stop: tuple[str, ...] = ()  # Texts at which the answer ends.
     max_tokens: int = 128  # Length limit of an answer.
-    seed: int = 0
+    seed: int = 0  # Of the sampled tokens.
     num_samples: int = 1  # Number of answers to --prompt.
     beams: int = 0  # Beam search for the best answer to --prompt with this many beams, instead of sampling.
     speculative: bool = False

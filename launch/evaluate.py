@@ -18,14 +18,14 @@ class Evaluate:
     """Options of launch.evaluate."""
 
     checkpoint: str = ""  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
-    tasks: tuple[str, ...] = ("bpb",)
+    tasks: tuple[str, ...] = ("bpb",)  # Names, see above.
     limit: int = 0  # Number of questions per task, a sample stratified by subject; 0 asks all.
     style: Literal["auto", "chat", "text"] = "auto"
     """Prompt in chat turns or in plain text; auto decides by the stage of the checkpoint."""
     samples: int = 1  # Number of answers per problem.
     temperature: float = 0.0  # 0 is greedy decoding.
     max_tokens: int = 512  # Length limit of an answer.
-    seed: int = 0
+    seed: int = 0  # Of the sampled answers.
     mode: Literal["nanochat", "dclm"] = "nanochat"  # Prompt format of the CORE tasks.
     slots: int = 64  # Number of answers decoded at the same time.
     mesh: Mesh = Mesh()  # Device mesh; all devices by default.

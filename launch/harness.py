@@ -15,7 +15,7 @@ class Harness:
     """Options of launch.harness."""
 
     checkpoint: str  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # Names, see above.
     include_path: str | None = None  # Directory of additional task files (YAML).
     limit: int | None = None  # Number of examples per task; None takes all.
     num_fewshot: int | None = None  # Number of few-shot examples in each prompt; None takes the task's own.

@@ -21,6 +21,12 @@ PATIENCE = 8  # Seconds without a heartbeat after which a process counts as lost
 TIMES = ("seconds", "sample_seconds", "score_seconds", "train_seconds", "tokens_per_second", "mfu", "memory_bytes")
 
 
+def last_of_each(words):
+    """The words of a command, of several with the same flag the last only."""
+    names = [word.partition("=")[0] for word in words]
+    return [w for i, w in enumerate(words) if not (w.startswith("--") and names[i] in names[i + 1 :])]
+
+
 def launch(*arguments, program="launch.train", **variables):
     """A launcher in a process of its own."""
     command = [sys.executable, "-m", program, *arguments]

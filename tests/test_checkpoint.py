@@ -17,9 +17,11 @@ import pytest
 from documents import environment
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from configs import tiny
 from jaxchat import checkpoint
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.errors import UserError
+from jaxchat.paths import split_step
 
 
 class State(NamedTuple):
@@ -282,7 +284,7 @@ def test_sizes_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "record_files", full)
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state(1), {})
-    for act in (lambda: checkpoints.save(2, state(2), {}), checkpoints.close):
+    for act in (lambda: checkpoints.save(2, state(2), {}), checkpoints.check, checkpoints.close):
         with pytest.raises(UserError, match=r"could not be written to .*No space left.*; the last good one is step 1"):
             act()
     assert read(tmp_path)[0] == 1
@@ -311,9 +313,22 @@ def test_another_experiment_is_refused_by_name(tmp_path):
 
 
 def test_a_damaged_experiment_is_one_sentence(tmp_path):
-    (tmp_path / "experiment.json").write_text('{"type": "Run", "st')
-    with pytest.raises(UserError, match=r"experiment\.json cannot be read"):
-        checkpoint.read_experiment(tmp_path, Run)
+    for content, reason in (('{"type": "Run", "st', "Unterminated"), ("", "it is empty"), ("{}\0", "Extra data")):
+        (tmp_path / "experiment.json").write_text(content)
+        with pytest.raises(UserError, match=rf"experiment\.json cannot be read \({reason}.*: restore it, or remove"):
+            checkpoint.read_experiment(tmp_path, Run)
+
+
+def test_names_may_contain_an_at(copy, tmp_path):
+    run = tmp_path / "a@b" / "sft"
+    shutil.copytree(copy, run)
+    (run / "experiment.json").write_text("{}")
+    assert checkpoint.locate(str(run)) == (run, 3) and checkpoint.locate(f"{run}@2") == (run, 2)
+    with pytest.raises(UserError, match=r"no checkpoint in .*a@b: did you mean .*a@b/sft\?"):
+        checkpoint.locate(str(run.parent))
+    e = dataclasses.replace(tiny.get_config("sft"), directory=str(tmp_path), name="a@b", start_from="pretrain@300")
+    assert e.start == f"{tmp_path}/a@b/pretrain@300" and split_step(e.start)[0].endswith("a@b/pretrain")
+    assert dataclasses.replace(e, start_from="x@y/sft").start == "x@y/sft"
 
 
 def test_an_experiment_is_replaced_whole(tmp_path):

@@ -1,8 +1,10 @@
 """What a user does wrong is one sentence that names the remedy, and costs nothing that was there before."""
 
 import gzip
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from jaxchat import checkpoint, launcher
 from jaxchat.data import cache, prepare
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
-from jaxchat.stages import running
+from jaxchat.stages import running, starts
 
 ROOT = Path(__file__).parent.parent
 
@@ -386,9 +388,90 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_talks(place, t
         text=True,
     )
     assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
     # Not by lines: TensorStore's threads may write theirs into ours.
     assert done.stderr.count("error: the checkpoint could not be written") == 1
     assert done.stderr.count("the last good one is step 2") == 1
     assert before.items() <= contents(tmp_path / "small/pretrain/checkpoints").items()
     told = launch.chat.main([f"--checkpoint={tmp_path / 'small/pretrain'}", "--prompt=the", "--max_tokens=2"])
     assert told["tokens"] <= 2
+
+
+PARTS = ("", "model", "optimizer", "data", "mesh", "rl")
+
+
+def helped(main, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_help_is_short_and_every_field_has_a_text(part, capsys):
+    said = helped(launch.train.main, ["--config=configs/tiny.py:rl", f"--help={part}" if part else "--help"], capsys)
+    assert f"--{part or 'steps'}" in said and re.findall(NO_TEXT, said) == []
+    if not part:
+        assert len(said.splitlines()) < 100 and "--optimizer" not in said
+        assert all(f"--help={name} (" in said for name in PARTS[1:])
+
+
+NO_TEXT = r"(--[\w.]+) (?:\{[^}]*\}\S*|\[[^\n]*?\]\]|[A-Z|{}\w,]+)\s+\((?:default|required)"
+
+
+@pytest.mark.parametrize("name", ["chat", "evaluate", "convert", "compare", "harness", "plot"])
+def test_every_option_has_a_text(name, capsys):
+    assert re.findall(NO_TEXT, helped(importlib.import_module(f"launch.{name}").main, ["--help"], capsys)) == []
+
+
+def test_a_part_that_is_none_is_refused():
+    said = refusal(launch.train.main, ["--config=configs/tiny.py", "--help=optimiser"])
+    assert said == "--help=optimiser is no part of the configuration: choose one of model, optimizer, data, mesh"
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80"])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--optimizer.value_embeddings.learning_rate=fast", "value_embeddings.learning_rate takes FLOAT, not 'fast'"),
+        ("--data.packing=bestfit", "'bestfit'"),
+        ("--save_evry=3", "did you mean --save_every?"),
+        ("--steps", "--steps"),
+    ],
+)
+def test_a_narrow_terminal_changes_no_message(monkeypatch, columns, wrong, said):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = refusal(launch.train.main, ["--config=configs/tiny.py", wrong])
+    monkeypatch.setenv("COLUMNS", columns)
+    assert refusal(launch.train.main, ["--config=configs/tiny.py", wrong]) == wide and said in wide
+    assert os.environ["COLUMNS"] == columns
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_backend_that_cannot_start_is_a_sentence(tmp_path, platform):
+    argv = ["--config=configs/tiny.py", "--depth=1", f"--directory={tmp_path}"]
+    variables = environment() | {"JAX_PLATFORMS": platform, "TPU_SKIP_MDS_QUERY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", *argv], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform} (")
+    assert done.stderr.rstrip().endswith("unset it, or set JAX_PLATFORMS=cpu")
+
+
+@pytest.mark.parametrize("writer", ["wandb", "tensorboard"])
+def test_a_writer_that_is_not_installed_is_refused_before_anything_is_made(place, trained, monkeypatch, writer):
+    monkeypatch.setitem(sys.modules, writer, None)
+    said = f"--{writer}=True needs {writer}: pip install -e '.[{writer}]'"
+    trains_not(place, said, **{writer: True, "name": "other"})
+
+
+def test_checkpoints_that_were_removed_take_no_records_with_them(place, trained, tmp_path):
+    run = Path(shutil.copytree(trained.parent, tmp_path / "small")) / "pretrain"
+    before = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints")
+    told = launch.train.main(flags(place, directory=tmp_path))
+    assert told["step"] == 2 and (run / "metrics-1.jsonl").read_text() == before
+    assert (run / "metrics.jsonl").read_text().startswith('{"step":1,')
+    assert launch.train.main(flags(place, directory=tmp_path, steps=3))["step"] == 3
+    assert not (run / "metrics-2.jsonl").exists() and len(starts.read(run)) == 3

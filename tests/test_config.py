@@ -168,11 +168,11 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--micro_rows=few"], "--micro_rows takes INT|{auto}, not 'few'"),
         (
             ["--micro_rows=3", "--batch_tokens=8192", "--data.row_length=256"],
-            "micro_rows=3 does not divide the batch of 32 rows",
+            "micro_rows=3 does not divide the batch of 32 rows: set --micro_rows=2",
         ),
         (
             ["--batch_tokens=1000", "--data.row_length=256"],
-            "batch_tokens=1000 is not a multiple of data.row_length=256",
+            "batch_tokens=1000 is not a multiple of data.row_length=256: set --batch_tokens=768",
         ),
         (["--depth=0"], "depth=0 must be at least 1"),
         (["--head_dim=0"], "head_dim=0 must be at least 1"),
@@ -338,10 +338,10 @@ HELP = {
     "train": (
         launch.train,
         ["--config=configs/tiny.py"],
-        ["--save_every", "--data.train", "--optimizer.muon.learning_rate"],
+        ["--save_every", "--help=data", "--help=optimizer"],
     ),
-    "prepare": (launch.prepare, ["--config=configs/tiny.py"], ["--data.train", "--data.tokenizer.path"]),
-    "tokenizer": (launch.tokenizer, ["--config=configs/tiny.py"], ["--data.vocab", "--data.tokenizer.algorithm"]),
+    "prepare": (launch.prepare, ["--config=configs/tiny.py"], ["--help=data", "--seed"]),
+    "tokenizer": (launch.tokenizer, ["--config=configs/tiny.py"], ["--help=data", "--data.vocab"]),
     "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "compare": (launch.compare, [], ["--variants", "--seeds", "--equal", "--measure"]),
@@ -350,7 +350,7 @@ HELP = {
     "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),
     "harness": (launch.harness, [], ["--checkpoint", "--tasks", "--include_path"]),
     "plan": (launch.plan, ["--config=configs/tiny.py"], ["--topology", "--mfu", "--dollars_per_chip_hour", "--seed"]),
-    "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--model.depth", "--seed"]),
+    "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--help=model", "--seed"]),
 }
 
 

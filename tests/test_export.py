@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -254,6 +255,10 @@ def test_the_stablehlo_readmes_code_gives_the_engines_tokens(family: Model, tmp_
     params, transformer, words = small.parameters(family), Transformer(family), tokenizer()
     stablehlo.write(tmp_path / "out", transformer, params, words, rows=2, length=48, piece=8)
     code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+    about = (tmp_path / "out/README.md").read_text()
+    packages = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)}
+    needed = packages - {"json", "pathlib", "numpy"} | {"flatbuffers"}  # jax.export reads programs with flatbuffers.
+    assert needed == set(re.search(r"`pip install (.*)`", about)[1].split())
     space: dict[str, Any] = {}
     exec(code.replace('Path(".")', f"Path({str(tmp_path / 'out')!r})"), space)
     prompt = [words.bos, *words.encode("the fox saw a bear near old trees")]

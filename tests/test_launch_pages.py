@@ -1,13 +1,19 @@
 """README and docs: every link leads to something, and every command is one that its launcher reads."""
 
+import importlib
+import io
 import json
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 import runs
+from documents import environment
 
 import launch.chat
 import launch.compare
@@ -54,12 +60,20 @@ def test_every_link_leads_to_something(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def commands(page):
-    """The launchers of a page's code with their arguments: a shell's joined lines, or a list of YAML."""
+def code(page):
+    """The lines of a page's code, those of a shell joined."""
     text = page.read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-    code = re.sub(r"\[python, (.*?)\]", lambda found: "python " + found[1].replace(",", ""), code)
-    return re.findall(r"""python -m (launch\.(?:[^\n;&|<>"']|"[^"\n]*"|'[^'\n]*')*)""", code)
+    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+
+
+def commands(page, *, here=False):
+    """The launchers of a page's code with their arguments, also in a list of YAML.
+
+    With `here` those that need nothing but what commands before them made: what others need stands in the line before.
+    """
+    text = re.sub(r"\[python, (.*?)\]", lambda found: "python " + found[1].replace(",", ""), code(page))
+    text = re.sub(r"^# Needs .*\n.*\n", "", text, flags=re.MULTILINE) if here else text
+    return re.findall(r"""python -m (launch\.(?:[^\n;&|<>"']|"[^"\n]*"|'[^'\n]*')*)""", text)
 
 
 def read(command):
@@ -95,6 +109,95 @@ def test_every_command_is_one_that_its_launcher_reads(page, monkeypatch):
             read(command)
         except UserError as error:
             pytest.fail(f"python -m {command}: {error}")
+
+
+SMALL = {"depth": 1, "head_dim": 8, "steps": 2, "batch_tokens": 640, "data.vocab": 400, "data.row_length": 160}
+SMALL |= {"micro_rows": 2, "data.workers": 1, "mesh.data": 1, "eval_problems": 2, "eval_tokens": 4, "keep": 9}
+DATA = {"": ("tinyworld:train:150", "tinyworld:val:4"), "sft": ("tinyworld:chat:60", "tinyworld:chat:20")}
+ROLLOUTS = {"rl:rl.prompts": 2, "rl:rl.samples": 4, "rl:rl.max_tokens": 8}
+
+
+def shortened(name, argv):
+    """The arguments of a command with more, so that it takes seconds."""
+    if name in ("chat", "evaluate"):
+        return [word.replace("@375", "@2") for word in argv] + ["--max_tokens=4"] + ["--limit=2"] * (name == "evaluate")
+    if name not in ("train", "speedrun", "prepare", "tokenizer") or "--help" in argv:
+        return argv
+    small = SMALL | (ROLLOUTS if name == "speedrun" else {})
+    stages = ("", "sft") if name == "speedrun" else ("",)
+    config = next(word for word in argv if word.startswith("--config"))
+    for stage in stages:
+        prefix = f"{stage or 'pretrain'}:" if name == "speedrun" else ""
+        train, val = DATA[stage or config.partition(":")[2]]
+        small |= {f"{prefix}data.train": train, f"{prefix}data.val": val}
+    epochs = ["--sft:data.epochs"] if name == "speedrun" else ["--data.epochs"] if ":sft" in config else []
+    return [*argv, *(f"--{key}={value}" for key, value in small.items()), *epochs]
+
+
+RUN = [p for p in PAGES if p.name not in RECORDS and p not in RECIPES]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory with the configurations."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def programs(page):
+    """Blocks of Python, and what is given to `python -c`."""
+    text = page.read_text(encoding="utf-8")
+    kinds = (r"^```python\n(.*?)^```", r"^python -c '\n(.*?)^'")
+    return [program for kind in kinds for program in re.findall(kind, text, re.MULTILINE | re.DOTALL)]
+
+
+def order(page):
+    """README first, which trains what the other pages use."""
+    return page.name != "README.md", page.name != "pipeline.md", page.name
+
+
+@pytest.mark.slow
+def test_commands_run_with_few_steps(elsewhere, monkeypatch):
+    """All that need nothing, in the order in which they need each other; once each."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    seen = set()
+    for page in sorted(RUN, key=order):
+        for command in commands(page, here=True):
+            name, *argv = shlex.split(command.removeprefix("launch."))
+            if command in seen or name == "compare":  # tests/test_compare.py trains the variants of one.
+                continue
+            seen.add(command)
+            main = importlib.import_module(f"launch.{name}").main
+            try:
+                main(runs.last_of_each(shortened(name, argv)))
+            except (UserError, SystemExit) as error:
+                assert isinstance(error, SystemExit) and not error.code, f"{page.name}: {command}: {error}"
+        for program in programs(page):
+            exec(program, {})
+    assert len(seen) > 15
+
+
+@pytest.mark.nightly
+def test_commands_run_verbatim(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    done = set()
+    for page in sorted(RUN, key=order):
+        for command in commands(page, here=True):
+            if command not in done:
+                done.add(command)
+                line = f"{shlex.quote(sys.executable)} -m {command} < /dev/null"
+                ran = subprocess.run(line, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+                assert ran.returncode == 0, f"{page.name}: {command}: {ran.stderr[-2000:]}"
+
+
+def test_the_checkpoint_that_a_page_names_is_there_at_the_end():
+    (step,) = set(re.findall(r"runs/tiny/pretrain@(\d+)", (ROOT / "docs/chatting.md").read_text(encoding="utf-8")))
+    e = command_line.load(["--config=configs/tiny.py"])
+    due = [n for n in range(1, e.steps + 1) if n == e.steps or not n % e.save_every or not n % e.eval_every]
+    assert int(step) in due[-e.keep :]
 
 
 def test_a_command_that_is_wrong_is_found(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Preparation: documents to rows without loss, never stale."""
 
 import dataclasses
+import io
 import os
+import sys
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from documents import settings, silent, texts, write
@@ -283,3 +286,16 @@ def test_documents_without_text_are_counted(tmp_path, tokenizer):
     path.write_text('{"text": null}\n')
     with pytest.raises(UserError, match=r"no document to use in --data.train .*a.jsonl. 1 document without text"):
         ensure_rows(settings(path, val=("tinyworld:val:2",)), tokenizer, "train", tmp_path / "cache", silent)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_for_terminals_even_with_forced_colours(terminal, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    output = io.StringIO()
+    output.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", output)
+    job = SimpleNamespace(shard=0, size=100.0)
+    with workers._progress([job]) as show:
+        show(0, 0.5, 50)
+    assert ("\x1b[" in output.getvalue()) == terminal

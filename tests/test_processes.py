@@ -43,6 +43,10 @@ def test_a_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert not processes.grouped({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     monkeypatch.setattr(processes, "tpu_hosts", lambda environment: 2)
     assert processes.grouped({})
+    cluster = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    assert processes.grouped(cluster) and not processes.grouped(cluster | {processes.COUNT: "1"}), "independent pods"
+    with pytest.raises(UserError, match="is set without"):
+        processes.grouped(cluster | {processes.COUNT: "2"})
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from jaxchat.decode.requests import Completion, Request
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.objectives.policy import OBJECTIVES
 from jaxchat.rl.reinforcement import Reinforcement
-from jaxchat.rl.rollouts import RolloutStream
+from jaxchat.rl.rollouts import RolloutStream, _usable_problems
 from jaxchat.rl.settings import RL
 from jaxchat.sharding import Mesh, make_mesh
+from jaxchat.tasks import Problem
 
 TOKENIZER = Letters(user_start=50, user_end=51, assistant_start=52, assistant_end=53)
 TASK = """
@@ -361,3 +362,11 @@ def test_an_answer_is_judged_once_and_together_with_the_others(tmp_path):
             assert len(said) >= 2 and "reward 'correct' of task digits failed: no" in said[0]
         else:
             assert calls == [1] * 12 and one.facts["reward"] == pytest.approx(1.5 * one.facts["reward_correct"])
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": ""}], [], [{"role": "assistant", "content": "hi"}]])
+def test_a_problem_that_cannot_be_asked_is_named(messages):
+    problems = [Problem.ask("one", "1"), Problem(messages, "2")]
+    task = SimpleNamespace(name="sums", problems=lambda split: problems, tools=())
+    with pytest.raises(UserError, match=r"problem 1 of the task sums cannot be asked: "):
+        _usable_problems(RL(), [task], TOKENIZER, 512, print)

@@ -13,9 +13,9 @@ import launch.speedrun
 from jaxchat import command_line, signals, speedrun, stages
 from jaxchat.command_line import stage_arguments
 from jaxchat.errors import UserError
-from jaxchat.evaluation import report
 from jaxchat.experiment import STAGES
 from jaxchat.signals import Interrupted
+from jaxchat.stages import starts
 
 
 @pytest.mark.quick
@@ -84,23 +84,24 @@ def test_the_road_is_gone_once_and_reported(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="went away"):
         launch.speedrun.main(flags(tmp_path))
     assert not (tmp_path / "runs/tiny/report.md").exists()
-    before = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
+    before = starts.read(tmp_path / "runs/tiny/pretrain")
     told = launch.speedrun.main([*flags(tmp_path), "--dollars_per_hour=36"])
     assert ran == ["pretrain", "sft", "rl", "rl"], "what is finished is not run again"
-    assert told["pretrain"]["seconds"] == before["pretrain"]["seconds"]
-    assert told["rl"]["step"] == 2 and told["rl"]["seconds"] > before["rl"]["seconds"]
+    assert told["pretrain"]["seconds"] == before[0]["seconds"] and told["rl"]["step"] == 2
     text = Path(told["report"]).read_text()
-    for title in ("# tiny", "## Plan", "## Scores", "## Time", "## pretrain", "## sft", "## rl", "**Hello!**"):
+    titles = ("What was trained", "How good it is", "What it says", "What it cost", "Curves")
+    for title in ("# tiny", *(f"## {title}" for title in titles), "**Hello!**"):
         assert title in text
     scores = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in text.splitlines() if row.startswith("| ")}
-    assert all(re.fullmatch(r" \d\.\d{4} ", cell) for cell in scores["arithmetic_strict"]), "of the base model too"
-    bits, rows = (dict(zip(scores[""], map(float, scores[name]))) for name in ("val_bpb", "val_rows"))
-    for stage in ("pretrain", "sft", "rl"):
-        assert bits[f" after {stage} "] == pytest.approx(told[stage]["val_bpb"], abs=1e-4)
-    assert bits[" before sft "] == bits[" after pretrain "] and bits[" before rl "] == bits[" after sft "]
-    assert len(rows) == 5 and len(set(rows.values())) == 1, "a trial's end scores no more rows than it trained on"
-    parts = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
-    seconds = sum(part["seconds"] for part in parts.values())
+    assert scores[""] == [" after pretrain ", " after sft ", " after rl "]
+    strict = scores["arithmetic, strict"]
+    assert all(re.fullmatch(r" \d+\.\d% \(\d+\.\d to \d+\.\d\) ", cell) for cell in strict), "of the base model too"
+    (bits,) = (cells for name, cells in scores.items() if name.startswith("bits per byte of held-out text, "))
+    assert [f" {told[stage]['val_bpb']:.4f} " for stage in STAGES] == bits, (
+        "a trial scores no more rows than it trains on"
+    )
+    known = json.loads((tmp_path / "runs/tiny/speedrun.json").read_text())
+    seconds = sum(told[stage]["seconds"] for stage in STAGES) + known["pretrain"]["base_seconds"]
     assert f"| all | {seconds / 60:.1f} | {seconds / 100:.2f} |" in text
     with pytest.raises(UserError, match="holds another experiment: seed was 0 and is now 5"):
         launch.speedrun.main([*flags(tmp_path), "--seed=5"])
@@ -125,29 +126,15 @@ def test_a_signal_at_the_end_of_a_stage_is_heard_before_the_next(tmp_path, monke
 
 
 def test_a_killed_stage_keeps_the_seconds_it_took(tmp_path, monkeypatch):
-    """What a kill leaves is what the file says in the middle of a stage."""
-    monkeypatch.setattr(speedrun, "CLOCK_SECONDS", 0.05)
-    told = lambda: json.loads((tmp_path / "speedrun.json").read_text())["sft"]["seconds"]  # noqa: E731
-    with speedrun.timed(tmp_path, "sft"):
+    """What a kill leaves is what the file says in the middle of a stage; a later start adds its own."""
+    monkeypatch.setattr(starts, "CLOCK_SECONDS", 0.05)
+    seconds = lambda: [start["seconds"] for start in starts.read(tmp_path)]  # noqa: E731
+    with starts.recorded(tmp_path, time.monotonic() - 5):
         time.sleep(0.4)
-        first = told()
-    assert 0.1 <= first <= told()
-    with speedrun.timed(tmp_path, "sft"):
+        first = seconds()
+    assert 5.1 <= first[0] <= seconds()[0]
+    with starts.recorded(tmp_path, time.monotonic()):
         time.sleep(0.3)
-        assert told() > first, "goes on counting"
-    with speedrun.timed(tmp_path / "nowhere", "sft"):
-        pass
-    assert not (tmp_path / "nowhere").exists()
-
-
-@pytest.mark.quick
-def test_the_report_says_what_was_forgotten_and_why():
-    def progress(last):
-        return {"pretrain": {"result": {"val_bpb": 1.0}}, "rl": {"result": {"val_bpb": last}}}
-
-    (calm,), (lost,) = (report.forgetting(["pretrain", "rl"], progress(last)) for last in (1.04, 1.2))
-    assert calm == "Bits per byte of the pretraining text went from 1.0000 to 1.0400 (+4.0%)."
-    assert "(+20.0%)" in lost and "More than 5 percent" in lost and "--optimizer.scale" in lost
-    gained = progress(0.99) | {"sft": {"result": {"val_bpb": 0.9}}}
-    (regained,) = report.forgetting(["pretrain", "sft", "rl"], gained)
-    assert "(-1.0%)" in regained and "in rl 0.9900 after 0.9000 (+10.0%)" in regained, "though less than before SFT"
+        assert len(seconds()) == 2 and 0.1 <= seconds()[1] < 5
+    (tmp_path / "starts.json").write_text("")
+    assert starts.read(tmp_path) == []

@@ -110,7 +110,8 @@ def test_a_step_that_is_sampled_again_replaces_what_was_sampled_before(experimen
     text = (experiment.stage_directory / "samples.md").read_text()
     sections = {5: "ab", 10: "gh"}
     assert text == "".join(
-        f"\n## Step {step}\n- **a** {one}\n\nand on\n- **b** {two}\n\nand on\n" for step, (one, two) in sections.items()
+        f"\n## Step {step}\n- **a** {one}  \n    \n  and on\n- **b** {two}  \n    \n  and on\n"
+        for step, (one, two) in sections.items()
     )
 
 

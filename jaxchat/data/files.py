@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.source import Content, Kind, Object, Reading, Source
-from jaxchat.errors import UserError, first_line
+from jaxchat.errors import UserError, first_line, missing
 
 DEAL = 256  # consecutive lines that go to the same reader, in a file that every reader reads from the beginning
 MOST_DEALT = 8  # maximum readers of such a file
@@ -147,7 +147,7 @@ class Parquet(Kind):
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise UserError(f"reading {source.path} needs pyarrow: pip install 'jaxchat[hub]'") from None
+            raise missing(f"reading {source.path} needs pyarrow", "hub") from None
         try:
             with open(source.path, "rb") as stored, pq.ParquetFile(stored) as file:
                 names = file.schema_arrow.names

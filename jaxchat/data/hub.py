@@ -32,7 +32,7 @@ from typing import Any
 from jaxchat import signals
 from jaxchat.data.cache import Log, locked, read_json, write_json
 from jaxchat.data.source import TEST, Content, Kind, Split, by_words
-from jaxchat.errors import UserError, first_line
+from jaxchat.errors import UserError, first_line, missing
 from jaxchat.launcher import log
 
 DEFAULT_SHARDS = 8
@@ -214,7 +214,7 @@ def _one_sentence(what: str) -> Iterator[Any]:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise UserError("data sets of the hub need huggingface_hub: pip install 'jaxchat[hub]'") from None
+        raise missing("data sets of the hub need huggingface_hub", "hub") from None
     # The bases are OSError and the HTTP errors of requests or httpx, depending on the library's version.
     failures: Any = OSError, *HfHubHTTPError.__bases__
     try:

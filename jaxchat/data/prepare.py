@@ -47,10 +47,10 @@ class Data:
     """Share of documents held out if val is empty, selected by a hash of each document's text."""
     weights: tuple[float, ...] = ()
     """Share of each entry of train in a batch; if empty, every row is used once per epoch."""
-    vocab: int = 32768
-    row_length: int = 2048
-    text_column: str = "text"
-    encoding: str = "utf-8"
+    vocab: int = 32768  # Number of token ids, special tokens included.
+    row_length: int = 2048  # Tokens of a training row, which is the context.
+    text_column: str = "text"  # Field or column that holds the text.
+    encoding: str = "utf-8"  # Encoding of text files, by Python's name.
     packing: Literal["best_fit", "concatenate", "crop"] = "best_fit"
     """best_fit and concatenate lose no token; crop is nanochat's loader, which discards the ends of documents (only in
     training: validation uses best_fit instead)."""

@@ -51,7 +51,7 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Show]:
     sizes = {job.shard: max(job.size, 1.0) for job in jobs}
     done, read = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0)
     printed_at = time.monotonic()
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # No bars in a file, even with FORCE_COLOR.
     columns = "preparing", BarColumn(), "{task.percentage:.0f}%, {task.fields[text]}", TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(sizes.values()), text="")

@@ -13,7 +13,7 @@ from typing import Any
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import FILTERS, SamplingParams
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, missing
 from jaxchat.evaluation.likelihoods import Item, Scorer
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.paths import user_path
@@ -35,7 +35,7 @@ def load(path: str, *, length: int | None = None) -> Any:
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError:
-        raise UserError("this needs lm-evaluation-harness: pip install -e '.[harness]'") from None
+        raise missing("this needs lm-evaluation-harness", "harness") from None
 
     class Jaxchat(Adapter, TemplateLM):
         """Derives from lm-eval's base class, which is importable only with lm-eval."""

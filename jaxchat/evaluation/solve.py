@@ -112,7 +112,7 @@ def _answer(
             seeded = replace(sampling, seed=sampling.seed + number)
             requests.append(_request(engine, task, problem, n, seeded, style, tools))
         except UserError as error:
-            requests.append(error)
+            requests.append(UserError(f"problem {number} cannot be asked: {error}"))
     generated = iter(engine.generate([request for request in requests if isinstance(request, Request)]))
     completions: list[list[Completion]] = []
     for request in requests:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import checkpoint
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, require
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole
@@ -39,6 +39,8 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
         raise UserError("set exactly one of --to=huggingface, --to=stablehlo and --from=huggingface")
     if options.tokenizer is not None and options.source is None:
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
+    for module in ("safetensors", "flatbuffers")[: 1 + (options.to == "stablehlo")]:
+        require(module, f"launch.convert needs {module}", "export")
     if options.source is not None:
         return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "piece")}

@@ -1,7 +1,6 @@
 """Files of an export: safetensors, JSON, and directories that are created atomically."""
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -43,8 +42,10 @@ def whole(directory: Path) -> Iterator[Path]:
 
 def write_weights(directory: Path, arrays: Mapping[str, np.ndarray]) -> int:
     """Writes a safetensors file with the mode of its directory; returns the number of values written."""
+    from safetensors.numpy import save_file
+
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    _safetensors("safetensors.numpy").save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(directory.stat().st_mode & 0o666)  # safetensors makes it 0600.
     return sum(array.size for array in contiguous.values())
 
@@ -55,7 +56,8 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: a file is missing, damaged or not what the index says, or an array is not finite or not of floats.
     """
-    safetensors = _safetensors("safetensors")
+    import safetensors
+
     arrays: dict[str, np.ndarray] = {}
     for name, indexed in _weight_files(directory).items():
         try:
@@ -112,10 +114,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
-
-
-def _safetensors(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError("safetensors is not installed: pip install safetensors") from None

@@ -16,7 +16,6 @@ from jax import export
 
 from jaxchat import signals
 from jaxchat.decode import programs
-from jaxchat.errors import UserError
 from jaxchat.export.files import whole, write_json, write_weights
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.tokenizer import Tokenizer
@@ -58,7 +57,7 @@ def write(
             signals.check()
             ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
             exported = export.export(jax.jit(step), platforms=PLATFORMS)(shapes, ids, ids, tuple(leaves))
-            (place / f"{name}.bin").write_bytes(_serialize(exported))
+            (place / f"{name}.bin").write_bytes(exported.serialize())
         signature = {
             "rows": rows,
             "length": length,
@@ -72,13 +71,6 @@ def write(
         tokenizer.save(place / "tokenizer")
         (place / "README.md").write_text(readme(signature, tokenizer.chat_format.bos), encoding="utf-8")
         return write_weights(place, {name: np.asarray(leaf) for name, leaf in named.items()})
-
-
-def _serialize(exported: export.Exported) -> bytes:
-    try:
-        return bytes(exported.serialize())
-    except ImportError:
-        raise UserError("--to=stablehlo needs flatbuffers: pip install flatbuffers") from None
 
 
 def readme(signature: Mapping[str, Any], bos: str) -> str:
@@ -100,7 +92,8 @@ def named_leaves(params: Params) -> dict[str, Any]:
 README = """\
 # A chat model as two programs
 
-`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX, but not jaxchat.
+`prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX, but not jaxchat:
+`pip install jax flatbuffers safetensors`.
 
     prefill(parameters, tokens (${rows}, ${piece}) int32, positions (${rows}, ${piece}) int32, cache)
     decode(parameters, tokens (${rows}, 1) int32, positions (${rows}, 1) int32, cache)

@@ -29,23 +29,23 @@ GATE_INIT = (0.0, 0.02)
 class ValueEmbedding:
     """An embedding table added to v, times a gate per kv head: scale * sigmoid(x[:gate_channels] W)."""
 
-    gate_channels: int = 12
-    scale: float = 3.0
+    gate_channels: int = 12  # Channels of the residual stream that the gate reads.
+    scale: float = 3.0  # Largest value of the gate.
 
 
 @dataclass(frozen=True)
 class GQA:
     """Causal grouped-query attention (arXiv:2305.13245). With a `window` a query sees that many earlier tokens."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
+    heads: int  # Number of query heads.
+    kv_heads: int  # Number of key and value heads, which divides heads.
+    head_dim: int  # Channels per head.
+    window: int | None = None  # Number of earlier tokens that a query sees; None for all.
     positions: Positions = RoPE()
     qk_norm: Norm | None = RMSNorm()
-    qk_scale: float = 1.0
+    qk_scale: float = 1.0  # Factor of normalised queries and keys.
     value_embedding: ValueEmbedding | None = None
-    init: Init = "uniform"
+    init: Init = "uniform"  # Distribution of the initial matrices.
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:

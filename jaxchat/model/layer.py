@@ -43,7 +43,7 @@ class Layer:
     mixer: Mixer
     mlp: FeedForward
     norm: Norm = RMSNorm()
-    placement: Placement = "before"
+    placement: Placement = "before"  # Where the norms are applied.
 
 
 class Block(nn.Module):

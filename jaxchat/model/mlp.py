@@ -17,18 +17,18 @@ from jaxchat.model.products import product
 class ReluSquared:
     """out(relu(in(x))^2) (arXiv:2109.08668)."""
 
-    hidden: int
-    init: Init = "uniform"
-    init_scale: float = 0.4
+    hidden: int  # Number of hidden units.
+    init: Init = "uniform"  # Distribution of the initial matrices.
+    init_scale: float = 0.4  # Factor of the initial input matrix.
 
 
 @dataclass(frozen=True)
 class SwiGLU:
     """out(silu(gate(x)) * in(x)) (arXiv:2002.05202)."""
 
-    hidden: int
-    init: Init = "uniform"
-    init_scale: float = 1.0
+    hidden: int  # Number of hidden units.
+    init: Init = "uniform"  # Distribution of the initial matrices.
+    init_scale: float = 1.0  # Factor of the initial input matrix.
 
 
 class ReluSquaredLayer(nn.Module):

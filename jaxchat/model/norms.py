@@ -16,7 +16,7 @@ from jaxchat.model.part import Static
 class RMSNorm:
     """Root mean square normalisation without a weight (arXiv:1910.07467), computed in float32."""
 
-    eps: float = 1e-6
+    eps: float = 1e-6  # Added to the mean square.
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:

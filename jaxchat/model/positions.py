@@ -50,8 +50,8 @@ class RoPE:
     differences, so the sign matters only for imported weights.
     """
 
-    base: float = 10_000.0
-    direction: int = -1
+    base: float = 10_000.0  # Base of the wavelengths.
+    direction: int = -1  # Sign of the angles.
 
 
 class Rotary(Encoding):

@@ -30,46 +30,46 @@ Params = dict[str, Any]
 class ResidualScales:
     """Before each layer x = resid * x + x0 * embedding; two learned scalars per layer, initially linear in depth."""
 
-    resid_first: float = 1.15
-    resid_last: float = 1.05
-    x0_first: float = 0.20
-    x0_last: float = 0.05
+    resid_first: float = 1.15  # Initial weight of the residual stream in the first layer.
+    resid_last: float = 1.05  # The same in the last layer.
+    x0_first: float = 0.20  # Initial weight of the embedding in the first layer.
+    x0_last: float = 0.05  # The same in the last layer.
 
 
 @dataclass(frozen=True)
 class Smear:
     """Adds scale * sigmoid(x[:channels] W) times the previous token's embedding to each embedding x."""
 
-    channels: int = 24
+    channels: int = 24  # Channels of the embedding that the gate reads.
 
 
 @dataclass(frozen=True)
 class Backout:
     """Subtracts scale times the residual stream after the middle layer from the one after the last layer."""
 
-    init: float = 0.2
+    init: float = 0.2  # Initial scale.
 
 
 @dataclass(frozen=True)
 class Model:
     """The architecture: `depth` layers, first `pattern` repeated, then `tail`; `norm` for embedding and output."""
 
-    vocab: int
-    width: int
-    depth: int
+    vocab: int  # Number of token ids.
+    width: int  # Channels of the residual stream.
+    depth: int  # Number of layers.
     pattern: tuple[Layer, ...]
     tail: tuple[Layer, ...] = ()
     norm: Norm = RMSNorm()
-    embed_std: float = 0.8
-    head_std: float = 0.001
-    tied: bool = False
-    softcap: float | None = 15.0
+    embed_std: float = 0.8  # Standard deviation of the initial embedding.
+    head_std: float = 0.001  # Standard deviation of the initial output matrix.
+    tied: bool = False  # Use the embedding as the output matrix.
+    softcap: float | None = 15.0  # Logits are softcap * tanh(logits / softcap); None leaves them.
     residual_scales: ResidualScales | None = None
     smear: Smear | None = None
     backout: Backout | None = None
-    isolate_documents: bool = True
-    layer_loop: Literal["scan", "unroll"] = "unroll"
-    remat: Literal["none", "full", "dots", "attention"] = "none"
+    isolate_documents: bool = True  # Compute every document of a row as if it were alone.
+    layer_loop: Literal["scan", "unroll"] = "unroll"  # Scan over the layers, which compiles faster, or unroll them.
+    remat: Literal["none", "full", "dots", "attention"] = "none"  # What the backward pass recomputes.
 
     def __post_init__(self) -> None:
         if min(self.vocab, self.width, self.depth) < 1:

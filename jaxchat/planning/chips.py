@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxchat.devices import PEAKS
-from jaxchat.errors import UserError, first_line
+from jaxchat.errors import UserError, first_line, missing
 
 GiB = 1 << 30
 SAME_ON_ALL = (  # Fields of every GPU's description.
@@ -118,9 +118,7 @@ class Topology:
                 description = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}", **more)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             extra = "tpu" if gpu is None else "cuda"
-            raise UserError(
-                f"no compiler for {self.name} is installed ({first_line(error)}): pip install 'jaxchat[{extra}]'"
-            ) from None
+            raise missing(f"no compiler for {self.name} is installed ({first_line(error)})", extra) from None
         return list(description.devices)
 
 

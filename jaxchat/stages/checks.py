@@ -8,12 +8,12 @@ import jax
 
 from jaxchat import checkpoint, processes
 from jaxchat.decode.tools import named_tools
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, require
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.model.transformer import all_finite
 from jaxchat.serialization import difference
-from jaxchat.tasks import load_task
+from jaxchat.tasks import load_task, problems_of
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import Diverged, State
 
@@ -23,6 +23,9 @@ def check(e: Experiment) -> None:
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
     check_ahead(e)
     check_tasks(e)
+    for writer in ("tensorboard", "wandb"):
+        if getattr(e, writer):
+            require(writer, f"--{writer}=True needs {writer}", writer)
 
 
 def check_alike(e: Experiment) -> None:
@@ -45,11 +48,13 @@ def check_ahead(e: Experiment) -> None:
 
 
 def check_tasks(e: Experiment) -> None:
-    """Raises `UserError` for an unknown task or tool, and if `rl.max_tokens` leaves no room for a prompt."""
+    """Raises `UserError` for an unknown task or tool, problems that cannot be read, and too large `rl.max_tokens`."""
     downloads = e.cache_directory / "downloads"
     scored = [job.task for job in jobs(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
-    for task in (*scored, *(load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ()))):
+    rewarded = [load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ())]
+    for task in (*scored, *rewarded):
         named_tools(task.tools)
+        problems_of(task, "train" if task in rewarded else "test", e.eval_problems)
     if e.rl is not None and e.rl.max_tokens >= e.data.row_length:
         raise UserError(
             f"rl.max_tokens={e.rl.max_tokens} leaves no room for a question in a row of {e.data.row_length} tokens: "

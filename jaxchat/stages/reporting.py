@@ -14,7 +14,6 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request, Tool
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import TOOLS
-from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -45,7 +44,7 @@ class StepLog:
         self._rate = optim.learning_rate_factor(e.optimizer, e.steps)
         self._flops = flops_per_token(e.model, e.data.row_length)["total"]
         self._peak = None if peak is None else peak * setup.mesh.size
-        self._seconds: list[float] = []
+        self._speeds: list[float] = []
         self.loss: float | None = None
 
     def __call__(self, number: int, values: dict[str, float], seconds: float) -> None:
@@ -72,7 +71,7 @@ class StepLog:
             self._log(f"warning: {report}")
         record["unstable_steps"] = self.stability.unstable_steps
         self.loss = values["loss"]
-        self._seconds.append(seconds)
+        self._speeds.append(self._tokens(record) / record["seconds"])
         for writer in self._writers:
             writer.write(record)
 
@@ -82,7 +81,7 @@ class StepLog:
             if "grad_norm" in record:
                 self.stability(record)
                 self.loss = record["loss"]
-                self._seconds.append(record["seconds"])
+                self._speeds.append(self._tokens(record) / record["seconds"])
 
     def finish(self) -> None:
         """Logs an instability of the last steps that is not reported yet."""
@@ -91,15 +90,18 @@ class StepLog:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the median step, without the first; None before any step and for stages without fixed tokens."""
-        if not self._seconds or self._more is not None:
-            return None
-        return round(self._experiment.batch_tokens / float(np.median(self._seconds[1:] or self._seconds)), 1)
+        """Speed of the median step, without the first; None before any step. In RL, trained tokens and all phases."""
+        return round(float(np.median(self._speeds[1:] or self._speeds)), 1) if self._speeds else None
 
     @property
     def mfu(self) -> float | None:
-        speed = self.tokens_per_second
+        """Utilisation at that speed; None where the peak is unknown, and in RL, which decodes as well."""
+        speed = self.tokens_per_second if self._more is None else None
         return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
+
+    def _tokens(self, record: Mapping[str, Any]) -> float:
+        """Trained tokens of a step: fixed, but in RL."""
+        return self._experiment.batch_tokens if self._more is None else record["trained_tokens"]
 
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Log) -> None:
@@ -129,9 +131,9 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
         if answer.error:  # Not worth stopping a long run.
             log(f"warning: no sample for {prompt!r}: {answer.error}")
             continue
-        text = tokenizer.decode(answer.tokens, keep_specials=True) if chats else answer.text
-        lines.append(f"- **{prompt}**{' ' * chats}{text}\n")
-        log(f"  | {prompt}{' ' * chats}{text}")
+        text = f" {answer.shown}" if chats else answer.text
+        lines.append(as_item(prompt, text))
+        log(f"  | {prompt}{text}".replace("\n", "\n  | "))
     path = e.stage_directory / "samples.md"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     head, *parts = re.split(r"^\n## Step (\d+)$", before, flags=re.M)
@@ -139,18 +141,22 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     write_text(path, "".join([head, *earlier, *lines]))
 
 
+def as_item(prompt: str, text: str) -> str:
+    """A prompt and what follows as an item of a Markdown list, which keeps line breaks; signs are escaped."""
+    prompt, text = (re.sub(r"([\\`*_<#]|\](?=[(\[]))", r"\\\1", part) for part in (prompt, text))
+    bold = f"**{prompt}**" if prompt.strip() else ""
+    return "- " + f"{bold}{text}".strip().replace("\n", "  \n  ") + "\n"
+
+
 def make_writers(e: Experiment, start: int, terminal: metrics.Terminal) -> list[metrics.Writer]:
     """Creates the metrics writers; only the first process has any."""
     if jax.process_index():
         return []
     writers: list[metrics.Writer] = [terminal, metrics.JsonLines(e.stage_directory / "metrics.jsonl", start)]
-    try:
-        if e.tensorboard:
-            writers.append(metrics.TensorBoard(e.stage_directory / "tensorboard"))
-        if e.wandb:
-            writers.append(metrics.WeightsAndBiases(f"{e.name}/{e.stage}", to_json(e)))
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'jaxchat[{error.name}]'") from None
+    if e.tensorboard:
+        writers.append(metrics.TensorBoard(e.stage_directory / "tensorboard"))
+    if e.wandb:
+        writers.append(metrics.WeightsAndBiases(f"{e.name}/{e.stage}", to_json(e)))
     return writers
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxchat.data import cache, prepare
 from jaxchat.data.cache import Log
 from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
+from jaxchat.stages import starts
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
 from jaxchat.stages.stage import Stage, inherited, locate_start, not_used, record_start, started
@@ -29,7 +31,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         UserError: the stage cannot be run as configured.
         Interrupted: a signal came; a checkpoint was saved if the first step was taken.
     """
-    terminal = metrics.Terminal(experiment.steps)
+    terminal, began = metrics.Terminal(experiment.steps), time.monotonic()
     check_alike(experiment)
     e, tokenizer = inherited(experiment)
     if note := not_used(experiment, e):
@@ -43,7 +45,8 @@ def run(experiment: Experiment) -> dict[str, Any]:
         peak = devices.peak_flops(setup.mesh.devices.flat[0])  # Outside of the mesh, because a CPU's is measured.
         with jax.set_mesh(setup.mesh), contextlib.closing(stage):
             built = build(setup, stage, tokenizer, peak, terminal.log)
-            results, step_log = train(built, terminal)
+            with starts.recorded(e.stage_directory, began):
+                results, step_log = train(built, terminal)
     check_end(built.setup.experiment, {"loss": step_log.loss} | results)
     return result(built, results, step_log)
 
@@ -89,6 +92,8 @@ def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, 
     stage.begin(setup, compiled.rows, start, facts)
     # The first files of the run; an experiment that was refused before this point does not occupy its name.
     if jax.process_index() == 0:
+        if start == 0:
+            starts.keep_records(e.stage_directory, log)
         tokenizer.save(e.run_directory / "tokenizer")
         checkpoint.write_experiment(e.stage_directory, e)
         if not start:
@@ -132,7 +137,12 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
         if due:
             score(b.start, b.state, False)
         agreed = processes.Agreement()
-        hooks = Hooks(step_log, save, score, sample, lambda: agreed(bool(signals.received())))
+
+        def stop() -> bool:
+            b.checkpoints.check()
+            return agreed(bool(signals.received()))
+
+        hooks = Hooks(step_log, save, score, sample, stop)
         cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
         fit(b.state, b.compiled.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
         b.checkpoints.wait()

@@ -18,7 +18,7 @@ from jaxchat.evaluation.questions import ask_together
 from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.paths import user_path
+from jaxchat.paths import split_step, user_path
 from jaxchat.tasks import Task, problems_of
 from jaxchat.tokenizer import Tokenizer
 
@@ -28,11 +28,11 @@ EVALUATION_SEED = 1_000_003  # The same noise at every evaluation, and not that 
 def pretrained_text(setup: Setup, tokenizer: Tokenizer, micro_rows: int, log: Log) -> HeldOut | None:
     """Evaluation on the held-out text of the pretraining run that this stage descends from; None if not available."""
     e = setup.experiment
-    directory = user_path(e.start.partition("@")[0])
+    directory = user_path(split_step(e.start)[0])
     try:
         base = checkpoint.read_experiment(directory, Experiment)
         while base.chats and base.start_from:
-            name = base.start_from.partition("@")[0]
+            name = split_step(base.start_from)[0]
             directory = directory.parent / name if name in STAGES else user_path(name)
             base = checkpoint.read_experiment(directory, Experiment)
         if base.chats or not base.data.train:
@@ -114,6 +114,7 @@ class TaskScores:
             style=self._style,
             log=self._log,
         )
+        scores[f"{task.name}_problems"] = len(self._problems[task.name])
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
             scores |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
@@ -131,6 +132,8 @@ class TaskScores:
                 results[job.name] = share(answers, job.baselines)
             elif isinstance(job, Texts):
                 results[job.name] = bits_per_byte(self._scorer, self._tokenizer, job.spec, e.eval_problems)
-        scores = {f"{name}_accuracy": result["accuracy"] for name, result in results.items() if "accuracy" in result}
+        asked = {name: result for name, result in results.items() if "accuracy" in result}
+        scores = {f"{name}_accuracy": result["accuracy"] for name, result in asked.items()}
+        scores |= {f"{name}_problems": result["count"] for name, result in asked.items()}
         scores |= {name: result["bpb"] for name, result in results.items() if "bpb" in result}
         return scores | {name: result[name] for name, result in summaries(results).items()}

@@ -15,6 +15,7 @@ from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params
 from jaxchat.objectives.objective import Objective
+from jaxchat.paths import split_step
 from jaxchat.serialization import flags
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
@@ -104,9 +105,9 @@ def locate_start(e: Experiment) -> tuple[Path, int]:
     try:
         return checkpoint.locate(e.start)
     except UserError as error:
-        stage = Path(e.start.partition("@")[0]).name
+        stage = Path(split_step(e.start)[0]).name
         hint = f"; train that stage first, with --config=...{'' if stage == 'pretrain' else f':{stage}'}"
-        known = stage in STAGES and e.start_from.partition("@")[0] == stage
+        known = stage in STAGES and split_step(e.start_from)[0] == stage
         raise UserError(f"{e.stage} starts from {e.start}: {error}{hint if known else ''}") from None
 
 

@@ -48,7 +48,7 @@ _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
 class TokenizerConfig:
     """How to train a tokenizer, or the directory of a saved one."""
 
-    algorithm: Literal["bpe", "unigram"] = "bpe"
+    algorithm: Literal["bpe", "unigram"] = "bpe"  # sentencepiece's algorithm.
     extra_specials: tuple[str, ...] = ()
     """Further special tokens, numbered after those of the chat format and written like them."""
     sample_bytes: int = 20_000_000
