@@ -63,7 +63,7 @@ SETTINGS = [
 ]
 LAUNCHERS = [
     ("speedrun", "choose one, such as --config=configs/tiny.py", TINY),
-    ("train {small} --config=configs/tinny.py", "did you mean configs/tiny.py?", TINY),
+    ("train {small} --config=configs/tinny.py", "did you mean --config=configs/tiny.py?", TINY),
     ("speedrun --config=configs/tiny.py:sft", "such as --config=configs/tiny.py", TINY),
     (f"speedrun {TINY} --dollars_per_hour=-1", "must be finite and not negative", "--dollars_per_hour=1"),
     ("train {small} --data.tokenizer.path={run}/../tokenizer", "set --data.vocab=420", "--data.vocab=420"),
@@ -101,21 +101,20 @@ LAUNCHERS = [
         "set --data.text_column to the text column",
         "--data.text_column=body",
     ),
-    ("train {small} --data.val --data.val_fraction=1e-9", "increase it, or set --data.val", "--data.val_fraction=0.2"),
     (
         "train {small} --data.val --data.val_fraction=1e-9",
-        "increase it, or set --data.val",
+        "set --data.val_fraction=0.1, or --data.val",
+        "--data.val_fraction=0.1",
+    ),
+    (
+        "train {small} --data.val --data.val_fraction=1e-9",
+        "set --data.val_fraction=0.1, or --data.val",
         "--data.val={place}/val.jsonl",
     ),
     (
         "train {small} --data.val={place}/train.jsonl",
         "is in --data.val and, as {place}/train.jsonl, in --data.train; remove it from one",
         "--data.val={place}/val.jsonl",
-    ),
-    (
-        "train {small} --data.train",
-        "set --data.train to files, directories or tinyworld:train",
-        "--data.train={place}/train.jsonl",
     ),
     (
         "train {small} --data.vocab=20",
@@ -446,6 +445,17 @@ SOURCES = sorted(path for top in ("jaxchat", "launch", "benchmarks") for path in
 
 # Messages with a flag that no row has: where their remedy is followed, or why it is not.
 ELSEWHERE = {
+    "is followed by tests/test_advice.py and tests/test_paths.py": (
+        "no documents to train on: set --data.train to files, directories or tinywor",
+        "{}: give one for each, or --data.{} without a value",
+        "{}: {}; set --data.val",
+        "no share leaves every entry of --data.train something and holds out somethi",
+        "warning: --data.train makes {} rows, each trained on {} times: add data, or",
+        "{}: remove {} to start again, or give this run its own --name",
+        "--data.vocab={}, or more text",
+        "stage {} samples its data, so it has no rows: leave :{} out of --config",
+        "stage {} takes the tokenizer of {}: leave :{} out of --config",
+    ),
     "needs compilation; tests/test_ahead.py, test_compilation.py, test_kernels.py, test_rollouts.py": (
         "--micro_rows={} --model.remat={}",
         "set {}--mesh.fsdp={} {}",
