@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils.epath import backend, gpath, stat_utils
 
-from jaxchat import processes
+from jaxchat import processes, unnamed_owners
 from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, first_line
 from jaxchat.model.transformer import all_finite
@@ -40,21 +38,6 @@ SIZES = "sizes.json"
 CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
 LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
 
-
-class _Local(type(backend.os_backend)):  # type: ignore[misc]
-    """Local files for Orbax, also those of users and groups that have no name, as in containers (etils#790)."""
-
-    def stat(self, path: Any) -> stat_utils.StatResult:
-        try:
-            return super().stat(path)
-        except KeyError:
-            found = os.stat(path)
-            mode, time = found.st_mode, int(found.st_mtime)
-            return stat_utils.StatResult(stat.S_ISDIR(mode), length=found.st_size, mtime=time, mode=mode)
-
-
-gpath._PREFIX_TO_BACKEND[None] = _Local()
-
 Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's files, by relative name.
 
 
@@ -64,6 +47,7 @@ class Checkpoints:
     def __init__(self, directory: Path | str, *, keep: int) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory) / CHECKPOINTS
+        unnamed_owners.allow()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -356,6 +340,7 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     """Reads one part of a checkpoint; raises ValueError if that fails."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     checkpoints = (directory / CHECKPOINTS).absolute()
+    unnamed_owners.allow()
     with ocp.StandardCheckpointer() as reader:
         try:
             check_files(checkpoints, step, part=f"{part}/")
