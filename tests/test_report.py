@@ -100,3 +100,10 @@ def test_what_a_sample_says_cannot_leave_its_list() -> None:
         "- **Say \\*this\\* \\<|bos|>** one  \n    \n  \\# two  \n  \\#\\# Step 7  \n  [a\\](b) [9 - 4 = 5]\n"
     )
     assert as_item("", " words") == "- words\n"
+
+
+def test_a_share_of_an_unknown_number_of_problems_has_no_interval() -> None:
+    """Runs of earlier versions did not record the number."""
+    assert set(report.cells({"arithmetic_strict": 0.5}).values()) == {"50.0%"}
+    known = report.cells({"arithmetic_strict": 0.5, "arithmetic_problems": 100})
+    assert set(known.values()) == {"50.0% (40.4 to 59.6)"}

@@ -106,7 +106,8 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
             found[LABELS[name]] = f"{value:.4f}"
         elif share := SHARE.fullmatch(name):
             low, high = _interval(value, result, share[1])
-            found[describe(name)[0]] = f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+            interval = f" ({100 * low:.1f} to {100 * high:.1f})" if f"{share[1]}_problems" in result else ""
+            found[describe(name)[0]] = f"{value:.1%}{interval}"
     return found
 
 
@@ -183,7 +184,8 @@ def costs(progress: Mapping[str, Any], dollars_per_hour: float | None) -> list[s
         result = progress.get(part, {}).get("result", {})
         speed, mfu, memory = (result.get(name) or 0 for name in ("tokens_per_second", "mfu", "peak_memory_bytes"))
         facts = (speed and f"{speed:,.0f}", mfu and f"{mfu:.1%}", memory and f"{memory / 2**30:.1f} GiB")
-        lines.append(f"| {part} | {took / 60:.1f} |{cost} {' | '.join(fact or '' for fact in facts)} |")
+        minutes = f"{took / 60:.1f}" if took else "not recorded"
+        lines.append(f"| {part} | {minutes} |{cost} {' | '.join(fact or '' for fact in facts)} |")
     return lines
 
 
