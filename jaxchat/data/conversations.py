@@ -53,7 +53,7 @@ def read(row: Any, note: Note = silent) -> list[Message]:
         raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}); expected one of: {known}")
     if any(row.get(key) == 0 for key in WEIGHTS[:2]):
         raise Malformed("nothing to train on", "the conversation has weight 0")
-    messages = _trimmed(_opened(row, normalize(reader(row), note), note), note)
+    messages = _trimmed(opened(row, normalize(reader(row), note), note), note)
     turns = chat.check(messages)
     if not any(
         in_loss and kind != "python_output" for role, parts in turns if role != "user" for kind, _, in_loss in parts
@@ -190,7 +190,7 @@ def _pair(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list[Message]:
+def opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list[Message]:
     """Messages from the first user message on, after one system message of all that the system says before it."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
     if any(message["role"] == "assistant" for message in messages[:first]):

@@ -19,8 +19,9 @@ import numpy as np
 from jaxchat import signals
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import EngineConfig, Prefixes, bucket, plan, read
-from jaxchat.decode.requests import Completion, Request
+from jaxchat.decode.requests import Completion, Request, Token
 from jaxchat.decode.sample import Sample, refused
+from jaxchat.decode.sampling import TOP
 from jaxchat.decode.slots import PrefilledPrompt, Slots
 from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import NOT_FINITE, UserError, first_line
@@ -136,6 +137,8 @@ class Engine:
             raise UserError(f"n={request.n} must be a whole number, at least 1")
         if request.return_support and request.sampling.penalised:
             raise UserError("return_support cannot be combined with penalties or a logit bias: leave one of them out")
+        if not 0 <= request.top_logprobs <= TOP:
+            raise UserError(f"top_logprobs={request.top_logprobs} must be from 0 to {TOP}")
         self._check_ids("logit_bias", request.sampling.logit_bias)
         self._check_ids("stop_tokens", request.sampling.stop_tokens)
         for tool in request.tools:
@@ -185,6 +188,19 @@ class Engine:
         if not np.isfinite(logits_TV).all():
             raise UserError(NOT_FINITE)
         return logits_TV
+
+    def score(self, tokens: Sequence[int]) -> list[Token]:
+        """Every token of a text but the first, given those before it, with the most likely tokens at its place."""
+        ids = self.check(tokens, what="the text", room=0)
+        padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
+        padded_1T[0, : len(ids)] = ids
+        with self.on_mesh():
+            scored = jax.device_get(programs.score(self.transformer, self.params, padded_1T))
+        logprobs_T, top_TK, top_logprobs_TK = (column[: len(ids) - 1].tolist() for column in scored)
+        if not np.isfinite(logprobs_T).all():
+            raise UserError(NOT_FINITE)
+        tops = (list(zip(*top)) for top in zip(top_TK, top_logprobs_TK))
+        return [Token(*of_token) for of_token in zip(ids[1:], logprobs_T, [False] * len(ids), tops)]
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answers every request, in order. An invalid request gets one completion that holds its error."""
@@ -243,7 +259,7 @@ class Engine:
     def _leave(self) -> None:
         """Removes finished samples, and stores their caches in the prefix cache if their request has `keep`."""
         for sample in self.slots.active:
-            if sample.request.keep and sample.finish_reason in ("stop", "length", "context"):
+            if sample.request.keep and sample.finish_reason in ("stop", "length", "context", "call"):
                 self.prefixes.store(*self.slots.snapshot(sample))
         self.slots.release()
 
@@ -299,6 +315,8 @@ class Engine:
             shared_plan = own_plan
             chosen.append(samples)
             prefixes.append(prefix)
+            for sample in samples:
+                sample.reused = reused
             self.prompt_stats.reused += reused
             self.prompt_stats.computed += len(prompt) - reused
         assert shared_plan is not None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat import sharding
-from jaxchat.decode.sampling import Choice, History, Level, Rows, choose
+from jaxchat.decode.sampling import Choice, History, Level, Rows, choose, logprob, most_likely
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -30,7 +30,7 @@ class DecodeState(NamedTuple):
 
 
 STOPS = 8  # Stop tokens per slot that the device knows. The host drops what is decoded after any other.
-_SAMPLING = ("level", "return_support")
+_SAMPLING = ("level", "return_support", "return_top")
 
 
 def by_layer(transformer: Transformer, params: Params) -> Params:
@@ -53,6 +53,14 @@ def unstack(transformer: Transformer, params: Params) -> Params:
 def forward(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """The logits after every token of the first row, (T, V), without a cache."""
     return transformer.logits(params, transformer.apply(params, tokens_BT).hidden)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def score(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the first row's tokens given those before, (T-1,), and the most likely tokens at their
+    places with theirs, (T-1, K), as `sampling.most_likely`."""
+    logits_TV = forward(transformer, params, tokens_BT)[:-1].astype(jnp.float32)
+    return logprob(logits_TV, tokens_BT[0, 1:]), *most_likely(logits_TV)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -95,13 +103,15 @@ def admit(
     *,
     level: Level,
     return_support: bool = False,
+    return_top: bool = False,
 ) -> tuple[Cache, History | None, Choice]:
     """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each. A slot out of range marks
     padding. `history` and `prompts` are for penalties only.
     """
     logits_NV = logits_RV[take_N]
     position_N = source.length_B[take_N] - 1
-    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, return_support=return_support)
+    returned = {"return_support": return_support, "return_top": return_top}
+    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, **returned)
     put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
     if history is not None and prompts is not None:
         rows_N = jnp.arange(slot_N.shape[0])
@@ -134,6 +144,7 @@ def decode(
     *,
     level: Level,
     return_support: bool = False,
+    return_top: bool = False,
 ) -> tuple[Cache, History | None, Choice]:
     """Decodes K steps; returns the choices with leading axes (K, B), token -1 for none. Each step processes every
     slot's last token and samples the next one, unless `forced_KB` gives it (-1: not forced).
@@ -141,13 +152,14 @@ def decode(
     A slot that reaches a stop token or its limit pauses: its cache and token stay as they are until the next dispatch.
     """
     slots_B = jnp.arange(running.token_B.shape[0])
+    returned = {"return_support": return_support, "return_top": return_top}
 
     def step(carry: Any, forced_B: jax.Array) -> Any:
         token_B, position_B, paused_B, cache, history = carry
         at_B = jnp.where(paused_B, -1, position_B)
         hidden_B1M, cache, _, _ = transformer.apply(params, token_B[:, None], positions_BT=at_B[:, None], cache=cache)
         logits_BV = transformer.logits(params, hidden_B1M)[:, 0]
-        choice = choose(logits_BV, rows, position_B, level=level, history=history, return_support=return_support)
+        choice = choose(logits_BV, rows, position_B, level=level, history=history, **returned)
         next_B = jnp.where(forced_B >= 0, forced_B, choice.token_B)
         if history is not None:
             history = history._replace(counts_BV=history.counts_BV.at[slots_B, next_B].add(~paused_B))

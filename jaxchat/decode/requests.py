@@ -4,7 +4,7 @@ import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,7 +23,22 @@ class Tool(Protocol):
     output_part: str
 
     def __call__(self, call: str) -> str | None:
-        """Returns the output of a call, or None to insert nothing."""
+        """Returns the output of a call, or None to insert nothing. Raises `AnswerEnds` to end the answer there."""
+
+
+class AnswerEnds(Exception):
+    """Raised by a tool whose call is answered elsewhere; the sample's finish reason becomes "call"."""
+
+
+class Token(NamedTuple):
+    """A token of an answer, its log-probability under the model, and whether it was sampled (false for tool output);
+    the most likely tokens at its place with their log-probabilities, if requested.
+    """
+
+    id: int
+    logprob: float
+    sampled: bool
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Request:
     """Store the cache of prompt and answer in the prefix cache, for later prompts that begin with them."""
     return_support: bool = False
     """Return the set of tokens that each token was sampled from, for training with truncated sampling."""
+    top_logprobs: int = 0
+    """Number of the most likely tokens to return for each token, at most `sampling.TOP`; see `Sample.since`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Completion:
         sampling_logprobs: log-probability of each token under the sampling distribution; 0 for tool output.
         sampled: whether each token was sampled; false for tool output.
         finish_reason: "stop" at a stop token or stop text, "length" at max_tokens, "context" when the context is full,
-            "cancelled", or "error".
+            "call" if a tool raised `AnswerEnds`, "cancelled", or "error".
         seconds: from submission to the end.
         first_token_seconds: from submission to the first token.
         error: why the request or a tool failed.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.decode.programs import STOPS
-from jaxchat.decode.requests import Completion, Request, TextStream, Tool
+from jaxchat.decode.requests import AnswerEnds, Completion, Request, TextStream, Token, Tool
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.tokenizer import Tokenizer
 
@@ -51,6 +51,9 @@ class Sample:
         self._sampling_logprobs: list[float] = []
         self._sampled: list[bool] = []
         self._support: list[np.ndarray] = []
+        self._top: list[list[tuple[int, float]]] = []
+        self.reused = 0
+        """Number of prompt tokens that the prefix cache had."""
         self._start = self._end = time.perf_counter()
         self._first = 0.0
 
@@ -70,7 +73,15 @@ class Sample:
         """Whether the support of the sampling distribution is requested, and can be less than all tokens."""
         return self.request.return_support and self.request.sampling.level == "full"
 
-    def give(self, token: Any, logprob: Any, sampling_logprob: Any, support_C: np.ndarray | None = None) -> None:
+    def give(
+        self,
+        token: Any,
+        logprob: Any,
+        sampling_logprob: Any,
+        support_C: np.ndarray | None = None,
+        top_token_K: np.ndarray | None = None,
+        top_logprob_K: np.ndarray | None = None,
+    ) -> None:
         """Appends a token that the device decoded; then finishes the sample or calls a tool if due."""
         token = int(token)
         if self.finish_reason:
@@ -92,6 +103,9 @@ class Sample:
         if self.returns_support:
             assert support_C is not None
             self._support.append(np.full_like(support_C, 255) if forced else support_C.copy())
+        if count := self.request.top_logprobs:
+            assert top_token_K is not None and top_logprob_K is not None
+            self._top.append(list(zip(top_token_K[:count].tolist(), top_logprob_K[:count].tolist())))
         if not forced and token in self.stops:
             self._finish("stop")
             return
@@ -116,6 +130,9 @@ class Sample:
             try:
                 output = tool(self._tokenizer.decode(call))
                 output_tokens = None if output is None else self._tokenizer.encode(output)
+            except AnswerEnds:
+                self._finish("call")
+                return
             except Exception as error:  # Tools are user code; an error ends this sample only.
                 self.fail(f"the tool {type(tool).__name__} failed: {error}")
                 return
@@ -128,6 +145,12 @@ class Sample:
         text = "".join(self._unread)
         self._unread.clear()
         return text
+
+    def since(self, start: int) -> list[Token]:
+        """Returns the tokens from number `start` on, stop token included."""
+        tops = self._top[start:] or [[]] * (len(self.tokens) - start)
+        columns = (self.tokens[start:], self._logprobs[start:], self._sampled[start:], tops)
+        return [Token(*of_token) for of_token in zip(*columns, strict=True)]
 
     def cancel(self) -> None:
         """Ends an unfinished sample; the engine frees its slot at the next step."""

@@ -31,6 +31,8 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 LARGEST, SMALLEST = 1e15, 1e-15
 TINY = float(np.finfo(np.float32).tiny)  # Smaller numbers are 0 on most devices.
 
+TOP = 20  # Number of the most likely tokens that a compiled step returns on demand; the most that OpenAI's API has.
+
 _BITS_PER_PASS = {"cpu": 1}  # Threshold bits found per pass over the vocabulary; 4 on accelerators to save passes.
 
 
@@ -164,13 +166,16 @@ class History(NamedTuple):
 class Choice(NamedTuple):
     """One token per row, (B,), and its log-probability under the model and under the sampling distribution.
 
-    If requested, also the support of the distribution: (B, ceil(V / 8)) uint8, one bit per token, lowest bit first.
+    If requested, also the support of the distribution: (B, ceil(V / 8)) uint8, one bit per token, lowest bit first; and
+    the most likely tokens under the model with their log-probabilities, most likely first, (B, min(TOP, V)).
     """
 
     token_B: Any
     logprob_B: Any
     sampling_logprob_B: Any
     support_BC: Any = None
+    top_token_BK: Any = None
+    top_logprob_BK: Any = None
 
 
 def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: int, vocab: int) -> History:
@@ -220,6 +225,7 @@ def choose(
     level: Level,
     history: History | None = None,
     return_support: bool = False,
+    return_top: bool = False,
 ) -> Choice:
     """Chooses one token per row: the most likely one at temperature 0, otherwise a sample (by the Gumbel-max trick).
 
@@ -227,10 +233,11 @@ def choose(
     it. `return_support` has no effect at level "greedy". `history` is needed if a row has penalties.
     """
     logits_BV = logits_BV.astype(jnp.float32)
+    top = most_likely(logits_BV) if return_top else (None, None)
     if level == "greedy":
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         zero_B = jnp.zeros(logits_BV.shape[:1], jnp.float32)
-        return Choice(token_B, logprob(logits_BV, token_B), zero_B)
+        return Choice(token_B, logprob(logits_BV, token_B), zero_B, None, *top)
     penalised_BV = logits_BV
     if level == "full" and history is not None:
         penalised_BV = penalise(logits_BV, rows, history)
@@ -243,7 +250,7 @@ def choose(
     token_B = jnp.where(greedy_B, jnp.argmax(penalised_BV, axis=-1), sample_B).astype(jnp.int32)
     sampling_B = jnp.where(greedy_B, 0.0, logprob(z_BV, token_B))
     support_BC = jnp.packbits(jnp.isfinite(z_BV), axis=-1, bitorder="little") if return_support else None
-    return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC)
+    return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC, *top)
 
 
 def warm(logits_BV: jax.Array, rows: Rows) -> jax.Array:
@@ -255,6 +262,12 @@ def logprob(z_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     """log softmax(z) of one token per row, (B,)."""
     at_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=-1)[:, 0]
     return at_B - jax.nn.logsumexp(z_BV, axis=-1)
+
+
+def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The TOP most likely tokens per row, or all of a smaller vocabulary, and their log-probabilities, (B, K)."""
+    best_BK, token_BK = jax.lax.top_k(logits_BV, min(TOP, logits_BV.shape[-1]))
+    return token_BK.astype(jnp.int32), best_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
 def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:

@@ -147,7 +147,7 @@ class Slots:
         options = _options(self.active)
         penalised = any(sample.request.sampling.penalised for sample in self.active)
         running = programs.DecodeState(token, position, limit, stops)
-        if not (options["return_support"] or penalised) and self._speculates():
+        if not (options["return_support"] or options["return_top"] or penalised) and self._speculates():
             steps = self._speculate(params, running, options["level"])
         else:
             if not penalised:
@@ -210,9 +210,10 @@ class Slots:
 
 
 def _options(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What a dispatch must compute for its samples: the sampling level, and whether any returns its support."""
+    """What a dispatch must compute for its samples: the sampling level, and what any of them returns besides."""
     asked = [sample.request.sampling for sample in samples]
     return {
         "level": max((params.level for params in asked), key=LEVELS.index),
         "return_support": any(sample.returns_support for sample in samples),
+        "return_top": any(sample.request.top_logprobs for sample in samples),
     }

@@ -5,7 +5,6 @@ transformers, it truncates what does not fit the context from the left; it also 
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ class Adapter:
             raise UserError(f"length={length} is too short: use at least 2 tokens")
         self.loaded, self.length, self.truncated = loaded, length, 0
         self._tokenizer, self._format = loaded.tokenizer, loaded.tokenizer.chat_format
-        self._special_names = re.compile("(" + "|".join(map(re.escape, self._tokenizer.specials)) + ")")
         self._transformer = loaded.transformer()
         self._scorer = Scorer(self._transformer, loaded.params(), length=length)
         self._engine: Engine | None = None
@@ -89,13 +87,7 @@ class Adapter:
         Names of special tokens become special tokens only if the text begins with that of the first, as rendered chats
         do.
         """
-        if not string.startswith(self._format.bos):
-            return [self._tokenizer.bos] * (add_special_tokens is not False) + self._tokenizer.encode(string)
-        specials = self._tokenizer.specials
-        ids: list[int] = []
-        for part in self._special_names.split(string):
-            ids += [specials[part]] if part in specials else self._tokenizer.encode(part)
-        return ids
+        return chat.encode(string, self._tokenizer, begin=add_special_tokens is not False)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return chat.template(self._format) if chat_template else None

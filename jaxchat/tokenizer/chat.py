@@ -5,6 +5,7 @@ results, or the token that begins the assistant's turn (nanochat's rules). A mes
 no target, and neither is the end of a turn whose last part is none: a model shall not learn to stop after a result.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 from typing import Any, NamedTuple
@@ -106,6 +107,17 @@ def render(
             raise UserError("the assistant can only answer a conversation that ends with a user message")
         segments.append(([tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]], False))
     return _joined(segments)
+
+
+def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
+    """Token ids of a text, with BOS in front if `begin`; names of special tokens are letters. In a text that begins
+    with the name of BOS, as a conversation rendered by `template` does, they are special tokens.
+    """
+    if not text.startswith(tokenizer.chat_format.bos):
+        return [tokenizer.bos] * begin + tokenizer.encode(text)
+    parts = re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text)
+    ids = ([tokenizer.specials[part]] if part in tokenizer.specials else tokenizer.encode(part) for part in parts)
+    return [number for part in ids for number in part]
 
 
 def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:

@@ -1,0 +1,194 @@
+"""The application, and the process that serves it: start, readiness, and an orderly end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from jaxchat.decode.tools import named_tools
+from jaxchat.errors import UserError
+from jaxchat.launcher import log
+from jaxchat.serve import completions, information
+from jaxchat.serve.errors import ApiError, as_api_error
+from jaxchat.serve.limits import Guard, JsonLines, Rates
+from jaxchat.serve.metrics import Metrics
+from jaxchat.serve.models import Models, find_models
+
+LOG = logging.getLogger(__name__)
+PAGE = Path(__file__).parent / "page"
+
+
+def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI:
+    """The application. `options` are those of launch.serve, `models` the entries of `find_models`."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load_default(app))
+        yield
+        loading.cancel()
+        await app.state.models.close()
+
+    app = FastAPI(title="jaxchat", lifespan=lifespan, docs_url=None, redoc_url=None)
+    shape = {"slots": options.slots, "steps": options.steps, "adapt": options.adapt}
+    shape |= {"prefix_cache_bytes": options.prefix_bytes} | ({"length": options.length} if options.length else {})
+    app.state.options, app.state.draining, app.state.starting = options, False, "the model is being loaded"
+    limits = {"most_bytes": options.model_bytes, "most_waiting": options.queue}
+    app.state.models = Models(
+        models, shape=shape, **limits, default=options.default_model, warm_up=options.warm, **settings
+    )
+    app.state.metrics, app.state.rates = Metrics(app.state.models), Rates(options.requests_per_minute)
+    app.include_router(completions.router)
+    app.include_router(information.router)
+    if PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.add_middleware(Guard, state=app.state)
+    exposed = ["x-request-id", "retry-after"]
+    origins: dict[str, Any] = {"allow_origins": list(options.allow_origins), "allow_methods": ["GET", "POST"]}
+    app.add_middleware(CORSMiddleware, **origins, allow_headers=["*"], expose_headers=exposed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    for kind in (ApiError, UserError, Exception):
+        app.add_exception_handler(kind, _failed)
+    return app
+
+
+async def _load_default(app: FastAPI) -> None:
+    try:
+        model = await app.state.models.use(None)
+        model.release()
+        app.state.starting = ""
+    except Exception as error:
+        app.state.starting = str(error)
+        LOG.exception("the default model cannot be loaded")
+
+
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    """A body that is no JSON (400), or not what the API takes (422)."""
+    mistakes = error.errors()
+    place = ".".join(str(part) for part in mistakes[0]["loc"][1:])
+    if mistakes[0]["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON").response()
+    return ApiError(422, completions.first_mistake(mistakes), param=place or None).response()
+
+
+async def _http_error(request: Request, error: Any) -> JSONResponse:
+    response = ApiError(error.status_code, str(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return as_api_error(error).response()
+
+
+class Server(uvicorn.Server):
+    """A server that answers what is under way before it ends: the first signal refuses new requests, with 503, and
+    waits for `drain_seconds` at most; a second ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_seconds = app, drain_seconds
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._app.state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._app.state.draining = True
+        log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        end = time.monotonic() + self._drain_seconds
+        while time.monotonic() < end and self._busy():
+            time.sleep(0.02)
+        self.should_exit = True
+
+    def _busy(self) -> bool:
+        return any(model.users for model in list(self._app.state.models.loaded.values()))
+
+
+def run(options: Any) -> dict[str, object]:
+    """Runs launch.serve until a signal; returns the result for the last line of output.
+
+    Raises:
+        UserError: a checkpoint cannot be served, the port is in use, or the address would be open to others.
+    """
+    named_tools(options.tools)
+    options = dataclasses.replace(options, api_key=options.api_key or os.environ.get("JAXCHAT_API_KEY", ""))
+    if not options.api_key and not options.allow_anyone and not _is_loopback(options.host):
+        raise UserError(
+            f"--host={options.host} lets other machines use this server: set --api_key, or --allow_anyone=True"
+        )
+    models = find_models(options.checkpoint)
+    directory = next(iter(models.values())).directory
+    jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    listening = _bind(options.host, options.port)
+    _log_lines()
+    app = create_app(options, models)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        ws_max_size=options.body_bytes,
+        server_header=False,
+    )
+    server = Server(config, app, options.drain_seconds)
+    host, port = listening.getsockname()[:2]
+    log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(models)}; Ctrl-C ends")
+    start = time.time()
+    server.run(sockets=[listening])
+    answers = app.state.metrics.registry
+    served = sum(s.value for m in answers.collect() for s in m.samples if s.name == "jaxchat_answers_total")
+    return {"answers": int(served), "seconds": round(time.time() - start, 1)}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket; bound before a model is loaded, which takes longer."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        return listening
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is in use: choose another with --port, or 0 for any free one") from None
+        raise UserError(f"{host} port {port} cannot be served ({error}): set --host and --port") from None
+
+
+def _log_lines() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("jaxchat.serve", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "jaxchat.serve" else logging.WARNING)

@@ -1,0 +1,108 @@
+"""The routes that tell: models, tokenizers, health, readiness, metrics."""
+
+import asyncio
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from jaxchat.serve import protocol
+from jaxchat.serve.errors import ApiError
+from jaxchat.serve.models import Entry, Models
+from jaxchat.tokenizer import Tokenizer, chat
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Whether requests are answered: the default model is loaded, works, and the server is not shutting down."""
+    state = request.app.state
+    broken = [model.worker.failure for model in state.models.loaded.values() if model.worker.failure]
+    reason = "shutting down" if state.draining else state.starting or (broken[0] if broken else "")
+    return JSONResponse({"ready": not reason, "reason": reason or None}, 503 if reason else 200)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """All models that can be asked for, in the order of their training; `default` is that of requests without one."""
+    all_models: Models = request.app.state.models
+    data = [_described(entry, all_models) for entry in all_models.entries.values()]
+    return {"object": "list", "data": data, "default": all_models.default}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """One model."""
+    all_models: Models = request.app.state.models
+    if name not in all_models.entries:
+        raise ApiError(404, f"the model {name!r} does not exist; /v1/models lists those that do", param="model")
+    return _described(all_models.entries[name], all_models)
+
+
+def _described(entry: Entry, all_models: Models) -> dict[str, Any]:
+    created = int((entry.directory / "experiment.json").stat().st_mtime)
+    about = {"id": entry.name, "object": "model", "created": created, "owned_by": "jaxchat"}
+    loaded = f"{entry.directory}@{entry.step}" in all_models.loaded
+    return about | {"step": entry.step, "stage": entry.directory.name, "loaded": loaded}
+
+
+@router.post("/tokenize")
+async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
+    """Token ids of a text or of a conversation. The name of a special token alone is that token."""
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt or messages", param="prompt")
+
+    def ids(tokenizer: Tokenizer) -> list[int]:
+        if body.messages is not None:
+            return protocol.Chat(messages=body.messages).prompt(tokenizer)
+        text = body.prompt or ""
+        if text in tokenizer.specials:
+            return [tokenizer.specials[text]]
+        return chat.encode(text, tokenizer, begin=body.add_special_tokens is not False)
+
+    with ExitStack() as stack:
+        model = await request.app.state.models.use(body.model)
+        stack.callback(model.release)
+        tokenizer, length = model.loaded.tokenizer, model.worker.engine.shape.length
+        tokens = await asyncio.to_thread(ids, tokenizer)
+    named = [tokenizer.decode([token], keep_specials=True) for token in tokens] if body.return_token_strs else None
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": length, "token_strs": named}
+
+
+@router.post("/detokenize")
+async def detokenize(body: protocol.Detokenize, request: Request) -> dict[str, str]:
+    """The text of token ids, special tokens named; what is no UTF-8 becomes U+FFFD."""
+    with ExitStack() as stack:
+        model = await request.app.state.models.use(body.model)
+        stack.callback(model.release)
+        tokenizer = model.loaded.tokenizer
+    if unknown := [token for token in body.tokens if token >= tokenizer.vocab_size]:
+        raise ApiError(400, f"token id {unknown[0]} is not in 0..{tokenizer.vocab_size - 1}", param="tokens")
+    return {"prompt": tokenizer.decode(body.tokens, keep_specials=True)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
+    """What lm-evaluation-harness asks of a remote tokenizer."""
+    loaded = await request.app.state.models.use(model)
+    loaded.release()
+    tokenizer, form = loaded.loaded.tokenizer, loaded.loaded.tokenizer.chat_format
+    names = {"bos_token": form.bos, "eos_token": form.end, "pad_token": form.bos}
+    sizes = {"vocab_size": tokenizer.vocab_size, "model_max_length": loaded.worker.engine.shape.length}
+    about = {"tokenizer_class": type(tokenizer).__name__, "chat_template": chat.template(form), "hash": tokenizer.hash}
+    return {**about, **names, **sizes}

@@ -1,0 +1,165 @@
+"""What every request passes: its id, API key, rate, size and origin; headers of every answer; one line of the log."""
+
+import base64
+import binascii
+import json
+import logging
+import re
+import secrets
+import time
+from collections import OrderedDict
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxchat.serve.errors import ApiError
+
+LOG = logging.getLogger(__name__)
+ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+OPEN = ("/health",)
+UNLIMITED = ("/health", "/ready", "/metrics")
+MOST_CLIENTS = 10_000
+CONTENT_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = {
+    b"content-security-policy": CONTENT_POLICY.encode(),
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+}
+
+
+class Rates:
+    """Token buckets: every client may send `per_minute` requests a minute, and as many at once. 0 is no limit."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_minute = per_minute
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, client: str) -> None:
+        """Counts a request; raises `ApiError` 429 if it is one too many."""
+        if not self._per_minute:
+            return
+        now = time.monotonic()
+        left, then = self._buckets.pop(client, (float(self._per_minute), now))
+        left = min(self._per_minute, left + (now - then) * self._per_minute / 60)
+        self._buckets[client] = (left - 1 if left >= 1 else left, now)
+        while len(self._buckets) > MOST_CLIENTS:
+            self._buckets.popitem(last=False)
+        if left < 1:
+            message = f"more than {self._per_minute} requests a minute"
+            wait = 1 + int((1 - left) * 60 / self._per_minute)
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
+
+
+class Guard:
+    """ASGI middleware. `state` has `draining`, `metrics`, `rates` and `options`."""
+
+    def __init__(self, app: ASGIApp, state: Any) -> None:
+        self._app, self._state, self._options = app, state, state.options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        scope["state"]["request_id"] = number = given if ID.fullmatch(given) else secrets.token_hex(16)
+        start, status = time.perf_counter(), 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode()), *HEADERS.items()]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self._app(scope, self._limited(scope, receive), send_marked)
+        except ApiError as error:
+            await _refuse(error, scope, receive, send_marked)
+        finally:
+            self._note(scope, number, status, time.perf_counter() - start)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        path = scope["path"]
+        if path not in OPEN and not self._knows_key(headers.get("authorization", "")):
+            raise ApiError(401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key")
+        if scope["type"] == "websocket" and not self._same_origin(headers):
+            raise ApiError(403, f"a WebSocket of {headers.get('origin')} is not allowed", code="origin_not_allowed")
+        if path in UNLIMITED:
+            return
+        if self._state.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            self._state.rates.take((scope.get("client") or ("",))[0])
+        size = headers.get("content-length", "0")
+        if size.isdecimal() and int(size) > self._options.body_bytes:
+            raise ApiError(413, self._too_large)
+
+    @property
+    def _too_large(self) -> str:
+        return f"the body is larger than {self._options.body_bytes} bytes"
+
+    def _knows_key(self, authorization: str) -> bool:
+        """Whether a header has the API key, as a bearer token or as the password of basic authentication, which
+        browsers ask for."""
+        if not self._options.api_key:
+            return True
+        scheme, _, value = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
+            except (binascii.Error, ValueError):
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return secrets.compare_digest(value.strip().encode(), self._options.api_key.encode())
+
+    def _same_origin(self, headers: dict[str, str]) -> bool:
+        """Whether a WebSocket comes from our own page, a program, or an origin of the allow-list."""
+        origin = headers.get("origin")
+        return origin is None or origin in self._options.allow_origins or urlsplit(origin).netloc == headers.get("host")
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive` that raises 413 once a body is too large, whatever its header says."""
+        count = 0
+
+        async def limited() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if scope["type"] == "http" and count > self._options.body_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return limited
+
+    def _note(self, scope: Scope, number: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self._state.metrics.requests.labels(route, str(status)).inc()
+        self._state.metrics.seconds.labels(route).observe(seconds)
+        about = {"request_id": number, "method": scope.get("method", "WS"), "path": scope["path"], "status": status}
+        LOG.info("request", extra={"fields": about | {"seconds": round(seconds, 4)}})
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        return
+    await error.response()(scope, receive, send)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, message, and the fields of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        fields |= getattr(record, "fields", {})
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)

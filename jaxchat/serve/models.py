@@ -1,0 +1,186 @@
+"""Checkpoints by model name, loaded when asked for; the least recently used one that is idle makes room for another.
+
+`runs/tiny` serves every stage and kept step as tiny/sft (the latest step) and tiny/sft@300; `runs/tiny/sft` serves that
+stage, `runs/tiny/sft@300` that step. Models of equal architecture share compiled programs.
+"""
+
+import asyncio
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxchat import checkpoint
+from jaxchat.decode.engine import Engine, EngineConfig
+from jaxchat.errors import UserError
+from jaxchat.loading import Loaded, load_checkpoint
+from jaxchat.serve.errors import ApiError
+from jaxchat.serve.warming import warm
+from jaxchat.serve.worker import Worker
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that can be asked for: its name, and where its checkpoint is."""
+
+    name: str
+    directory: Path
+    step: int
+
+
+def find_models(paths: Sequence[str]) -> dict[str, Entry]:
+    """The models of checkpoints by name, in the order in which they were trained; the last is the default.
+
+    Raises:
+        UserError: a path has no checkpoint.
+    """
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        root = Path(path)
+        stages = [file.parent for file in root.glob(f"*/{checkpoint.EXPERIMENT}")] if root.is_dir() else []
+        stages = [stage for stage in stages if checkpoint.finished_steps(stage)]
+        stages.sort(key=lambda stage: ((stage / checkpoint.EXPERIMENT).stat().st_mtime, stage.name))
+        if (root / checkpoint.EXPERIMENT).is_file() or not stages:
+            directory, step = checkpoint.locate(path)
+            stages = [] if "@" in root.name else [directory]
+            if not stages:
+                name = f"{directory.resolve().parent.name}/{directory.name}@{step}"
+                entries[name] = Entry(name, directory, step)
+        for directory in stages:
+            name = f"{directory.resolve().parent.name}/{directory.name}"
+            steps = checkpoint.finished_steps(directory)
+            entries |= {f"{name}@{step}": Entry(f"{name}@{step}", directory, step) for step in steps}
+            entries[name] = Entry(name, directory, steps[-1])
+    return entries
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model. `users`: number of requests that use it now; `bytes`: of its parameters and caches."""
+
+    entry: Entry
+    loaded: Loaded
+    worker: Worker
+    fingerprint: str
+    bytes: int
+    users: int = 0
+
+    def release(self) -> None:
+        self.users -= 1
+
+
+class Models:
+    """The models of a server. All methods are called in the event loop.
+
+    Args:
+        shape: fields of EngineConfig; the context length is the row length of training by default.
+        most_bytes: limit of the parameters and caches of all loaded models.
+        most_waiting: see `Worker`.
+        warm_up: compile everything when a model is loaded.
+        default: name of the model for requests that name none; the last entry if empty.
+    """
+
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        *,
+        shape: dict[str, Any],
+        most_bytes: int,
+        most_waiting: int,
+        default: str = "",
+        warm_up: bool = True,
+        make_engine: Callable[..., Engine] = Engine,
+    ) -> None:
+        self.entries, self.default = entries, default or next(reversed(entries))
+        if self.default not in entries:
+            raise UserError(f"there is no model {self.default}: there are {', '.join(entries)}")
+        self.loaded: OrderedDict[str, Model] = OrderedDict()
+        self._shape, self._most_bytes, self._most_waiting = shape, most_bytes, most_waiting
+        self._make_engine, self._warm_up, self._lock = make_engine, warm_up, asyncio.Lock()
+
+    async def use(self, name: str | None) -> Model:
+        """Returns a model, loaded if it was not; call `release` on it afterwards.
+
+        Raises:
+            ApiError: there is no such model (404), it cannot be loaded, or all others are busy (503).
+        """
+        key = self._key(name)
+        if key not in self.loaded:
+            async with self._lock:
+                if key not in self.loaded:
+                    self.loaded[key] = await self._load(self.entries[name or self.default])
+        self.loaded.move_to_end(key)
+        model = self.loaded[key]
+        model.users += 1
+        return model
+
+    def _key(self, name: str | None) -> str:
+        """The name with its step, so that two names of one checkpoint are loaded once."""
+        entry = self.entries.get(name or self.default)
+        if entry is None:
+            raise ApiError(404, f"the model {name!r} does not exist; /v1/models lists those that do", param="model")
+        return f"{entry.directory}@{entry.step}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(model.bytes for model in self.loaded.values())
+
+    async def _load(self, entry: Entry) -> Model:
+        try:
+            loaded = await asyncio.to_thread(load_checkpoint, f"{entry.directory}@{entry.step}")
+            shape = EngineConfig(**{"length": loaded.experiment.data.row_length} | self._shape)
+            size = model_bytes(loaded, shape)
+            await self._make_room(size, entry.name)
+            engine = await asyncio.to_thread(self._engine, loaded, shape)
+        except UserError as error:
+            raise ApiError(503, f"the model {entry.name} cannot be loaded: {error}", code="model_unavailable") from None
+        worker = Worker(engine, most_waiting=self._most_waiting, name=f"engine {entry.name}")
+        fingerprint = await asyncio.to_thread(checkpoint.params_hash, entry.directory, entry.step)
+        LOG.info("loaded %s, %d bytes", entry.name, size)
+        return Model(entry, loaded, worker, fingerprint, size)
+
+    def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:
+        engine = self._make_engine(loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
+        if self._warm_up:
+            warm(engine)
+        return engine
+
+    async def _make_room(self, size: int, name: str) -> None:
+        """Lets models go, the least recently used first, until one of `size` bytes fits."""
+        if size > self._most_bytes:
+            limit = f"the limit is {self._most_bytes}"
+            raise ApiError(503, f"the model {name} takes {size} bytes, but {limit}: raise --model_bytes")
+        for key, model in list(self.loaded.items()):
+            if self.bytes + size <= self._most_bytes:
+                return
+            if not model.users:
+                del self.loaded[key]
+                model.worker.close()
+                await asyncio.to_thread(model.worker.join)
+                LOG.info("let %s go, %d bytes", model.entry.name, model.bytes)
+        if self.bytes + size > self._most_bytes:
+            raise ApiError(503, f"there is no room for {name} until another model is idle", retry_after=1)
+
+    async def close(self) -> None:
+        """Ends all answers and threads."""
+        for model in self.loaded.values():
+            model.worker.close()
+        for model in self.loaded.values():
+            await asyncio.to_thread(model.worker.join)
+        self.loaded.clear()
+
+
+def model_bytes(loaded: Loaded, shape: EngineConfig) -> int:
+    """Bytes of a model's parameters, of its largest cache, and of the prefix cache when full."""
+    transformer = loaded.transformer()
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.shapes()))
+    cache = jax.eval_shape(lambda: transformer.empty_cache(shape.slots, shape.length, write=1))
+    caches = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return params * jax.numpy.dtype(transformer.dtype).itemsize + caches + shape.prefix_cache_bytes
