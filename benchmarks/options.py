@@ -34,7 +34,7 @@ class Bench:
     prompts: int = 16  # rl, gpu, tpu: problems of a rollout batch.
     samples: int = 16  # rl, gpu, tpu: answers to each problem.
     slots: int = 64  # rl, evaluate, gpu, tpu: answers decoded at once.
-    checkpoint: str = ""  # evaluate: such as runs/d4/pretrain.
+    checkpoint: str = ""  # evaluate, serve: such as runs/d4/pretrain.
     tasks: tuple[str, ...] = ()  # evaluate: as for launch.evaluate, except bits per byte.
     limit: int = 50  # evaluate: questions or problems of each task.
     max_tokens: int = 64  # evaluate: longest answer to a problem.

@@ -22,6 +22,7 @@ import launch.evaluate
 import launch.harness
 import launch.plan
 import launch.plot
+import launch.serve
 import launch.speedrun
 from jaxchat import command_line, comparison, processes
 from jaxchat.errors import UserError
@@ -39,6 +40,7 @@ OPTIONS = {
     "evaluate": launch.evaluate.Evaluate,
     "harness": launch.harness.Harness,
     "plot": launch.plot.Plot,
+    "serve": launch.serve.Serve,
 }
 
 

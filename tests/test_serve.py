@@ -167,7 +167,8 @@ def test_errors_have_openais_shapes(live: Live) -> None:
     assert "user" in failure(live, openai.BadRequestError, messages=[{"role": "system", "content": "x"}])["message"]
     big = failure(live, openai.APIStatusError, messages=[{"role": "user", "content": "x" * 1_100_000}])
     assert "larger than 1000000 bytes" in big["message"]
-    assert live.http.post("/v1/chat/completions", content=b"{").json()["error"]["message"] == "the body is not JSON"
+    broken = live.http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    assert broken.status_code == 400 and broken.json()["error"]["message"] == "the body is not JSON"
     assert live.http.get("/v1/models/../../etc/passwd").status_code == 404
 
 

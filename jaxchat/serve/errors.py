@@ -6,6 +6,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from jaxchat.errors import UserError
+from jaxchat.tokenizer.sentencepiece import scalar_values
 
 # OpenAI's `type` by status; clients choose their exception by the status alone.
 TYPES: Mapping[int, str] = {
@@ -27,7 +28,8 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, scalar_values(message), code
+        self.param = None if param is None else scalar_values(param)
         self.headers = {"retry-after": str(retry_after)} if retry_after else {}
         if status == 401:
             self.headers["www-authenticate"] = 'Basic realm="the API key is the password"'

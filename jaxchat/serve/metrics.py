@@ -1,5 +1,6 @@
 """Numbers of the server for Prometheus."""
 
+import asyncio
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -24,6 +25,8 @@ class Metrics:
         running = Gauge("running_answers", "Answers that have a slot.", **about)
         loaded = Gauge("loaded_models", "Models that are loaded.", **about)
         size = Gauge("loaded_bytes", "Bytes of the loaded models.", **about)
+        tasks = Gauge("tasks", "Tasks of the event loop.", **about)
+        tasks.set_function(lambda: len(asyncio.all_tasks()))
         workers = lambda: [model.worker for model in models.loaded.values()]  # noqa: E731
         waiting.set_function(lambda: sum(worker.waiting for worker in workers()))
         running.set_function(lambda: sum(worker.pending - worker.waiting for worker in workers()))

@@ -20,7 +20,7 @@ from jaxchat.tokenizer import Tokenizer
 FINISH = {"stop": "stop", "length": "length", "context": "length", "call": "tool_calls", "cancelled": "stop"}
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
-Piece = tuple[str, str]  # Kind of a part ("text", or a kind of the chat format), and text.
+Piece = tuple[str, str]  # Kind of a part ("text", or a kind of the chat format), and text; "" where the part begins.
 
 
 class Parts:
@@ -41,15 +41,17 @@ class Parts:
     def add(self, token: int) -> Iterator[Piece]:
         """Yields what is certain after a token. The beginning of a part that is no text is a piece without text."""
         if token in self._borders:
-            yield self._kind, self._stream.finish()
+            yield from self.finish()
             self._kind, self._stream = self._borders[token], TextStream(self._tokenizer, self._stop)
             if self._kind != "text":
                 yield self._kind, ""
-        elif token not in self._specials:
-            yield self._kind, self._stream.add(token)
+        elif token not in self._specials and (text := self._stream.add(token)):
+            yield self._kind, text
 
-    def finish(self) -> Piece:
-        return self._kind, self._stream.finish()
+    def finish(self) -> Iterator[Piece]:
+        """Yields what was held back."""
+        if text := self._stream.finish():
+            yield self._kind, text
 
 
 @dataclass
@@ -78,19 +80,15 @@ class Choice:
             if before == "text" == self.pieces.kind:
                 texts.append(token)
         if delta.finish_reason:
-            new.append(self.pieces.finish())
+            new += self.pieces.finish()
             self.finish_reason = delta.finish_reason
         self.tokens += len(delta.tokens)
         self.reused = max(self.reused, delta.reused)
-        pieces: list[Piece] = []
         for kind, text in new:
-            begins = not text and kind != "text"
-            if begins or (text and (not self.parts or self.parts[-1][0] != kind)):
+            if not text or not self.parts or self.parts[-1][0] != kind:
                 self.parts.append([kind, ""])
-            if text or begins:
-                self.parts[-1][1] += text
-                pieces.append((kind, text))
-        return pieces, texts
+            self.parts[-1][1] += text
+        return new, texts
 
     @property
     def text(self) -> str:

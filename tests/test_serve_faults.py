@@ -1,0 +1,304 @@
+"""Clients that leave, requests that are poison, engines that raise, keys and origins, models that take turns."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from exports import model, tokenizer, write_run
+from serving import LENGTH, Live, checkpoint, serving
+
+from jaxchat.decode.engine import Engine
+from jaxchat.serve.errors import ApiError
+from jaxchat.serve.limits import Rates
+from jaxchat.tokenizer import chat
+
+pytestmark = pytest.mark.filterwarnings("default")
+ASKED = [{"role": "user", "content": "small birds sang"}]
+LONG: dict[str, Any] = {"ignore_eos": True, "top_k": 20}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serving(checkpoint(tmp_path_factory.mktemp("run")), make_engine=Breakable) as server:
+        server.client.chat.completions.create(model="run/sft", messages=ASKED, max_tokens=20, extra_body=LONG)
+        yield server
+
+
+class Breakable(Engine):
+    """Raises while a sample is decoded whose prompt has `poison`."""
+
+    poison = -1
+    pause = 0.0
+
+    def step(self, **options: Any) -> bool:
+        time.sleep(self.pause)
+        more = super().step(**options)
+        if any(self.poison in sample.prompt for sample in self.slots.active):
+            raise RuntimeError("out of memory")
+        return more
+
+
+def answers(live: Live) -> int:
+    """Number of samples in slots and queues."""
+    engine = live.engine
+    return len(engine.slots.active) + len(engine._waiting) + live.model.worker.pending + live.model.users
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breakable, "pause", 0.1)
+    body = json.dumps({"messages": ASKED, "stream": stream, **LONG}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+        end = time.monotonic() + 5
+        while not live.engine.slots.active and time.monotonic() < end:
+            time.sleep(0.01)
+        assert live.engine.slots.active
+    assert live.idle(1.0), "within a chunk or two; the whole answer takes 3 seconds"
+
+
+def test_a_client_that_leaves_before_its_turn_is_forgotten(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breakable, "pause", 0.05)
+    with httpx.Client(base_url=live.url) as http:
+        for stream in (True, False) * 4:
+            with pytest.raises(httpx.TimeoutException):
+                http.post("/v1/chat/completions", json={"messages": ASKED, "stream": stream, **LONG}, timeout=0.02)
+    assert live.idle(3.0)
+    assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_a_slow_reader_delays_nobody(live: Live) -> None:
+    with live.http.stream("POST", "/v1/chat/completions", json={"messages": ASKED, "stream": True, **LONG}) as slow:
+        lines = slow.iter_lines()
+        next(lines)
+        start = time.monotonic()
+        assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
+        assert time.monotonic() - start < 5
+        assert sum(line == "data: [DONE]" for line in lines) == 1
+
+
+def test_an_engine_that_raises_fails_the_culprit_alone(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["small birds", "the old bear", "water", "a fox"]
+    ask = lambda text, **more: live.http.post(  # noqa: E731
+        "/v1/completions", json={"prompt": text, "seed": 3, "max_tokens": 60, **LONG, **more}
+    )
+    alone = [ask(text).json()["choices"][0]["text"] for text in words]
+    poison = tokenizer().encode("ß")[0]
+    assert not any(poison in tokenizer().encode(text) for text in words)
+    monkeypatch.setattr(Breakable, "poison", poison)
+    found: dict[str, Any] = {}
+    threads = [threading.Thread(target=lambda text=text: found.update({text: ask(text)})) for text in [*words, "ß"]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found["ß"].status_code == 500 and found["ß"].json()["error"]["code"] == "engine_error"
+    assert [found[text].json()["choices"][0]["text"] for text in words] == alone
+    with pytest.raises(openai.APIError, match="failed with this request"):
+        list(live.client.completions.create(model="run/sft", prompt="ß", stream=True))
+    assert live.idle() and ask("water").status_code == 200
+
+
+POISON: dict[str, tuple[Any, int]] = {
+    "2 MB": (b'{"messages": [{"role": "user", "content": "' + b"x" * 2_000_000 + b'"}]}', 413),
+    "10,000 messages": ({"messages": ASKED * 10_000}, 422),
+    "invalid UTF-8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400),
+    "deep": (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+    "deep metadata": (b'{"messages": [], "metadata": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}", 400),
+    "NaN": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 422),
+    "infinite": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 422),
+    "a list": ([1], 422),
+    "null": (b"null", 422),
+    "nothing": (b"", 422),
+    "huge n": ({"messages": ASKED, "n": 10**30}, 422),
+    "negative seed": ({"messages": ASKED, "seed": -1}, 422),
+    "true as a number": ({"messages": ASKED, "max_tokens": True}, 422),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, 422),
+    "two system messages later": ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, 400),
+    "a lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}', 200),
+    "a lone surrogate as a name": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 2}', 422),
+    "a lone surrogate as a model": (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', 404),
+    "ids out of range": ({"prompt": [99999]}, 400),
+    "an id of a bias out of range": ({"prompt": "a", "logit_bias": {"99999": 1}}, 400),
+    "NUL": ({"messages": [{"role": "user", "content": "a\0b"}], "max_tokens": 2, "stop": "\0"}, 200),
+    "U+FFFD": ({"messages": [{"role": "user", "content": "� ▁"}], "max_tokens": 2}, 200),
+    "half a character": ({"prompt": [*tokenizer().encode("㋿")[:-1]], "max_tokens": 4, "echo": True}, 200),
+    "an empty prompt": ({"prompt": "", "max_tokens": 2}, 200),
+    "no ids": ({"prompt": [[]], "max_tokens": 2}, 200),
+}
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_poisoned_requests_get_their_answer_and_the_server_goes_on(live: Live, name: str) -> None:
+    body, status = POISON[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    path = "/v1/completions" if b'"prompt"' in content[:20] else "/v1/chat/completions"
+    answer = live.http.post(path, content=content, headers=JSON)
+    assert answer.status_code == status, answer.text[:300]
+    assert ("error" in answer.json()) == (status != 200)
+    assert live.http.get("/health").status_code == 200 and live.idle()
+
+
+def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breakable, "pause", 0.05)
+    settings: dict[str, Any] = {"slots": 1, "queue": 1, "requests_per_minute": 4}
+    with serving(checkpoint(tmp_path), make_engine=Breakable, **settings) as server:
+        body = {"prompt": "a", "max_tokens": 200, "stream": True, **LONG}
+        with (
+            server.http.stream("POST", "/v1/completions", json=body) as one,
+            server.http.stream("POST", "/v1/completions", json=body) as two,
+        ):
+            assert one.status_code == two.status_code == 200
+            full = server.http.post("/v1/completions", json={"prompt": "a"})
+            assert full.status_code == 429 and full.json()["error"]["code"] == "queue_full"
+            assert full.headers["retry-after"] == "1"
+        assert server.idle()
+        assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        fast = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        assert fast.status_code == 429 and int(fast.headers["retry-after"]) > 10
+        server.app.state.draining = True
+        assert server.http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
+
+
+def test_rates_are_kept_for_each_client() -> None:
+    rates = Rates(2)
+    for client in ("a", "a", "b"):
+        rates.take(client)
+    with pytest.raises(ApiError, match="more than 2 requests"):
+        rates.take("a")
+    rates.take("b")
+
+
+def test_without_the_key_only_health_answers(tmp_path: Path) -> None:
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    with serving(checkpoint(tmp_path), api_key="geheim", allow_origins=("https://ours.example",)) as server:
+        paths = [("GET", path) for path in ("/", "/ready", "/metrics", "/openapi.json", "/v1/models", "/nowhere")]
+        paths += [("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize")]
+        for method, path in paths:
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic !"}):
+                answer = server.http.request(method, path, headers=headers)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/v1/models", auth=("anyone", "geheim")).status_code == 200
+        assert [m.id for m in server.client.models.list()] == ["run/sft@0", "run/sft"]
+        answer = server.http.get("/health", headers={"origin": "https://ours.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://ours.example"
+        assert "script-src" not in answer.headers["content-security-policy"]
+        assert "unsafe" not in answer.headers["content-security-policy"]
+        assert (
+            "access-control-allow-origin" not in server.http.get("/health", headers={"origin": "https://a.b"}).headers
+        )
+        url, key = server.url.replace("http", "ws") + "/ws/chat", {"authorization": "Bearer geheim"}
+        for headers, status in (({}, 401), (key | {"origin": "https://a.b"}, 403)):
+            with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=headers):
+                pass
+            assert refused.value.response.status_code == status
+        for origin in ("https://ours.example", server.url):
+            with connect(url, additional_headers=key, origin=origin):  # type: ignore[arg-type]
+                pass
+
+
+def test_three_models_take_turns_in_room_for_two(tmp_path: Path) -> None:
+    for stage, scale in (("pretrain", 0.4), ("sft", 0.5), ("rl", 0.6)):
+        write_run(tmp_path, model(head_std=0.1), stage=stage, length=LENGTH, scale=scale)
+    engines = lambda: sum(thread.name.startswith("engine run/") for thread in threading.enumerate())  # noqa: E731
+    before = engines()
+    with serving(str(tmp_path / "run"), default_model="run/pretrain") as server:
+        models = server.app.state.models
+        models._most_bytes = 2 * models.bytes
+        names = ["run/pretrain", "run/sft", "run/rl"]
+
+        def ask(name: str) -> str:
+            return server.client.completions.create(model=name, prompt="a", seed=1, max_tokens=9).choices[0].text
+
+        first = [ask(name) for name in names]
+        assert len(set(first)) == 3 and len(models.loaded) == 2
+        assert [m.entry.name for m in models.loaded.values()] == names[1:]
+        ask("run/sft")
+        assert ask("run/pretrain") == first[0]
+        assert [m.entry.name for m in models.loaded.values()] == ["run/sft", "run/pretrain"]
+        assert [ask(name) for name in names] == first
+        assert engines() == before + 2
+    assert engines() == before
+
+
+class Scripted(Engine):
+    """Says what `script` returns for a prompt."""
+
+    @staticmethod
+    def script(prompt: tuple[int, ...]) -> list[int]:
+        raise NotImplementedError
+
+    def step(self, **options: Any) -> bool:
+        for samples in self._waiting:
+            for sample in samples:
+                tokens = iter(type(self).script(sample.prompt))
+                while not sample.finish_reason:
+                    sample.give(0 if sample.forced else next(tokens), -0.5, -0.5)
+        self._waiting.clear()
+        return False
+
+
+def said(*parts: str) -> list[int]:
+    """Tokens of texts and names of special tokens."""
+    words = tokenizer()
+    return [i for part in parts for i in ([words.specials[part]] if part in words.specials else words.encode(part))]
+
+
+def test_tools_the_clients_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    begin, end = "<|python_start|>", "<|python_end|>"
+    tool = {"name": "weather", "description": "It.", "parameters": {"type": "object"}}
+    asked: dict[str, Any] = {"model": "run/sft", "tools": [{"type": "function", "function": tool}]}
+    messages: list[Any] = [{"role": "user", "content": "Rain?"}]
+    with serving(checkpoint(tmp_path), make_engine=Scripted) as server:
+        monkeypatch.setattr(Scripted, "script", staticmethod(lambda prompt: said("I look.", begin, call, end, "no")))
+        first = server.client.chat.completions.create(messages=messages, **asked).choices[0]
+        assert first.finish_reason == "tool_calls" and first.message.content == "I look."
+        (made,) = first.message.tool_calls
+        assert (made.function.name, json.loads(made.function.arguments)) == ("weather", {"city": "Oslo"})
+        chunks = list(server.client.chat.completions.create(messages=messages, stream=True, **asked))
+        streamed = [c.choices[0].delta.tool_calls[0] for c in chunks if c.choices[0].delta.tool_calls]
+        assert [(c.index, c.function.name) for c in streamed] == [(0, "weather")]
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "I look."
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+        prompts: list[tuple[int, ...]] = []
+
+        def then(prompt: tuple[int, ...]) -> list[int]:
+            prompts.append(prompt)
+            return said("No. ", begin, "7*6", end, " is it.", "<|assistant_end|>")
+
+        monkeypatch.setattr(Scripted, "script", staticmethod(then))
+        result = {"role": "tool", "tool_call_id": made.id, "content": '{"rain": false}'}
+        whole = server.client.chat.completions.create(
+            messages=[*messages, first.message.model_dump(exclude={"parts"}, exclude_none=True), result], **asked
+        ).choices[0]
+        described = f"You can call these tools:\n{json.dumps(tool)}\n\nRain?"
+        output = ["<|output_start|>", '{"rain": false}', "<|output_end|>"]
+        expected = ["<|bos|>", "<|user_start|>", described, "<|user_end|>", "<|assistant_start|>", "I look."]
+        assert list(prompts[0]) == said(*expected, begin, call, end, *output)
+        assert whole.message.content == "No.  is it." and whole.finish_reason == "stop"
+        parts = [("text", "No. "), ("python", "7*6"), ("python_output", "42"), ("text", " is it.")]
+        assert [(part["type"], part["text"]) for part in whole.message.parts] == parts
+        again = [*messages, whole.message.model_dump(exclude_none=True), {"role": "user", "content": "Oh"}]
+        server.client.chat.completions.create(messages=again, model="run/sft")
+        rendered = chat.render(
+            [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": whole.message.parts}, again[-1]],
+            tokenizer(),
+            complete=True,
+        )
+        assert list(prompts[-1]) == rendered.ids

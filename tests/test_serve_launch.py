@@ -1,0 +1,165 @@
+"""launch.serve as a process: mistakes, start, an orderly end; and what others' programs say of the API."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jax
+import numpy as np
+import pytest
+from runs import finish
+from runs import launch as start
+from serving import Live, checkpoint, serving
+
+import launch.serve as command
+from jaxchat.errors import UserError
+from jaxchat.evaluation import harness
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def live(run: str) -> Iterator[Live]:
+    with serving(run, queue=1000) as server:
+        yield server
+
+
+def test_a_bad_start_is_one_sentence(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(*arguments: str) -> str:
+        with pytest.raises(UserError) as caught:
+            command.main(list(arguments))
+        return str(caught.value)
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} is in use: choose another" in refusal(f"--checkpoint={run}", f"--port={port}")
+    assert "no checkpoint in" in refusal(f"--checkpoint={tmp_path}/nothing")
+    assert "no checkpoint 7 in" in refusal(f"--checkpoint={run}@7")
+    assert "set --api_key, or --allow_anyone" in refusal(f"--checkpoint={run}", "--host=0.0.0.0")
+    assert "there is no model x: there are" in refusal(f"--checkpoint={run}", "--default_model=x")
+    assert "unknown tool 'x'" in refusal(f"--checkpoint={run}", "--tools", "x")
+    shutil.copytree(Path(run).parent, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    assert "no tokenizer in" in refusal(f"--checkpoint={tmp_path}/run/sft")
+    monkeypatch.setitem(sys.modules, "jaxchat.serve.app", None)
+    assert "pip install -e '.[serve]'" in refusal(f"--checkpoint={run}")
+
+
+def test_sigterm_loses_no_answer_under_way_and_refuses_what_comes(run: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = launch_serve(run, f"--port={port}")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            ready(http)
+            body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": True, "top_k": 20}
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+                late = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "a"})
+                assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down"
+                text = [line for line in lines if line]
+            assert text[-1] == "data: [DONE]"
+            reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in text[:-1]]
+            assert reasons[-1] == "length"
+        out, err = finish(process)
+        assert json.loads(out.splitlines()[-1])["answers"] == 1
+        assert "finishing what is under way" in err
+    finally:
+        process.kill()
+
+
+def launch_serve(run: str, *arguments: str) -> subprocess.Popen[str]:
+    return start(f"--checkpoint={run}", "--warm=False", "--steps=2", *arguments, program="launch.serve")
+
+
+def ready(http: httpx.Client, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if http.get("/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the server did not get ready")
+
+
+def test_local_completions_of_lm_eval_score_as_our_adapter(live: Live, run: str, tmp_path: Path) -> None:
+    """50 items: 40 likelihoods, and 10 answers."""
+    pytest.importorskip("lm_eval.models.openai_completions")
+    pytest.importorskip("aiohttp")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    random = np.random.default_rng(0)
+    words = ["fox", "bear", "tree", "water", "bird", "song", "17", "나는", "old"]
+    said = lambda count: " ".join(random.choice(words, count))  # noqa: E731
+    pairs = [(said(random.integers(0, 30)), " " + said(random.integers(1, 4))) for _ in range(40)]
+    settings: dict[str, Any] = {"do_sample": False, "until": ["\n", "e"], "max_gen_toks": 12, "temperature": 0.0}
+    contexts = [(said(5), dict(settings)) for _ in range(10)]
+    url = {"base_url": f"{live.url}/v1/completions", "model": "run/sft", "max_length": 256, "num_concurrent": 4}
+    theirs = LocalCompletionsAPI(**url, tokenizer_backend="remote", batch_size=2)
+    adapter = harness.load(run)
+
+    def asked(kind: str, arguments: list[Any]) -> list[Instance]:
+        return [Instance(kind, {}, pair, i) for i, pair in enumerate(arguments)]
+
+    ours = adapter.loglikelihood(asked("loglikelihood", pairs))
+    found = theirs.loglikelihood(asked("loglikelihood", pairs))
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in ours], rtol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in ours]
+    texts = theirs.generate_until(asked("generate_until", contexts))
+    assert texts == adapter.generate_until(asked("generate_until", contexts))
+    assert live.idle()
+
+
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_schemathesis_finds_no_5xx(live: Live, mode: str) -> None:
+    program = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("schemathesis is not installed")
+    options = ["--phases=coverage,fuzzing", "--checks=not_a_server_error", "--max-examples=20", "--seed=1"]
+    options += ["--generation-allow-x00=true", f"--mode={mode}", "--no-color", "--suppress-health-check=all"]
+    command_line = [program, "run", f"{live.url}/openapi.json", *options]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert live.http.get("/ready").status_code == 200 and live.idle()
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_start(tmp_path: Path) -> None:
+    with serving(checkpoint(tmp_path, depth=1), warm=True, slots=2) as server:
+        events: list[str] = []
+        note = lambda event, seconds, **about: events.append(event) if "compile" in event else None  # noqa: E731
+        jax.monitoring.register_event_duration_secs_listener(note)
+        try:
+            talk: list[Any] = []
+            for turn in range(4):
+                talk.append({"role": "user", "content": "small birds sang " * (turn + 1)})
+                for more in ({}, {"top_p": 0.9}, {"temperature": 0}, {"logprobs": True, "top_logprobs": 3}):
+                    done = server.client.chat.completions.create(
+                        model="run/sft", messages=talk, max_tokens=12, n=1 + turn % 2, presence_penalty=turn % 2, **more
+                    )
+                talk.append({"role": "assistant", "content": done.choices[0].message.content or "x"})
+            for size in (1, 9, 70, 200):
+                server.client.completions.create(model="run/sft", prompt=[40] * size, logprobs=1, echo=True)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note)
+        assert not events
