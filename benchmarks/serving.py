@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
             for count in (1, STREAMS):
                 bodies = [body | {"prompt": prompt, "add_special_tokens": False} for prompt in prompts[:count]]
                 requests = [Request(prompt, params) for prompt in prompts[:count]]
-                sides = {
+                sides: dict[str, Callable[[], Any]] = {
                     "engine": partial(engine.generate, requests),
                     "server": lambda bodies=bodies: asyncio.run(_watched(port, bodies)),  # type: ignore[misc]
                 }

@@ -56,7 +56,7 @@ def answers(live: Live) -> int:
 def test_a_client_that_leaves_frees_its_slot(live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breakable, "pause", 0.1)
     body = json.dumps({"messages": ASKED, "stream": stream, **LONG}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
@@ -171,6 +171,11 @@ def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.
         assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
 
 
+def test_the_name_of_another_page_that_leads_here_is_refused(live: Live) -> None:
+    answer = live.http.get("/v1/models", headers={"host": "evil.example:8000"})
+    assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
+
+
 def test_rates_are_kept_for_each_client() -> None:
     rates = Rates(2)
     for client in ("a", "a", "b"):
@@ -201,6 +206,7 @@ def test_without_the_key_only_health_answers(tmp_path: Path) -> None:
         assert (
             "access-control-allow-origin" not in server.http.get("/health", headers={"origin": "https://a.b"}).headers
         )
+        assert server.http.get("/v1/models", headers={"host": "a.b"}).status_code == 401
         url, key = server.url.replace("http", "ws") + "/ws/chat", {"authorization": "Bearer geheim"}
         for headers, status in (({}, 401), (key | {"origin": "https://a.b"}, 403)):
             with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=headers):

@@ -55,6 +55,7 @@ def test_a_bad_start_is_one_sentence(run: str, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(Path(run).parent, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/tokenizer")
     assert "no tokenizer in" in refusal(f"--checkpoint={tmp_path}/run/sft")
+    monkeypatch.delattr("jaxchat.serve.app")
     monkeypatch.setitem(sys.modules, "jaxchat.serve.app", None)
     assert "pip install -e '.[serve]'" in refusal(f"--checkpoint={run}")
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 import logging
 import os
 import signal
@@ -31,7 +30,7 @@ from jaxchat.launcher import log
 from jaxchat.loading import load_checkpoint
 from jaxchat.serve import completions, information
 from jaxchat.serve.errors import ApiError, as_api_error
-from jaxchat.serve.limits import Guard, JsonLines, Rates
+from jaxchat.serve.limits import Guard, JsonLines, Rates, is_loopback
 from jaxchat.serve.metrics import Metrics
 from jaxchat.serve.models import Models, find_models
 
@@ -136,7 +135,7 @@ def run(options: Any) -> dict[str, object]:
     """
     named_tools(options.tools)
     options = dataclasses.replace(options, api_key=options.api_key or os.environ.get("JAXCHAT_API_KEY", ""))
-    if not options.api_key and not options.allow_anyone and not _is_loopback(options.host):
+    if not options.api_key and not options.allow_anyone and not is_loopback(options.host):
         raise UserError(
             f"--host={options.host} lets other machines use this server: set --api_key, or --allow_anyone=True"
         )
@@ -162,16 +161,7 @@ def run(options: Any) -> dict[str, object]:
     log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(models)}; Ctrl-C ends")
     start = time.time()
     server.run(sockets=[listening])
-    answers = app.state.metrics.registry
-    served = sum(s.value for m in answers.collect() for s in m.samples if s.name == "jaxchat_answers_total")
-    return {"answers": int(served), "seconds": round(time.time() - start, 1)}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return {"answers": app.state.metrics.ended, "seconds": round(time.time() - start, 1)}
 
 
 def _bind(host: str, port: int) -> socket.socket:

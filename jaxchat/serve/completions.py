@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
 from jaxchat.decode import requests as decode
 from jaxchat.decode.requests import AnswerEnds
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.serve import protocol
-from jaxchat.serve.errors import ApiError, as_api_error
+from jaxchat.serve.errors import ApiError, as_api_error, shutting_down
 from jaxchat.serve.models import Model
 from jaxchat.serve.replies import ChatReply, CompletionReply, Reply
 from jaxchat.serve.worker import Delta
@@ -83,7 +84,7 @@ class Running:
             for delta in batch:
                 if delta.finish_reason:
                     self.open -= 1
-                    self._state.metrics.finished.labels(delta.finish_reason).inc()
+                    self._state.metrics.end(delta.finish_reason)
             yield [choice for delta in batch for choice in self.reply.add(delta)]
         usage = self.reply.usage()
         for kind, count in (
@@ -181,10 +182,10 @@ async def respond(request: Request, stack: ExitStack, body: protocol.Sampling, s
         start.close()  # type: ignore[attr-defined]
         raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
     try:
-        running = await while_connected(request, start)
+        running = await while_connected(request.receive, start)
         if body.stream:
             return Events(running)
-        await while_connected(request, _finish(running))
+        await while_connected(request.receive, _finish(running))
         response = JSONResponse(running.reply.whole())
     except BaseException:
         stack.close()
@@ -206,9 +207,9 @@ class Events(StreamingResponse):
         super().__init__(self._lines(running), media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._stack = running.stack
 
-    async def __call__(self, *connection: Any) -> None:
-        with self._stack:
-            await super().__call__(*connection)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stack, contextlib.suppress(ApiError):  # A client that has left gets no answer.
+            await while_connected(receive, super().__call__(scope, receive, send))
 
     @staticmethod
     async def _lines(running: Running) -> AsyncIterator[str]:
@@ -227,11 +228,11 @@ def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled if the client leaves; then raises `ApiError` 499."""
 
     async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leave())
@@ -285,6 +286,8 @@ class Talking:
             elif not self._task.done():
                 raise ApiError(409, "an answer is under way: cancel it first")
             else:
+                if self._socket.app.state.draining:
+                    raise shutting_down()
                 self._socket.app.state.rates.take(self._socket.client.host if self._socket.client else "")
                 self._task = asyncio.create_task(self._answer(protocol.Chat.model_validate(message)))
         except ValidationError as error:

@@ -42,6 +42,10 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """An API error as it is, a user's mistake with status 400, anything else with 500 and without its text."""
     if isinstance(error, ApiError):

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import ipaddress
 import json
 import logging
 import re
@@ -9,12 +10,12 @@ import secrets
 import time
 from collections import OrderedDict
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxchat.serve.errors import ApiError
+from jaxchat.serve.errors import ApiError, shutting_down
 
 LOG = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -30,6 +31,22 @@ HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
 }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own and reached by no other."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; empty if it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 class Rates:
@@ -86,7 +103,10 @@ class Guard:
             self._note(scope, number, status, time.perf_counter() - start)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
-        path = scope["path"]
+        path, host = scope["path"], _split(f"//{headers.get('host', '')}").hostname or ""
+        if is_loopback(self._options.host) and not self._options.api_key and not is_loopback(host):
+            # The name of another page may have been pointed at this machine.
+            raise ApiError(403, f"the host {host} is not allowed: open http://127.0.0.1", code="host_not_allowed")
         if path not in OPEN and not self._knows_key(headers.get("authorization", "")):
             raise ApiError(401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key")
         if scope["type"] == "websocket" and not self._same_origin(headers):
@@ -94,7 +114,7 @@ class Guard:
         if path in UNLIMITED:
             return
         if self._state.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
+            raise shutting_down()
         if scope["type"] == "http" and scope["method"] == "POST":
             self._state.rates.take((scope.get("client") or ("",))[0])
         size = headers.get("content-length", "0")
@@ -123,7 +143,7 @@ class Guard:
     def _same_origin(self, headers: dict[str, str]) -> bool:
         """Whether a WebSocket comes from our own page, a program, or an origin of the allow-list."""
         origin = headers.get("origin")
-        return origin is None or origin in self._options.allow_origins or urlsplit(origin).netloc == headers.get("host")
+        return origin is None or origin in self._options.allow_origins or _split(origin).netloc == headers.get("host")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` that raises 413 once a body is too large, whatever its header says."""

@@ -20,7 +20,8 @@ class Metrics:
         self.seconds = Histogram("request_seconds", "Seconds of HTTP requests.", ["path"], buckets=SECONDS, **about)
         self.first_token = Histogram("first_token_seconds", "Seconds to the first token.", buckets=SECONDS, **about)
         self.tokens = Counter("tokens", "Tokens of prompts, of them cached, and of answers.", ["kind"], **about)
-        self.finished = Counter("answers", "Answers by finish reason.", ["reason"], **about)
+        self.ended = 0
+        self._reasons = Counter("answers", "Answers by finish reason.", ["reason"], **about)
         waiting = Gauge("waiting_answers", "Answers that wait for a slot.", **about)
         running = Gauge("running_answers", "Answers that have a slot.", **about)
         loaded = Gauge("loaded_models", "Models that are loaded.", **about)
@@ -32,6 +33,11 @@ class Metrics:
         running.set_function(lambda: sum(worker.pending - worker.waiting for worker in workers()))
         loaded.set_function(lambda: len(models.loaded))
         size.set_function(lambda: models.bytes)
+
+    def end(self, reason: str) -> None:
+        """Counts an answer that has ended."""
+        self.ended += 1
+        self._reasons.labels(reason).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
