@@ -15,6 +15,7 @@ from letters import Letters
 
 from jaxchat.decode import programs
 from jaxchat.decode.engine import Engine, EngineConfig
+from jaxchat.decode.explain import explain
 from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
@@ -201,6 +202,27 @@ def test_across_compiled_shapes_tokens_differ_only_at_ties(engine: Engine) -> No
         assert first - second < 1e-4, f"token {same} of {request}"
         ties += 1
     assert ties <= 2, "more ties than two shapes of a random model meet"
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_the_most_likely_tokens_are_those_of_explain_and_change_no_token(engine: Engine, params: Any) -> None:
+    tokens = prompt(9)
+    (asked,) = engine.submit(Request(tokens, params, top_logprobs=3))
+    (other,) = engine.submit(Request(tokens, params))
+    while engine.step():
+        pass
+    assert asked.tokens == other.tokens == list(ask(engine, tokens, params).tokens)
+    assert all(token.top == [] for token in other.since(0)) and len(asked.since(4)) == len(asked.tokens) - 4
+    for token, candidates in zip(asked.since(0), explain(engine, tokens, asked.tokens, params, count=3), strict=True):
+        assert [i for i, _ in token.top] == [c.token for c in candidates[:3]]
+        np.testing.assert_allclose(
+            np.exp([p for _, p in token.top]), [c.probabilities["model"] for c in candidates[:3]], atol=1e-5
+        )
+    for token, scored in zip(engine.score([*tokens, *asked.tokens])[len(tokens) - 1 :], asked.since(0), strict=True):
+        assert token.id == scored.id
+        np.testing.assert_allclose(token.logprob, scored.logprob, atol=1e-4)
+    with pytest.raises(UserError, match="top_logprobs=21 must be from 0 to 20"):
+        engine.submit(Request(tokens, params, top_logprobs=21))
 
 
 class Compilations:

@@ -11,7 +11,7 @@ import small
 from letters import Letters
 
 from jaxchat.decode.engine import Engine, EngineConfig
-from jaxchat.decode.requests import Request
+from jaxchat.decode.requests import AnswerEnds, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
@@ -173,6 +173,20 @@ class Misheard(Calculator):
 
     def __call__(self, call: str) -> str | None:
         return super().__call__(self.instead)
+
+
+def test_a_call_that_is_answered_elsewhere_ends_the_answer(model: tuple[Transformer, Any]) -> None:
+    class Elsewhere(Calculator):
+        def __call__(self, call: str) -> str | None:
+            raise AnswerEnds
+
+    asked = SamplingParams(1.0, logit_bias={BEGIN: 9.0, END: 9.0}, max_tokens=60, seed=1, ignore_end=True)
+    ((answer,), (other,)) = engine(model).generate(
+        [Request([1, 2], asked, tools=(tool(),)) for tool in (Elsewhere, Echo)]
+    )
+    end = answer.tokens.index(END, answer.tokens.index(BEGIN))
+    assert (answer.finish_reason, answer.error, len(answer.tokens)) == ("call", None, end + 1)
+    assert answer.tokens == other.tokens[: end + 1] and other.finish_reason == "length"
 
 
 def test_a_call_that_gets_no_answer_changes_no_text(model: tuple[Transformer, Any]) -> None:

@@ -1,32 +1,53 @@
 """Compiles what an engine needs to serve, before the first request."""
 
 import itertools
+from typing import Any
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.requests import Request
+from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, Plan, read
+from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 
 # One request of each kind of program: greedy, plain and full sampling, and penalties.
-KINDS: tuple[dict[str, float], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"presence_penalty": 0.5})
+KINDS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"presence_penalty": 0.5})
 
 
 def warm(engine: Engine) -> None:
-    """Answers requests of every kind of program: sampling levels with and without the most likely tokens, lengths of
-    prompts, and stored prefixes.
+    """Runs every program that requests can need: each length of prompts and of chunks, each kind of sampling with and
+    without the most likely tokens, and stored prefixes of each length before prompts of each length. With `adapt` also
+    batches of each size, but not each change of size.
     """
-    first, tokens = engine.tokenizer.bos, engine.shape.steps + 1
-    lengths = [1]
-    while lengths[-1] * 2 + tokens < engine.shape.length:
-        lengths.append(lengths[-1] * 2)
-    batches = [1]
-    while engine.shape.adapt and batches[-1] < engine.shape.slots:
-        batches.append(min(2 * batches[-1], engine.shape.slots))
+    shape, first, tokens = engine.shape, engine.tokenizer.bos, engine.shape.steps + 1
+
+    def answer(prompt: list[int], n: int = 1, keep: bool = False, top: int = 0, **sampling: Any) -> Completion:
+        params = SamplingParams(**sampling, max_tokens=tokens, ignore_end=True)
+        return engine.generate([Request(prompt, params, n=n, keep=keep, top_logprobs=top)])[0][0]
+
+    rows = [row for row in _powers(SHORTEST_ROW, shape.length) if row // 2 + tokens < shape.length]
+    prompts = {row: [first] * (row // 2 + 1 if row > SHORTEST_ROW else 1) for row in rows}
+    batches = _powers(1, shape.slots) if shape.adapt else [1]
     for batch, kind, top in itertools.product(batches, KINDS, (0, 1)):
-        sampling = SamplingParams(**kind, max_tokens=tokens, ignore_end=True)  # type: ignore[arg-type]
-        engine.generate([Request([first], sampling, n=batch, keep=True, top_logprobs=top)])
-    for length in lengths:
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_end=True)
-        for _ in range(2):
-            engine.generate([Request([first] * length, sampling, keep=True)])
-        engine.score([first] * (length + 1))
+        for row in rows if batch == 1 else rows[:1]:
+            answer(prompts[row], batch, top=top, **kind)
+    for row in rows:
+        longest = min(shape.prefill_chunk, row)
+        for size in _powers(SHORTEST_CHUNK, longest):
+            plan = Plan(row, longest, (size,))
+            for _ in read(engine.transformer, engine.params, [[first]], [None], plan, rows=shape.prefill_batch):
+                pass
+    for stored, row in itertools.combinations_with_replacement(rows, 2):
+        engine.prefixes.clear()
+        begun = answer(prompts[stored], keep=True, temperature=0.0)
+        text = [*prompts[stored], *begun.tokens[:-1]]
+        answer(text + [first] * max(1, len(prompts[row]) - len(text)), temperature=0.0)
+    for length in _powers(SHORTEST_CHUNK, shape.length):
+        engine.score([first] * length)
     engine.prefixes.clear()
+
+
+def _powers(start: int, end: int) -> list[int]:
+    """`start` doubled until it reaches `end`, which is the last."""
+    sizes = [min(start, end)]
+    while sizes[-1] < end:
+        sizes.append(min(2 * sizes[-1], end))
+    return sizes
