@@ -89,9 +89,8 @@ def acts(node: ast.stmt) -> bool:
         return not (isinstance(node.value, ast.Constant) or ".defvjp(" in ast.unparse(node))
     if isinstance(node, ast.If):
         return ast.unparse(node.test) not in ("__name__ == '__main__'", "TYPE_CHECKING")
-    return not isinstance(
-        node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
-    )
+    functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | functions)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "launch"], ids=str)

@@ -127,7 +127,7 @@ POISON: dict[str, tuple[Any, int]] = {
     "two system messages later": ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, 400),
     "a lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}', 200),
     "a lone surrogate as a name": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 2}', 422),
-    "a lone surrogate as a model": (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', 404),
+    "a lone surrogate as a model": (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', 422),
     "ids out of range": ({"prompt": [99999]}, 400),
     "an id of a bias out of range": ({"prompt": "a", "logit_bias": {"99999": 1}}, 400),
     "NUL": ({"messages": [{"role": "user", "content": "a\0b"}], "max_tokens": 2, "stop": "\0"}, 200),

@@ -145,9 +145,9 @@ def run(options: Any) -> dict[str, object]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     default = models.get(options.default_model, next(reversed(models.values())))
     load_checkpoint(f"{default.directory}@{default.step}")  # Its mistakes are told here, not by /ready.
+    app = create_app(options, models)
     listening = _bind(options.host, options.port)
     _log_lines()
-    app = create_app(options, models)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -168,9 +168,11 @@ def _bind(host: str, port: int) -> socket.socket:
     """A listening socket; bound before a model is loaded, which takes longer."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.socket(family))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            stack.pop_all()
         return listening
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
