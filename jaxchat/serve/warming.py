@@ -14,7 +14,7 @@ KINDS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"p
 
 def warm(engine: Engine) -> None:
     """Runs every program that requests can need: each length of prompts and of chunks, each kind of sampling with and
-    without the most likely tokens, and stored prefixes of each length before prompts of each length. With `adapt` also
+    without the most likely tokens, and stored prefixes of each length before prompts of each length. With `adapt`, also
     batches of each size, but not each change of size.
     """
     shape, first, tokens = engine.shape, engine.tokenizer.bos, engine.shape.steps + 1
