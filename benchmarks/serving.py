@@ -59,7 +59,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
         row["leaving"] = asyncio.run(_leaving(port, prompts, pid))
         log(f"{row['seeded_with_adapt']} {row['leaving']}")
     for name in ("first_ready_seconds", "ready_seconds"):  # The second start finds its programs compiled.
-        with _serving(bench.checkpoint) as (port, _, row[name]):
+        with _serving(bench.checkpoint, "--queue=2000") as (port, _, row[name]):
             row["seeded"] = asyncio.run(_seeded(port, prompts)) if name == "ready_seconds" else None
     return row | report.surroundings(bench)
 
