@@ -28,7 +28,9 @@ def warm(engine: Engine) -> None:
     batches = _powers(1, shape.slots) if shape.adapt else [1]
     for batch, kind, top in itertools.product(batches, KINDS, (0, 1)):
         for row in rows if batch == 1 else rows[:1]:
-            answer(prompts[row], batch, top=top, **kind)
+            for before in (KINDS[0], KINDS[-1]):  # Penalties leave counts that the next sample enters beside.
+                answer([first], **before)
+                answer(prompts[row], batch, top=top, **kind)
     for row in rows:
         longest = min(shape.prefill_chunk, row)
         for size in _powers(SHORTEST_CHUNK, longest):
