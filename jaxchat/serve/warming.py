@@ -33,14 +33,19 @@ def warm(engine: Engine) -> None:
                 answer(prompts[row], batch, top=top, **kind)
     for row in rows:
         longest = min(shape.prefill_chunk, row)
-        for size in _powers(SHORTEST_CHUNK, longest):
+        answer(prompts[row], keep=True, temperature=0.0)
+        stored = engine.prefixes.find([first, first])  # A cache that a prefix was copied to is another argument to XLA.
+        for size, found in itertools.product(_powers(SHORTEST_CHUNK, longest), (None, stored)):
             plan = Plan(row, longest, (size,))
-            for _ in read(engine.transformer, engine.params, [[first]], [None], plan, rows=shape.prefill_batch):
-                pass
-    for stored, row in itertools.combinations_with_replacement(rows, 2):
+            with engine.on_mesh():
+                for _ in read(
+                    engine.transformer, engine.params, [[first] * 2], [found], plan, rows=shape.prefill_batch
+                ):
+                    pass
+    for shorter, row in itertools.combinations_with_replacement(rows, 2):
         engine.prefixes.clear()
-        begun = answer(prompts[stored], keep=True, temperature=0.0)
-        text = [*prompts[stored], *begun.tokens[:-1]]
+        begun = answer(prompts[shorter], keep=True, temperature=0.0)
+        text = [*prompts[shorter], *begun.tokens[:-1]]
         answer(text + [first] * max(1, len(prompts[row]) - len(text)), temperature=0.0)
     for length in _powers(SHORTEST_CHUNK, shape.length):
         engine.score([first] * length)
