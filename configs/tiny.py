@@ -29,6 +29,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         eval_every=75,
         eval_rows=64,
         save_every=150,
+        keep_params=10,
         micro_rows=8,
         prompts=("One morning", "On Saturday", "Where does Mia live?", "What is 7 + 5?"),
     )

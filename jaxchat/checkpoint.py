@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: asynchronous, atomic, restored under any mesh.
 
-A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; decoding reads only `params`. The
-tokenizer is one directory up, so a run directory moves as one folder. A damaged checkpoint is recognised by sizes.json,
+A stage directory holds experiment.json and checkpoints/<step>/{params, rest, facts}; decoding reads only `params`.
+snapshots/checkpoints/<step>/ has parameters alone, kept over the whole run (`keep_params`). The tokenizer is one
+directory up, so a run directory moves as one folder. A damaged checkpoint is recognised by sizes.json,
 which has the size of its files and the hash of small ones, and by the checksums of its arrays, which are part of facts,
 so that nothing is read twice. It is moved to checkpoints-damaged/ once an older one has been restored in its place.
 """
@@ -34,6 +35,7 @@ from jaxchat.upgrades import FORMAT, upgraded
 EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
+SNAPSHOTS = "snapshots"
 SIZES = "sizes.json"
 CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
 LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
@@ -42,9 +44,10 @@ Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's fil
 
 
 class Checkpoints:
-    """The checkpoints of one stage directory: the newest `keep` ones. Saves run in the background, one at a time."""
+    """The checkpoints of one stage directory: the newest `keep` ones (None: all). Saves run in the background, one at a
+    time."""
 
-    def __init__(self, directory: Path | str, *, keep: int) -> None:
+    def __init__(self, directory: Path | str, *, keep: int | None) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = Path(directory) / CHECKPOINTS
         unnamed_owners.allow()
@@ -62,18 +65,23 @@ class Checkpoints:
         """Steps of the finished checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts writing `state`, a named tuple with a field `params`, and JSON `facts`, unless the step is saved."""
+    def save(self, step: int, state: Any, facts: dict[str, Any] | None) -> None:
+        """Starts writing `state`, a named tuple with a field `params`, and JSON `facts`, unless the step is saved.
+
+        Without facts, only the parameters are written.
+        """
         with self._writing():
             for pending in self._pending:
                 pending.result()
             if step in self._manager.all_steps():
                 return
-            parts = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+            parts = {"params": state.params}
+            if facts is not None:
+                parts["rest"] = state._replace(params=None)._asdict()
             sums = {name: checksums(part) for name, part in parts.items()}
             items = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
-                facts=ocp.args.JsonSave({**facts, CHECKSUMS: sums}),
+                facts=ocp.args.JsonSave({**(facts or {}), CHECKSUMS: sums}),
             )
             self._manager.save(step, args=items)
         self._pending = [self._thread.submit(self._manager.wait_until_finished)]
@@ -237,7 +245,7 @@ def _verify(facts: dict[str, Any], **parts: Any) -> None:
 
 def _read_facts(directory: Path, step: int) -> dict[str, Any]:
     """The facts of a checkpoint in a stage directory; empty if there are none that can be read."""
-    value = read_json(directory / CHECKPOINTS / str(step) / "facts" / "metadata")
+    value = read_json(_home(directory, step) / CHECKPOINTS / str(step) / "facts" / "metadata")
     return value if isinstance(value, dict) else {}
 
 
@@ -257,6 +265,7 @@ def _hashes(paths: dict[str, Path]) -> dict[str, str]:
 
 def params_hash(directory: Path, step: int) -> str:
     """Hash of the parameters of a checkpoint in a stage directory: of its checksums, or else of its files."""
+    directory = _home(directory, step)
     checkpoints, part = directory / CHECKPOINTS, "params/"
     recorded = _read_sizes(checkpoints).get(str(step), {})
     hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
@@ -292,8 +301,21 @@ def finished_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdecimal())
 
 
+def readable_steps(directory: Path) -> list[int]:
+    """Steps of a stage directory whose parameters can be loaded: checkpoints and snapshots, oldest first."""
+    return sorted({*finished_steps(directory), *finished_steps(directory / SNAPSHOTS)})
+
+
+def _home(directory: Path, step: int) -> Path:
+    """The directory whose `checkpoints` hold a step: a stage directory, or its snapshots."""
+    return directory if (directory / CHECKPOINTS / str(step)).is_dir() else directory / SNAPSHOTS
+
+
 def locate(path: str) -> tuple[Path, int]:
-    """Stage directory and step of `runs/a/sft` (its latest) or `runs/a/sft@300`; `UserError` if there is none."""
+    """Stage directory and step of `runs/a/sft` (its latest) or `runs/a/sft@300`; `UserError` if there is none.
+
+    A named step may also be a snapshot; the latest is one only where no whole checkpoint is left.
+    """
     try:
         check_local("checkpoint", path)
     except ValueError as error:
@@ -306,12 +328,12 @@ def locate(path: str) -> tuple[Path, int]:
             f"did you mean {directory / inside[-1]}?" if inside else "train first: python -m launch.train --config=..."
         )
         raise UserError(f"no checkpoint in {directory}: {hint}")
-    steps = finished_steps(directory)
+    steps = readable_steps(directory)
     if not steps:
         raise UserError(f"no checkpoint in {directory / CHECKPOINTS}: the run has not reached its first one yet")
     if wanted and (not step.isdecimal() or int(step) not in steps):
         raise UserError(f"no checkpoint {step or wanted} in {directory}: there are {', '.join(map(str, steps))}")
-    return directory, int(step) if step else steps[-1]
+    return directory, int(step) if step else (finished_steps(directory) or steps)[-1]
 
 
 def load_params(directory: Path, step: int, abstract: Any) -> Any:
@@ -322,9 +344,19 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
             raise ValueError("its parameters are not finite (NaN or infinity)")
         return params
     except ValueError as error:
-        others = [f"{directory}@{other}" for other in reversed(finished_steps(directory)) if other != step]
+        others = [f"{directory}@{other}" for other in reversed(readable_steps(directory)) if other != step]
         hint = f"; try {others[0]}" if others else ""
         raise UserError(f"checkpoint {step} in {directory} cannot be read: {error}{hint}") from error
+
+
+def load_state(directory: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`, and its facts."""
+    try:
+        rest = _load(directory, step, "rest", abstract._replace(params=None)._asdict())
+        facts = json.loads((directory / CHECKPOINTS / str(step) / "facts" / "metadata").read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"the state of {directory}@{step} cannot be restored: {first_line(error)}") from error
+    return abstract._replace(**{**rest, "params": load_params(directory, step, abstract.params)}), facts
 
 
 def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
@@ -339,7 +371,7 @@ def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
 def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     """Reads one part of a checkpoint; raises ValueError if that fails."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    checkpoints = (directory / CHECKPOINTS).absolute()
+    checkpoints = (_home(directory, step) / CHECKPOINTS).absolute()
     unnamed_owners.allow()
     with ocp.StandardCheckpointer() as reader:
         try:

@@ -57,6 +57,7 @@ RESUMABLE = (
     "eval_rows",
     "sample_every",
     "keep",
+    "keep_params",
     "micro_rows",
     "attention",
     "xla",
@@ -70,6 +71,8 @@ RESUMABLE = (
     "model.layer_loop",
     "model.remat",
 )
+
+_COUNTS = ("save_every", "eval_every", "eval_rows", "sample_every", "keep_params")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Experiment:
         eval_rows: held-out rows scored at intervals, 0 for all; at the end all are scored, but never more than the run
             trains on.
         keep: number of checkpoints to keep.
+        keep_params: number of snapshots of the parameters alone, evenly spread over the steps and kept to the end
+            beside the checkpoints, to look at how the model learned; 0 makes none.
         prompts: texts that the model continues or answers at the end and every `sample_every` steps.
         tasks: tasks scored at every evaluation: arithmetic, gsm8k:DIRECTORY, core:DIRECTORY, my_task.py:Task, or any
             other task of launch.evaluate.
@@ -131,6 +136,7 @@ class Experiment:
     eval_rows: int = 256
     sample_every: int = 0
     keep: int = 2
+    keep_params: int = 0
     prompts: tuple[str, ...] = field(default=PROMPTS)
     start_from: str = ""
     warm_optimizer: bool = False
@@ -180,8 +186,9 @@ class Experiment:
         if self.model.vocab != self.data.vocab:
             problem = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
             raise ValueError(f"{problem}: set --data.vocab only, from which model.vocab is derived")
-        if min(self.save_every, self.eval_every, self.eval_rows, self.sample_every) < 0 or self.keep < 1:
-            raise ValueError("save_every, eval_every, eval_rows and sample_every must not be negative, keep at least 1")
+        for name, least in {**dict.fromkeys(_COUNTS, 0), "keep": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
     @property
     def objective(self) -> Objective:

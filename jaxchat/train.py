@@ -137,6 +137,7 @@ class Hooks(NamedTuple):
     evaluate: Callable[[int, State, bool], None]
     sample: Callable[[int, State], None]
     interrupted: Callable[[], bool]
+    snapshot: Callable[[int, State], None] = lambda number, state: None
 
 
 class Cadence(NamedTuple):
@@ -146,6 +147,7 @@ class Cadence(NamedTuple):
     evaluate: int
     sample: int
     unit: int = 1
+    snapshot: int = 0
 
 
 def fit(
@@ -192,12 +194,14 @@ def fit(
         waiting = (number, metrics)
         if number % cadence.unit and not last:
             continue
-        due = {name: due_at(number, getattr(cadence, name)) for name in ("save", "evaluate", "sample")}
+        due = {name: due_at(number, getattr(cadence, name)) for name in ("save", "evaluate", "sample", "snapshot")}
         stop = not last and hooks.interrupted()
         if stop or any(due.values()):
             flush()
             if due["save"] or due["evaluate"] or stop:
                 hooks.save(number, state)
+            if due["snapshot"]:
+                hooks.snapshot(number, state)
             if stop:
                 raise Interrupted("saved")
             if due["evaluate"]:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxchat import sharding
 from jaxchat.model import cache as kv
 from jaxchat.model.decoding_kernels import DECODING
+from jaxchat.model.dense import Bias
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import Init, centred_uniform, initializer, look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
@@ -78,22 +79,34 @@ class GroupedQueryAttention(nn.Module):
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
         code = POSITIONS[type(c.positions)](c.positions, self.static, name="positions")
         q_BTHD, k_BTKD = (self._prepare(n, code.rotate(x, context)) for n, x in (("q", q_BTHD), ("k", k_BTKD)))
-        bias = {"bias": functools.partial(code.bias, H)} if code.biased else {}
-        if cache is None:
-            # Tokens of a segment are in order, so differences of indices equal differences of positions.
-            attend = BACKENDS[self.static.attention]
-            o_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, c.window, **bias)
-        else:
-            assert context.length_B is not None
-            cache = kv.write(cache, context.positions_BT, k_BTKD, v_BTKD)
-            decode = DECODING[self.static.decoding]
-            o_BTHD = decode(q_BTHD, cache, context.positions_BT, context.length_B, c.window, **bias)
+        bias = functools.partial(code.bias, H) if code.biased else None
+        o_BTHD, cache = self.attend(q_BTHD, k_BTKD, v_BTKD, bias, context, cache)
         w_HDM = param(
             self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2, group="matrices"
         )
         # One contracted axis: with two, XLA may transpose the matrix again for every decoded token.
         o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
         return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
+
+    def attend(
+        self,
+        q_BTHD: jax.Array,
+        k_BTKD: jax.Array,
+        v_BTKD: jax.Array,
+        bias: Bias | None,
+        context: Context,
+        cache: kv.KVCache | None,
+    ) -> tuple[jax.Array, kv.KVCache | None]:
+        """The output (B, T, H, D) of every head, and the cache; `Transformer.trace` reads the arguments and the output."""
+        window, biased = self.config.window, {} if bias is None else {"bias": bias}
+        if cache is None:
+            # Tokens of a segment are in order, so differences of indices equal differences of positions.
+            attend = BACKENDS[self.static.attention]
+            return attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, window, **biased), None
+        assert context.length_B is not None
+        cache = kv.write(cache, context.positions_BT, k_BTKD, v_BTKD)
+        decode = DECODING[self.static.decoding]
+        return decode(q_BTHD, cache, context.positions_BT, context.length_B, window, **biased), cache
 
     def _prepare(self, name: str, x_BTHD: jax.Array) -> jax.Array:
         """Normalises and scales rotated queries or keys."""

@@ -52,6 +52,15 @@ def attend(
     return o_BKRD.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
 
 
+def weights(q_BTHD: jax.Array, k_BSKD: jax.Array, seen_BTS: jax.Array, bias_BHTS: jax.Array | None = None) -> jax.Array:
+    """The weights (B, H, T, S) with which `attend` sums v, in float32; only inspection needs them."""
+    k_BSHD = jnp.repeat(k_BSKD, q_BTHD.shape[2] // k_BSKD.shape[2], axis=2)
+    wide = jnp.promote_types(q_BTHD.dtype, jnp.float32)
+    s_BHTS = jnp.einsum("BTHD,BSHD->BHTS", q_BTHD * q_BTHD.shape[-1] ** -0.5, k_BSHD, preferred_element_type=wide)
+    s_BHTS = s_BHTS if bias_BHTS is None else s_BHTS + bias_BHTS
+    return jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BHTS, MASKED), axis=-1)
+
+
 @jax.custom_vjp
 def _attend_heads(q_BKRD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BTS: jax.Array) -> jax.Array:
     """Attention with heads first and R = G * T queries per kv head: every product is one batched matrix product.

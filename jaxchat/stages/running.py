@@ -74,6 +74,7 @@ class Built(NamedTuple):
     compiled: Compiled
     peak: float | None
     checkpoints: checkpoint.Checkpoints
+    snapshots: checkpoint.Checkpoints | None
     start: int
     state: State
     facts: dict[str, Any]
@@ -87,6 +88,7 @@ def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, 
     describe(setup, compiled, peak, log)
     processes.barrier()
     checkpoints = checkpoint.Checkpoints(e.stage_directory, keep=e.keep)
+    snapshots = checkpoint.Checkpoints(e.stage_directory / checkpoint.SNAPSHOTS, keep=None) if e.keep_params else None
     start, state, facts = _start(setup, checkpoints, log)
     signals.check()
     stage.begin(setup, compiled.rows, start, facts)
@@ -99,7 +101,7 @@ def build(setup: Setup, stage: Stage, tokenizer: Tokenizer, peak: float | None, 
         if not start:
             record_start(e)
         stage.write_sources()
-    return Built(setup, stage, tokenizer, compiled, peak, checkpoints, start, state, facts)
+    return Built(setup, stage, tokenizer, compiled, peak, checkpoints, snapshots, start, state, facts)
 
 
 def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog]:
@@ -129,8 +131,13 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
     def sample(number: int, state: State) -> None:
         write_samples(b.setup, b.tokenizer, state, number=number, log=log)
 
+    def snapshot(number: int, state: State) -> None:
+        if b.snapshots is not None:
+            b.snapshots.save(number, state, None)
+
+    closing = [b.checkpoints.close] if b.snapshots is None else [b.checkpoints.close, b.snapshots.close]
     with signals.deferred(), contextlib.ExitStack() as stack:  # A signal waits for the next checkpoint.
-        for close in (*(writer.close for writer in writers), b.checkpoints.close, step_log.finish):
+        for close in (*(writer.close for writer in writers), *closing, step_log.finish):
             stack.callback(close)
         # A resumed run may have stopped between a checkpoint and its evaluation; a new stage scores its start.
         due = e.eval_every and b.start % e.eval_every == 0 and b.start < e.steps if b.start else e.start_from
@@ -142,8 +149,10 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
             b.checkpoints.check()
             return agreed(bool(signals.received()))
 
-        hooks = Hooks(step_log, save, score, sample, stop)
-        cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit=1 if e.rl is None else e.rl.updates)
+        hooks = Hooks(step_log, save, score, sample, stop, snapshot)
+        unit = 1 if e.rl is None else e.rl.updates
+        every = unit * -(-e.steps // (unit * max(1, e.keep_params)))
+        cadence = Cadence(e.save_every, e.eval_every, e.sample_every, unit, every)
         fit(b.state, b.compiled.step, b.stage.batch_at, start=b.start, steps=e.steps, cadence=cadence, hooks=hooks)
         b.checkpoints.wait()
         if b.start == e.steps:
@@ -183,6 +192,12 @@ def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple
         check_finite(state, f"the parameters of {place}", "remove it to resume from the one before")
         log(f"continuing from step {number:,}")
         return number, state, facts
+    return 0, first_state(setup, log), {}
+
+
+def first_state(setup: Setup, log: Log) -> State:
+    """The state before the first step: initialized, or with the parameters of the checkpoint that the run starts from."""
+    e = setup.experiment
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     make = functools.partial(init_state, setup.transformer, setup.tx)
     state = jax.jit(make, out_shardings=placed)(jax.random.key(e.seed))
@@ -191,7 +206,7 @@ def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple
         log(f"starting from {directory}@{step}")
         state = started(setup, state)
     check_finite(state, "the first parameters", "correct the fields of --model")
-    return 0, state, {}
+    return state
 
 
 @contextlib.contextmanager
