@@ -243,7 +243,7 @@ def _verify(facts: dict[str, Any], **parts: Any) -> None:
                     raise ValueError(f"{part}{path} does not match its recorded checksum")
 
 
-def _read_facts(directory: Path, step: int) -> dict[str, Any]:
+def read_facts(directory: Path, step: int) -> dict[str, Any]:
     """The facts of a checkpoint in a stage directory; empty if there are none that can be read."""
     value = read_json(_home(directory, step) / CHECKPOINTS / str(step) / "facts" / "metadata")
     return value if isinstance(value, dict) else {}
@@ -269,7 +269,7 @@ def params_hash(directory: Path, step: int) -> str:
     checkpoints, part = directory / CHECKPOINTS, "params/"
     recorded = _read_sizes(checkpoints).get(str(step), {})
     hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
-    hashes = _read_facts(directory, step).get(CHECKSUMS, {}).get("params") or hashes
+    hashes = read_facts(directory, step).get(CHECKSUMS, {}).get("params") or hashes
     if not hashes:
         paths = _files(checkpoints / str(step)).items()
         hashes = _hashes({name: path for name, path in paths if name.startswith(part)})
@@ -286,7 +286,7 @@ def copy_params(directory: Path, step: int, target: Path) -> None:
             shutil.copy2(source, copy)
 
     shutil.rmtree(target, ignore_errors=True)
-    source, copy = (place / CHECKPOINTS / str(step) / "params" for place in (directory, target))
+    source, copy = (place / CHECKPOINTS / str(step) / "params" for place in (_home(directory, step), target))
     shutil.copytree(source, copy, copy_function=link)
     record_files(target / CHECKPOINTS, [step], fresh=step)
 
@@ -349,14 +349,14 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
         raise UserError(f"checkpoint {step} in {directory} cannot be read: {error}{hint}") from error
 
 
-def load_state(directory: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`, and its facts."""
+def load_state(directory: Path, step: int, abstract: Any) -> Any:
+    """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
     try:
         rest = _load(directory, step, "rest", abstract._replace(params=None)._asdict())
-        facts = json.loads((directory / CHECKPOINTS / str(step) / "facts" / "metadata").read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"the state of {directory}@{step} cannot be restored: {first_line(error)}") from error
-    return abstract._replace(**{**rest, "params": load_params(directory, step, abstract.params)}), facts
+    except ValueError as error:
+        problem = f"the state of {directory}@{step} cannot be restored: {first_line(error)}"
+        raise UserError(f"{problem}; remove that checkpoint to use an earlier one") from error
+    return abstract._replace(**{**rest, "params": load_params(directory, step, abstract.params)})
 
 
 def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
@@ -377,7 +377,7 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
         try:
             check_files(checkpoints, step, part=f"{part}/")
             tree = reader.restore(checkpoints / str(step) / part, abstract)
-            _verify(_read_facts(directory, step), **{part: tree})
+            _verify(read_facts(directory, step), **{part: tree})
             return tree
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
             raise ValueError(first_line(error)) from error

@@ -180,7 +180,7 @@ def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
         UserError: the run's directory belongs to another experiment.
         Interrupted: a signal came.
     """
-    e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=())
+    e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=(), keep_params=0)
     resumable = RESUMABLE if e.steps == 0 else tuple(field for field in RESUMABLE if field != "steps")
     checkpoint.check_same(e.stage_directory, inherited(e)[0], resumable)
     results: dict[str, dict[str, Any]] = processes.gather(read_json(place / RESULTS) or {})[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import re
 import time
@@ -103,6 +104,13 @@ def make_setup(experiment: Experiment, log: Log, targets: Sequence[Any] | None =
         raise UserError(str(error)) from None
     loss = functools.partial(experiment.objective, dataclasses.replace(transformer, matmul=experiment.matmul))
     return Setup(experiment, mesh, transformer, tx, abstract, loss)
+
+
+def environment(setup: Setup) -> dict[str, Any]:
+    """What the last bits of a step depend on besides its experiment: mesh, kind of device, and versions."""
+    kind = setup.mesh.devices.flat[0].device_kind
+    versions = {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")}
+    return {"mesh": dict(setup.mesh.shape), "device": kind, **versions}
 
 
 def compile_step(setup: Setup, log: Log) -> Compiled:

@@ -18,7 +18,7 @@ LEVELS = (
     ("objectives", "decode", "checkpoint"),
     ("rl.settings", "experiment", "loading"),
     ("train", "evaluation", "terminal"),
-    ("stages", "rl", "serve", "export", "compilation", "planning", "speedrun", "comparison"),
+    ("stages", "rl", "inspection", "serve", "export", "compilation", "planning", "speedrun", "comparison"),
     ("configs",),
     ("benchmarks",),
     ("launch",),

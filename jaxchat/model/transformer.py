@@ -140,8 +140,8 @@ class Attended(NamedTuple):
 class Trace(NamedTuple):
     """A forward pass and what it computed on the way.
 
-    `streams` is the residual stream (B, T, M) as it enters the first layer and after each layer. `attended` has an entry
-    per layer, None for a mixer without attention.
+    `streams` is the residual stream (B, T, M) as it enters the first layer and after each layer. `attended` has an
+    entry per layer, None for a mixer without attention.
     """
 
     forward: Forward
@@ -280,7 +280,7 @@ class Transformer:
         return self._normalise(ends, "final_norm", x_BTM)
 
     def trace(self, params: Params, tokens_BT: jax.Array) -> Trace:
-        """`apply` without a cache, with what inspection needs: it notes the calls of the layers and of their attention."""
+        """`apply` without a cache; notes the calls of the layers and of their attention, for inspection."""
         plain = dataclasses.replace(self.config, layer_loop="unroll", remat="none")
         streams, attended, found = list[jax.Array](), list[Attended | None](), list[Attended]()
 
@@ -301,7 +301,7 @@ class Transformer:
         return Trace(forward, tuple(streams), tuple(attended))
 
     def lens(self, params: Params, trace: Trace, layers: int) -> jax.Array:
-        """Logits (B, T, vocab) of the model cut off after its first `layers` layers (the logit lens, arXiv:2303.08112)."""
+        """The logit lens (arXiv:2303.08112): logits (B, T, vocab) if the model ended after `layers` layers."""
         middle_BTM = trace.streams[min(layers, self.config.depth // 2 + 1)]
         return self.logits(params, self._finish(params["ends"], trace.streams[layers], middle_BTM))
 

@@ -1,6 +1,6 @@
 """Pretraining and SFT stages: batches of rows on disk, scored by bits per byte, loss and tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -33,12 +33,12 @@ class FromText:
         }
         self._row_hashes = [part.directory.name for part in self._rows["train"]]  # They identify the rows' content.
         processes.check_same("what --data.train names", self._row_hashes, "give every host the same documents")
-        self._stream = streams.RowStream(
+        self.stream = streams.RowStream(
             self._rows["train"], e.data.weights, epochs=e.data.epochs, seed=e.seed, batch_rows=e.batch_rows
         )
-        self.steps = e.steps or max(1, self._stream.rows_per_pass // e.batch_rows)
-        if (passes := self.steps * e.batch_rows / self._stream.rows_per_pass) > MOST_PASSES:
-            rows, fewer = self._stream.rows_per_pass, max(1, MOST_PASSES * self._stream.rows_per_pass // e.batch_rows)
+        self.steps = e.steps or max(1, self.stream.rows_per_pass // e.batch_rows)
+        if (passes := self.steps * e.batch_rows / self.stream.rows_per_pass) > MOST_PASSES:
+            rows, fewer = self.stream.rows_per_pass, max(1, MOST_PASSES * self.stream.rows_per_pass // e.batch_rows)
             log(
                 f"warning: --data.train makes {rows:,} rows, each trained on {passes:,.0f} times: add data, "
                 f"or train for --steps={fewer}; repetition teaches little after some {MOST_PASSES} times"
@@ -50,16 +50,20 @@ class FromText:
         return Likelihood()
 
     def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
-        """Starts the stream at step `start`; raises `UserError` if the checkpoint was trained on other rows."""
+        """Starts the batches at step `start`; raises `UserError` if the checkpoint was trained on other rows."""
         e = self._experiment = setup.experiment
+        self.check_rows(e, facts)
+        self._batches = device_batches(setup, self.stream, start, micro_rows)
+        self._text, self._loss = self._held_out(setup, micro_rows)
+        self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
+
+    def check_rows(self, e: Experiment, facts: dict[str, Any]) -> None:
+        """Raises `UserError` if the checkpoint with these facts was trained on other rows."""
         if facts.get("rows", self._row_hashes) != self._row_hashes:
             raise UserError(
                 f"the documents of --data.train are not those that {e.stage_directory} was trained on: "
                 "restore those, or give this run its own --name"
             )
-        self._batches = device_batches(setup, self._stream, start, micro_rows)
-        self._text, self._loss = self._held_out(setup, micro_rows)
-        self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
         """Evaluations on held-out data: bits per byte of text, and the loss on conversations; None for neither."""
@@ -114,7 +118,7 @@ class FromConversations(FromText):
 
 def device_batches(
     setup: Setup, stream: streams.RowStream, start: int, micro_rows: int
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Yields batches on the devices, (micro-batches, rows, ...); a thread prefetches them."""
     e = setup.experiment
     micro, own = e.batch_rows // micro_rows, sharding.own_rows(setup.mesh, micro_rows)

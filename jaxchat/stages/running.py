@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxchat import checkpoint, devices, metrics, processes, signals
-from jaxchat.compilation import Compiled, Setup, compile_step, make_setup
+from jaxchat.compilation import Compiled, Setup, compile_step, environment, make_setup
 from jaxchat.data import cache, prepare
 from jaxchat.data.cache import Log
 from jaxchat.evaluation.curves import read_metrics
@@ -114,7 +114,8 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
     results: dict[str, Any] = dict(b.facts.get("results", {}))
 
     def save(number: int, state: State) -> None:
-        b.checkpoints.save(number, state, b.stage.facts(number) | {"results": results})
+        facts = {"results": results, "environment": environment(b.setup)}
+        b.checkpoints.save(number, state, b.stage.facts(number) | facts)
 
     def score(number: int, state: State, last: bool) -> None:
         b.checkpoints.wait()
@@ -184,7 +185,6 @@ def result(b: Built, results: dict[str, Any], step_log: StepLog) -> dict[str, An
 
 def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple[int, State, dict[str, Any]]:
     """Restores the latest checkpoint, or initializes a state with its shardings; returns step, state and metadata."""
-    e = setup.experiment
     restored = checkpoints.restore(setup.abstract, log)
     if restored is not None:
         number, state, facts = restored
@@ -196,7 +196,7 @@ def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple
 
 
 def first_state(setup: Setup, log: Log) -> State:
-    """The state before the first step: initialized, or with the parameters of the checkpoint that the run starts from."""
+    """The state before the first step: initialized, or with the parameters of the checkpoint that is started from."""
     e = setup.experiment
     placed = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract)
     make = functools.partial(init_state, setup.transformer, setup.tx)

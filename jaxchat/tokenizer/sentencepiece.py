@@ -162,6 +162,16 @@ class SentencePiece(Tokenizer):
             new.rename(directory)
 
 
+def parts(text: str) -> list[str]:
+    """The parts of a text that `SentencePiece.encode` segments each on its own; joined, they are the text."""
+    pieces: list[str] = []
+    for number, piece in enumerate(scalar_values(text).split(SPACE_MARK)):
+        first, *words = _RUN_OF_SPACES.split(piece)
+        marks = [SPACE_MARK] * (number > 0)
+        pieces += marks + [part for word in (first, *(" " + word for word in words)) for part in _PART.findall(word)]
+    return pieces
+
+
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
     directory = user_path(directory)
