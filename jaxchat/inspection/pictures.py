@@ -269,13 +269,14 @@ def draw_step(value: Mapping[str, Any]) -> Any:
     lines = min(MOST_LINES, _line_count(pieces))
     sizes = (0.24 * len(found) + 1, 0.2 * lines + 0.4)
     figure, axes = drawing().subplots(2, 1, figsize=(8.4, sum(sizes)), height_ratios=sizes, constrained_layout=True)
-    axes[0].barh(range(len(found)), [one["share"] for one in found], color="C3")
-    labels = [f"row {one['row']}, token {one['start']}, loss {one['loss'] or 0:.2f}" for one in found]
-    axes[0].set_yticks(range(len(found)), labels, fontsize=7)
+    axes[0].barh(range(len(found)), [one["share"] for one in found], color="#f2a1a1")
+    for i, one in enumerate(found):  # Not beside the axis, because the text below needs the whole width.
+        label = f" row {one['row']}, token {one['start']}, loss {one['loss'] or 0:.2f}"
+        axes[0].text(0, i, label, va="center", fontsize=7)
     same = "equal to" if value["equal"] else "not equal to"
     recorded = value["replayed"][-1]["recorded_loss"]
     title = f"step {value['step']}: loss {value['loss']}, {same} the recorded {recorded}"
-    axes[0].set(ylim=(len(found) - 0.5, -0.5), xlabel="share of the batch's loss")
+    axes[0].set(ylim=(len(found) - 0.5, -0.5), yticks=[], xlabel="share of the batch's loss")
     axes[0].set_title(title, fontsize=9)
     _coloured(axes[1], pieces, found[0]["losses"], MOST_LINES)
     axes[1].set_title("the document with the largest share", fontsize=9)

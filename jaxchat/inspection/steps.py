@@ -45,11 +45,12 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
     recorded = {record["step"]: record for record in read_metrics(run) if "grad_norm" in record}
     if step not in recorded:
         raise UserError(f"there is no step {step} in {run}: metrics.jsonl has steps 1 to {max(recorded, default=0)}")
-    start = max((number for number in checkpoint.finished_steps(run) if number < step), default=0)
+    saved = [0, *checkpoint.finished_steps(run)]
+    start = max(number for number in saved if number < step)
     if step - start > most:
         where = f"checkpoint {start}" if start else "step 0, because no checkpoint before it is left"
         raise UserError(f"step {step} is {step - start} steps from {where}: allow it with --replay={step - start}")
-    facts = checkpoint.read_facts(run, max(checkpoint.finished_steps(run), default=0))
+    facts = checkpoint.read_facts(run, min((number for number in saved if number >= step), default=saved[-1]))
     tokenizer, setup = load_tokenizer(run.parent / "tokenizer"), _setup(e, facts, log)
     stage = STAGES[e.stage].load()(e, tokenizer, log)
     with jax.set_mesh(setup.mesh), contextlib.closing(stage):
@@ -91,7 +92,7 @@ def _experiment(run: Path) -> Experiment:
 
 
 def _setup(e: Experiment, facts: Mapping[str, Any], log: Log) -> Setup:
-    """The setup of a run on the mesh that its last checkpoint names, if the devices are enough for it."""
+    """The setup of a run on the mesh that a checkpoint's facts name, if the devices are enough for it."""
     mesh = facts.get("environment", {}).get("mesh", {})
     recorded = dataclasses.replace(e, mesh=dataclasses.replace(e.mesh, **mesh))
     prepare_backend(recorded)
