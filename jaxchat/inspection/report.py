@@ -18,7 +18,6 @@ from jaxchat.inspection import pictures, tables, text, tokens
 from jaxchat.inspection.steps import look_at_step
 from jaxchat.launcher import log
 from jaxchat.loading import load_engine
-from jaxchat.model.attention import MIXERS
 from jaxchat.serialization import json_line
 from jaxchat.tokenizer import chat
 
@@ -92,10 +91,12 @@ def look(
     engine: Engine, prompt: list[int], answer: list[int], sampling: SamplingParams, *, token: int
 ) -> dict[str, Any]:
     """Everything about one text that is drawn, by name; `token` is the one whose candidates and neighbours are."""
-    ids, tokenizer, model = [*prompt, *answer], engine.tokenizer, engine.transformer.config
+    ids, tokenizer = [*prompt, *answer], engine.tokenizer
     view, shown = text.look(engine, ids), tokens.tokens(tokenizer, ids)
     names = [one["name"] for one in shown]
     near = tables.neighbours(engine, ids[token])
+    if token < len(prompt):
+        log(f"token {token} was given, so it has no candidates: those of token {len(prompt)} are drawn")
     values: dict[str, Any] = {
         "tokens": {"text": tokenizer.decode(ids, keep_specials=True), "tokens": shown},
         "candidates": {
@@ -111,13 +112,12 @@ def look(
     }
     if len(ids) > 1:
         values["losses"] = {"first": names[0], "tokens": text.losses(engine, ids)}
-    for layer, mixer in enumerate(model.mixers):
-        if kernel := MIXERS[type(mixer)].kernel(mixer):
-            heads = [text.attention(view, layer, head) for head in range(kernel.heads)]
+    for layer, attended in enumerate(view.trace.attended):
+        if attended is not None:
+            heads = [text.attention(view, layer, head) for head in range(attended.q_BTHD.shape[2])]
             values[f"attention-{layer}"] = {"layer": layer, "names": names, "heads": heads}
-    plain = tokenizer.decode(ids)
     try:
-        values["merges"] = tokens.merges(tokenizer, plain)
+        values["merges"] = tokens.merges(tokenizer, tokenizer.decode(ids))
     except UserError as error:
         log(f"no merges are written: {error}")
     return values
