@@ -107,6 +107,7 @@ def draw_candidates(value: Mapping[str, Any]) -> Any:
     """The candidates of one token as bars, one panel per step of sampling."""
     step = value["steps"][min(value["token"], len(value["steps"]) - 1)]
     stages = ["model", "temperature", *(name for name, row in FILTERS.items() if value["sampling"][name] != row.off)]
+    largest = max(one["probabilities"][stage] for one in step for stage in stages)
     figure, axes = _figure(2.6 * len(stages), 0.3 * len(step) + 1.2, 1, len(stages))
     for axis, stage in zip(axes[0], stages):
         shares = [one["probabilities"][stage] for one in step]
@@ -115,7 +116,7 @@ def draw_candidates(value: Mapping[str, Any]) -> Any:
             axis.text(share, i, f" {share:.3f}" if share else " -", va="center", fontsize=7)
         setting = value["sampling"].get(stage)
         axis.set_title("in the model" if setting is None else f"after {stage}={setting:g}", fontsize=9)
-        axis.set(xlim=(0, 1.25), ylim=(len(step) - 0.5, -0.5), xlabel="probability")
+        axis.set(xlim=(0, 1.3 * largest), ylim=(len(step) - 0.5, -0.5), xlabel="probability")
         axis.set_yticks(range(len(step)), [_label(one["name"]) for one in step])
     return figure
 
@@ -248,14 +249,15 @@ def draw_checkpoints(value: Sequence[Mapping[str, Any]]) -> Any:
     steps = range(len(value))
     if names:
         losses = [[one["loss"] for one in row["losses"]] for row in value]
-        shown = axes[0].imshow(losses, cmap="YlOrRd", vmin=0, vmax=LOSS_LIMIT, aspect="auto")
+        shown = axes[0].imshow(losses, cmap="YlOrRd", vmin=0, vmax=min(LOSS_LIMIT, np.max(losses)), aspect="auto")
         figure.colorbar(shown, ax=axes[0], label="loss (nats)")
     axes[0].set_yticks(steps, [f"step {row['step']}" for row in value], fontsize=8)
     axes[0].set_xticks(range(len(names)), [_label(name) for name in names], rotation=90, fontsize=7)
     for y, row in enumerate(value):
         mean = "" if row["loss"] is None else f"{row['loss']:.2f}  "
-        said = printable(row["error"] or row["text"])
-        axes[1].text(0, y, mean + said[:110], va="center", fontsize=7.5, family="DejaVu Sans Mono")
+        said = row["error"] or row["text"]
+        said = printable(said if len(said) <= 92 else said[:91] + "\u2026")
+        axes[1].text(0, y, mean + said, va="center", fontsize=7.5, family="DejaVu Sans Mono")
     axes[1].set(xlim=(0, 1), ylim=(len(value) - 0.5, -0.5), xticks=[], yticks=[])
     axes[1].set_title("mean loss, and the greedy answer", fontsize=9, loc="left")
     axes[1].axis("off")
