@@ -56,6 +56,7 @@ def flags(place, **changes):
         "data.workers": 1,
         "micro_rows": 8,
         "mesh.data": 1,
+        "keep_params": 0,
         "data.train": place / "train.jsonl",
         "data.val": place / "val.jsonl",
         "data.cache": place / "cache",

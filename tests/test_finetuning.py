@@ -37,6 +37,7 @@ def flags(place: Path, stage: str, name: str = "road", **changes) -> list[str]:
         "micro_rows": 2,
         "mesh.data": 2,
         "save_every": 2,
+        "keep_params": 0,
         "eval_every": 4,
         "eval_rows": 4,
         "directory": place / "runs",

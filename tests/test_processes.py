@@ -122,6 +122,7 @@ def flags(place: Path, stage: str, name: str, **changes: object) -> list[str]:
         "mesh.data": 4,
         "mesh.fsdp": 2,
         "save_every": 10,
+        "keep_params": 2,
         "eval_every": 10,
         "eval_rows": 8,
         "data.cache": place / "cache",

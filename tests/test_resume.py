@@ -35,6 +35,7 @@ def flags(place, name, **changes):
         "micro_rows": 4,
         "mesh.data": 2,
         "save_every": SAVE_EVERY,
+        "keep_params": 0,
         "eval_every": 10,
         "eval_rows": 8,
         "data.train": place / "train.jsonl",

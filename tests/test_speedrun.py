@@ -45,6 +45,7 @@ def flags(place: Path) -> list[str]:
         "micro_rows": 2,
         "mesh.data": 2,
         "save_every": 2,
+        "keep_params": 0,
         "eval_every": 2,
         "eval_rows": 4,
         "steps": 2,
