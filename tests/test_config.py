@@ -20,6 +20,7 @@ import launch.compare
 import launch.convert
 import launch.evaluate
 import launch.harness
+import launch.inspect
 import launch.plan
 import launch.plot
 import launch.prepare
@@ -345,6 +346,7 @@ HELP = {
     "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "compare": (launch.compare, [], ["--variants", "--seeds", "--equal", "--measure"]),
+    "inspect": (launch.inspect, [], ["--checkpoint", "--text", "--run", "--step", "--replay", "--top_p"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
     "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
     "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),

@@ -20,6 +20,7 @@ import launch.compare
 import launch.convert
 import launch.evaluate
 import launch.harness
+import launch.inspect
 import launch.plan
 import launch.plot
 import launch.serve
@@ -39,6 +40,7 @@ OPTIONS = {
     "convert": launch.convert.Convert,
     "evaluate": launch.evaluate.Evaluate,
     "harness": launch.harness.Harness,
+    "inspect": launch.inspect.Inspect,
     "plot": launch.plot.Plot,
     "serve": launch.serve.Serve,
 }
