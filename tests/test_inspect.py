@@ -56,8 +56,8 @@ TEXT = "the fox saw 17 birds \u2581 na\u00efve \uc548\ub155 \U0001f642  $x$\nend
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     """A random model with the tokenizer of a few texts."""
-    tokenizer = train_tokenizer(texts(200), vocab=320, config=TokenizerConfig())
-    config = small.july2026(vocab=320)
+    tokenizer = train_tokenizer(texts(200), vocab=400, config=TokenizerConfig())
+    config = small.july2026(vocab=400)
     return Engine(Transformer(config), small.parameters(config), tokenizer, EngineConfig(length=128, slots=1))
 
 
@@ -102,8 +102,8 @@ def test_what_is_not_there_is_refused_in_a_sentence(engine: Engine, ids: list[in
     for layer, head, sentence in ((4, 0, "there is no layer 4"), (-1, 0, "no layer -1"), (0, 4, "there is no head 4")):
         with pytest.raises(UserError, match=sentence):
             text.attention(view, layer, head)
-    with pytest.raises(UserError, match="there is no token 320"):
-        tables.neighbours(engine, 320)
+    with pytest.raises(UserError, match="there is no token 400"):
+        tables.neighbours(engine, 400)
     with pytest.raises(UserError, match="the text is empty"):
         text.look(engine, [])
 
@@ -120,7 +120,10 @@ def test_tokens_tell_bytes_and_the_characters_that_end_in_them(engine: Engine) -
     assert [one["text"] for one in cut[-2:]] == ["\ufffd", "<|bos|>"]
 
 
-@pytest.mark.parametrize("said", [TEXT, *texts(20), "", "  two  spaces ", "\u2581\u2581", "aaaaaaa 111"])
+MIXED = ["".join(np.random.default_rng(seed).choice(list("thefoxsawbernldquiysmg"), 14)) for seed in range(20)]
+
+
+@pytest.mark.parametrize("said", [TEXT, *texts(5), *MIXED, "", "  two  spaces ", "\u2581\u2581", "aaaaaaa 111"])
 def test_the_replayed_merges_end_in_the_tokens_of_the_text(engine: Engine, said: str) -> None:
     tokenizer = engine.tokenizer
     replayed = tokens.merges(tokenizer, said)
@@ -141,13 +144,13 @@ def test_a_unigram_tokenizer_has_no_merges() -> None:
 
 
 def test_neighbours_and_the_map_are_distances_in_the_embedding(engine: Engine) -> None:
-    table_VM = np.asarray(engine.params["ends"]["embed"])[:320].astype(np.float64)
+    table_VM = np.asarray(engine.params["ends"]["embed"])[:400].astype(np.float64)
     unit_VM = table_VM / np.linalg.norm(table_VM, axis=1, keepdims=True)
     near = tables.neighbours(engine, 300, count=5)
     assert [one["token"] for one in near] == np.argsort(-(unit_VM @ unit_VM[300]))[1:6].tolist()
     assert near[0]["cosine"] == pytest.approx(unit_VM[near[0]["token"]] @ unit_VM[300], abs=1e-5)
     whole, some = tables.embedding_map(engine), tables.embedding_map(engine, [5, 7])
-    assert some["points"] == [whole["points"][5], whole["points"][7]] and len(whole["points"]) == 320
+    assert some["points"] == [whole["points"][5], whole["points"][7]] and len(whole["points"]) == 400
     singular_M = np.linalg.svd(table_VM - table_VM.mean(axis=0), compute_uv=False)
     spread = [math.sqrt(sum(one[axis] ** 2 for one in whole["points"])) for axis in "xy"]
     assert spread == pytest.approx(singular_M[:2], rel=1e-6)
