@@ -19,6 +19,7 @@ from jaxchat.errors import UserError
 from jaxchat.inspection import tables, text, tokens
 from jaxchat.model import Transformer
 from jaxchat.model.dense import visible, weights
+from jaxchat.model.trace import lens, trace
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
 
 MODELS = {"july2026": small.july2026(layer_loop="scan"), "october2025": small.october2025(), "mixed": small.mixed()}
@@ -31,16 +32,16 @@ def test_the_trace_is_the_forward_pass(config: Any) -> None:
 
     @jax.jit
     def both(params: Any) -> Any:
-        trace = transformer.trace(params, tokens_BT)
-        lens = [transformer.lens(params, trace, layers) for layers in (0, config.depth)]
-        return trace, lens, transformer.logits(params, transformer.apply(params, tokens_BT).hidden)
+        traced = trace(transformer, params, tokens_BT)
+        said = [lens(transformer, params, traced, layers) for layers in (0, config.depth)]
+        return traced, said, transformer.logits(params, transformer.apply(params, tokens_BT).hidden)
 
-    trace, (first, last), logits_BTV = both(params)
+    traced, (first, last), logits_BTV = both(params)
     np.testing.assert_allclose(last, logits_BTV, atol=1e-5, rtol=1e-5)
     assert np.abs(first - last).max() > 0.1
-    assert len(trace.streams) == config.depth + 1 and len(trace.attended) == config.depth
+    assert len(traced.streams) == config.depth + 1 and len(traced.attended) == config.depth
     position_BT = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    for layer, attended in zip(config.layers, trace.attended):
+    for layer, attended in zip(config.layers, traced.attended):
         mixer = layer.mixer
         seen_BTS = visible(position_BT, position_BT, window=mixer.window)
         w_BHTS = weights(attended.q_BTHD, attended.k_BTKD, seen_BTS)

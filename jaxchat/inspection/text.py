@@ -13,9 +13,11 @@ from jaxchat.decode.engine import Engine
 from jaxchat.decode.prompts import bucket
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import NOT_FINITE, UserError
+from jaxchat.model import trace
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.dense import visible, weights
-from jaxchat.model.transformer import Params, Trace, Transformer
+from jaxchat.model.trace import Trace
+from jaxchat.model.transformer import Params, Transformer
 
 
 class View(NamedTuple):
@@ -28,7 +30,7 @@ class View(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _trace(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> Trace:
-    return transformer.trace(params, tokens_BT)
+    return trace.trace(transformer, params, tokens_BT)
 
 
 def look(engine: Engine, ids: Sequence[int]) -> View:
@@ -37,10 +39,10 @@ def look(engine: Engine, ids: Sequence[int]) -> View:
     padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=engine.shape.length)), np.int32)
     padded_1T[0, : len(ids)] = ids
     with engine.on_mesh():
-        trace = _trace(engine.transformer, engine.params, padded_1T)
-    if not np.isfinite(trace.forward.hidden[0, : len(ids)]).all():
+        traced = _trace(engine.transformer, engine.params, padded_1T)
+    if not np.isfinite(traced.forward.hidden[0, : len(ids)]).all():
         raise UserError(NOT_FINITE)
-    return View(engine, ids, trace)
+    return View(engine, ids, traced)
 
 
 def losses(engine: Engine, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -104,11 +106,11 @@ def attention(view: View, layer: int, head: int) -> list[list[float]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _lens(transformer: Transformer, params: Params, trace: Trace, next_T: jax.Array, count: int) -> list[Any]:
+def _lens(transformer: Transformer, params: Params, traced: Trace, next_T: jax.Array, count: int) -> list[Any]:
     """By number of layers: probabilities and ids of the best tokens (T, count), entropy, probability of the next."""
     found = []
-    for layers in range(len(trace.streams)):
-        logp_TV = jax.nn.log_softmax(transformer.lens(params, trace, layers)[0])
+    for layers in range(len(traced.streams)):
+        logp_TV = jax.nn.log_softmax(trace.lens(transformer, params, traced, layers)[0])
         best_TC, ids_TC = jax.lax.top_k(logp_TV, count)
         entropy_T = -jnp.sum(jnp.exp(logp_TV) * logp_TV, axis=-1)
         next_logp_T = jnp.take_along_axis(logp_TV, next_T[:, None], axis=-1)[:, 0]

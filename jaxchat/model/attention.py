@@ -97,7 +97,7 @@ class GroupedQueryAttention(nn.Module):
         context: Context,
         cache: kv.KVCache | None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
-        """The output (B, T, H, D) of every head, and the cache. `Transformer.trace` notes arguments and output."""
+        """The output (B, T, H, D) of every head, and the cache. `trace.trace` notes arguments and output."""
         window, biased = self.config.window, {} if bias is None else {"bias": bias}
         if cache is None:
             # Tokens of a segment are in order, so differences of indices equal differences of positions.

@@ -1,6 +1,5 @@
 """The transformer: one forward pass for training and decoding, built from the parts that the configuration names."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -126,29 +125,6 @@ class Forward(NamedTuple):
     statistics: Mapping[str, Weighted] = {}
 
 
-class Attended(NamedTuple):
-    """Arguments and output of one layer's attention: q and o (B, T, H, D), k and v (B, T, K, D), and the bias of the
-    scores (B or 1, H, T, T) or None."""
-
-    q_BTHD: jax.Array
-    k_BTKD: jax.Array
-    v_BTKD: jax.Array
-    o_BTHD: jax.Array
-    bias_BHTT: jax.Array | None
-
-
-class Trace(NamedTuple):
-    """A forward pass and what it computed on the way.
-
-    `streams` is the residual stream (B, T, M) as it enters the first layer and after each layer. `attended` has an
-    entry per layer, None for a mixer without attention.
-    """
-
-    forward: Forward
-    streams: tuple[jax.Array, ...]
-    attended: tuple[Attended | None, ...]
-
-
 class Ends(nn.Module):
     """The parameters outside the layers: embedding, head, norms, and scalars of the residual stream."""
 
@@ -271,39 +247,13 @@ class Transformer:
             x_BTM, middle_BTM, layers, aux = self._unroll(params, x_BTM, context, cache)
         if cache is not None:
             cache = Cache(layers, _length(positions_BT, cache), _last_token(context, cache.last_B))
-        return Forward(self._finish(ends, x_BTM, middle_BTM), cache, aux.losses, aux.statistics)
+        return Forward(self.finish(ends, x_BTM, middle_BTM), cache, aux.losses, aux.statistics)
 
-    def _finish(self, ends: Params, x_BTM: jax.Array, middle_BTM: jax.Array) -> jax.Array:
+    def finish(self, ends: Params, x_BTM: jax.Array, middle_BTM: jax.Array) -> jax.Array:
         """Final hidden states from the residual stream after the last layer and after the middle one."""
         if self.config.backout is not None:
             x_BTM = x_BTM - ends["backout_scale"].astype(x_BTM.dtype) * middle_BTM
         return self._normalise(ends, "final_norm", x_BTM)
-
-    def trace(self, params: Params, tokens_BT: jax.Array) -> Trace:
-        """`apply` without a cache; notes the calls of the layers and of their attention, for inspection."""
-        plain = dataclasses.replace(self.config, layer_loop="unroll", remat="none")
-        streams, attended, found = list[jax.Array](), list[Attended | None](), list[Attended]()
-
-        def note(call: Callable[..., Any], args: Any, kwargs: Any, at: nn.module.InterceptorContext) -> Any:
-            result = call(*args, **kwargs)
-            if at.method_name == "attend":
-                q_BTHD, k_BTKD, v_BTKD, bias, context, _ = args
-                positions_BT = context.positions_BT
-                bias_BHTT = None if bias is None else bias(positions_BT, positions_BT)
-                found.append(Attended(q_BTHD, k_BTKD, v_BTKD, result[0], bias_BHTT))
-            elif isinstance(at.module, Block) and at.method_name == "__call__":
-                streams.extend([result[0]] if streams else [args[0], result[0]])
-                attended.append(found.pop() if found else None)
-            return result
-
-        with nn.intercept_methods(note):
-            forward = dataclasses.replace(self, config=plain).apply(params, tokens_BT)
-        return Trace(forward, tuple(streams), tuple(attended))
-
-    def lens(self, params: Params, trace: Trace, layers: int) -> jax.Array:
-        """The logit lens (arXiv:2303.08112): logits (B, T, vocab) if the model ended after `layers` layers."""
-        middle_BTM = trace.streams[min(layers, self.config.depth // 2 + 1)]
-        return self.logits(params, self._finish(params["ends"], trace.streams[layers], middle_BTM))
 
     def head(self, params: Params) -> jax.Array:
         """The float32 output matrix (M, V): the head, or the transposed embedding if tied."""
