@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxchat import processes, unnamed_owners
+from jaxchat import integrity, processes, unnamed_owners
 from jaxchat.data.cache import read_json, write_text
 from jaxchat.errors import UserError, first_line
-from jaxchat.model.transformer import all_finite
+from jaxchat.integrity import all_finite
 from jaxchat.paths import check_local, split_step, user_path
 from jaxchat.serialization import difference, from_json, to_json
 from jaxchat.upgrades import FORMAT, upgraded
@@ -36,11 +34,6 @@ EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 SNAPSHOTS = "snapshots"
-SIZES = "sizes.json"
-CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
-LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
-
-Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's files, by relative name.
 
 
 class Checkpoints:
@@ -78,10 +71,10 @@ class Checkpoints:
             parts = {"params": state.params}
             if facts is not None:
                 parts["rest"] = state._replace(params=None)._asdict()
-            sums = {name: checksums(part) for name, part in parts.items()}
+            sums = {name: integrity.checksums(part) for name, part in parts.items()}
             items = ocp.args.Composite(
                 **{name: ocp.args.StandardSave(part) for name, part in parts.items()},
-                facts=ocp.args.JsonSave({**(facts or {}), CHECKSUMS: sums}),
+                facts=ocp.args.JsonSave({**(facts or {}), integrity.CHECKSUMS: sums}),
             )
             self._manager.save(step, args=items)
         self._pending = [self._thread.submit(self._manager.wait_until_finished)]
@@ -106,7 +99,7 @@ class Checkpoints:
 
     def _record(self, step: int, committed: "Future[None]") -> None:
         if committed.exception() is None:
-            record_files(self.directory, self.steps(), fresh=step)
+            integrity.record_files(self.directory, self.steps(), fresh=step)
 
     def restore(self, abstract: Any, warn: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest readable checkpoint in the shapes and shardings of `abstract`: (step, state, facts).
@@ -117,15 +110,15 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                processes.everyone(functools.partial(check_files, self.directory, step))
+                processes.everyone(functools.partial(integrity.check_files, self.directory, step))
                 read = processes.everyone(functools.partial(self._read, step, abstract))
-                _verify(facts := dict(read.facts), params=read.params, rest=read.rest)
+                integrity.verify(facts := dict(read.facts), params=read.params, rest=read.rest)
             except (ValueError, OSError) as error:
                 reason = first_line(error)
                 warn(f"warning: checkpoint {step} in {self.directory} cannot be read ({reason}); trying an older one")
                 continue
             self._move_aside([later for later in steps if later > step], warn)
-            facts.pop(CHECKSUMS, None)
+            facts.pop(integrity.CHECKSUMS, None)
             return step, abstract._replace(**{**read.rest, "params": read.params}), facts
         if steps:
             problem = f"none of the {len(steps)} checkpoints in {self.directory} can be read"
@@ -180,99 +173,22 @@ class Checkpoints:
             self._manager.reload()
 
 
-def record_files(directory: Path, steps: list[int], *, fresh: int) -> None:
-    """Writes sizes.json for the checkpoints in `steps`; reads only the files of `fresh` and of unrecorded steps."""
-    known = _read_sizes(directory)
-    recorded = {str(step): known.get(str(step)) for step in steps if step != fresh}
-    sizes = {str(step): recorded.get(str(step)) or _measure(directory / str(step)) for step in steps}
-    write_text(directory.parent / SIZES, json.dumps(sizes, indent=1) + "\n")
-
-
-def check_files(directory: Path, step: int, *, part: str = "") -> None:
-    """Raises ValueError naming a file whose size, or whose hash if its name starts with `part`, has changed."""
-    recorded = _read_sizes(directory).get(str(step))
-    if recorded is None:  # The run was killed between finishing the checkpoint and recording it.
-        return
-    paths = _files(directory / str(step))
-    hashes = {}
-    for name, entry in recorded.items():
-        # Earlier versions recorded only the size.
-        wanted, hashes[name] = entry if isinstance(entry, list) else (entry, None)
-        size = paths[name].stat().st_size if name in paths else 0
-        if size != wanted:
-            raise ValueError(f"{name} has {size} bytes, not {wanted}")
-    checked = [name for name, digest in hashes.items() if digest and name.startswith(part)]
-    for name, digest in _hashes({name: paths[name] for name in checked}).items():
-        if digest != hashes[name]:
-            raise ValueError(f"{name} does not match its recorded hash")
-
-
-def _measure(directory: Path) -> Files:
-    paths = _files(directory)
-    hashes = _hashes({name: path for name, path in paths.items() if path.stat().st_size < LARGE})
-    return {name: (path.stat().st_size, hashes.get(name)) for name, path in paths.items()}
-
-
-def checksums(tree: Any) -> list[int]:
-    """A checksum of the bits of each array of a tree; it does not depend on the sharding."""
-    return [int(one) for one in np.asarray(_checksums(jax.tree.leaves(tree)))]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """Sums of bits * (2 * index + 1) modulo 2^32, (leaves,): a change of one element never leaves a sum the same."""
-
-    def add(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        weight, stride = jnp.ones(x.shape, jnp.uint32), 2
-        for axis in reversed(range(x.ndim)):
-            weight += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
-
-    return jnp.stack([add(x) for x in leaves])
-
-
-def _verify(facts: dict[str, Any], **parts: Any) -> None:
-    """Raises ValueError naming an array of params or rest that differs from what was saved with checksums."""
-    for part, tree in parts.items():
-        if (saved := facts.get(CHECKSUMS, {}).get(part)) is not None:
-            paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-            for path, before, now in zip(paths, saved, checksums(tree), strict=True):
-                if before != now:
-                    raise ValueError(f"{part}{path} does not match its recorded checksum")
-
-
 def read_facts(directory: Path, step: int) -> dict[str, Any]:
     """The facts of a checkpoint in a stage directory; empty if there are none that can be read."""
     value = read_json(_home(directory, step) / CHECKPOINTS / str(step) / "facts" / "metadata")
     return value if isinstance(value, dict) else {}
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    """Every file below a directory, by its relative name."""
-    return {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
-
-
-def _hashes(paths: dict[str, Path]) -> dict[str, str]:
-    """BLAKE2b hashes of files, by name."""
-    hashes = {}
-    for name, path in paths.items():
-        with path.open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return hashes
-
-
 def params_hash(directory: Path, step: int) -> str:
     """Hash of the parameters of a checkpoint in a stage directory: of its checksums, or else of its files."""
     directory = _home(directory, step)
     checkpoints, part = directory / CHECKPOINTS, "params/"
-    recorded = _read_sizes(checkpoints).get(str(step), {})
+    recorded = integrity.read_sizes(checkpoints).get(str(step), {})
     hashes = {name: entry[1] for name, entry in recorded.items() if name.startswith(part) and isinstance(entry, list)}
-    hashes = read_facts(directory, step).get(CHECKSUMS, {}).get("params") or hashes
+    hashes = read_facts(directory, step).get(integrity.CHECKSUMS, {}).get("params") or hashes
     if not hashes:
-        paths = _files(checkpoints / str(step)).items()
-        hashes = _hashes({name: path for name, path in paths if name.startswith(part)})
+        paths = integrity.files_of(checkpoints / str(step)).items()
+        hashes = integrity.hashes({name: path for name, path in paths if name.startswith(part)})
     return hashlib.blake2b(json.dumps(hashes, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -288,12 +204,7 @@ def copy_params(directory: Path, step: int, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     source, copy = (place / CHECKPOINTS / str(step) / "params" for place in (_home(directory, step), target))
     shutil.copytree(source, copy, copy_function=link)
-    record_files(target / CHECKPOINTS, [step], fresh=step)
-
-
-def _read_sizes(directory: Path) -> dict[str, Any]:
-    value = read_json(directory.parent / SIZES)
-    return value if isinstance(value, dict) else {}
+    integrity.record_files(target / CHECKPOINTS, [step], fresh=step)
 
 
 def finished_steps(directory: Path) -> list[int]:
@@ -375,9 +286,9 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     unnamed_owners.allow()
     with ocp.StandardCheckpointer() as reader:
         try:
-            check_files(checkpoints, step, part=f"{part}/")
+            integrity.check_files(checkpoints, step, part=f"{part}/")
             tree = reader.restore(checkpoints / str(step) / part, abstract)
-            _verify(read_facts(directory, step), **{part: tree})
+            integrity.verify(read_facts(directory, step), **{part: tree})
             return tree
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
             raise ValueError(first_line(error)) from error

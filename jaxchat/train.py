@@ -10,7 +10,8 @@ import optax
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model.transformer import Params, Transformer, all_finite
+from jaxchat.integrity import all_finite
+from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.objective import Batch, Sum
 from jaxchat.signals import Interrupted
 

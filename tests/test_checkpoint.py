@@ -18,7 +18,7 @@ from documents import environment
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from configs import tiny
-from jaxchat import checkpoint
+from jaxchat import checkpoint, integrity
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.errors import UserError
 from jaxchat.paths import split_step
@@ -341,13 +341,13 @@ def test_an_experiment_is_replaced_whole(tmp_path):
 
 def test_large_files_are_verified_by_the_checksums_of_their_arrays(tmp_path, monkeypatch):
     """No file is read twice: every change of an array is noticed, wherever it lies."""
-    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    monkeypatch.setattr(integrity, "LARGE", 0)
     directory = write(tmp_path / "stage", 2, 3)
     sizes = json.loads((directory / "sizes.json").read_text())
     assert all(digest is None for files in sizes.values() for _, digest in files.values())
     step, found, facts, _ = read(directory)
     assert (step, facts) == (3, {"tokens": 30}) and same(found, state(3))
-    monkeypatch.setattr(checkpoint, "_hashes", lambda paths: pytest.fail("read again") if paths else {})
+    monkeypatch.setattr(integrity, "hashes", lambda paths: pytest.fail("read again") if paths else {})
     for part in ("params", "rest"):
         copy = Path(shutil.copytree(directory, tmp_path / part))
         files = (path for path in files_of(copy, 3) if path.is_relative_to(copy / "checkpoints/3" / part))
@@ -369,19 +369,19 @@ def test_a_checksum_knows_every_element_and_no_sharding():
         "int32": generator.integers(0, 9, 8).astype(np.int32),
         "scalar": np.float32(3),
     }
-    before = checkpoint.checksums(arrays)
+    before = integrity.checksums(arrays)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
     split = {
         name: jax.device_put(array, NamedSharding(mesh, PartitionSpec("x") if np.ndim(array) else PartitionSpec()))
         for name, array in arrays.items()
     }
-    assert checkpoint.checksums(split) == before
+    assert integrity.checksums(split) == before
     for place in [(0, 0, 0), (7, 2, 4), (3, 1, 2)]:
         for other in (np.nextafter(arrays["float32"][place], np.float32(9)), -arrays["float32"][place]):
             changed = arrays["float32"].copy()
             changed[place] = other
-            assert checkpoint.checksums({**arrays, "float32": changed}) != before
-    assert checkpoint.checksums({**arrays, "float32": arrays["float32"][::-1].copy()}) != before
+            assert integrity.checksums({**arrays, "float32": changed}) != before
+    assert integrity.checksums({**arrays, "float32": arrays["float32"][::-1].copy()}) != before
 
 
 def test_checkpoints_without_checksums_are_read_and_have_the_hash_of_their_files(copy):
@@ -389,7 +389,7 @@ def test_checkpoints_without_checksums_are_read_and_have_the_hash_of_their_files
     facts = copy / "checkpoints/3/facts/metadata"
     new = checkpoint.params_hash(copy, 3)
     facts.write_text(json.dumps({"tokens": 30}))
-    checkpoint.record_files(copy / "checkpoints", [2, 3], fresh=3)
+    integrity.record_files(copy / "checkpoints", [2, 3], fresh=3)
     assert read(copy)[:3:2] == (3, {"tokens": 30})
     old = checkpoint.params_hash(copy, 3)
     (copy / "sizes.json").unlink()

@@ -14,7 +14,7 @@ LEVELS = (
     ("errors", "paths", "serialization", "upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
     ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
-    ("model", "optim", "metrics", "devices", "sharding", "processes", "unnamed_owners"),
+    ("model", "optim", "metrics", "devices", "sharding", "processes", "unnamed_owners", "integrity"),
     ("objectives", "decode", "checkpoint"),
     ("rl.settings", "experiment", "loading"),
     ("train", "evaluation", "terminal"),

@@ -250,10 +250,10 @@ def test_a_lost_process_ends_the_others_and_fewer_go_on(place: Path) -> None:
 
 UNLUCKY = """
 import os, time
-from jaxchat import checkpoint, launcher, processes
+from jaxchat import checkpoint, integrity, launcher, processes
 from launch.train import main
 
-measure, read = checkpoint._measure, checkpoint.Checkpoints._read
+measure, read = integrity.measure, checkpoint.Checkpoints._read
 
 def slow(directory):
     time.sleep(float(os.environ.get("HASH_SECONDS", 0)))
@@ -264,7 +264,7 @@ def fails(self, step, abstract):
         raise ValueError("Stale file handle")
     return read(self, step, abstract)
 
-checkpoint._measure, checkpoint.Checkpoints._read = slow, fails
+integrity.measure, checkpoint.Checkpoints._read = slow, fails
 launcher.run(main)
 """
 

@@ -377,11 +377,6 @@ class Transformer:
         return x_BTM, middle_BTM, add_aux(auxes)
 
 
-def all_finite(params: Params) -> jax.Array:
-    """Whether all parameters are finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
 def _length(positions_BT: jax.Array, cache: Cache) -> jax.Array:
     """Number of positions written in each row after a call, (B,); a row of padding keeps its length."""
     end_B = positions_BT.max(axis=1) + 1

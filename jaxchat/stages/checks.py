@@ -11,7 +11,7 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, require
 from jaxchat.evaluation.evaluate import Settings, Solving, jobs
 from jaxchat.experiment import RESUMABLE, Experiment
-from jaxchat.model.transformer import all_finite
+from jaxchat.integrity import all_finite
 from jaxchat.serialization import difference
 from jaxchat.tasks import load_task, problems_of
 from jaxchat.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxchat import checkpoint, machine
+from jaxchat import checkpoint, integrity, machine
 from jaxchat.data.cache import read_json, set_aside, write_json
 
 FILE = "starts.json"
@@ -74,9 +74,9 @@ def recorded(directory: Path, began: float) -> Iterator[None]:
 
 def keep_records(directory: Path, log: Any) -> None:
     """Renames what a stage recorded whose checkpoints were removed since, because a new run would overwrite it."""
-    if checkpoint.finished_steps(directory) or not read_json(directory / checkpoint.SIZES):
+    if checkpoint.finished_steps(directory) or not read_json(directory / integrity.SIZES):
         return
     for path in (directory / name for name in ("metrics.jsonl", "samples.md", "tensorboard")):
         if path.exists():
             log(f"{directory / checkpoint.CHECKPOINTS} was removed: its {path.name} is kept as {set_aside(path).name}")
-    (directory / checkpoint.SIZES).unlink()
+    (directory / integrity.SIZES).unlink()
