@@ -7,7 +7,7 @@ stage and kept step as tiny/sft, tiny/sft@300; several checkpoints are separated
 from dataclasses import dataclass
 
 from jaxchat import command_line, launcher
-from jaxchat.errors import UserError
+from jaxchat.errors import missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict[str, object]:
     try:
         from jaxchat.serve import app
     except ImportError as error:
-        raise UserError(f"this needs the extra serve ({error}): pip install -e '.[serve]'") from None
+        raise missing(f"launch.serve needs more packages ({error})", "serve") from None
     return app.run(options)
 
 

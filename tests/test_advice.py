@@ -184,7 +184,7 @@ def test_rows_that_are_trained_on_many_times_are_said(tmp_path, tokenizer):
     def told(path, *more):
         said = []
         stage = FromText(load(*flags, f"--data.train={path}", *more), tokenizer, said.append)
-        assert stage.steps * 8 <= MOST_PASSES * stage._stream.rows_per_pass or "times" in said[-1]
+        assert stage.steps * 8 <= MOST_PASSES * stage.stream.rows_per_pass or "times" in said[-1]
         return [line for line in said if "times" in line]
 
     for path in (three, sixty):

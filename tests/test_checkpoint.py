@@ -281,7 +281,7 @@ def test_sizes_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "record_files", full)
+    monkeypatch.setattr(integrity, "record_files", full)
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state(1), {})
     for act in (lambda: checkpoints.save(2, state(2), {}), checkpoints.check, checkpoints.close):

@@ -19,7 +19,7 @@ import launch.chat
 import launch.prepare
 import launch.tokenizer
 import launch.train
-from jaxchat import checkpoint, launcher
+from jaxchat import checkpoint, integrity, launcher
 from jaxchat.data import cache, prepare
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
@@ -238,7 +238,7 @@ MOMENTS = {
     "tokenizer": (prepare, "ensure_tokenizer"),
     "rows": (prepare, "ensure_rows"),
     "compilation": (running, "compile_step"),
-    "restoring": (checkpoint, "check_files"),
+    "restoring": (integrity, "check_files"),
 }
 
 

@@ -24,6 +24,7 @@ import launch.inspect
 import launch.plan
 import launch.plot
 import launch.prepare
+import launch.serve
 import launch.speedrun
 import launch.tokenizer
 import launch.train
@@ -347,6 +348,7 @@ HELP = {
     "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
     "compare": (launch.compare, [], ["--variants", "--seeds", "--equal", "--measure"]),
     "inspect": (launch.inspect, [], ["--checkpoint", "--text", "--run", "--step", "--replay", "--top_p"]),
+    "serve": (launch.serve, [], ["--checkpoint", "--api_key", "--drain_seconds", "--tools"]),
     "plot": (launch.plot, [], ["--runs", "--out"]),
     "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
     "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),

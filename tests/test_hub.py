@@ -108,7 +108,8 @@ class FakeHub:
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # Another test may have imported it offline.
     fake = FakeHub()
     yield fake
     fake.close()

@@ -445,6 +445,17 @@ SOURCES = sorted(path for top in ("jaxchat", "launch", "benchmarks") for path in
 
 # Messages with a flag that no row has: where their remedy is followed, or why it is not.
 ELSEWHERE = {
+    "is read in tests/test_serve_launch.py, test_inspect.py and test_inspect_steps.py": (
+        "name a checkpoint alone: --checkpoint=runs/tiny/rl",
+        "name what to look at: --checkpoint with --text or --prompt, or --run with --step",
+        "--step={} must be at least 1: name a step of metrics.jsonl",
+        "give --text, a text to look into, or --prompt, to look into the model",
+        "step {} is {} steps from {}: allow it with --replay={}",
+        "--host={} lets other machines use this server: set --api_key, or --allow_anyone=True",
+        "{} port {} cannot be served ({}): set --host and --port",
+        "port {} is in use: choose another with --port, or 0 for any free one",
+        "the model {} takes {} bytes, but {}: raise --model_bytes",
+    ),
     "is followed by tests/test_advice.py and tests/test_paths.py": (
         "no documents to train on: set --data.train to files, directories or tinywor",
         "{}: give one for each, or --data.{} without a value",
