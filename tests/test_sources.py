@@ -244,7 +244,7 @@ def test_a_parquet_file_that_is_not_utf8_is_refused(tmp_path):
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", ["x"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'jaxchat\[hub\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install -e '\.\[hub\]'"):
         read(path)
 
 
