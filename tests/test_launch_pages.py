@@ -125,6 +125,8 @@ def shortened(name, argv):
     """The arguments of a command with more, so that it takes seconds."""
     if name in ("chat", "evaluate"):
         return [word.replace("@375", "@2") for word in argv] + ["--max_tokens=4"] + ["--limit=2"] * (name == "evaluate")
+    if name == "inspect":
+        return [re.sub(r"--step=\d+", "--step=2", word) for word in argv]
     if name not in ("train", "speedrun", "prepare", "tokenizer") or "--help" in argv:
         return argv
     small = SMALL | (ROLLOUTS if name == "speedrun" else {})
@@ -155,7 +157,8 @@ def programs(page):
     """Blocks of Python, and what is given to `python -c`."""
     text = page.read_text(encoding="utf-8")
     kinds = (r"^```python\n(.*?)^```", r"^python -c '\n(.*?)^'")
-    return [program for kind in kinds for program in re.findall(kind, text, re.MULTILINE | re.DOTALL)]
+    found = [program for kind in kinds for program in re.findall(kind, text, re.MULTILINE | re.DOTALL)]
+    return [program for program in found if not program.startswith("# Needs ")]
 
 
 def order(page):
