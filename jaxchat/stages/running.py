@@ -115,6 +115,8 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
 
     def save(number: int, state: State) -> None:
         facts = {"results": results, "environment": environment(b.setup)}
+        if b.snapshots is not None:  # Orbax numbers its barriers in order, which must be the same in all processes.
+            b.snapshots.wait()
         b.checkpoints.save(number, state, b.stage.facts(number) | facts)
 
     def score(number: int, state: State, last: bool) -> None:
@@ -134,6 +136,7 @@ def train(b: Built, terminal: metrics.Terminal) -> tuple[dict[str, Any], StepLog
 
     def snapshot(number: int, state: State) -> None:
         if b.snapshots is not None:
+            b.checkpoints.wait()
             b.snapshots.save(number, state, None)
 
     closing = [b.checkpoints.close] if b.snapshots is None else [b.checkpoints.close, b.snapshots.close]
