@@ -225,6 +225,28 @@ def test_what_does_not_fit_is_cut_at_its_beginning_and_counted(run: str) -> None
     assert cut == whole and lm.truncated == 4
 
 
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [
+        ("wat", "er"),
+        ("the bea", "r"),
+        ("=", "="),
+        ("the be", "ar tree"),
+        ("a: wat", "er fox"),
+        ("fox ", "bear"),
+        ("", "fox"),
+    ],
+)
+def test_a_continuation_that_a_token_of_the_whole_text_spans_is_scored_whole(
+    context: str, continuation: str, run: str
+) -> None:
+    lm = harness.load(run)
+    before, after = lm._encode_pair(context, continuation)
+    words = tokenizer()
+    assert words.decode(before[1:]) == context.rstrip()
+    assert words.decode(after) == context[len(context.rstrip()) :] + continuation
+
+
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 9, 23])
 def test_windows_score_every_token_once_after_all_that_fits(count: int) -> None:
     tokens, length = list(range(100, 100 + count)), 4

@@ -90,6 +90,9 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"prompt": 3}\n')
     with pytest.raises(UserError, match=r"HumanEval\.jsonl line 2: not an object with task_id, prompt"):
         load_task(f"humaneval:{tmp_path}").problems("test")
+    (tmp_path / "HumanEval.jsonl").write_text("".join(json.dumps(ROWS[i]) + "\n" for i in (0, 1, 0)))
+    with pytest.raises(UserError, match=r"3: Own/0 has the prompt of Own/0: remove one of them"):
+        HumanEval(str(tmp_path)).problems("test")
     (tmp_path / "HumanEval.jsonl").rename(tmp_path / "HumanEval.jsonl.bak")
     with pytest.raises(UserError, match=r"no HumanEval\.jsonl or HumanEval\.jsonl\.gz in"):
         load_task(f"humaneval:{tmp_path}").problems("test")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_groups_whose_answers_are_equally_good_are_counted_and_train_nothing(tas
     one.batch(1, None)
     assert len(said) == 1
     assert "rollout batch 0: for each of the 3 problems drawn all answers have the same reward" in said[0]
+    assert "cut" not in said[0]
+
+
+def test_a_batch_of_answers_that_are_all_cut_names_the_limit(task):
+    class Cut(Engine):
+        def answer(self, request, index):
+            return dataclasses.replace(super().answer(request, index), finish_reason="length")
+
+    stream(task, Cut(right=0.0)).batch(0, None)
+    assert re.search(r", and (\d+) of \1 answers were cut after rl\.max_tokens=\d+: raise it$", said[0])
 
 
 def test_answers_of_a_model_without_finite_probabilities_end_the_run(task):

@@ -135,3 +135,4 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(answers, right):
         chosen = list(itertools.combinations(range(answers), k))
         share = sum(any(i < right for i in pick) for pick in chosen) / len(chosen)
         assert pass_at_k(answers, right, k) == pytest.approx(share)
+    assert pass_at_k(answers, 0, answers + 1) == 0

@@ -1,5 +1,6 @@
 """What a stage writes beside its checkpoints, and how it ends."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,9 +9,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from jaxchat import command_line, metrics, optim
+from jaxchat import checkpoint, command_line, metrics, optim
 from jaxchat.errors import UserError
-from jaxchat.stages import checks, reporting
+from jaxchat.stages import checks, reporting, running
 
 
 @pytest.fixture
@@ -44,6 +45,17 @@ def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
     factor = optim.learning_rate_factor(experiment.optimizer, experiment.steps)
     # The optimizer has taken no step while the second and third were skipped.
     assert [r["learning_rate_factor"] for r in kept.records] == [float(factor(jnp.int32(t))) for t in (0, 1, 1, 1, 2)]
+
+
+def test_a_run_that_is_given_more_steps_says_what_becomes_of_its_learning_rates(experiment):
+    again = dataclasses.replace(experiment, steps=40)
+    assert running._other_schedule(again, 10) == ""
+    checkpoint.write_experiment(experiment.stage_directory, experiment)
+    assert running._other_schedule(experiment, 10) == ""
+    factors = [float(optim.learning_rate_factor(experiment.optimizer, steps)(jnp.int32(10))) for steps in (40, 10)]
+    said = running._other_schedule(again, 10)
+    assert said.startswith(" with 40 steps instead of 10: its learning rates are ")
+    assert "{:.1%} of the configured ones instead of {:.1%}".format(*factors) in said
 
 
 def test_an_unstable_run_says_so_once_and_counts_in_every_record(experiment):

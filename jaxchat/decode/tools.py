@@ -75,7 +75,8 @@ def evaluate(node: ast.expr, depth: int) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
-    if abs(exponent) > MOST_BITS or (isinstance(base, int) and base.bit_length() * abs(exponent) > MOST_BITS):
+    """A power. Only powers of two integers can take long; `_bounded` refuses the results of others."""
+    if isinstance(base, int) and isinstance(exponent, int) and (abs(base).bit_length() - 1) * exponent > MOST_BITS:
         raise ValueError("too large")
     value = base**exponent
     if isinstance(value, complex):

@@ -108,6 +108,18 @@ class Adapter:
         text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(self._format.end)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context without the spaces at its end, and of these and the continuation.
+
+        Both are parts of the tokens of the whole text, unless a token spans the border: then each is encoded by itself,
+        where lm-eval would leave out the beginning of the continuation, or all of it.
+        """
+        before = context.rstrip()
+        after = context[len(before) :] + continuation
+        first, whole = self.tok_encode(before), self.tok_encode(before + after)
+        shared = whole[: len(first)] == first
+        return first, whole[len(first) :] if shared else self.tok_encode(after, add_special_tokens=False)
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts in nats. Every token is scored once, see `windows`."""
         texts = [request.args[0] for request in requests]

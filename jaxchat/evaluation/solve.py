@@ -45,7 +45,7 @@ class Solved(NamedTuple):
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
     """Unbiased estimate of the probability that at least one of k answers is right (arXiv:2107.03374, eq. 1)."""
-    if answers - right < k:
+    if right and answers - right < k:
         return 1.0
     return 1.0 - math.prod(1 - k / i for i in range(answers - right + 1, answers + 1))
 

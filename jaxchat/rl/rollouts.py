@@ -100,7 +100,7 @@ class RolloutStream:
         self._engine.unload()
         sampled = time.perf_counter()
         rewards_PG = np.stack([group.rewards_G for group in groups])
-        self._check(number, rewards_PG, drawn)
+        self._check(number, rewards_PG, drawn, [answer for group in groups for answer in group.answers])
         self._answers = [
             answer_of(group.prompt, completion, set_bytes=self._set_bytes)
             for group in groups
@@ -125,7 +125,7 @@ class RolloutStream:
             "score_seconds": done - sampled,
         }
 
-    def _check(self, number: int, rewards_PG: np.ndarray, drawn: int) -> None:
+    def _check(self, number: int, rewards_PG: np.ndarray, drawn: int, answers: Sequence[Completion]) -> None:
         """Raises `UserError` if no answer has a reward; warns once if no problem has answers of different reward."""
         if np.isnan(rewards_PG).all():
             raise UserError(
@@ -136,7 +136,8 @@ class RolloutStream:
             self._warn(
                 ("alike",),
                 f"warning: rollout batch {number}: for each of the {drawn} problems drawn all answers have the same "
-                "reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups",
+                "reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups"
+                f"{cut_short(answers, self._rl.max_tokens)}",
             )
 
     def _warn(self, key: tuple[str, ...], text: str) -> None:
@@ -298,6 +299,13 @@ def _seed(*key: int) -> int:
     """Hashes integers to a seed of 63 bits, the same in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8, person=b"rollouts").digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def cut_short(answers: Sequence[Completion], most: int) -> str:
+    """How many answers were cut at their limit of `most` tokens, to follow a warning; "" if at most half were."""
+    cut = sum(answer.finish_reason == "length" for answer in answers)
+    reason = f", and {cut} of {len(answers)} answers were cut after rl.max_tokens={most}: raise it"
+    return reason if 2 * cut > len(answers) else ""
 
 
 def _summary(groups: Sequence[Group]) -> dict[str, float]:

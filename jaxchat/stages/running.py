@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxchat import checkpoint, devices, metrics, processes, signals
 from jaxchat.compilation import Compiled, Setup, compile_step, environment, make_setup
@@ -16,6 +17,7 @@ from jaxchat.data import cache, prepare
 from jaxchat.data.cache import Log
 from jaxchat.evaluation.curves import read_metrics
 from jaxchat.experiment import STAGES, Experiment
+from jaxchat.optim import learning_rate_factor
 from jaxchat.stages import starts
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
@@ -193,9 +195,21 @@ def _start(setup: Setup, checkpoints: checkpoint.Checkpoints, log: Log) -> tuple
         number, state, facts = restored
         place = checkpoints.directory / str(number)
         check_finite(state, f"the parameters of {place}", "remove it to resume from the one before")
-        log(f"continuing from step {number:,}")
+        log(f"continuing from step {number:,}{_other_schedule(setup.experiment, number)}")
         return number, state, facts
     return 0, first_state(setup, log), {}
+
+
+def _other_schedule(e: Experiment, number: int) -> str:
+    """What another number of steps than at the last start does to the learning rates of step `number`; or ""."""
+    if not (e.stage_directory / checkpoint.EXPERIMENT).is_file():
+        return ""
+    before = checkpoint.read_experiment(e.stage_directory, Experiment).steps
+    if before == e.steps:
+        return ""
+    old, new = (float(learning_rate_factor(e.optimizer, steps)(jnp.int32(number))) for steps in (before, e.steps))
+    changed = f"its learning rates are {new:.1%} of the configured ones instead of {old:.1%}"
+    return f" with {e.steps:,} steps instead of {before:,}: {changed}"
 
 
 def first_state(setup: Setup, log: Log) -> State:

@@ -54,8 +54,12 @@ class HumanEval(FromFiles):
 
     @cached_property
     def _rows(self) -> dict[str, Row]:
-        rows = (_row(row, where) for where, row in self._read("HumanEval.jsonl", "val"))
-        return {row.prompt: row for row in rows}
+        rows: dict[str, Row] = {}
+        for where, read in self._read("HumanEval.jsonl", "val"):
+            row = _row(read, where)
+            if (first := rows.setdefault(row.prompt, row)) is not row:
+                raise UserError(f"{where}: {row.task_id} has the prompt of {first.task_id}: remove one of them")
+        return rows
 
     def score(self, problem: Problem, text: str) -> Score:
         """Strict and lenient scores are the same: whether the program passes its test.
