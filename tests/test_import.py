@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from exports import VOCAB, model, tokenizer
 from safetensors.numpy import load_file, save_file
 
 from jaxchat.errors import UserError
-from jaxchat.export import huggingface
+from jaxchat.export import huggingface, nanochat
 from jaxchat.model import GQA, Model, RMSNorm, Transformer
 
 GROUPED = model(width=32, pattern=(GQA(heads=4, kv_heads=2, head_dim=8, init="normal"),))
@@ -157,6 +158,35 @@ def test_mutated_configurations_that_are_imported_have_the_logits_of_transformer
             transformer = Transformer(found)
             logits[found] = np.asarray(transformer.logits(params, transformer.apply(params, TOKENS)[0]))
         assert np.abs(logits[found] - expected).max() < 1e-4, f"{key} {how}"
+
+
+JUNK = (None, 0, -1, 1, 2**31 - 1, 2**64, 0.5, 1e-300, 1e300, math.nan, math.inf, True, False, "", "1", [], [1], {})
+
+
+def test_junk_in_any_known_key_is_a_model_or_refused_by_name(exported: Path) -> None:
+    config = config_of(exported)
+    rope = config["rope_parameters"]
+    changes = [(key, value, {key: value}) for key in (*nanochat.KEYS, *nanochat.NEUTRAL, "other") for value in JUNK]
+    changes += [(key, value, {"rope_parameters": rope | {key: value}}) for key in nanochat.ROPE for value in JUNK]
+    for key, value, change in changes:
+        try:
+            _, length = huggingface.read_config(config | change)
+        except UserError as error:
+            assert f"{key}=" in str(error), f"{key}={value}: {error}"
+        else:
+            assert length > 1 and key != "other"
+    with pytest.raises(UserError, match="num_hidden_layers=2147483647"):  # Its layers would be listed one by one.
+        huggingface.read_config(config | {"num_hidden_layers": 2**31 - 1})
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "hidden_size"])
+def test_of_a_key_that_is_written_twice_the_last_counts_as_in_transformers(
+    key: str, exported: Path, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace(f'"{key}"', f'"{key}": 7, "{key}"'))
+    assert read(directory)[0] == read(exported)[0]
 
 
 @pytest.mark.parametrize(

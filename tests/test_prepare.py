@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import sys
 from collections import Counter
@@ -242,6 +243,20 @@ def test_a_run_without_documents_names_the_option(tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=r"no documents to train on: .*--data.train"):
             make()
+
+
+def test_held_out_texts_that_are_trained_on_are_counted(tmp_path, corpus, tokenizer):
+    val, said = tmp_path / "val.jsonl", []
+    lines = corpus.read_text().splitlines()[:3]
+    val.write_text("\n".join([*lines, lines[0], json.dumps({"text": "of its own"})]) + "\n")
+    data = settings(corpus, val=(str(val),))
+    ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
+    assert said[-1].startswith(f"warning: {val}: 3 of 4 different texts are also trained on: ")
+    ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
+    assert len([line for line in said if "trained on:" in line]) == 1
+    val.write_text(json.dumps({"text": "of its own"}) + "\n")
+    ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
+    assert "warning" not in said[-1]
 
 
 def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_path, corpus, tokenizer):

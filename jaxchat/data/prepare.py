@@ -24,7 +24,7 @@ from jaxchat.data.formats import FORMATS, Format
 from jaxchat.data.reports import Entry, Longer, count, division, nothing, warnings
 from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
 from jaxchat.data.source import Reading, Source, Split
-from jaxchat.data.sources import TEXT, content_hashes, find
+from jaxchat.data.sources import TEXT, content_hashes, find, held_out_from
 from jaxchat.data.streams import Rows
 from jaxchat.errors import UserError
 from jaxchat.paths import user_path
@@ -237,9 +237,22 @@ def _ensure(
                 }
                 cache.write_json(directory / "manifest.json", manifest)
                 log(_summary(Rows(directory)))
-                for warning in warnings(manifest, longer):
+                own = _trained_on(data, sources, recipe, cache_directory) if split == "val" and data.val else []
+                for warning in (*warnings(manifest, longer), *own):
                     log(f"warning: {spec}: {warning}")
     return Rows(directory)
+
+
+def _trained_on(data: Data, sources: Sequence[Source], recipe: Recipe, cache_directory: Path) -> list[str]:
+    """A warning if texts of held-out files are among those that tokenizer training reads, of a large corpus a sample;
+    generators and the hub divide what they have themselves."""
+    reading = Reading(data.text_column, data.encoding)
+    files = [source for source in sources if Path(source.path).is_file()]
+    held = {held_out_from(text) for source in files for text in _texts_of(source, reading, recipe) if text}
+    trained = texts(data, "train", cache_directory, lambda _: None) if held else ()
+    seen = len(held.intersection(map(held_out_from, trained)))
+    remedy = "losses on them say little; remove them from --data.train or --data.val"
+    return [f"{seen:,} of {len(held):,} different texts are also trained on: {remedy}"] if seen else []
 
 
 def _is_whole(directory: Path) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.errors import UserError
-from jaxchat.export.places import POSITIVE, WHOLE, Family, Key, Place, only, read_keys
+from jaxchat.export.places import POSITIVE, WHOLE, Family, Key, Place, only, read_keys, whole
 from jaxchat.model import GQA, Layer, Model, ReluSquared, RMSNorm, RoPE
 
 SIZES = "num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads and head_dim"
@@ -29,11 +29,11 @@ KEYS: Mapping[str, Key] = {
     "vocab_size": WHOLE,
     "hidden_size": WHOLE,
     "intermediate_size": WHOLE,
-    "num_hidden_layers": WHOLE,
+    "num_hidden_layers": whole(most=10_000),
     "num_attention_heads": WHOLE,
     "num_key_value_heads": WHOLE.or_null(),
     "head_dim": WHOLE._replace(default=None),
-    "max_position_embeddings": WHOLE,
+    "max_position_embeddings": whole(least=2),
     "rms_norm_eps": POSITIVE._replace(default=1e-6),
     "final_logit_softcapping": POSITIVE.or_null()._replace(default=15.0),
     "rope_theta": POSITIVE._replace(default=None),

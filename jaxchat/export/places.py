@@ -54,7 +54,12 @@ def only(*values: Any) -> Key:
     return Key(lambda value: value in values, " or ".join(map(json.dumps, values)), values[0])
 
 
-WHOLE = Key(lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0")
+def whole(least: int = 1, most: int = 2**31 - 1) -> Key:
+    """A key that must be a whole number in this range."""
+    return Key(lambda value: type(value) is int and least <= value <= most, f"a whole number from {least} to {most}")
+
+
+WHOLE = whole()
 POSITIVE = Key(
     lambda value: type(value) in (int, float) and TINY <= value <= HUGE, f"a number from {TINY:.2g} to {HUGE:.2g}"
 )
