@@ -52,10 +52,11 @@ def test_a_run_that_is_given_more_steps_says_what_becomes_of_its_learning_rates(
     assert running._other_schedule(again, 10) == ""
     checkpoint.write_experiment(experiment.stage_directory, experiment)
     assert running._other_schedule(experiment, 10) == ""
-    factors = [float(optim.learning_rate_factor(experiment.optimizer, steps)(jnp.int32(10))) for steps in (40, 10)]
-    said = running._other_schedule(again, 10)
-    assert said.startswith(" with 40 steps instead of 10: its learning rates are ")
-    assert "{:.1%} of the configured ones instead of {:.1%}".format(*factors) in said
+    factor = lambda steps: float(optim.learning_rate_factor(experiment.optimizer, steps)(jnp.int32(10)))  # noqa: E731
+    changed = f"the factor of its learning rates is {factor(40):.3g} instead of {factor(10):.3g}"
+    assert running._other_schedule(again, 10) == f" with 40 steps instead of 10: {changed}"
+    assert factor(40) != factor(10)
+    assert running._other_schedule(again, 0) == " with 40 steps instead of 10"
 
 
 def test_an_unstable_run_says_so_once_and_counts_in_every_record(experiment):

@@ -205,11 +205,9 @@ def _other_schedule(e: Experiment, number: int) -> str:
     if not (e.stage_directory / checkpoint.EXPERIMENT).is_file():
         return ""
     before = checkpoint.read_experiment(e.stage_directory, Experiment).steps
-    if before == e.steps:
-        return ""
     old, new = (float(learning_rate_factor(e.optimizer, steps)(jnp.int32(number))) for steps in (before, e.steps))
-    changed = f"its learning rates are {new:.1%} of the configured ones instead of {old:.1%}"
-    return f" with {e.steps:,} steps instead of {before:,}: {changed}"
+    changed = f": the factor of its learning rates is {new:.3g} instead of {old:.3g}"
+    return f" with {e.steps:,} steps instead of {before:,}{changed * (old != new)}" * (before != e.steps)
 
 
 def first_state(setup: Setup, log: Log) -> State:
