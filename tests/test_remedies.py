@@ -509,6 +509,7 @@ ELSEWHERE = {
         "No problems were asked",
     ),
     "needs other data; tests/test_hub.py, test_prepare.py, test_prepare_conversations.py, test_tokenizer.py": (
+        "losses on them say little; remove them from --data.train or --data.val",
         "has no parquet file to validate on",
         "rows cannot be stored at",
         "holds out all it has",
