@@ -107,9 +107,14 @@ class FakeHub:
             handler.wfile.write(body)
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """Another test of this process may have imported the library offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # Another test may have imported it offline.
+def server():
     fake = FakeHub()
     yield fake
     fake.close()
