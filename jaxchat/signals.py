@@ -59,7 +59,7 @@ def handled() -> Iterator[None]:
         try:
             yield
         finally:
-            _mode["ended"] = True  # The process only leaves, and has told how it ended.
+            _mode["ended"] = True  # The result is printed; only the interpreter's exit is left.
         return
     end = listen()
     try:

@@ -144,7 +144,7 @@ def run(options: Any) -> dict[str, object]:
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     default = models.get(options.default_model, next(reversed(models.values())))
-    load_checkpoint(f"{default.directory}@{default.step}")  # Its mistakes are told here, not by /ready.
+    load_checkpoint(f"{default.directory}@{default.step}")  # A wrong checkpoint must fail the start.
     app = create_app(options, models)
     listening = _bind(options.host, options.port)
     _log_lines()
