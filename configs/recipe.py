@@ -10,10 +10,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from configs.own_data import replaced
 from jaxchat.data.prepare import Data
 from jaxchat.experiment import Experiment
 from jaxchat.model import (
@@ -129,7 +130,7 @@ def pretrain(
     dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
     """The pretraining experiment of a dial; `fields` sets further fields of Experiment."""
-    parts = {"train": train, "val": val} | replaced(dial, train, fields)
+    parts = {"train": train, "val": val} | replaced(dial.train, train, fields)
     data = Data(**parts, vocab=dial.vocab, row_length=dial.row_length)
     experiment = Experiment(
         model=model(dial),
@@ -146,25 +147,6 @@ def pretrain(
     return dataclasses.replace(experiment, **fields)  # type: ignore[arg-type]
 
 
-def replaced(dial: Dial, train: tuple[str, ...], fields: dict[str, object]) -> dict[str, tuple[Any, ...]]:
-    """Fields of Data that `dial.train` replaces; removes from `fields` the prompts, which are about other data."""
-    if not dial.train:
-        return {}
-    parts: dict[str, tuple[Any, ...]] = {"train": dial.train}
-    if len(dial.train) != len(train):
-        parts["epochs"] = ()
-    if not {_data_set(spec) for spec in dial.train} <= {_data_set(spec) for spec in train}:
-        fields.pop("prompts", None)
-        parts |= {"val": (), "epochs": ()}
-    return parts
-
-
-def _data_set(spec: str) -> str:
-    """The generator or the hub's data set of a spec; a file is its own."""
-    kind, colon, rest = spec.removeprefix("text:").partition(":")
-    return kind if kind == "tinyworld" else f"hub:{rest.partition(':')[0]}" if kind == "hub" and colon else spec
-
-
 def sft(
     base: Experiment,
     dial: Dial,
@@ -176,7 +158,7 @@ def sft(
     **fields: object,
 ) -> Experiment:
     """Supervised fine-tuning of a pretraining experiment: its optimizer with another `scale` and no weight decay."""
-    parts = {"train": train, "val": val, "epochs": epochs} | replaced(dial, train, fields)
+    parts = {"train": train, "val": val, "epochs": epochs} | replaced(dial.train, train, fields)
     data = dataclasses.replace(base.data, **parts, format="chat", weights=(), packing="best_fit")
     return dataclasses.replace(
         base,
