@@ -26,7 +26,7 @@ from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.model import Transformer
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, chat, train_tokenizer
-from jaxchat.tokenizer.chat_format import NANOCHAT
+from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat, Marks
 
 NAMES = ("user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end")
 SPECIALS = {name: 50 + i for i, name in enumerate((*NAMES, "output_start", "output_end"))}
@@ -150,7 +150,7 @@ def test_a_system_message_without_words_is_none() -> None:
     assert chat.render([*said(("system", "")), *rest], WORDS) == chat.render(rest, WORDS)  # type: ignore[arg-type]
 
 
-def template(messages: list[dict[str, Any]], **options: Any) -> str:
+def template(messages: list[dict[str, Any]], chat_format: ChatFormat = NANOCHAT, **options: Any) -> str:
     """As transformers compiles and fills in a template."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -159,7 +159,7 @@ def template(messages: list[dict[str, Any]], **options: Any) -> str:
         raise UserError(sentence)
 
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(chat.template(NANOCHAT)).render(messages=messages, **options)
+    return environment.from_string(chat.template(chat_format)).render(messages=messages, **options)
 
 
 @given(messages=dialogues, system=st.none() | st.just("") | some_text, complete=st.booleans())
@@ -170,6 +170,14 @@ def test_the_template_writes_what_is_rendered(
     spoken = [*([] if system is None else said(("system", system))), *(messages[:-1] if complete else messages)]
     ids = chat.render(spoken, tokenizer, complete=complete).ids
     assert template(spoken, add_generation_prompt=complete) == tokenizer.decode(ids, keep_specials=True)
+
+
+def test_a_format_without_tools_may_end_all_turns_alike() -> None:
+    turns = {role: Marks(f"<|{role}|>", "<|end|>", in_loss=role == "assistant") for role in ("user", "assistant")}
+    chat_format = ChatFormat("<|bos|>", turns, parts={})
+    assert chat_format.specials == ("<|bos|>", "<|user|>", "<|end|>", "<|assistant|>")
+    messages = [*said(("user", "Hello")), {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}]
+    assert template(messages, chat_format) == "<|bos|><|user|>Hello<|end|><|assistant|>Hi<|end|>"
 
 
 @pytest.mark.parametrize("bad", ["order", "begins", "system", "unknown"])

@@ -1,5 +1,6 @@
 """Conversations become rows: what is learned, what is held out, and what is left out aloud."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -17,6 +18,10 @@ from jaxchat.data.prepare import texts as texts_of
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 from jaxchat.tokenizer.chat_format import NANOCHAT
+from jaxchat.tokenizer.sentencepiece import SentencePiece
+
+
+ONCE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,23 @@ def test_the_stop_token_and_the_call_are_learned_and_the_tools_output_is_not(tmp
     assert tokenizer.decode_bytes(hidden, keep_specials=True) == (
         b"<|user_start|>What is 48/2?<|user_end|><|assistant_start|><|output_start|>24<|output_end|>"
     )
+
+
+def test_a_part_that_the_chat_format_lacks_is_skipped_and_counted(tmp_path, tokenizer, none_held_out):
+    other = SentencePiece(tokenizer.model, dataclasses.replace(NANOCHAT, parts={}))
+    rows = [{"messages": ONCE}, {"question": "What is 48/2?", "answer": "It is <<48/2=24>>24."}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    (part,) = prepared(talk_settings(path, val=none_held_out), other, tmp_path)
+    assert (part.manifest["documents"], part.manifest["skipped"]) == (1, {"unknown part": 1})
+    assert f"{path} line 2: message 1 has a part of type 'python'" in json.dumps(part.manifest["examples"])
+
+
+def test_a_row_of_one_answer_counts_as_such_when_all_turns_end_alike(tmp_path, tokenizer, none_held_out):
+    ends = {role: dataclasses.replace(marks, end=NANOCHAT.end) for role, marks in NANOCHAT.turns.items()}
+    other = SentencePiece(tokenizer.model, dataclasses.replace(NANOCHAT, turns=ends))
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": ONCE}, {"messages": ONCE * 2}])
+    (part,) = prepared(talk_settings(path, val=none_held_out), other, tmp_path)
+    assert (part.manifest["documents"], part.manifest["several"]) == (2, 1)
 
 
 def test_everything_can_be_learned_but_the_bos(tmp_path, tokenizer, none_held_out):

@@ -16,8 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.errors import UserError
+from jaxchat.export.tokens import read_tokenizer, write_tokenizer
 from jaxchat.tokenizer import TokenizerConfig, chat, load_tokenizer, report, train_tokenizer
-from jaxchat.tokenizer.chat_format import NANOCHAT, Marks
+from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, Marks
 from jaxchat.tokenizer.compare import peer_bytes_per_token
 from jaxchat.tokenizer.sentencepiece import SentencePiece, sample
 from launch import tokenizer as tokenizer_launcher
@@ -235,21 +236,23 @@ def test_a_tokenizer_saved_without_a_chat_format_has_nanochats(bpe, tmp_path):
     assert (old.hash, old.chat_format, old.bos, old.end) == (bpe.hash, NANOCHAT, 1, 5)
 
 
-def test_another_chat_format_is_stored_and_renders_with_its_own_tokens(tmp_path):
+def test_another_chat_format_is_stored_and_renders_with_its_own_tokens(tmp_path, monkeypatch):
     names = ("<|shell|>", "<|shell_end|>")
-    model = train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig(extra_specials=names)).model
     parts = {"shell": Marks(*names, in_loss=True)}
-    given = SentencePiece(model, dataclasses.replace(NANOCHAT, parts=parts))
+    monkeypatch.setitem(CHAT_FORMATS, "shell", dataclasses.replace(NANOCHAT, parts=parts))
+    given = train_tokenizer(TEXTS, vocab=VOCAB, config=TokenizerConfig(chat_format="shell"))
     given.save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.chat_format == pickle.loads(pickle.dumps(given)).chat_format == given.chat_format != NANOCHAT
-    assert tokenizer.hash == given.hash != SentencePiece(model).hash
+    assert tokenizer.hash == given.hash and "<|python_start|>" not in tokenizer.specials
     answer = [{"type": "shell", "text": "ls"}]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     ids = chat.render(messages, tokenizer).ids
     assert tokenizer.decode(ids, keep_specials=True).endswith("<|shell|>ls<|shell_end|><|assistant_end|>")
     assert chat.parse(ids, tokenizer) == messages
     assert "part['type'] == 'shell'" in chat.template(tokenizer.chat_format)
+    write_tokenizer(tmp_path, tokenizer, length=64)
+    assert read_tokenizer(tmp_path).chat_format == given.chat_format
 
 
 def test_saving_replaces_a_tokenizer_and_nothing_else(bpe, tmp_path):

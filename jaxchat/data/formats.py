@@ -21,13 +21,14 @@ Skip = Callable[[Any, Malformed, Callable[[], str]], None]
 
 
 class Example(NamedTuple):
-    """A document or conversation: the text that decides its split, all of its text, the value to encode, and what was
-    not read as it stands, each a phrase that follows "3 conversations"."""
+    """A document or conversation: the text that decides its split, all of its text, the value to encode, what was not
+    read as it stands, each a phrase that follows "3 conversations", and a function that returns its file and row."""
 
     opening: str
     text: str
     value: Any
     notes: Sequence[str] = ()
+    where: Callable[[], str] = str
 
 
 class Text:
@@ -69,14 +70,16 @@ class Chat:
         kind = KINDS[source.kind]
         for number, row in kind.objects(source, reading, self.columns):
             notes: dict[str, None] = {}
+            where = partial(kind.place, source, reading, number)
             try:
                 messages = self.read(row, notes.setdefault)
             except Malformed as error:
-                skip(row, error, partial(kind.place, source, reading, number))
+                skip(row, error, where)
             except UserError as error:
-                raise UserError(f"{kind.place(source, reading, number)} {error}") from None
+                raise UserError(f"{where()} {error}") from None
             else:
-                yield Example(conversations.opening(messages), conversations.words(messages), messages, list(notes))
+                opening, words = conversations.opening(messages), conversations.words(messages)
+                yield Example(opening, words, messages, list(notes), where)
 
     def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
         return pack_whole(block, row_length, bos=bos, dtype=dtype)

@@ -110,10 +110,13 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
         return user_path(config.path)
     entries = [one for one in _find_all(data, cache_directory, log)["train"] if one.form == data.format]
     sources = [source for entry in entries for source in entry.sources]
+    decides = asdict(config)
+    if config.chat_format == "nanochat":  # Tokenizers were cached before there were other formats.
+        del decides["chat_format"]
     name = cache.key(
         format=FORMAT,
         vocab=data.vocab,
-        config=asdict(config),
+        config=decides,
         seed=seed,
         sources=_content(sources, cache_directory),
         **_reading(data),

@@ -195,29 +195,37 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
     """Yields blocks of (ids, loss mask) of documents or conversations to be packed together; updates `counts`."""
     data_format, dtype = FORMATS[recipe.form], token_dtype(tokenizer.vocab_size)
     everything = recipe.train_on == "everything"
+    answer = tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]
     block: list[Any] = []
     tokens = reported_bytes = 0
     reported = time.monotonic()
 
     def skip(row: Any, error: Malformed, where: Callable[[], str]) -> None:
         if recipe.takes(json.dumps(row, default=str)):  # assigns the row to one split, so that it is counted once
-            counts.skip(error.reason, lambda: f"{where()}: {error}")
+            count_skipped(error, where)
+
+    def count_skipped(error: Malformed, where: Callable[[], str]) -> None:
+        counts.skip(error.reason, lambda: f"{where()}: {error}")
 
     for i, (source, part, parts) in enumerate(job.parts):
         reading = Reading(recipe.text_column, recipe.encoding, part, parts)
-        for opening, text, value, notes in data_format.examples(source, reading, skip):
+        for opening, text, value, notes, where in data_format.examples(source, reading, skip):
             if not recipe.takes(opening):
                 continue
             if not text:
                 counts.empty += 1
                 continue
+            try:
+                ids, mask = data_format.encode(value, tokenizer, everything)
+            except Malformed as error:  # for example a part that the tokenizer's chat format lacks
+                count_skipped(error, where)
+                continue
             counts.documents += 1
             counts.bytes += len(text.encode())
             for note in notes:
                 counts.notes[note] = counts.notes.get(note, 0) + 1
-            ids, mask = data_format.encode(value, tokenizer, everything)
             counts.longest = max(counts.longest, len(ids))
-            counts.several += ids.count(tokenizer.end) > 1
+            counts.several += ids.count(answer) > 1
             block.append((np.array(ids, dtype), np.array(mask) if mask else None))
             tokens += len(ids)
             if tokens >= PACKED_TOKENS:

@@ -15,7 +15,10 @@ import sentencepiece
 from jaxchat.errors import UserError
 from jaxchat.export.files import write_json
 from jaxchat.tokenizer import Tokenizer, chat
+from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT
 from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK, SentencePiece
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 # A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
 # so splitting there does not change the ids, and repeated words can be cached.
@@ -38,20 +41,24 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> No
     }
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
     write_json(directory / "tokenizer_config.json", config)
-    (directory / "chat_template.jinja").write_text(chat.template(tokenizer.chat_format), encoding="utf-8")
+    (directory / TEMPLATE_FILE).write_text(chat.template(tokenizer.chat_format), encoding="utf-8")
     (directory / MODEL_FILE).write_bytes(tokenizer.model)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Reads the tokenizer of an export, with nanochat's chat format; raises `UserError` if its model is not valid."""
+    """Reads the tokenizer of an export; raises `UserError` if its model is not valid.
+
+    Its chat format is the one whose template the export has; without such a template it is nanochat's."""
     path = directory / MODEL_FILE
     if not path.is_file():
         raise UserError(
             f"{directory} has no {MODEL_FILE}: jaxchat needs a sentencepiece model, so name a directory with a jaxchat "
             "tokenizer by --tokenizer=DIR"
         )
+    template = (directory / TEMPLATE_FILE).read_text(encoding="utf-8") if (directory / TEMPLATE_FILE).is_file() else ""
+    chat_format = next((form for form in CHAT_FORMATS.values() if chat.template(form) == template), NANOCHAT)
     try:
-        return SentencePiece(path.read_bytes())
+        return SentencePiece(path.read_bytes(), chat_format)
     except RuntimeError:
         raise UserError(f"{path} is not a sentencepiece model: name another tokenizer with --tokenizer=DIR") from None
 

@@ -6,12 +6,12 @@ no target, and neither is the end of a turn whose last part is none: a model sha
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import Template
 from typing import Any, NamedTuple
 
 from jaxchat.errors import UserError
-from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
+from jaxchat.tokenizer.chat_format import PARTS, ChatFormat
 from jaxchat.tokenizer.protocol import Tokenizer
 
 
@@ -73,12 +73,13 @@ _PART = Template("""\
 {%- elif part['type'] == '$kind' -%}
 {{- '$begin' + part['text'] + '$end' -}}
 """)
+_NO_PARTS = "{%- if false -%}\n"
 
 
 def template(chat_format: ChatFormat) -> str:
     """What `render` does as a Jinja template with special tokens spelled out, for other programs."""
     parts = [_PART.substitute(kind=kind, begin=part.begin, end=part.end) for kind, part in chat_format.parts.items()]
-    names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1)}
+    names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1) or _NO_PARTS}
     for role, turn in chat_format.turns.items():
         names |= {f"{role}_begin": turn.begin, f"{role}_end": turn.end}
     return _TEMPLATE.substitute(names)
@@ -98,7 +99,7 @@ def render(
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
         UserError: with `complete`, the last message is not the user's.
     """
-    turns = check(messages, tokenizer.chat_format)
+    turns = check(messages, tokenizer.chat_format.parts)
     segments = [([tokenizer.bos], False)]
     for role, parts in turns:
         segments += _turn(role, parts, tokenizer, everything)
@@ -122,15 +123,17 @@ def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
 
 def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:
     """Renders a user message and its answer without turns; the answer ends as the assistant's turn does."""
-    (_, ((_, prompt, in_loss),)), (_, parts) = check(messages, tokenizer.chat_format)
+    (_, ((_, prompt, in_loss),)), (_, parts) = check(messages, tokenizer.chat_format.parts)
     _, *answer = _turn("assistant", parts, tokenizer, everything)
     return _joined([([tokenizer.bos], False), (tokenizer.encode(prompt), everything and in_loss), *answer])
 
 
-def check(messages: Sequence[Message], chat_format: ChatFormat = NANOCHAT) -> list[tuple[str, list[Part]]]:
-    """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`."""
+def check(messages: Sequence[Message], parts: Iterable[str] = PARTS) -> list[tuple[str, list[Part]]]:
+    """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`.
+
+    `parts` are the kinds of parts, other than text, that an answer may have: by default those of any chat format."""
     return [
-        (role, _parts(content, i, chat_format, *in_loss))
+        (role, _parts(content, i, ("text", *parts), *in_loss))
         for i, (role, content, *in_loss) in enumerate(_turns(messages))
     ]
 
@@ -229,10 +232,10 @@ def _turns(messages: Sequence[Message]) -> list[tuple[str, Any, bool]]:
     return turns
 
 
-def _parts(content: Any, index: int, chat_format: ChatFormat, in_loss: bool) -> list[Part]:
+def _parts(content: Any, index: int, kinds: Sequence[str], in_loss: bool) -> list[Part]:
     if isinstance(content, str):
         return [("text", content, in_loss)]
-    parts, kinds = [], ("text", *chat_format.parts)
+    parts = []
     for part in content if isinstance(content, Sequence) else [content]:
         kind, text = (str(part.get("type")), part.get("text")) if isinstance(part, Mapping) else ("", None)
         if kind not in kinds or not isinstance(text, str):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ChatFormat:
     def specials(self) -> tuple[str, ...]:
         """Every special token of the format, in the order of their ids."""
         marks = (*self.turns.values(), *self.parts.values())
-        return (self.bos, *(name for mark in marks for name in (mark.begin, mark.end)))
+        return tuple(dict.fromkeys([self.bos, *(name for mark in marks for name in (mark.begin, mark.end))]))
 
     @property
     def end(self) -> str:
@@ -60,4 +60,12 @@ NANOCHAT = ChatFormat(
         "python_output": Marks("<|output_start|>", "<|output_end|>", in_loss=False),
     },
 )
-"""nanochat's format: that of new tokenizers, and of those that were saved without a format."""
+"""nanochat's format: the default, and that of tokenizers that were saved without a format."""
+
+CHAT_FORMATS: Mapping[str, ChatFormat] = {"nanochat": NANOCHAT}
+PARTS = tuple({kind: None for chat_format in CHAT_FORMATS.values() for kind in chat_format.parts})
+"""Kinds of parts that a conversation may have before its tokenizer, and so its format, is known."""
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(CHAT_FORMATS)]

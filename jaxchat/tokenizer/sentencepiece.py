@@ -25,7 +25,7 @@ import sentencepiece
 
 from jaxchat.errors import UserError
 from jaxchat.paths import user_path
-from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
+from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat, FormatName
 from jaxchat.tokenizer.protocol import Tokenizer
 
 FORMAT = "jaxchat-tokenizer-1"
@@ -55,16 +55,23 @@ class TokenizerConfig:
     """Bytes of text to train on, sampled evenly from all documents."""
     path: str | None = None
     """Directory of a saved tokenizer to use instead of training one."""
+    chat_format: FormatName = "nanochat"
+    """Special tokens around turns and tool calls."""
 
     def __post_init__(self) -> None:
         for name in self.extra_specials:
             if not re.fullmatch(r"<\|[A-Za-z0-9_]*[A-Za-z_][A-Za-z0-9_]*\|>", name):
                 raise ValueError(f"extra_specials has {name!r}: write special tokens like {NANOCHAT.bos}")
-        names = NANOCHAT.specials + self.extra_specials
+        names = self.specials
         if len(set(names)) != len(names):
             raise ValueError(f"extra_specials repeats a special token: {', '.join(self.extra_specials)}")
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes={self.sample_bytes} must be positive")
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """All special tokens, in the order of their ids."""
+        return CHAT_FORMATS[self.chat_format].specials + self.extra_specials
 
 
 class _Cache(dict[str, tuple[int, ...]]):
@@ -212,8 +219,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
     Raises:
       UserError: the vocabulary is too small for the bytes and special tokens, or too large for the text.
     """
-    specials = NANOCHAT.specials + config.extra_specials
-    free = vocab - (1 + len(specials) + 256)
+    free = vocab - (1 + len(config.specials) + 256)
     if free < 2:
         raise UserError(f"--data.vocab={vocab} is too small: bytes and special tokens alone take {vocab - free} ids")
     blocks = sample(texts, config.sample_bytes, seed=seed)
@@ -221,7 +227,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
         raise UserError("there is no text to train a tokenizer on; set --data.train to documents")
     model = _train(blocks, vocab, config)
     if isinstance(model, bytes):
-        return SentencePiece(model)
+        return SentencePiece(model, CHAT_FORMATS[config.chat_format])
     # The limit of a vocabulary depends on the vocabulary, because fewer ids get fewer characters: it is tried.
     limit = model
     while limit >= vocab - free + 2 and not isinstance(model := _train(blocks, limit, config), bytes):
@@ -233,8 +239,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int, config: TokenizerConfig
 
 def _train(blocks: Sequence[str], vocab: int, config: TokenizerConfig) -> bytes | int:
     """The model that sentencepiece trains; if the blocks are too little text, the limit of the vocabulary it names."""
-    specials = NANOCHAT.specials + config.extra_specials
-    free = vocab - (1 + len(specials) + 256)
+    free = vocab - (1 + len(config.specials) + 256)
     output = io.BytesIO()
     # Only where it is needed, because a model contains its settings, and other models would get another hash.
     more: dict[str, Any] = {} if any(" " in block for block in blocks) else {"required_chars": SPACE_MARK}
@@ -244,7 +249,7 @@ def _train(blocks: Sequence[str], vocab: int, config: TokenizerConfig) -> bytes 
             model_writer=output,
             model_type=config.algorithm,
             vocab_size=vocab,
-            control_symbols=list(specials),
+            control_symbols=list(config.specials),
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
