@@ -1,5 +1,6 @@
 """OpenAI's own client against a live server; answers equal to the engine's."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,13 @@ def test_a_seeded_chat_is_the_engines_answer_streamed_or_not(live: Live) -> None
     assert all(c.usage is None for c in chunks[:-1])
     assert chunks[-2].choices[0].finish_reason == expected.finish_reason
     assert live.idle()
+
+
+def test_a_chat_format_without_tools_answers_without_them(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = dataclasses.replace(live.engine.tokenizer.chat_format, parts={})
+    monkeypatch.setattr(live.engine.tokenizer, "chat_format", plain)
+    answer = live.client.chat.completions.create(messages=ASKED, max_tokens=4, **SEEDED)
+    assert answer.usage.completion_tokens == 4
 
 
 def test_a_fresh_seed_is_returned_and_repeats_the_answer(live: Live) -> None:

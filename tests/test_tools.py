@@ -1,6 +1,8 @@
 """The calculator's answers, what gets none, and tool calls in the middle of a batch."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
 from jaxchat.model import Transformer
+from jaxchat.stages import reporting
+from jaxchat.tokenizer.chat_format import NANOCHAT
 
 BEGIN, END, ANSWER, DONE = 50, 51, 52, 53
 
@@ -209,3 +213,23 @@ def test_a_tool_whose_parts_the_chat_format_lacks_is_refused(model: tuple[Transf
     tool.call_part = "bash"
     with pytest.raises(UserError, match="Echo needs parts of the kind bash, which the chat format lacks"):
         engine(model).submit(Request([1], tools=(tool,)))
+
+
+def test_samples_of_a_chat_model_have_the_tools_of_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    class Asked:
+        def __init__(self, *args: Any, mesh: Any) -> None: ...
+
+        def generate(self, requests: list[Request]) -> list[Any]:
+            asked.extend(requests)
+            return []
+
+    monkeypatch.setattr(reporting, "Engine", Asked)
+    e = SimpleNamespace(prompts=("a",), chats=True, stage_directory=tmp_path, data=SimpleNamespace(row_length=64))
+    setup, state = SimpleNamespace(experiment=e, transformer=None, mesh=None), SimpleNamespace(params=None)
+    tokenizer = Letters()
+    for parts in (NANOCHAT.parts, {}):
+        tokenizer.chat_format = dataclasses.replace(NANOCHAT, parts=parts)
+        reporting.write_samples(setup, tokenizer, state, number=1, log=print)  # type: ignore[arg-type]
+    assert [len(request.tools) for request in asked] == [1, 0]

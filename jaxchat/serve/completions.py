@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from jaxchat.decode import requests as decode
 from jaxchat.decode.requests import AnswerEnds
-from jaxchat.decode.tools import Calculator
+from jaxchat.decode.tools import Calculator, usable_tools
 from jaxchat.errors import UserError
 from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError, as_api_error, shutting_down
@@ -106,7 +106,8 @@ async def start_chat(state: Any, stack: ExitStack, body: protocol.Chat) -> Runni
     model.worker.check_room(n)
     prompt = await asyncio.to_thread(body.prompt, engine.tokenizer)
     names = {function["name"] for function in body.functions()}
-    calculator = "calculator" in state.options.tools and body.tool_choice != "none"
+    usable = bool(usable_tools(engine.tokenizer.chat_format))
+    calculator = usable and "calculator" in state.options.tools and body.tool_choice != "none"
     seed = body.chosen_seed
     most = min(body.max_completion_tokens or body.max_tokens or engine.shape.length, engine.shape.length)
     request = decode.Request(

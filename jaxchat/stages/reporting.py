@@ -11,9 +11,9 @@ from jaxchat import devices, metrics, optim, processes
 from jaxchat.compilation import Compiled, Setup
 from jaxchat.data.cache import Log, write_text
 from jaxchat.decode.engine import Engine, EngineConfig
-from jaxchat.decode.requests import Request, Tool
+from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.decode.tools import TOOLS
+from jaxchat.decode.tools import usable_tools
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -122,9 +122,9 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     prompts = [prompt for prompt in e.prompts if prompt or not chats]
     if chats:
         asked = [chat.render([{"role": "user", "content": p}], tokenizer, complete=True).ids for p in prompts]
-        tools: tuple[Tool, ...] = tuple(tool() for tool in TOOLS.values())
+        tools = usable_tools(tokenizer.chat_format)
     else:
-        asked, tools = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], ()
+        asked, tools = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], []
     lines = [f"\n## Step {number}\n"]
     answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
     for prompt, (answer,) in zip(prompts, answers):
