@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,35 +288,6 @@ def test_sizes_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch):
     assert read(tmp_path)[0] == 1
 
 
-@dataclass(frozen=True)
-class Run:
-    steps: int = 10
-    seed: int = 0
-    mesh: "Mesh" = dataclasses.field(default_factory=lambda: Mesh())
-
-
-@dataclass(frozen=True)
-class Mesh:
-    data: int = 0
-
-
-def test_another_experiment_is_refused_by_name(tmp_path):
-    checkpoint.check_same(tmp_path, Run(), ("steps", "mesh."))
-    checkpoint.write_experiment(tmp_path, Run())
-    checkpoint.check_same(tmp_path, Run(steps=20, mesh=Mesh(4)), ("steps", "mesh."))
-    with pytest.raises(UserError, match=r"seed was 0 and is now 1; give this one its own --name"):
-        checkpoint.check_same(tmp_path, Run(seed=1), ("steps", "mesh."))
-    with pytest.raises(UserError, match=r"steps was 10 and is now 20 and 1 more field;"):
-        checkpoint.check_same(tmp_path, Run(20, 1), ("mesh.",))
-
-
-def test_a_damaged_experiment_is_one_sentence(tmp_path):
-    for content, reason in (('{"type": "Run", "st', "Unterminated"), ("", "it is empty"), ("{}\0", "Extra data")):
-        (tmp_path / "experiment.json").write_text(content)
-        with pytest.raises(UserError, match=rf"experiment\.json cannot be read \({reason}.*: restore it, or remove"):
-            checkpoint.read_experiment(tmp_path, Run)
-
-
 def test_names_may_contain_an_at(copy, tmp_path):
     run = tmp_path / "a@b" / "sft"
     shutil.copytree(copy, run)
@@ -329,14 +298,6 @@ def test_names_may_contain_an_at(copy, tmp_path):
     e = dataclasses.replace(tiny.get_config("sft"), directory=str(tmp_path), name="a@b", start_from="pretrain@300")
     assert e.start == f"{tmp_path}/a@b/pretrain@300" and split_step(e.start)[0].endswith("a@b/pretrain")
     assert dataclasses.replace(e, start_from="x@y/sft").start == "x@y/sft"
-
-
-def test_an_experiment_is_replaced_whole(tmp_path):
-    checkpoint.write_experiment(tmp_path, Run())
-    checkpoint.write_experiment(tmp_path, Run(steps=11))
-    assert checkpoint.read_experiment(tmp_path, Run) == Run(steps=11)
-    assert os.listdir(tmp_path) == ["experiment.json"]
-    assert json.loads((tmp_path / "experiment.json").read_text())["type"] == "Run"
 
 
 def test_large_files_are_verified_by_the_checksums_of_their_arrays(tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """What a user does wrong is one sentence that names the remedy, and costs nothing that was there before."""
 
 import gzip
-import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -336,39 +334,6 @@ def test_a_renamed_run_directory_resumes(place, trained, tmp_path):
     assert checkpoint.read_experiment(tmp_path / "renamed/pretrain", Experiment).name == "renamed"
 
 
-def command(module, *argv, **more):
-    """A launcher in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *argv],
-        cwd=ROOT,
-        env=environment() | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        **more,
-    )
-
-
-@pytest.mark.parametrize(
-    "module, argv, said",
-    [
-        ("train", ["--config=configs/tiny.py", "--save_evry=3"], "did you mean --save_every?"),
-        (
-            "train",
-            ["--config=configs/tiny.py", "--model.pattern.0.mixer.rope.base=5"],
-            "did you mean --model.pattern.0.mixer.positions.base?",
-        ),
-        ("train", ["--config=configs/tiny.py", "--data.train=nowhere.txt"], "nowhere.txt does not exist"),
-        ("chat", ["--checkpoint=nowhere", "--prompt=a"], "no checkpoint in nowhere"),
-    ],
-)
-def test_a_process_ends_with_two_and_one_sentence(tmp_path, module, argv, said):
-    more = [f"--directory={tmp_path}"] if module == "train" else []
-    done = command(module, *argv, *more)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert lines[-1].startswith("error: ") and said in lines[-1] and "Traceback" not in done.stderr
-
-
 FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # No file may be larger.
@@ -396,68 +361,6 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint_talks(place, t
     assert before.items() <= contents(tmp_path / "small/pretrain/checkpoints").items()
     told = launch.chat.main([f"--checkpoint={tmp_path / 'small/pretrain'}", "--prompt=the", "--max_tokens=2"])
     assert told["tokens"] <= 2
-
-
-PARTS = ("", "model", "optimizer", "data", "mesh", "rl")
-
-
-def helped(main, argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert not stop.value.code
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_help_is_short_and_every_field_has_a_text(part, capsys):
-    said = helped(launch.train.main, ["--config=configs/tiny.py:rl", f"--help={part}" if part else "--help"], capsys)
-    assert f"--{part or 'steps'}" in said and re.findall(NO_TEXT, said) == []
-    if not part:
-        assert len(said.splitlines()) < 100 and "--optimizer" not in said
-        assert all(f"--help={name} (" in said for name in PARTS[1:])
-
-
-NO_TEXT = r"(--[\w.]+) (?:\{[^}]*\}\S*|\[[^\n]*?\]\]|[A-Z|{}\w,]+)\s+\((?:default|required)"
-
-
-@pytest.mark.parametrize("name", ["chat", "evaluate", "convert", "compare", "harness", "plot"])
-def test_every_option_has_a_text(name, capsys):
-    assert re.findall(NO_TEXT, helped(importlib.import_module(f"launch.{name}").main, ["--help"], capsys)) == []
-
-
-def test_a_part_that_is_none_is_refused():
-    said = refusal(launch.train.main, ["--config=configs/tiny.py", "--help=optimiser"])
-    assert said == "--help=optimiser is no part of the configuration: choose one of model, optimizer, data, mesh"
-
-
-@pytest.mark.parametrize("columns", ["20", "40", "80"])
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
-        ("--optimizer.value_embeddings.learning_rate=fast", "value_embeddings.learning_rate takes FLOAT, not 'fast'"),
-        ("--data.packing=bestfit", "'bestfit'"),
-        ("--save_evry=3", "did you mean --save_every?"),
-        ("--steps", "--steps"),
-    ],
-)
-def test_a_narrow_terminal_changes_no_message(monkeypatch, columns, wrong, said):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    wide = refusal(launch.train.main, ["--config=configs/tiny.py", wrong])
-    monkeypatch.setenv("COLUMNS", columns)
-    assert refusal(launch.train.main, ["--config=configs/tiny.py", wrong]) == wide and said in wide
-    assert os.environ["COLUMNS"] == columns
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
-def test_a_backend_that_cannot_start_is_a_sentence(tmp_path, platform):
-    argv = ["--config=configs/tiny.py", "--depth=1", f"--directory={tmp_path}"]
-    variables = environment() | {"JAX_PLATFORMS": platform, "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", *argv], cwd=ROOT, env=variables, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform} (")
-    assert done.stderr.rstrip().endswith("unset it, or set JAX_PLATFORMS=cpu")
 
 
 @pytest.mark.parametrize("writer", ["wandb", "tensorboard"])

@@ -1,12 +1,9 @@
 """The command line over dataclasses, and their JSON."""
 
 import dataclasses
-import errno
 import functools
 import io
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +25,7 @@ import launch.serve
 import launch.speedrun
 import launch.tokenizer
 import launch.train
-from jaxchat import checkpoint, command_line, launcher, serialization
+from jaxchat import checkpoint, command_line, serialization
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 
@@ -336,128 +333,6 @@ def test_a_part_of_another_type_is_a_difference_even_with_the_same_fields():
     assert found == {"parts.1": ("Part", "Other"), "part": ("Part", "Other"), "part.size": (1, 2)}
 
 
-HELP = {
-    "train": (
-        launch.train,
-        ["--config=configs/tiny.py"],
-        ["--save_every", "--help=data", "--help=optimizer"],
-    ),
-    "prepare": (launch.prepare, ["--config=configs/tiny.py"], ["--help=data", "--seed"]),
-    "tokenizer": (launch.tokenizer, ["--config=configs/tiny.py"], ["--help=data", "--data.vocab"]),
-    "chat": (launch.chat, [], ["--checkpoint", "--temperature", "--top_p"]),
-    "bench": (launch.bench, ["train"], ["--peer", "--blocks"]),
-    "compare": (launch.compare, [], ["--variants", "--seeds", "--equal", "--measure"]),
-    "inspect": (launch.inspect, [], ["--checkpoint", "--text", "--run", "--step", "--replay", "--top_p"]),
-    "serve": (launch.serve, [], ["--checkpoint", "--api_key", "--drain_seconds", "--tools"]),
-    "plot": (launch.plot, [], ["--runs", "--out"]),
-    "evaluate": (launch.evaluate, [], ["--checkpoint", "--tasks", "--limit", "--compare", "core:DIRECTORY"]),
-    "convert": (launch.convert, [], ["--checkpoint", "--to", "--from", "--out", "--dtype"]),
-    "harness": (launch.harness, [], ["--checkpoint", "--tasks", "--include_path"]),
-    "plan": (launch.plan, ["--config=configs/tiny.py"], ["--topology", "--mfu", "--dollars_per_chip_hour", "--seed"]),
-    "speedrun": (launch.speedrun, ["--config=configs/tiny.py"], ["--help=model", "--seed"]),
-}
-
-
-@pytest.mark.parametrize("name", HELP)
-def test_help_names_the_fields(name, capsys):
-    module, argv, fields = HELP[name]
-    with pytest.raises(SystemExit) as stop:
-        module.main([*argv, "--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert all(field in out for field in fields)
-
-
-@pytest.mark.parametrize("name", ["train", "prepare", "tokenizer", "bench", "plan", "speedrun"])
-def test_help_without_a_configuration_says_which_there_are(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        HELP[name][0].main(["--help"])
-    assert stop.value.code == 0
-    assert f"python -m launch.{name}" in capsys.readouterr().out
-
-
-def test_help_lists_a_configuration_that_python_cannot_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").mkdir()
-    texts = {"a": '"""Good."""\ndef get_config(): ...', "b": "def get_config(:", "c": "def get_config(): ...\0"}
-    for name, text in texts.items():
-        (tmp_path / "configs" / f"{name}.py").write_text(text)
-    with pytest.raises(SystemExit):
-        command_line.load(["--help"])
-    shown = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "--config=configs" in line]
-    assert shown == ["Good.", "(not valid Python)", "(not valid Python)"]
-
-
-def test_every_launcher_has_a_help_test():
-    assert {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")} == set(HELP)
-
-
-def test_reading_a_configuration_imports_no_backend():
-    code = "import jaxchat.command_line, sys; assert 'jax' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_a_result_is_the_last_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launcher"])
-    launcher.run(lambda argv: {"loss": 1.5, "text": "né"})
-    assert capsys.readouterr().out == '{"loss":1.5,"text":"né"}\n'
-    launcher.run(lambda argv: {"loss": float("nan"), "scores": [1.5, {"a": float("-inf")}]})
-    assert capsys.readouterr().out == '{"loss":null,"scores":[1.5,{"a":null}]}\n'
-
-
-def test_a_mistake_exits_with_two_and_one_sentence(capsys, monkeypatch):
-    def main(argv):
-        raise UserError("no such thing")
-
-    monkeypatch.setattr(sys, "argv", ["launcher"])
-    with pytest.raises(SystemExit) as stop:
-        launcher.run(main)
-    assert stop.value.code == 2
-    assert capsys.readouterr() == ("", "error: no such thing\n")
-
-
-def test_a_full_disk_is_a_sentence_and_other_errors_are_not_hidden(capsys, monkeypatch):
-    def full(argv):
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-
-    def broken(argv):
-        raise OSError(errno.EIO, "Input/output error", "metrics.jsonl")
-
-    monkeypatch.setattr(sys, "argv", ["launcher"])
-    with pytest.raises(SystemExit) as stop:
-        launcher.run(full)
-    assert stop.value.code == 2
-    said = "error: metrics.jsonl cannot be written (No space left on device): free some space and start again\n"
-    assert capsys.readouterr().err == said
-    with pytest.raises(OSError, match="Input/output"):
-        launcher.run(broken)
-
-
 def test_experiments_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().steps = 3
-
-
-def test_a_launcher_reads_and_prints_what_is_no_text():
-    code = (
-        "from jaxchat import launcher\nlauncher.run(lambda argv: print(launcher.sys.stdin.read()) or {'said': argv[0]})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, b"a\xff\xf0\x9f\x91\xa9"],
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
-        input=b"b\xff\n",
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(b'{"said":"a?')
-
-
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    program = "from jaxchat import launcher; launcher.run(lambda argv: print('x' * 100_000, flush=True) or {'a': 1})"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.read(1)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 1

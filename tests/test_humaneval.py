@@ -22,7 +22,6 @@ from jaxchat.errors import UserError
 from jaxchat.evaluation.solve import solve
 from jaxchat.sandbox import filter as calls_filter
 from jaxchat.sandbox import landlock, run
-from jaxchat.sandbox.literals import NotLiteral, decode, encode
 from jaxchat.sandbox.run import WALLS, Job, Limits, SandboxError, find_protection, judge, judge_many
 from jaxchat.tasks import load_task
 from jaxchat.tasks.humaneval import HumanEval, program
@@ -170,41 +169,6 @@ def test_a_program_is_right_however_it_is_fenced(name, code):
 )
 def test_a_program_is_right_with_fences_where_they_do_not_belong(text):
     assert run_in_process(program('def f(x):\n    """Adds one."""\n', "f", text)), text
-
-
-@pytest.mark.quick
-def test_literals_arrive_as_they_were():
-    values = [None, True, 0, -(1 << 63), 10**4000, 1.5, "\ud800é", b"\x00", 1j, [1, [2]], (1,), {1, 2}, frozenset(), {}]
-    values += [{(1, 2): {"a": [b"b"]}}, float("inf"), -0.0]
-    for value in values:
-        arrived = decode(json.loads(json.dumps(encode(value))))
-        assert type(arrived) is type(value) and repr(arrived) == repr(value)
-    assert encode(Counter("aab")) == encode({"a": 2, "b": 1})
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("value", [object(), iter([]), range(3), [[print]], {1: type}])
-def test_what_is_no_literal_is_not_sent(value):
-    with pytest.raises(NotLiteral):
-        encode(value)
-
-
-@pytest.mark.quick
-def test_what_says_no_literal_is_not_read():
-    deep: object = 1
-    for _ in range(80):
-        deep = ["list", [deep]]
-    odd = [
-        "list",
-        ["int", "x"],
-        ["bytes", "0"],
-        ["dict", [[["list", []], 1]]],
-        ["set", [["list", []]]],
-        ["dict", [[1]]],
-    ]
-    for text in (deep, {}, [], [1], *odd[1:], ["eval", "1"], ["complex", ["a", 1]], ["list", "ab"]):
-        with pytest.raises(NotLiteral):
-            decode(text)
 
 
 def test_answers_of_every_kind_are_wrong_where_they_are_no_values():

@@ -20,7 +20,6 @@ from jaxchat.tokenizer import chat
 from jaxchat.tokenizer.chat_format import NANOCHAT
 from jaxchat.tokenizer.sentencepiece import SentencePiece
 
-
 ONCE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
