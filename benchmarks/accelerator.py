@@ -28,7 +28,7 @@ QUEUED = 4  # Calls of a kernel that are dispatched before the first is waited f
 LOOPS = "--model.layer_loop=unroll", "--model.layer_loop=scan"
 OTHERS = "--model.remat=full", "--model.remat=dots", "--model.isolate_documents=False", "--family=october2025"
 Row = dict[str, Any]
-Cases = Iterator[tuple[Row, Callable[[], Row]]]  # What tells a row from the others, and what measures it.
+Cases = Iterator[tuple[Row, Callable[[], Row]]]  # The settings that identify a row, and a function that measures it.
 Section = tuple[Callable[["Run"], Cases], float]  # Cases, and the share of the budget that they may use.
 
 
@@ -172,7 +172,7 @@ def start(kind: str, bench: options.Bench, arguments: Sequence[str], command: st
 
 
 def measure_sections(
-    run: Run, kept: report.Report, sections: Mapping[str, Section] = SECTIONS, end: Callable[[int], None] = os._exit
+    run: Run, results: report.Report, sections: Mapping[str, Section] = SECTIONS, end: Callable[[int], None] = os._exit
 ) -> Row:
     """Measures section after section; returns what the file holds, or raises UserError if nothing was measured.
 
@@ -181,26 +181,26 @@ def measure_sections(
     name = ""
 
     def cut_off() -> None:
-        kept.add({"section": name, "error": "cut off: the budget was over"})
-        print(serialization.json_line(kept.content), flush=True)
-        end(0 if kept.measured() else 2)
+        results.add({"section": name, "error": "cut off: the budget was over"})
+        print(serialization.json_line(results.content), flush=True)
+        end(0 if results.measured() else 2)
 
     timer = threading.Timer(run.deadline + GRACE - time.monotonic(), cut_off)
     timer.start()
     try:
         for name in [name for name in sections if not run.bench.only or name in run.bench.only]:
-            measure_section(name, *sections[name], run, kept)
+            measure_section(name, *sections[name], run, results)
     except KeyboardInterrupt:
-        kept.add({"section": name, "error": "cut off: a signal stopped it"})
+        results.add({"section": name, "error": "cut off: a signal stopped it"})
         signals.forget()  # The file is finished and printed, which is what a signal asks for here.
     finally:
         timer.cancel()
-    if not kept.measured():
+    if not results.measured():
         raise errors.UserError(f"nothing was measured: every section's reason is in {run.bench.out}")
-    return kept.content
+    return results.content
 
 
-def measure_section(name: str, make_cases: Any, share: float, run: Run, kept: report.Report) -> None:
+def measure_section(name: str, make_cases: Any, share: float, run: Run, results: report.Report) -> None:
     """Adds the rows of a section, each with its numbers or the reason why it has none. No error ends other sections."""
     own_end = min(run.deadline, time.monotonic() + share * run.bench.budget_s)
     cases = make_cases(run._replace(deadline=own_end))
@@ -209,7 +209,7 @@ def measure_section(name: str, make_cases: Any, share: float, run: Run, kept: re
         row, start = {"section": name}, time.monotonic()
         if run.deadline - start < LEAST_SECONDS or (number and own_end <= start):
             reason = f"its share of the budget is used up, or all: {max(0.0, run.deadline - start):.0f} s are left"
-            return kept.add(row | {"error": f"skipped: {reason}"})
+            return results.add(row | {"error": f"skipped: {reason}"})
         try:
             case, measure = next(cases)
             row |= case
@@ -218,6 +218,6 @@ def measure_section(name: str, make_cases: Any, share: float, run: Run, kept: re
             break
         except Exception as error:  # One setting that does not run must not lose the others.
             row["error"] = f"{type(error).__name__}: {errors.first_line(error)}"
-        kept.add(row)
+        results.add(row)
         gc.collect()  # The frames of an error hold memory of the device.
     jax.clear_caches()  # Compiled programs hold memory of the device, too.

@@ -70,7 +70,7 @@ def surroundings(bench: Any, command: str = "") -> dict[str, Any]:
 
 
 def facts_of(model: Model, dtype: Any) -> dict[str, Any]:
-    """What a row says of its model and of the memory so far."""
+    """The columns of a row that describe its model, and the peak memory so far."""
     names = ("depth", "width", "vocab", "layer_loop", "remat", "isolate_documents")
     facts = {name: getattr(model, name) for name in names} | {"parameters": parameter_counts(model)["total"]}
     return facts | {"dtype": str(dtype), "peak_memory_bytes": devices.memory_bytes()}

@@ -11,7 +11,7 @@ reported to reach 0.868 bits per byte after 1.0 billion tokens.
 downloads 28 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val select other text.
 """
 
-from configs.recipe import Dial, dials, road
+from configs.recipe import Dial, dials, pipeline
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=12, ratio=12.0)
@@ -19,4 +19,4 @@ DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    return road(stage, dial, name="d12", train=("hub:climbmix:28",), val=("hub:climbmix",))
+    return pipeline(stage, dial, name="d12", train=("hub:climbmix:28",), val=("hub:climbmix",))

@@ -11,7 +11,7 @@ nanochat's own run of this recipe reached 0.755 bits per byte and CORE 0.236 in 
 downloads 75 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val select other text.
 """
 
-from configs.recipe import Dial, dials, road
+from configs.recipe import Dial, dials, pipeline
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=20, ratio=8.0)
@@ -19,4 +19,4 @@ DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    return road(stage, dial, name="d20", train=("hub:climbmix:75",), val=("hub:climbmix",))
+    return pipeline(stage, dial, name="d20", train=("hub:climbmix:75",), val=("hub:climbmix",))

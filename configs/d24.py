@@ -11,7 +11,7 @@ nanochat's own runs reached 0.718 bits per byte and CORE 0.2626 (mean of five) i
 downloads 125 shards of ClimbMix (about 100 MB each) to runs/cache; --data.train and --data.val select other text.
 """
 
-from configs.recipe import Dial, dials, road
+from configs.recipe import Dial, dials, pipeline
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=24, ratio=8.0)
@@ -19,4 +19,4 @@ DIALS = dials(DIAL)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    return road(stage, dial, name="d24", train=("hub:climbmix:125",), val=("hub:climbmix",))
+    return pipeline(stage, dial, name="d24", train=("hub:climbmix:125",), val=("hub:climbmix",))

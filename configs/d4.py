@@ -7,7 +7,7 @@ The November 2026 family at depth 4: width 256, 4 heads of 64, full windows, voc
         --data.train BOOKS/train-*.jsonl.gz --data.val BOOKS/val.jsonl.gz
 """
 
-from configs.recipe import Dial, dials, road
+from configs.recipe import Dial, dials, pipeline
 from jaxchat.experiment import Experiment
 
 DIAL = Dial(depth=4, steps=600, batch_tokens=16_384, vocab=8_192, row_length=512, ratio=12.0, head_dim=64, windows="L")
@@ -15,4 +15,4 @@ DIALS = dials(DIAL, sft_batch_tokens=16_384, rl_steps=100)
 
 
 def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
-    return road(stage, dial, name="d4", train=("hub:fineweb-edu:1",), eval_every=100, save_every=100, micro_rows=8)
+    return pipeline(stage, dial, name="d4", train=("hub:fineweb-edu:1",), eval_every=100, save_every=100, micro_rows=8)

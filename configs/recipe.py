@@ -201,7 +201,7 @@ def gentle(base: Optimizer, scale: float, *, warmdown_fraction: float) -> Optimi
     )
 
 
-def road(
+def pipeline(
     stage: str, dial: Dial, *, name: str, train: tuple[str, ...], val: tuple[str, ...] = (), **fields: object
 ) -> Experiment:
     """One stage of the full pipeline: pretraining on text, SFT on nanochat's conversations, RL on GSM8K."""

@@ -191,7 +191,7 @@ def _pair(question: Any, answer: Any) -> list[Message]:
 
 
 def opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list[Message]:
-    """Messages from the first user message on, after one system message of all that the system says before it."""
+    """Messages from the first user message on, after one system message that joins all earlier system messages."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
     if any(message["role"] == "assistant" for message in messages[:first]):
         note("whose greeting before the first user message is left out")

@@ -1,4 +1,4 @@
-"""What a source of documents or conversations is, and what a kind of source brings."""
+"""Sources of documents or conversations, and the interface of a kind of source."""
 
 import codecs
 import hashlib

@@ -111,8 +111,8 @@ def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str
 
     def stamp_and_hash(source: Source) -> list[Any]:
         stamp = _stamp(source)
-        remembered = known.get(source.path, [])
-        return remembered if stamp and remembered[:-1] == stamp else [*stamp, KINDS[source.kind].hash(source)]
+        cached = known.get(source.path, [])
+        return cached if stamp and cached[:-1] == stamp else [*stamp, KINDS[source.kind].hash(source)]
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(stamp_and_hash, sources))

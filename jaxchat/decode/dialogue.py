@@ -88,7 +88,7 @@ def talk(
 ) -> None:
     """Answers messages and runs commands, one per line, until an empty line; all but answers goes to `notes`.
 
-    `notes` also says who speaks; with `echo` it has the lines, too. `notice` precedes the second answer.
+    `notes` also gets the name of each speaker and, with `echo`, the lines. `notice` precedes the second answer.
     """
     while True:
         print("you: ", end="", file=notes, flush=True)

@@ -48,7 +48,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> No
 def read_tokenizer(directory: Path) -> Tokenizer:
     """Reads the tokenizer of an export; raises `UserError` if its model is not valid.
 
-    Its chat format is the one whose template the export has; without such a template it is nanochat's."""
+    Its chat format is the one whose template the export has; without such a template it is nanochat's.
+    """
     path = directory / MODEL_FILE
     if not path.is_file():
         raise UserError(

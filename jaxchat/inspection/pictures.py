@@ -255,9 +255,9 @@ def draw_checkpoints(value: Sequence[Mapping[str, Any]]) -> Any:
     axes[0].set_xticks(range(len(names)), [_label(name) for name in names], rotation=90, fontsize=7)
     for y, row in enumerate(value):
         mean = "" if row["loss"] is None else f"{row['loss']:.2f}  "
-        said = row["error"] or row["text"]
-        said = printable(said if len(said) <= 92 else said[:91] + "\u2026")
-        axes[1].text(0, y, mean + said, va="center", fontsize=7.5, family="DejaVu Sans Mono")
+        shown_text = row["error"] or row["text"]
+        shown_text = printable(shown_text if len(shown_text) <= 92 else shown_text[:91] + "\u2026")
+        axes[1].text(0, y, mean + shown_text, va="center", fontsize=7.5, family="DejaVu Sans Mono")
     axes[1].set(xlim=(0, 1), ylim=(len(value) - 0.5, -0.5), xticks=[], yticks=[])
     axes[1].set_title("mean loss, and the greedy answer", fontsize=9, loc="left")
     axes[1].axis("off")

@@ -85,23 +85,23 @@ def each_step(engine: Engine, directory: Path) -> Iterator[int]:
 def over_steps(
     engine: Engine, directory: Path, prompt: Sequence[int], ids: Sequence[int], sampling: SamplingParams
 ) -> list[dict[str, Any]]:
-    """A prompt answered, and a text scored, at every kept step of a stage; the engine keeps the last parameters.
+    """Answers a prompt and scores a text at every stored step of a stage; the engine keeps the last parameters.
 
-    `text` is the greedy answer, `candidates` those for its first token, `losses` those of every token of `ids` but the
-    first. `error` says why there is no answer.
+    Each row has the greedy answer (`text`), the `candidates` for its first token, the `losses` of every token of `ids`
+    but the first, and `error`, the reason why there is no answer.
     """
     found, greedy = [], dataclasses.replace(sampling, temperature=0.0)
     for step in each_step(engine, directory):
-        (said,) = engine.generate([Request(prompt, greedy)])[0]
+        (answer,) = engine.generate([Request(prompt, greedy)])[0]
         by_token = losses(engine, ids) if len(ids) > 1 else []
         found.append(
             {
                 "step": step,
-                "text": said.text,
-                "error": said.error,
+                "text": answer.text,
+                "error": answer.error,
                 "losses": by_token,
                 "loss": float(np.mean([token["loss"] for token in by_token])) if by_token else None,
-                "candidates": candidates(engine, prompt, [], sampling)[0] if not said.error else [],
+                "candidates": candidates(engine, prompt, [], sampling)[0] if not answer.error else [],
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""The routes that tell: models, tokenizers, health, readiness, metrics."""
+"""Routes for information: models, tokenizers, health, readiness, metrics."""
 
 import asyncio
 from contextlib import ExitStack

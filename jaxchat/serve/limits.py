@@ -42,7 +42,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _split(url: str) -> SplitResult:
-    """The parts of a URL; empty if it is none."""
+    """The parts of a URL; empty if it is not valid."""
     try:
         return urlsplit(url)
     except ValueError:

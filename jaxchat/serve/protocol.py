@@ -210,7 +210,7 @@ class Chat(Sampling):
         return [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
 
     def prompt(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of the conversation up to where the assistant goes on.
+        """Token ids of the conversation up to the point from which the assistant continues.
 
         Raises:
             UserError: the messages are in an order that training never has.
@@ -226,7 +226,7 @@ class Chat(Sampling):
         if messages and messages[-1]["role"] == "assistant":
             if self.messages[-1].role not in ("tool", "function"):
                 raise UserError("the last message is the assistant's: end with a message of the user or of a tool")
-            return chat.render(messages, tokenizer).ids[:-1]  # Without the end of the turn: it goes on.
+            return chat.render(messages, tokenizer).ids[:-1]  # Without the end of the turn, which is continued.
         return chat.render(messages, tokenizer, complete=True).ids
 
 

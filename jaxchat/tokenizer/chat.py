@@ -2,7 +2,8 @@
 
 Training targets are the assistant's text, its tool calls and the token that ends its turn; not the user's text, tool
 results, or the token that begins the assistant's turn (nanochat's rules). A message or part with {"in_loss": False} is
-no target, and neither is the end of a turn whose last part is none: a model shall not learn to stop after a result.
+not a target, and neither is the end of a turn whose last part is not one: a model shall not learn to stop after a tool
+result.
 """
 
 import re
@@ -131,7 +132,8 @@ def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everythi
 def check(messages: Sequence[Message], parts: Iterable[str] = PARTS) -> list[tuple[str, list[Part]]]:
     """Returns role and parts of every turn, the system message merged into the first; `Malformed` as in `render`.
 
-    `parts` are the kinds of parts, other than text, that an answer may have: by default those of any chat format."""
+    `parts` are the kinds of parts, other than text, that an answer may have: by default those of any chat format.
+    """
     return [
         (role, _parts(content, i, ("text", *parts), *in_loss))
         for i, (role, content, *in_loss) in enumerate(_turns(messages))

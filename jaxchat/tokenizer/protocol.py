@@ -1,4 +1,4 @@
-"""What the program needs of a tokenizer."""
+"""The interface of a tokenizer."""
 
 import os
 from collections.abc import Iterable
