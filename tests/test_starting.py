@@ -58,6 +58,15 @@ def test_settings_of_the_model_that_the_start_replaces_are_named(
     assert not_used(given, inherited(given)[0]) == (said and f"the model is that of {start}: {said}")
 
 
+def test_settings_of_a_tokenizer_that_the_start_has_are_named(tmp_path: Path) -> None:
+    start = write_run(tmp_path / "there", model())
+    given = later(tmp_path, start)
+    data = dataclasses.replace(given.data, tokenizer=dataclasses.replace(given.data.tokenizer, algorithm="unigram"))
+    given = dataclasses.replace(given, data=data)
+    said = f"the model is that of {start}: data.tokenizer.algorithm='unigram' of this command is not used ('bpe' there)"
+    assert not_used(given, inherited(given)[0]) == said
+
+
 def test_equal_answers_are_not_counted_as_several() -> None:
     with pytest.raises(UserError, match="--samples=2 are equal at temperature 0: leave it out, or raise --temperature"):
         Settings("chat", samples=2)

@@ -67,17 +67,26 @@ def inherited(e: Experiment) -> tuple[Experiment, Tokenizer | None]:
     """
     if not e.start_from:
         return e, None
-    directory = e.stage_directory if (e.stage_directory / START).is_file() else locate_start(e)[0]
-    before = checkpoint.read_experiment(directory, Experiment)
+    directory, before = _before(e)
     tokenizer = load_tokenizer(directory.parent / "tokenizer")
     model = dataclasses.replace(before.model, layer_loop=e.model.layer_loop, remat=e.model.remat)
     data = dataclasses.replace(e.data, vocab=before.data.vocab)
     return dataclasses.replace(e, model=model, depth=before.depth, data=data), tokenizer
 
 
+def _before(e: Experiment) -> tuple[Path, Experiment]:
+    """The stage directory that model and tokenizer are taken from, and its experiment."""
+    directory = e.stage_directory if (e.stage_directory / START).is_file() else locate_start(e)[0]
+    return directory, checkpoint.read_experiment(directory, Experiment)
+
+
 def not_used(given: Experiment, e: Experiment) -> str | None:
     """A sentence on the settings of `given` that `e`, which `inherited` returned for it, replaces; None without any."""
     wanted, taken = flags(given), flags(e)
+    if given.start_from:
+        own = (f"data.tokenizer.{name}" for name in ("algorithm", "chat_format", "extra_specials"))
+        before = flags(_before(given)[1])
+        taken |= {name: before[name] for name in own}
     if given.start_from and given.data.tokenizer.path:
         taken["data.tokenizer.path"] = str(locate_start(given)[0].parent / "tokenizer")
     replaced = sorted((name for name in wanted if wanted[name] != taken.get(name)), key=lambda name: name.count("."))
