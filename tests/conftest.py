@@ -4,12 +4,15 @@ Programs are compiled without the compiler's costly passes, which saves more tha
 relations, and small programs run fast enough as they are. A test of what the compiler makes asks for `optimized`.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+
+from jaxchat import devices
 
 # Making machine code is half of the time of these tests without this; commands that tests start inherit it. XLA ends a
 # process that names a flag it does not know, and JAX 0.12 brought one that does not know these.
@@ -24,6 +27,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_disable_most_optimizations", True)
+
+# A CPU's peak is measured by every run; once is enough for the many that a test process starts.
+devices._measured_peak = functools.cache(devices._measured_peak)
 
 
 def pytest_configure(config: pytest.Config) -> None:
