@@ -188,6 +188,9 @@ BAD = {
         {"instruction": "1", "input": [part("text", "2") | {"weight": 0}], "output": "3"},
         {"instruction": "1", "output": [part("text", "2"), part("text", "3") | {"train": False}]},
         {"question": "1", "answer": [part("text", "2") | {"weight": 0}]},
+        {"messages": HELLO, "weight": 0.5},
+        {"prompt": "1", "response": "2", "train": "no"},
+        {"question": "1", "answer": "2", "weight": float("nan"), "train": True},
     ),
     "nothing to train on": (
         {"messages": [HELLO[0], {**HELLO[1], "weight": 0}]},

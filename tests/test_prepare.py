@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -80,6 +81,8 @@ def test_the_manifest_says_what_was_made(tmp_path, corpus, tokenizer):
     assert [source["path"] for source in manifest["sources"]] == [str(corpus)]
     assert manifest["sources"][0]["sha256"] == KINDS["jsonl"].hash(*find(str(corpus), "train"))
     assert summary([rows])["tokens"] == sum(tokens)
+    assert summary([rows])["trained_fraction"] == 1.0  # A BOS that is a target is no token of a document.
+    assert summary([rows])["trained_fraction"] == 1.0  # A BOS that is a target is no token of a document.
 
 
 def test_crop_reports_what_it_throws_away(tmp_path, corpus, tokenizer):
@@ -201,7 +204,7 @@ def test_the_tokenizer_is_trained_once_on_training_documents_only(tmp_path, corp
     assert ensure_tokenizer(data, tmp_path / "cache", 0, said.append).hash == first.hash
     assert len(said) == count
     held = {text for text in texts(300) if prepare.Recipe(32, "best_fit", "text", "utf-8", 0.5, "val").takes(text)}
-    seen = set(prepare._training_texts(find(str(corpus), "train"), data))
+    seen = set(prepare._training_texts([prepare.Entry(str(corpus), "text", find(str(corpus), "train"))], data))
     assert 100 < len(held) < 200
     assert seen == set(texts(300)) - held
 
@@ -209,7 +212,8 @@ def test_the_tokenizer_is_trained_once_on_training_documents_only(tmp_path, corp
 def test_a_large_corpus_is_sampled_evenly_for_the_tokenizer(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(shards, "LEAST_PART", 1)
     data = settings(corpus, tokenizer=TokenizerConfig(sample_bytes=1000), val_fraction=1e-9)
-    seen = list(prepare._training_texts(find(str(corpus), "train"), data))
+    entries = [prepare.Entry(str(corpus), "text", find(str(corpus), "train"))]
+    seen = list(prepare._training_texts(entries, data))
     assert 0 < sum(map(len, seen)) < corpus.stat().st_size / 2
     places = [texts(300).index(text) for text in seen]
     assert places == sorted(places)
@@ -257,6 +261,28 @@ def test_held_out_texts_that_are_trained_on_are_counted(tmp_path, corpus, tokeni
     val.write_text(json.dumps({"text": "of its own"}) + "\n")
     ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
     assert "warning" not in said[-1]
+
+
+def test_a_comparison_of_some_shards_says_so(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards, "LEAST_PART", 1)
+    val = write(tmp_path / "val.jsonl", texts(300)[:150])
+    data = settings(corpus, val=(str(val),), tokenizer=TokenizerConfig(sample_bytes=1000))
+    said = []
+    ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
+    found = re.search(
+        r"(\d+) of 150 different texts are also trained on, .* one of (\d+) shards of --data.train", said[-1]
+    )
+    assert 0 < int(found[1]) < 100 and int(found[2]) > 1
+
+
+def test_text_in_a_mixture_is_compared_too(tmp_path, corpus, tokenizer):
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    val = write(tmp_path / "val.jsonl", texts(300)[:3])
+    data = settings(talk, f"text:{corpus}", val=(f"text:{val}",), format="chat")
+    said = []
+    ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
+    assert "3 of 3 different texts are also trained on: " in said[-1]
 
 
 def test_a_file_in_both_train_and_val_is_refused_before_anything_is_made(tmp_path, corpus, tokenizer):

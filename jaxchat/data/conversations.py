@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxchat.data.messages import WEIGHTS, Message, Note, as_json, as_text, first_given, normalize, silent
+from jaxchat.data.messages import WEIGHTS, Message, Note, as_json, as_text, first_given, has_weight, normalize, silent
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 from jaxchat.tokenizer.chat import Malformed
@@ -51,7 +51,7 @@ def read(row: Any, note: Note = silent) -> list[Message]:
     if reader is None:
         known = ", ".join(" + ".join(keys) for keys, _ in LAYOUTS)
         raise UserError(f"holds no conversation (its keys are {', '.join(row) or 'none'}); expected one of: {known}")
-    if any(row.get(key) == 0 for key in WEIGHTS[:2]):
+    if not has_weight(row, WEIGHTS[:2]):
         raise Malformed("nothing to train on", "the conversation has weight 0")
     messages = _trimmed(opened(row, normalize(reader(row), note), note), note)
     turns = chat.check(messages)

@@ -17,7 +17,7 @@ class TinyWorld(Kind):
     mark = "tinyworld:"
     shuffled = True
     shard_bytes = 4 << 20
-    conversations = 1  # Version 2 reads these alike.
+    conversations = 1  # Later versions read these alike.
 
     def find(self, spec: str, split: Split, content: Content, downloads: Path | None, log: Log) -> list[Source]:
         names = ("chat",) if content == "objects" else ("train", "val")

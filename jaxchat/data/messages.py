@@ -1,7 +1,7 @@
 """Messages as data sets write them, made uniform: roles, texts in parts, tool calls and their results, weights."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxchat.tokenizer.chat import Malformed
@@ -67,7 +67,7 @@ def as_json(value: Any) -> str:
 def as_text(value: Any) -> str:
     """A field as text: parts are joined, other values written as JSON; "" if it is blank, null or has no entries."""
     text = "" if value is None or value in ([], {}) else as_json(joined := _joined(value))
-    if text and joined is not value and not all(_in_loss(part) for part in value if isinstance(part, Mapping)):
+    if text and joined is not value and not all(has_weight(part) for part in value if isinstance(part, Mapping)):
         raise Malformed("unknown weight", "a part of a field has weight 0; write the conversation as messages")
     return text if text.strip() else ""
 
@@ -75,11 +75,11 @@ def as_text(value: Any) -> str:
 def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
     """The parts of a message, without empty texts."""
     content = first_given(message, "content", "value")
-    in_loss = _in_loss(message)
+    in_loss = has_weight(message)
     if role in ("call", "result"):
         text = "" if content is None else as_json(_joined(content))
         if isinstance(content, list) and _joined(content) is not content:
-            in_loss = in_loss and all(_in_loss(part) for part in content if isinstance(part, Mapping))
+            in_loss = in_loss and all(has_weight(part) for part in content if isinstance(part, Mapping))
         if role == "call" and not text:
             raise Malformed("empty content", f"message {index} is an empty tool call")
         parts = [{"type": "python" if role == "call" else "python_output", "text": text}]
@@ -102,7 +102,7 @@ def _as_part(part: Any) -> Message:
     text = "" if text is None and kind == "text" else as_json(text) if isinstance(text, int | float) else text
     if not isinstance(text, str):
         raise Malformed("unknown part", f"a part of type {kind!r} has no text")
-    return {"type": kind, "text": text} | ({} if _in_loss(part) else {"in_loss": False})
+    return {"type": kind, "text": text} | ({} if has_weight(part) else {"in_loss": False})
 
 
 def _calls(message: Mapping[str, Any], index: int) -> Iterator[Message]:
@@ -158,9 +158,9 @@ def _simplest(parts: list[Message], index: int, is_answer: bool) -> Message:
     return {"content": parts}
 
 
-def _in_loss(value: Mapping[str, Any]) -> bool:
-    """Whether a message or part has no weight 0 or false. Raises `Malformed` for other weights than 0 and 1."""
-    given = [(key, value[key]) for key in WEIGHTS if value.get(key) is not None]
+def has_weight(value: Mapping[str, Any], keys: Sequence[str] = WEIGHTS) -> bool:
+    """Whether a row, message or part has no weight 0 or false. Raises `Malformed` for other weights than 0 and 1."""
+    given = [(key, value[key]) for key in keys if value.get(key) is not None]
     for key, weight in given:
         if weight not in (0, 1):
             raise Malformed("unknown weight", f"{key} is {weight!r}; expected 0 or 1, true or false")

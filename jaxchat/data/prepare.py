@@ -129,7 +129,7 @@ def ensure_tokenizer_directory(data: Data, cache_directory: str | Path, seed: in
             return directory
         start = time.monotonic()
         log(f"training a {config.algorithm} tokenizer of {data.vocab:,} ids on {' '.join(data.train)}")
-        blocks = sample(_training_texts(sources, data), config.sample_bytes, seed=seed)
+        blocks = sample(_training_texts(entries, data), config.sample_bytes, seed=seed)
         if not blocks:
             if reason := division(entries, data):
                 raise UserError(f"no text to train a tokenizer on: {reason}")
@@ -147,7 +147,7 @@ def texts(data: Data, split: Split, cache_directory: str | Path, log: Log) -> It
     """The texts that tokenizer training reads ("train"), or the held-out texts ("val")."""
     entries = _find_all(data, user_path(cache_directory), log)[_origin(data, split)]
     if split == "train":
-        return _training_texts([one for entry in entries if entry.form == data.format for one in entry.sources], data)
+        return _training_texts(entries, data)
     reading = Reading(data.text_column, data.encoding)
     pairs = ((source, _recipe(data, "val", entry.form)) for entry in entries for source in entry.sources)
     return chain.from_iterable(_texts_of(source, reading, recipe) for source, recipe in pairs)
@@ -247,15 +247,17 @@ def _ensure(
 
 
 def _trained_on(data: Data, sources: Sequence[Source], recipe: Recipe, cache_directory: Path) -> list[str]:
-    """A warning if texts of held-out files are among those that tokenizer training reads, of a large corpus a sample;
-    generators and the hub divide what they have themselves."""
+    """A warning if texts of held-out files are among the training texts, of which a large corpus has some shards
+    compared; generators and the hub divide what they have themselves."""
     reading = Reading(data.text_column, data.encoding)
     files = [source for source in sources if Path(source.path).is_file()]
     held = {held_out_from(text) for source in files for text in _texts_of(source, reading, recipe) if text}
-    trained = texts(data, "train", cache_directory, lambda _: None) if held else ()
-    seen = len(held.intersection(map(held_out_from, trained)))
+    entries = _find_all(data, cache_directory, lambda _: None)["train"] if held else []
+    seen = len(held.intersection(map(held_out_from, _training_texts(entries, data, recipe.form))))
+    _, step = _training_parts(entries, data, recipe.form)
+    where = f", compared with one of {step} shards of --data.train" if step > 1 else ""
     remedy = "losses on them say little; remove them from --data.train or --data.val"
-    return [f"{seen:,} of {len(held):,} different texts are also trained on: {remedy}"] if seen else []
+    return [f"{seen:,} of {len(held):,} different texts are also trained on{where}: {remedy}"] if seen else []
 
 
 def _is_whole(directory: Path) -> bool:
@@ -293,15 +295,20 @@ def _make(
     }
 
 
-def _training_texts(sources: Sequence[Source], data: Data) -> Iterator[str]:
-    """Texts for tokenizer training: all in order, or those of evenly spaced shards of a large corpus."""
-    recipe = _recipe(data, "train")
-    parts = [(source, 0, 1) for source in sources]
-    step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
-    if step > 1:
-        parts = [part for job in plan(sources, data.encoding)[::step] for part in job.parts]
-    for source, part, of in parts:
+def _training_texts(entries: Sequence[Entry], data: Data, form: Format | None = None) -> Iterator[str]:
+    """Texts of the entries of one format, by default the data's, for tokenizer training: see `_training_parts`."""
+    recipe = _recipe(data, "train", form)
+    for source, part, of in _training_parts(entries, data, recipe.form)[0]:
         yield from _texts_of(source, Reading(data.text_column, data.encoding, part, of), recipe)
+
+
+def _training_parts(entries: Sequence[Entry], data: Data, form: Format) -> tuple[list[tuple[Source, int, int]], int]:
+    """Parts of sources, and one of how many shards they are: all, or evenly spaced shards of a large corpus."""
+    sources = [source for entry in entries if entry.form == form for source in entry.sources]
+    step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
+    if step <= 1:
+        return [(source, 0, 1) for source in sources], 1
+    return [part for job in plan(sources, data.encoding)[::step] for part in job.parts], step
 
 
 def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:

@@ -95,7 +95,7 @@ class Counts:
     discarded: int = 0
     padding: int = 0
     trained: int = 0
-    """Number of training targets."""
+    """Number of training targets, without BOS."""
     several: int = 0
     """Conversations with more than one answer."""
     too_long: int = 0
@@ -185,7 +185,7 @@ def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: 
         for ids_S, flags_S in zip(packed.ids_RS, packed.flags_RS):
             writer.write(encode_row(ids_S, flags_S, dtype))
         counts.rows += len(packed.ids_RS)
-        counts.trained += int(np.count_nonzero(packed.flags_RS & TARGET))
+        counts.trained += int(np.count_nonzero((packed.flags_RS & TARGET > 0) & (packed.ids_RS != tokenizer.bos)))
         for name in ("cut", "tokens", "discarded", "padding", "too_long"):
             setattr(counts, name, getattr(counts, name) + getattr(packed, name))
     return counts

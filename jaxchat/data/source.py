@@ -81,7 +81,7 @@ class Kind:
     """Whether documents come in random order, so that the first are a sample."""
     shard_bytes = 32 << 20
     """Bytes of a source that make one shard of rows."""
-    conversations = 2
+    conversations = 3
     """Version of how conversations become rows; increase it when the same conversations would make different rows."""
 
     def find(
