@@ -63,7 +63,8 @@ def run(pipeline: Sequence[Experiment], log: Log, *, dollars_per_hour: float | N
 def score_base(e: Experiment, last: Experiment, log: Log) -> dict[str, float]:
     """Scores the base model on the tasks of the last stage, with plain-text prompts."""
     base = load_checkpoint(str(e.stage_directory))
-    score = TaskScores(last, base.transformer(), base.tokenizer, log, style="text")
+    score = TaskScores(last, base.tokenizer, log, style="text")
+    score.begin(base.transformer())
     scores = score(base.params())
     log(f"base model, with plain-text prompts: {json_line(scores)}")
     return scores

@@ -14,12 +14,14 @@ import pytest
 from documents import corpus, environment, texts, write
 
 import launch.chat
+import launch.evaluate
 import launch.prepare
 import launch.tokenizer
 import launch.train
 from jaxchat import checkpoint, integrity, launcher
 from jaxchat.data import cache, prepare
 from jaxchat.errors import UserError
+from jaxchat.evaluation import asking
 from jaxchat.experiment import Experiment
 from jaxchat.stages import running, starts
 
@@ -261,6 +263,30 @@ def test_a_signal_before_the_first_step_exits_with_75(place, trained, monkeypatc
     assert out == "" and err.splitlines()[-1] == said and "damaged" not in err
     assert went_on
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+COPA = "eval_data/commonsense_reasoning/copa.jsonl"
+BAD_TASKS = {
+    "core": ("core/copa:{}", COPA, '{"query": "q", "choices": ["a"], "gold": 0}', "it needs at least two choices"),
+    "multiple choice": ("arc_easy:{}", "arc_easy.jsonl", '{"question": "q"}', "not a question with text choices"),
+    "text": ("bpb:{}/a.jsonl", "a.jsonl", '{"text": "t"}\n{"text": 5}', "has no text in column 'text' but a number"),
+    "no text": ("bpb:{}/a.jsonl", "a.jsonl", '{"text": ""}', "has no text: name files with documents"),
+    "problems": ("gsm8k:{}", "test.jsonl", '{"question": "q"}', "line 1: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TASKS)
+def test_files_of_tasks_are_read_before_anything_is_compiled(place, trained, tmp_path, monkeypatch, name):
+    spec, file, row, said = BAD_TASKS[name]
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(row + "\n")
+    monkeypatch.setattr(running, "compile_step", None)
+    monkeypatch.setattr(asking, "load_engine", None)
+    before = contents(place / "runs")
+    assert said in refusal(launch.train.main, [*flags(place, name="other"), "--tasks", spec.format(tmp_path)])
+    evaluated = [f"--checkpoint={trained}", "--tasks", spec.format(tmp_path)]
+    assert said in refusal(launch.evaluate.main, evaluated)
+    assert contents(place / "runs") == before
 
 
 def test_a_run_directory_that_cannot_be_written_says_so(place, trained):

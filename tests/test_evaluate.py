@@ -67,7 +67,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(engine: Engine, data: Path, out: Path, specs: Any = ("core", "mmlu"), **settings: Any) -> dict[str, Any]:
     chosen = Settings(**{"style": "text", "max_tokens": 4} | settings)
     found = jobs([f"{spec}:{data}" if spec in ("core", "mmlu") else spec for spec in specs], chosen, out)
-    return evaluate(engine, found, chosen, out, {}, log=lambda text: None)
+    inputs = evaluation.read(found, engine.tokenizer, chosen.limit)
+    return evaluate(engine, found, inputs, chosen, out, {}, log=lambda text: None)
 
 
 def test_all_together_answer_as_one_by_one(engine: Engine, data: Path, tmp_path: Path) -> None:
@@ -286,7 +287,8 @@ def judged(engine: Engine, tmp_path: Path, code: str) -> tuple[dict[str, Any], l
     (tmp_path / "own.py").write_text(code)
     chosen, said = Settings("chat", max_tokens=4), list[str]()
     found = jobs([f"{tmp_path}/own.py:Own"], chosen, tmp_path)
-    return evaluate(engine, found, chosen, tmp_path / "out", {}, log=said.append)["own"], said
+    inputs = evaluation.read(found, engine.tokenizer, None)
+    return evaluate(engine, found, inputs, chosen, tmp_path / "out", {}, log=said.append)["own"], said
 
 
 def test_recorded_answers_are_judged_again_by_changed_code_and_where_they_could_not_be(

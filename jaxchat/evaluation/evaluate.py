@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -96,6 +95,8 @@ class Texts:
 
 
 Job = Asked | Solving | Texts
+Inputs = dict[str, Sequence[Any]]
+"""What each task asks, by its name: questions, problems, or the texts of bpb."""
 Log = Callable[[str], None]
 Opened = Callable[[str, Iterable[Any]], contextlib.AbstractContextManager[Records]]
 
@@ -144,28 +145,53 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in available]
 
 
+def read(found: Sequence[Job], tokenizer: Tokenizer, limit: int | None) -> Inputs:
+    """Reads all files of the jobs, so that a mistake in any is found before something is compiled.
+
+    Raises:
+        UserError: a file is missing, malformed or empty, or the user's task fails.
+    """
+    inputs: Inputs = {}
+    for job in found:
+        if isinstance(job, Asked):
+            inputs[job.name] = job.questions(tokenizer, limit)
+        elif isinstance(job, Solving):
+            inputs[job.name] = problems_of(job.task, "test", limit)
+        else:
+            inputs[job.name] = tuple(_texts(job.spec)) if limit is None else _some_texts(job.spec, limit)
+            if not any(inputs[job.name]):
+                raise UserError(f"bpb:{job.spec} has no text: name files with documents")
+    return inputs
+
+
 def evaluate(
-    engine: Engine, found: Sequence[Job], settings: Settings, out: Path, about: Mapping[str, Any], *, log: Log
+    engine: Engine,
+    found: Sequence[Job],
+    inputs: Inputs,
+    settings: Settings,
+    out: Path,
+    about: Mapping[str, Any],
+    *,
+    log: Log,
 ) -> dict[str, dict[str, Any]]:
-    """Runs all jobs; returns results by task name, with CORE and ChatCORE if their tasks are among the jobs.
+    """Runs all jobs on their `inputs`; returns results by task name, with CORE and ChatCORE if their tasks are among
+    the jobs.
 
     Answers are recorded in `out`; those already recorded are not computed again.
 
     Raises:
-        UserError: a file is missing or malformed, or `out` holds another evaluation.
+        UserError: `out` holds another evaluation.
     """
-    # Errors in any task's problems are reported before the first task runs.
-    problems = {job.name: problems_of(job.task, "test", settings.limit) for job in found if isinstance(job, Solving)}
     records = partial(_records, out, {**about, "settings": to_json(settings)})
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)
     results: dict[str, dict[str, Any]] = {}
     if asked := [job for job in found if isinstance(job, Asked)]:
-        results |= _ask(scorer, engine.tokenizer, asked, settings.limit, records, log)
+        results |= _ask(scorer, asked, inputs, records, log)
     for job in found:
         if isinstance(job, Solving):
-            results[job.name] = _solve(engine, job, problems[job.name], settings, records, log)
+            results[job.name] = _solve(engine, job, inputs[job.name], settings, records, log)
         elif isinstance(job, Texts):
-            results[job.name] = bits_per_byte(scorer, engine.tokenizer, job.spec, settings.limit)
+            results[job.name] = bits_per_byte(scorer, engine.tokenizer, inputs[job.name])
         if not isinstance(job, Asked):
             log(f"{job.name}: {summary(results[job.name])}")
     return results | summaries(results)
@@ -187,13 +213,13 @@ def _records(out: Path, about: Mapping[str, Any], name: str, questions: Iterable
 
 
 def _ask(
-    scorer: Scorer, tokenizer: Tokenizer, asked: Sequence[Asked], limit: int | None, records_of: Opened, log: Log
+    scorer: Scorer, asked: Sequence[Asked], inputs: Inputs, records_of: Opened, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Answers the questions of all tasks together, so that their items share batches."""
     questions, owners, records = [], [], {}
     with contextlib.ExitStack() as files:
         for job in asked:
-            own = job.questions(tokenizer, limit)
+            own = inputs[job.name]
             records[job.name] = kept = files.enter_context(records_of(job.name, own))
             log(f"{job.name}: {len(own)} questions" + (f", {len(kept.done)} already answered" if kept.done else ""))
             for index, question in enumerate(own):
@@ -250,17 +276,15 @@ def _solve(
     }
 
 
-def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, spec: str, limit: int | None) -> dict[str, Any]:
-    """Bits per byte of all documents or of a sample of `limit`, stratified by file. Documents are cut into chunks of
-    `scorer.length` tokens, and every token is scored once, given the tokens before it in its chunk and one more."""
+def bits_per_byte(scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
+    """Bits per byte of texts, not all empty. They are cut into chunks of `scorer.length` tokens, and every token is
+    scored once, given the tokens before it in its chunk and one more."""
     items, size = [], 0
     length = scorer.length
-    for text in _texts(spec) if limit is None else _some_texts(spec, limit):
+    for text in texts:
         ids = [tokenizer.bos, *tokenizer.encode(text)]
         size += len(text.encode("utf-8", errors="replace"))
         items += [Item(ids[i : i + 1], ids[i + 1 : i + 1 + length]) for i in range(0, len(ids) - 1, length)]
-    if not items:
-        raise UserError(f"bpb:{spec} has no text: name files with documents")
     nats = -sum(float(scored.logprobs.astype("float64").sum()) for scored in scorer(items))
     return {"bpb": nats / math.log(2) / size, "bytes": size, "tokens": sum(len(item.continuation) for item in items)}
 
@@ -294,10 +318,8 @@ def _texts(spec: str) -> Iterator[str]:
     return (text for source in sources.find(spec, "val") for text in sources.documents(source, Reading()))
 
 
-@functools.lru_cache(8)
 def _some_texts(spec: str, limit: int) -> tuple[str, ...]:
-    """`limit` documents, stratified by source; the first if they come in random order. Cached, because files are read
-    whole, twice, and training asks for the same at every evaluation."""
+    """`limit` documents, stratified by source; the first if they come in random order. Files are read twice."""
     found = sources.find(spec, "val")
     if all(sources.KINDS[source.kind].shuffled for source in found):
         return tuple(itertools.islice(_texts(spec), limit))

@@ -25,6 +25,8 @@ MOST_PASSES = 16
 class FromText:
     """Pretraining on documents, scored by bits per byte of held-out ones; see `stages.stage.Stage` for the methods."""
 
+    tasks: TaskScores
+
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
         self._tokenizer, self._log = tokenizer, log
         self._rows = {
@@ -55,7 +57,7 @@ class FromText:
         self.check_rows(e, facts)
         self._batches = device_batches(setup, self.stream, start, micro_rows)
         self._text, self._loss = self._held_out(setup, micro_rows)
-        self._tasks = TaskScores(e, setup.transformer, self._tokenizer, self._log, mesh=setup.mesh)
+        self.tasks.begin(setup.transformer, setup.mesh)
 
     def check_rows(self, e: Experiment, facts: dict[str, Any]) -> None:
         """Raises `UserError` if the checkpoint with these facts was trained on other rows."""
@@ -85,7 +87,7 @@ class FromText:
         if self._loss is not None:
             scores["val_loss_rows"] = rows_to_score(e, self._loss, last=last)
             scores["val_loss"] = self._loss(state.params, scores["val_loss_rows"])
-        return scores | self._tasks(state.params)
+        return scores | self.tasks(state.params)
 
     numbers = None
 

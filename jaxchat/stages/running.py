@@ -21,6 +21,7 @@ from jaxchat.optim import learning_rate_factor
 from jaxchat.stages import starts
 from jaxchat.stages.checks import check, check_alike, check_end, check_finite, check_tokenizer
 from jaxchat.stages.reporting import StepLog, describe, make_writers, write_samples
+from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import Stage, inherited, locate_start, not_used, record_start, started
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import Cadence, Hooks, State, fit, init_state
@@ -61,7 +62,9 @@ def prepared(setup: Setup, tokenizer: Tokenizer | None, log: Log) -> tuple[Setup
         tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
     check_tokenizer(e.run_directory, tokenizer)
     signals.check()
+    tasks = TaskScores(e, tokenizer, log)  # They are read before anything slow.
     stage: Stage = STAGES[e.stage].load()(e, tokenizer, log)
+    stage.tasks = tasks
     if stage.steps != e.steps:
         setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
     return setup, stage, tokenizer

@@ -11,7 +11,7 @@ from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, share, summaries
+from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, read, share, summaries
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask_together
@@ -19,7 +19,7 @@ from jaxchat.evaluation.solve import Style, solve
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.paths import split_step, user_path
-from jaxchat.tasks import Task, problems_of
+from jaxchat.tasks import Task
 from jaxchat.tokenizer import Tokenizer
 
 EVALUATION_SEED = 1_000_003  # The same noise at every evaluation, and not that of a rollout.
@@ -57,28 +57,25 @@ class TaskScores:
     """Scores parameters on the tasks of an experiment, each time on the same problems with the same noise.
 
     `style`: "text" prompts with plain text, for base models; "chat" with turns; by default the experiment's. The
-    constructor reads the task files and raises `UserError` for invalid ones.
+    constructor reads the task files and raises `UserError` for invalid ones; `begin` takes the model.
     """
 
     def __init__(
         self,
         e: Experiment,
-        transformer: Transformer,
         tokenizer: Tokenizer,
         log: Log,
         *,
         style: Style | None = None,
-        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        self._experiment, self._transformer, self._tokenizer, self._log = e, transformer, tokenizer, log
+        self._experiment, self._tokenizer, self._log = e, tokenizer, log
         self._style: Style = style or ("chat" if e.chats else "text")
-        self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._jobs = jobs(e.tasks, Settings(self._style), e.cache_directory / "downloads")
-        limit = e.eval_problems
-        self._questions = {job.name: job.questions(tokenizer, limit) for job in self._jobs if isinstance(job, Asked)}
-        self._problems = {
-            job.name: problems_of(job.task, "test", limit) for job in self._jobs if isinstance(job, Solving)
-        }
+        self._inputs = read(self._jobs, tokenizer, e.eval_problems)
+
+    def begin(self, transformer: Transformer, mesh: jax.sharding.Mesh | None = None) -> None:
+        self._transformer = transformer
+        self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._engine: Engine | None = None
         self._scorer: Scorer | None = None
 
@@ -108,13 +105,13 @@ class TaskScores:
         solved = solve(
             self._engine,
             task,
-            self._problems[task.name],
+            self._inputs[task.name],
             n=e.eval_samples,
             sampling=sampling,
             style=self._style,
             log=self._log,
         )
-        scores[f"{task.name}_problems"] = len(self._problems[task.name])
+        scores[f"{task.name}_problems"] = len(self._inputs[task.name])
         for k, (strict, lenient) in solved.pass_at.items():
             at = f"_pass@{k}" if k > 1 else ""
             scores |= {f"{task.name}_strict{at}": strict, f"{task.name}_lenient{at}": lenient}
@@ -128,10 +125,10 @@ class TaskScores:
         self._scorer.load(params)
         for job in self._jobs:
             if isinstance(job, Asked):
-                answers = [answer._asdict() for _, answer in ask_together(self._scorer, self._questions[job.name])]
+                answers = [answer._asdict() for _, answer in ask_together(self._scorer, self._inputs[job.name])]
                 results[job.name] = share(answers, job.baselines)
             elif isinstance(job, Texts):
-                results[job.name] = bits_per_byte(self._scorer, self._tokenizer, job.spec, e.eval_problems)
+                results[job.name] = bits_per_byte(self._scorer, self._tokenizer, self._inputs[job.name])
         asked = {name: result for name, result in results.items() if "accuracy" in result}
         scores = {f"{name}_accuracy": result["accuracy"] for name, result in asked.items()}
         scores |= {f"{name}_problems": result["count"] for name, result in asked.items()}

@@ -17,6 +17,7 @@ from jaxchat.model.transformer import Params
 from jaxchat.objectives.objective import Objective
 from jaxchat.paths import split_step
 from jaxchat.serialization import flags
+from jaxchat.stages.scores import TaskScores
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 from jaxchat.train import State
 
@@ -27,9 +28,11 @@ Record = dict[str, Any]
 
 
 class Stage(Protocol):
-    """A stream of batches with its evaluations. `steps` is the number of optimizer steps."""
+    """A stream of batches with its evaluations. `steps` is the number of optimizer steps; `tasks` are set from outside,
+    before `begin`."""
 
     steps: int
+    tasks: TaskScores
 
     @staticmethod
     def objective(e: Experiment) -> Objective:
