@@ -12,7 +12,7 @@ import small
 from letters import Letters
 from outside import GOLDEN, read
 
-from jaxchat.decode.beam import beam_search
+from jaxchat.decode.beam import beam_search, search
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
@@ -103,6 +103,14 @@ def test_texts_and_scores_are_those_of_transformers(
     real = [score for score in search["scores"] if score > -1e8]
     assert [list(beam.tokens) for beam in found] == search["answers"][: len(real)]
     np.testing.assert_allclose([beam.score for beam in found], real, atol=1e-4)
+
+
+def test_limits_penalties_and_stop_tokens_share_a_program(engine: Engine) -> None:
+    beam_search(engine, [1, 2], beams=3, max_tokens=9)
+    before = search._cache_size()
+    for asked in ({"max_tokens": 1}, {"max_tokens": 50}, {"length_penalty": 0.5}, {"stop_tokens": [2, 3]}):
+        beam_search(engine, [1, 2, 3], beams=3, **asked)  # type: ignore[arg-type]
+    assert search._cache_size() == before
 
 
 def test_what_cannot_be_searched_is_refused(engine: Engine) -> None:

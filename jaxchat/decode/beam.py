@@ -27,7 +27,7 @@ class Beam(NamedTuple):
 
 class Search(NamedTuple):
     """State of a search: W unfinished (`going`) hypotheses, the best W finished (`ended`) ones, tokens (W, N) padded
-    with -1, and whether the search is still open.
+    with -1, N the length of the cache, and whether the search is still open.
     """
 
     step: jax.Array
@@ -65,12 +65,13 @@ def beam_search(
         raise UserError(f"beams={beams} and max_tokens={max_tokens} must be at least 1")
     prompt = engine.check(prompt)
     most = min(max_tokens, engine.shape.length - len(prompt))
-    stops = np.array(sorted({*engine.ends, *stop_tokens}), np.int32)
-    settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+    ends = sorted({*engine.ends, *stop_tokens})
+    # Padded, so that a few stop tokens more do not compile another program.
+    stops = np.array(ends + [-1] * (-len(ends) % programs.STOPS), np.int32)
     with engine.on_mesh():
         row, logits_1V = engine.read(prompt)
         first_W, none_W = np.zeros(beams, np.int32), jnp.full((beams,), NEVER, jnp.float32)
-        empty = jnp.full((beams, most), -1, jnp.int32)
+        empty = jnp.full((beams, engine.shape.length), -1, jnp.int32)
         state = Search(
             step=jnp.int32(0),
             logits_WV=jnp.repeat(logits_1V[:1], beams, axis=0),
@@ -83,8 +84,9 @@ def beam_search(
         )
         while bool(state.open):
             signals.check()
-            arguments = (engine.transformer, engine.params, state, stops, np.int32(len(prompt)))
-            state = search(*arguments, **settings, steps=min(engine.shape.steps, most))
+            arguments = (engine.transformer, engine.params, state, stops, np.int32(len(prompt)), np.int32(most))
+            penalty = np.float32(length_penalty)
+            state = search(*arguments, penalty, early_stopping=early_stopping, steps=engine.shape.steps)
     found = []
     for tokens_N, score in zip(*jax.device_get((state.ended_WN, state.ended_score_W))):
         if score > NEVER / 2:
@@ -95,25 +97,27 @@ def beam_search(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("length_penalty", "early_stopping", "steps"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("early_stopping", "steps"))
 def search(
     transformer: Transformer,
     params: Params,
     state: Search,
     stops_E: jax.Array,
     start: jax.Array,
+    limit: jax.Array,
+    length_penalty: jax.Array,
     *,
-    length_penalty: float,
     early_stopping: bool | str,
     steps: int,
 ) -> Search:
-    """Advances every beam by `steps` tokens. Finished hypotheses stay as they are once the search is closed.
+    """Advances every beam by `steps` tokens, or until the search is closed.
 
-    `stops_E` are the stop tokens, `start` is the length of the prompt.
+    `stops_E` are the stop tokens, `start` is the length of the prompt, `limit` that of an answer at most.
     """
+    stop = state.step + steps
 
-    def turn(state: Search, _: None) -> tuple[Search, None]:
-        at, parent_W = advance(state, stops_E, length_penalty=length_penalty, early_stopping=early_stopping)
+    def turn(state: Search) -> Search:
+        at, parent_W = advance(state, stops_E, limit, length_penalty, early_stopping=early_stopping)
         token_W = at.going_WN[:, state.step]
         position_W = jnp.where(at.open, start + state.step, -1)
         cache = jax.tree.map(lambda x: x[parent_W], state.cache)
@@ -124,24 +128,28 @@ def search(
             cache=cache,
         )
         assert forward.cache is not None
-        return at._replace(cache=forward.cache, logits_WV=transformer.logits(params, forward.hidden)[:, 0]), None
+        return at._replace(cache=forward.cache, logits_WV=transformer.logits(params, forward.hidden)[:, 0])
 
-    return jax.lax.scan(turn, state, None, length=steps)[0]
+    return jax.lax.while_loop(lambda state: state.open & (state.step < stop), turn, state)
 
 
 def advance(
-    state: Search, stops_E: jax.Array, *, length_penalty: float, early_stopping: bool | str
+    state: Search,
+    stops_E: jax.Array,
+    limit: jax.Array,
+    length_penalty: jax.Array,
+    *,
+    early_stopping: bool | str,
 ) -> tuple[Search, jax.Array]:
     """Extends all beams by one token and moves finished ones to `ended`; returns the state and each beam's parent."""
     W, V = state.logits_WV.shape
-    N = state.going_WN.shape[1]
-    step, length = jnp.minimum(state.step, N - 1), (state.step + 1).astype(jnp.float32)
+    step, length = state.step, (state.step + 1).astype(jnp.float32)
     total_WV = jax.nn.log_softmax(state.logits_WV) + state.going_logprob_W[:, None]
     # Enough candidates to leave W unfinished ones even if every beam is continued by every stop token.
     logprob_C, index_C = jax.lax.top_k(total_WV.reshape(-1), min(max(2, 1 + stops_E.shape[0]) * W, W * V))
     parent_C, token_C = index_C // V, (index_C % V).astype(jnp.int32)
     text_CN = state.going_WN[parent_C].at[:, step].set(token_C)
-    ends_C = jnp.any(token_C[:, None] == stops_E[None], axis=1) | (state.step >= N - 1)
+    ends_C = jnp.any(token_C[:, None] == stops_E[None], axis=1) | (step >= limit - 1)
 
     going_C = jnp.where(ends_C, logprob_C + NEVER, logprob_C)
     going_W, chosen_W = jax.lax.top_k(going_C, W)
@@ -152,7 +160,7 @@ def advance(
     score_W, index_W = jax.lax.top_k(jnp.concatenate([state.ended_score_W, score_C]), W)
     ended_WN = jnp.concatenate([state.ended_WN, text_CN])[index_W]
 
-    final_length = jnp.float32(N) if early_stopping == "never" and length_penalty > 0 else length
+    final_length = jnp.where((length_penalty > 0) & (early_stopping == "never"), limit.astype(jnp.float32), length)
     ended_W = score_W > NEVER / 2
     worst_W = jnp.where(ended_W, jnp.min(score_W), NEVER)
     still_open = jnp.any(going_W[0] / final_length**length_penalty > worst_W) & ~jnp.all(ends_C)
@@ -160,11 +168,11 @@ def advance(
         still_open &= ~jnp.all(ended_W)
 
     after = state._replace(
-        step=state.step + 1,
+        step=step + 1,
         going_WN=text_CN[chosen_W],
         going_logprob_W=going_W,
-        ended_WN=jnp.where(state.open, ended_WN, state.ended_WN),
-        ended_score_W=jnp.where(state.open, score_W, state.ended_score_W),
-        open=state.open & still_open,
+        ended_WN=ended_WN,
+        ended_score_W=score_W,
+        open=still_open,
     )
     return after, parent_C[chosen_W]
