@@ -207,7 +207,7 @@ ELSEWHERE = {
         "--host={} lets other machines use this server: set --api_key, or --allow_anyone=True",
         "{} port {} cannot be served ({}): set --host and --port",
         "port {} is in use: choose another with --port, or 0 for any free one",
-        "the model {} takes {} bytes, but {}: raise --model_bytes",
+        "but the limit is {}: set --model_bytes={} or more",
     ),
     "is followed by tests/test_advice.py and tests/test_paths.py": (
         "no documents to train on: set --data.train to files, directories or tinywor",
@@ -262,6 +262,7 @@ ELSEWHERE = {
         "No problems were asked",
     ),
     "needs other data; tests/test_hub.py, test_prepare.py, test_prepare_conversations.py, test_tokenizer.py": (
+        ", compared with one of {} shards of --data.train",
         "losses on them say little; remove them from --data.train or --data.val",
         "has no parquet file to validate on",
         "rows cannot be stored at",

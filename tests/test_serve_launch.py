@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,13 +17,16 @@ import httpx
 import jax
 import numpy as np
 import pytest
-from runs import finish
+from runs import finish, last_of_each
 from runs import launch as start
-from serving import Live, checkpoint, serving
+from serving import LENGTH, Live, checkpoint, serving
 
 import launch.serve as command
+from jaxchat.decode.engine import EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.evaluation import harness
+from jaxchat.loading import load_checkpoint
+from jaxchat.serve.models import model_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -58,6 +62,33 @@ def test_a_bad_start_is_one_sentence(run: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.delattr("jaxchat.serve.app")
     monkeypatch.setitem(sys.modules, "jaxchat.serve.app", None)
     assert "pip install -e '.[serve]'" in refusal(f"--checkpoint={run}")
+
+
+REMEDIES = [
+    ("--host=0.0.0.0 --port=0", "set --api_key, or --allow_anyone=True", "--api_key=key"),
+    ("--host=0.0.0.0 --port=0", "set --api_key, or --allow_anyone=True", "--allow_anyone=True"),
+    ("--host=127.0.0.256 --api_key=key --port=99999", "set --host and --port", "--host=127.0.0.1 --port=0"),
+    ("--port={taken}", "choose another with --port, or 0 for any", "--port=0"),
+    ("--port=0 --model_bytes=9", "but the limit is 9: set --model_bytes={size}", "--model_bytes={size}"),
+]
+
+
+@pytest.mark.parametrize(("given", "said", "advised"), REMEDIES)
+def test_what_a_refusal_advises_starts_the_server(
+    run: str, given: str, said: str, advised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("jaxchat.serve.app.Server.run", lambda server, sockets: served.extend(sockets))
+    found = load_checkpoint(run)
+    shape = EngineConfig(length=LENGTH, slots=16, prefix_cache_bytes=256 << 20)
+    size = model_bytes(found, shape)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"taken": taken.getsockname()[1], "size": size}
+        with pytest.raises(UserError, match=re.escape(said.format(**names))):
+            command.main([f"--checkpoint={run}", *given.format(**names).split()])
+        assert not served
+        command.main(last_of_each([f"--checkpoint={run}", *f"{given} {advised}".format(**names).split()]))
+    served.pop().close()
 
 
 def test_sigterm_loses_no_answer_under_way_and_refuses_what_comes(run: str) -> None:

@@ -27,7 +27,6 @@ from starlette.staticfiles import StaticFiles
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
-from jaxchat.loading import load_checkpoint
 from jaxchat.serve import completions, information
 from jaxchat.serve.errors import ApiError, as_api_error
 from jaxchat.serve.limits import Guard, JsonLines, Rates, is_loopback
@@ -143,9 +142,8 @@ def run(options: Any) -> dict[str, object]:
     directory = next(iter(models.values())).directory
     jax.config.update("jax_compilation_cache_dir", str((directory.parent.parent / "cache" / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    default = models.get(options.default_model, next(reversed(models.values())))
-    load_checkpoint(f"{default.directory}@{default.step}")  # A wrong checkpoint must fail the start.
     app = create_app(options, models)
+    app.state.models.sized()  # A wrong checkpoint must fail the start.
     listening = _bind(options.host, options.port)
     _log_lines()
     config = uvicorn.Config(

@@ -132,11 +132,24 @@ class Models:
     def bytes(self) -> int:
         return sum(model.bytes for model in self.loaded.values())
 
+    def sized(self, name: str | None = None) -> tuple[Loaded, EngineConfig, int]:
+        """A model, by default that of requests that name none, without its parameters, its shape and its bytes.
+
+        Raises:
+            UserError: it cannot be loaded, or is larger than the limit.
+        """
+        entry = self.entries[name or self.default]
+        loaded = load_checkpoint(f"{entry.directory}@{entry.step}")
+        shape = EngineConfig(**{"length": loaded.experiment.data.row_length} | self._shape)
+        size = model_bytes(loaded, shape)
+        if size > self._most_bytes:
+            limit = f"but the limit is {self._most_bytes}: set --model_bytes={size} or more"
+            raise UserError(f"the model {entry.name} takes {size} bytes, {limit}")
+        return loaded, shape, size
+
     async def _load(self, entry: Entry) -> Model:
         try:
-            loaded = await asyncio.to_thread(load_checkpoint, f"{entry.directory}@{entry.step}")
-            shape = EngineConfig(**{"length": loaded.experiment.data.row_length} | self._shape)
-            size = model_bytes(loaded, shape)
+            loaded, shape, size = await asyncio.to_thread(self.sized, entry.name)
             await self._make_room(size, entry.name)
             engine = await asyncio.to_thread(self._engine, loaded, shape)
         except UserError as error:
@@ -154,9 +167,6 @@ class Models:
 
     async def _make_room(self, size: int, name: str) -> None:
         """Lets models go, the least recently used first, until one of `size` bytes fits."""
-        if size > self._most_bytes:
-            limit = f"the limit is {self._most_bytes}"
-            raise ApiError(503, f"the model {name} takes {size} bytes, but {limit}: raise --model_bytes")
         for key, model in list(self.loaded.items()):
             if self.bytes + size <= self._most_bytes:
                 return
