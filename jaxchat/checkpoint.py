@@ -137,7 +137,7 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=independent) as reader:
                 return reader.restore((self.directory / str(step)).absolute(), args=items)
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing.
-            raise ValueError(first_line(error)) from error
+            raise _unreadable(error, self.directory, step) from error
 
     def check(self) -> None:
         """Raises `UserError` if the last save has failed by now."""
@@ -291,7 +291,15 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
             integrity.verify(read_facts(directory, step), **{part: tree})
             return tree
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
-            raise ValueError(first_line(error)) from error
+            raise _unreadable(error, checkpoints, step) from error
+
+
+def _unreadable(error: Exception, directory: Path, step: int) -> Exception:
+    """A ValueError for damage, for which an older checkpoint is tried; too little memory is none."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        problem = f"there is too little memory for checkpoint {step} in {directory} ({first_line(error)})"
+        return UserError(f"{problem}: use a larger device, or free some memory")
+    return ValueError(first_line(error))
 
 
 def write_experiment(directory: Path, experiment: Any) -> None:

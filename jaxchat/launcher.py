@@ -61,7 +61,7 @@ def run(main: Callable[[list[str]], Mapping[str, Any] | None], *, resumes: bool 
     except BrokenPipeError:  # The reader closed the pipe; without devnull, Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except Exception as error:
+    except Exception as error:  # All but what a user can correct is raised again.
         if (problem := sentence(error)) is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

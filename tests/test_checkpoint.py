@@ -178,6 +178,25 @@ def test_an_array_that_is_cut_off_without_its_sizes_is_noticed(copy):
     assert step == 2 and same(found, state(2)) and len(said) == 2
 
 
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_too_little_memory_is_not_taken_for_damage(copy, monkeypatch, error):
+    def full(*args, **named):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", full)
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", full)
+    before, checkpoints = sorted(path for path in copy.rglob("*")), Checkpoints(copy, keep=2)
+    for read in (
+        lambda: checkpoints.restore(abstract(), pytest.fail),
+        lambda: checkpoint.load_params(copy, 3, abstract().params),
+        lambda: checkpoint.load_optimizer(copy, 3, abstract()),
+    ):
+        with pytest.raises(UserError, match=r"^there is too little memory for checkpoint 3 in .*: use a larger device"):
+            read()
+    checkpoints.close()
+    assert sorted(path for path in copy.rglob("*")) == before
+
+
 def test_when_all_are_damaged_one_sentence_says_so(copy):
     for step in (2, 3):
         files_of(copy, step)[-1].unlink()

@@ -94,7 +94,7 @@ def locked(directory: Path, log: Log, *, refusal: str | None = None, option: str
             log(f"warning: {directory} cannot be locked ({error.strerror}): let no other process use it meanwhile")
         try:
             yield
-        except BaseException:
+        except BaseException:  # Whatever ends the work, also a signal, is raised again.
             if refusal is not None and made and not any(p.is_file() for p in directory.rglob("*") if p.name != "lock"):
                 shutil.rmtree(directory, ignore_errors=True)
                 with contextlib.suppress(OSError):  # Something else is in one of the others.

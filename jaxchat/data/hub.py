@@ -185,7 +185,7 @@ def _fetch(repository: str, commit: str, place: Path, endpoint: str | None, shar
             try:
                 path = Path(get(local_dir=place, endpoint=endpoint))
                 break
-            except Exception as error:
+            except Exception as error:  # All but an error of the server is raised again.
                 if wait is None or (_status(error) or 0) < 500:
                     raise
                 time.sleep(wait)

@@ -251,7 +251,7 @@ class Engine:
                     self.slots.fit()
                     self.slots.decode(self.params)
                     self._leave()
-        except BaseException as error:
+        except BaseException as error:  # A signal, too, may have left the caches donated. It is raised again.
             self.reset(f"the engine stopped: {first_line(error)}")
             raise
         return bool(self.slots.active or self._waiting or self._reading or self._prefilled)

@@ -28,7 +28,7 @@ def main() -> None:
         sys.modules["candidate"] = module  # Dataclasses look up the module in which they are defined.
         exec(compile(setup["program"], "candidate", "exec"), module.__dict__)
         function: Any = module.__dict__[setup["entry_point"]]
-    except BaseException as error:
+    except BaseException as error:  # The program is not ours, and may raise SystemExit too.
         send(answers, [0, "error", type(error).__name__])
         return
     while True:
@@ -36,7 +36,7 @@ def main() -> None:
         answer: list[Any]
         try:
             answer = [number, "value", encode(function(*decode(arguments), **decode(keywords)))]
-        except BaseException as error:
+        except BaseException as error:  # As above.
             answer = [number, "error", type(error).__name__]
         send(answers, answer)
 

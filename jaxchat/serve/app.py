@@ -76,7 +76,7 @@ async def _load_default(app: FastAPI) -> None:
         model = await app.state.models.use(None)
         model.release()
         app.state.starting = ""
-    except Exception as error:
+    except Exception as error:  # The server stays, and /ready says why it is not.
         app.state.starting = str(error)
         LOG.exception("the default model cannot be loaded")
 

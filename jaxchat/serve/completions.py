@@ -188,7 +188,7 @@ async def respond(request: Request, stack: ExitStack, body: protocol.Sampling, s
             return Events(running)
         await while_connected(request.receive, _finish(running))
         response = JSONResponse(running.reply.whole())
-    except BaseException:
+    except BaseException:  # Also if the client has left; it is raised again.
         stack.close()
         raise
     stack.close()
@@ -219,7 +219,7 @@ class Events(StreamingResponse):
             async for choices in running.choices():
                 if choices:
                     yield "".join(_event(reply.chunk([choice])) for choice in choices)
-        except Exception as error:
+        except Exception as error:  # The status was sent before, so an error of any kind becomes the last event.
             yield _event(as_api_error(error).body())
             return
         yield (_event(reply.chunk([], usage=True)) if reply.body.include_usage else "") + "data: [DONE]\n\n"
@@ -245,8 +245,7 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     finally:
         for other in (task, gone):
             other.cancel()
-            with contextlib.suppress(BaseException):
-                await other
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 @router.websocket("/ws/chat")
@@ -300,8 +299,7 @@ class Talking:
 
     async def stop(self) -> None:
         self._task.cancel()
-        with contextlib.suppress(BaseException):
-            await self._task
+        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _answer(self, body: protocol.Chat) -> None:
         try:

@@ -101,7 +101,7 @@ class Worker:
         self._inbox.put(partial(self._start, answer))
         try:
             await answer.accepted
-        except BaseException:
+        except BaseException:  # Also if the client has left; it is raised again.
             self.cancel(answer)
             raise
         return answer
@@ -128,7 +128,7 @@ class Worker:
                 if not future.cancelled():
                     result = function(self.engine)
                     self._tell(_resolve, future, result)
-            except Exception as error:
+            except Exception as error:  # It is raised where the call is awaited.
                 self._tell(_reject, future, error)
 
         self._inbox.put(work)
@@ -170,7 +170,7 @@ class Worker:
     def _step(self) -> None:
         try:
             self.engine.step()
-        except Exception as error:
+        except Exception as error:  # One request must not end the others.
             LOG.exception("the engine failed with %d requests", len(self._live))
             self._divide(error)
         self._send()
@@ -196,7 +196,7 @@ class Worker:
                 answer.samples = self.engine.submit(answer.request)
                 self._tell(_resolve, answer.accepted, None)
                 return
-        except Exception as error:
+        except Exception as error:  # It is raised where the answer is awaited.
             self._tell(_reject, answer.accepted, error)
             self._end(answer, "error", str(error))
         self._live.remove(answer)
