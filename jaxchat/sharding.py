@@ -219,7 +219,7 @@ def placements(mesh: jax.sharding.Mesh, shapes: Any, axes: Any, rules: Rules = T
         for size, name, entry in zip(shape.shape, names, placed, strict=True):
             ways = _ways(mesh, entry)
             if size % ways:
-                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                where = ".".join(step.key for step in path if hasattr(step, "key"))  # Alike in every layer.
                 raise ValueError(
                     f"{name}={size} of {where} is not a multiple of {entry}={ways}: choose another --mesh.{entry}"
                 )

@@ -3,6 +3,10 @@
 import os
 import sys
 
+if sys.platform == "win32":
+    print("error: jaxchat runs on Linux and macOS; on Windows, use it in WSL: see README.md", file=sys.stderr)
+    raise SystemExit(2)
+
 from jaxchat import signals
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"

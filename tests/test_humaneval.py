@@ -374,3 +374,10 @@ def test_installed_packages_are_left_out_of_what_is_shown(tmp_path):
     shown, between = landlock.without(root, [f"{root}/lib/site-packages"])
     assert (shown, between) == ([f"{root}/lib/json"], [root, f"{root}/lib"])
     assert set(INSTEAD).isdisjoint(THROUGH)
+
+
+def test_another_system_is_told_that_the_sandbox_needs_linux(monkeypatch):
+    find_protection.cache_clear()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UserError, match=r"^programs are judged in a sandbox of Linux only: leave out the tasks that "):
+        find_protection()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,3 +125,10 @@ def test_preparing_data_imports_no_jax() -> None:
         fresh("import sys, jaxchat.data.prepare, jaxchat.command_line\nprint('jaxchat.model' in sys.modules)")
         == "False\n"
     )
+
+
+def test_windows_is_told_what_to_use():
+    code = "import sys; sys.platform = 'win32'; sys.modules['fcntl'] = None; import launch.chat"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    said = "error: jaxchat runs on Linux and macOS; on Windows, use it in WSL: see README.md\n"
+    assert (done.returncode, done.stderr) == (2, said)

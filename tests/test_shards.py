@@ -1,15 +1,19 @@
 """Shards: the plan, worker processes, and a start after a kill."""
 
+import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from documents import environment, settings, silent, talks, texts, write, write_rows
 
 from jaxchat.data import files, shards, workers
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
+from jaxchat.data.source import Source
 from jaxchat.errors import UserError
 
 
@@ -71,6 +75,35 @@ def test_processes_count_what_they_skip_as_one_does(tmp_path, tokenizer, many_sh
     assert one["examples"] == two["examples"]
     assert one["skipped"]["unknown role"] == 3
     assert one["examples"]["unknown role"].startswith(f"{path} line 6: message 0 has the role 'robot'")
+
+
+class Then:
+    """A tokenizer that calls a function when a worker reads it."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        (Then(sys.exit, 3), "a worker ended with status 3 while preparing a.txt; start again, "),
+        (Then(os._exit, 0), "a worker ended with status 0 while preparing a.txt; start again, "),
+        (
+            Then(time.sleep, 999),
+            "a worker did nothing for 3 s while preparing a.txt; see whether its disk answers, and",
+        ),
+    ],
+    ids=["exits", "ends", "hangs"],
+)
+def test_a_worker_that_ends_or_hangs_is_one_sentence(tmp_path, tokenizer, said, many_shards, monkeypatch):
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 3.0)
+    jobs = [shards.Job(i, ((Source("text", "a.txt", 1000), 0, 1),)) for i in range(2)]
+    with pytest.raises(UserError, match=re.escape(said)):
+        workers.run(jobs, tmp_path, None, tokenizer, processes=2)
 
 
 def test_worker_processes_start_without_jax():

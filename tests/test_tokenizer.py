@@ -272,6 +272,16 @@ def test_a_kill_while_saving_leaves_no_half_tokenizer(bpe, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_while_one_tokenizer_replaces_another_keeps_the_old(bpe, tmp_path, monkeypatch):
+    other, rename = train_tokenizer(TEXTS, vocab=VOCAB - 1, config=TokenizerConfig()), Path.rename
+    bpe.save(tmp_path / "tokenizer")
+    monkeypatch.setattr("pathlib.Path.rename", lambda old, new: _killed() if old.name == "new" else rename(old, new))
+    with pytest.raises(KeyboardInterrupt):
+        other.save(tmp_path / "tokenizer")
+    assert load_tokenizer(tmp_path / "tokenizer").hash == bpe.hash
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
 def _killed(*_):
     raise KeyboardInterrupt
 

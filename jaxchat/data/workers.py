@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -29,6 +30,7 @@ from jaxchat.tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes on disk; starting processes would take longer than preparing less than this
 PRINT_SECONDS = 30.0
+SILENT_SECONDS, SLOW_BYTES = 1800.0, 1e5  # A worker tells its progress between documents; one of 1 GB takes a while.
 Worker = subprocess.Popen[bytes]
 Show = Callable[[int, float, int], None]
 """Called with a shard, its finished fraction and the bytes of text read since the last call."""
@@ -121,21 +123,39 @@ def _send(worker: Worker, message: Any) -> None:
 
 
 def _receive(worker: Worker, job: Job, show: Show) -> Counts:
-    """Shows the progress of a job until the worker sends its counts."""
-    assert worker.stdout is not None
+    """Shows the progress of a job until the worker sends its counts. One that says nothing for too long is killed."""
+    seconds, hangs = SILENT_SECONDS + job.size / SLOW_BYTES, threading.Event()
     try:
-        while isinstance(answer := pickle.load(worker.stdout), tuple):
+        while isinstance(answer := _load(worker, seconds, hangs), tuple):
             show(job.shard, *answer)
     except EOFError:
-        status = worker.wait()
+        status, where = worker.wait(), f"while preparing {job.parts[0][0].path};"
+        if hangs.is_set():
+            advice = "see whether its disk answers, and start again: finished shards are kept"
+            raise UserError(f"a worker did nothing for {seconds:.0f} s {where} {advice}") from None
         reason = f"signal {-status} (perhaps out of memory)" if status < 0 else f"status {status}"
-        raise UserError(
-            f"a worker ended with {reason} while preparing {job.parts[0][0].path}; "
-            "start again, with fewer --data.workers if memory is short: finished shards are kept"
-        ) from None
+        advice = "start again, with fewer --data.workers if memory is short: finished shards are kept"
+        raise UserError(f"a worker ended with {reason} {where} {advice}") from None
     if isinstance(answer, UserError):
         raise answer
     return answer
+
+
+def _load(worker: Worker, seconds: float, hangs: threading.Event) -> Any:
+    """The next message of a worker. After so many seconds it is killed and `hangs` is set."""
+    assert worker.stdout is not None
+
+    def end() -> None:
+        hangs.set()
+        worker.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        return pickle.load(worker.stdout)
+    finally:
+        timer.cancel()
 
 
 def work() -> None:

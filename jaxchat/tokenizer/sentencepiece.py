@@ -157,7 +157,7 @@ class SentencePiece(Tokenizer):
         metadata["chat_format"] = asdict(self.chat_format)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
-            new = Path(temporary, "new")
+            new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
             (new / MODEL_FILE).write_bytes(self.model)
             (new / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
@@ -165,8 +165,13 @@ class SentencePiece(Tokenizer):
                 others = sorted({path.name for path in directory.iterdir()} - {MODEL_FILE, METADATA_FILE})
                 if others:
                     raise UserError(f"{directory} holds other files ({others[0]}); save the tokenizer elsewhere")
-                directory.rename(Path(temporary, "old"))
-            new.rename(directory)
+                directory.rename(old)
+            try:  # Killed here, it leaves no tokenizer, never half of one.
+                new.rename(directory)
+            except BaseException:
+                if old.exists():
+                    old.rename(directory)
+                raise
 
 
 def parts(text: str) -> list[str]:
