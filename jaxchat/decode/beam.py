@@ -134,12 +134,7 @@ def search(
 
 
 def advance(
-    state: Search,
-    stops_E: jax.Array,
-    limit: jax.Array,
-    length_penalty: jax.Array,
-    *,
-    early_stopping: bool | str,
+    state: Search, stops_E: jax.Array, limit: jax.Array, length_penalty: jax.Array, *, early_stopping: bool | str
 ) -> tuple[Search, jax.Array]:
     """Extends all beams by one token and moves finished ones to `ended`; returns the state and each beam's parent."""
     W, V = state.logits_WV.shape

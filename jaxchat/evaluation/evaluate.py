@@ -146,11 +146,7 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
 
 
 def read(found: Sequence[Job], tokenizer: Tokenizer, limit: int | None) -> Inputs:
-    """Reads all files of the jobs, so that a mistake in any is found before something is compiled.
-
-    Raises:
-        UserError: a file is missing, malformed or empty, or the user's task fails.
-    """
+    """Reads all files of the jobs, so that a mistake in any is found before something is compiled: `UserError`."""
     inputs: Inputs = {}
     for job in found:
         if isinstance(job, Asked):
@@ -174,13 +170,10 @@ def evaluate(
     *,
     log: Log,
 ) -> dict[str, dict[str, Any]]:
-    """Runs all jobs on their `inputs`; returns results by task name, with CORE and ChatCORE if their tasks are among
-    the jobs.
+    """Runs all jobs on their `inputs`; returns results by task name, with CORE and ChatCORE if their tasks are there.
 
-    Answers are recorded in `out`; those already recorded are not computed again.
-
-    Raises:
-        UserError: `out` holds another evaluation.
+    Answers are recorded in `out`; those already recorded are not computed again. Raises `UserError` if `out` holds
+    another evaluation.
     """
     records = partial(_records, out, {**about, "settings": to_json(settings)})
     scorer = Scorer(engine.transformer, engine.params, mesh=engine.mesh, length=engine.shape.length)

@@ -60,14 +60,7 @@ class TaskScores:
     constructor reads the task files and raises `UserError` for invalid ones; `begin` takes the model.
     """
 
-    def __init__(
-        self,
-        e: Experiment,
-        tokenizer: Tokenizer,
-        log: Log,
-        *,
-        style: Style | None = None,
-    ) -> None:
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log, *, style: Style | None = None) -> None:
         self._experiment, self._tokenizer, self._log = e, tokenizer, log
         self._style: Style = style or ("chat" if e.chats else "text")
         self._jobs = jobs(e.tasks, Settings(self._style), e.cache_directory / "downloads")
