@@ -144,7 +144,12 @@ def _receive(worker: Worker, job: Job, show: Show) -> Counts:
 def _load(worker: Worker, seconds: float, hangs: threading.Event) -> Any:
     """The next message of a worker. After so many seconds it is killed and `hangs` is set."""
     assert worker.stdout is not None
-    timer = threading.Timer(seconds, lambda: (hangs.set(), worker.kill()))
+
+    def end() -> None:
+        hangs.set()
+        worker.kill()
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
