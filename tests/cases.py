@@ -342,12 +342,13 @@ def owner(cases: Path, scratch: Path) -> Iterator[Verdict]:
 
 
 def signals(cases: Path, scratch: Path) -> Iterator[Verdict]:
-    """signals/: one SIGINT while XLA compiles."""
+    """signals/: one SIGINT while XLA compiles. An evaluation ends with 75, not 130: it continues when started again."""
     checkpoint = trained(scratch)
     shutil.rmtree(scratch / "runs/cache/xla", ignore_errors=True)
-    for kind, wanted in {"train": 75, "evaluate": 130, "chat": 130}.items():
-        # Its mark is the line about the rows, whose number has changed.
+    for kind, wanted in {"train": 75, "evaluate": 75, "chat": 130}.items():
+        # Its mark is the line about the rows, whose number has changed; its task is not in the small bundle.
         script = (cases / "signals/interrupt.py").read_text().replace("278 rows", r"[\d,]+ rows, ")
+        script = script.replace("hellaswag", "copa")
         _, said = command("-c", script, kind, checkpoint, str(cases / "core"))
         yield f"signals: {kind}", None if f"status {wanted}" in said else said[-300:]
 
