@@ -22,7 +22,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
@@ -58,8 +60,7 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
     app.state.metrics, app.state.rates = Metrics(app.state.models), Rates(options.requests_per_minute)
     app.include_router(completions.router)
     app.include_router(information.router)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/", Page(directory=PAGE, html=True))
     app.add_middleware(Guard, state=app.state)
     exposed = ["x-request-id", "retry-after"]
     origins: dict[str, Any] = {"allow_origins": list(options.allow_origins), "allow_methods": ["GET", "POST"]}
@@ -69,6 +70,20 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
     for kind in (ApiError, UserError, Exception):
         app.add_exception_handler(kind, _failed)
     return app
+
+
+class Page(StaticFiles):
+    """The files of the page. Browsers ask each time whether one has changed, so that all are of one version."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # Only /ws/chat talks.
+            raise HTTPException(404)
+        await super().__call__(scope, receive, send)
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 async def _load_default(app: FastAPI) -> None:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from jaxchat.decode.sampling import PRESETS
 from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError
 from jaxchat.serve.models import Entry, Models
@@ -39,10 +40,11 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """All models that can be asked for, in the order of their training; `default` is that of requests without one."""
+    """All models that can be asked for, in the order of their training; `default` is that of requests without one,
+    `presets` are settings of sampling for the page."""
     all_models: Models = request.app.state.models
     data = [_described(entry, all_models) for entry in all_models.entries.values()]
-    return {"object": "list", "data": data, "default": all_models.default}
+    return {"object": "list", "data": data, "default": all_models.default, "presets": PRESETS}
 
 
 @router.get("/v1/models/{name:path}")

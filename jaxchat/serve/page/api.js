@@ -1,0 +1,92 @@
+// Requests to the server. A failure is an Error whose message is a sentence for the reader.
+
+const GONE = "The server cannot be reached: is launch.serve still running?";
+const LOST = "The connection to the server was lost before the answer ended.";
+
+/** The JSON of a path; with a body it is sent by POST. */
+export async function api(path, body, signal) {
+  return (await request(path, body, signal)).json();
+}
+
+async function request(path, body, signal) {
+  const post = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+  let response;
+  try {
+    response = await fetch(path, { ...(body && post), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error(GONE);
+  }
+  if (response.ok) return response;
+  const failure = (await response.json().catch(() => null))?.error ?? { message: `the server answered ${response.status}` };
+  throw failed(failure, response.headers.get("retry-after"));
+}
+
+function failed({ message, code }, wait) {
+  const before = { queue_full: "The server is busy: ", rate_limit_exceeded: "Too fast: " }[code] ?? "";
+  const text = before + message + (wait ? `; try again in ${wait} s` : "");
+  return new Error(text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : "."));
+}
+
+/**
+ * Asks for an answer: calls `take` with every chunk, returns {finish_reason, usage}. An aborted `signal` cancels it.
+ * Where no WebSocket opens (some browsers send no password with it), server-sent events are read.
+ */
+export async function stream(body, take, signal) {
+  const socket = await connect().catch(() => null);
+  if (!socket) return events(body, take, signal);
+  return new Promise((resolve, reject) => {
+    const cancel = () => {
+      if (socket.readyState === WebSocket.OPEN) socket.send('{"type": "cancel"}');
+      setTimeout(resolve, 1000, {}); // An answer that had not begun sends nothing more.
+    };
+    socket.onmessage = ({ data }) => {
+      const message = JSON.parse(data);
+      if (message.type === "error") reject(failed(message.error));
+      else if (message.type === "done") resolve(message);
+      else if (!signal.aborted) take(message);
+    };
+    socket.onclose = ({ code }) => reject(new Error(code === 1009 ? "The conversation is too long to send." : LOST));
+    signal.addEventListener("abort", cancel);
+    if (signal.aborted) resolve({});
+    else socket.send(JSON.stringify({ type: "chat", ...body }));
+  }).finally(() => socket.close());
+}
+
+function connect() {
+  const url = new URL("ws/chat", document.baseURI);
+  url.protocol = url.protocol.replace("http", "ws");
+  url.hash = "";
+  return new Promise((resolve, reject) => {
+    const socket = new WebSocket(url);
+    socket.onopen = () => resolve(socket);
+    socket.onerror = reject;
+  });
+}
+
+async function events(body, take, signal) {
+  const done = {};
+  try {
+    const response = await request(
+      "v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal,
+    );
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = ""; ;) {
+      const { value, done: ended } = await reader.read();
+      if (ended) throw new Error(LOST);
+      const lines = (rest + value).split("\n\n");
+      rest = lines.pop();
+      for (const line of lines.map((text) => text.slice("data: ".length))) {
+        if (line === "[DONE]") return done;
+        const chunk = JSON.parse(line);
+        if (chunk.error) throw failed(chunk.error);
+        done.usage = chunk.usage ?? done.usage;
+        done.finish_reason = chunk.choices[0]?.finish_reason ?? done.finish_reason;
+        take(chunk);
+      }
+    }
+  } catch (error) {
+    if (signal.aborted) return done;
+    throw error.name === "TypeError" ? new Error(LOST) : error;
+  }
+}

@@ -1,0 +1,67 @@
+// The side with the system prompt and the controls of sampling.
+
+import { current } from "./chat.js";
+import { $, el } from "./dom.js";
+import { CONTROLS, OFF, bus, keep, keepSettings, settings } from "./store.js";
+
+const FIELDS = ["max_tokens", "seed", "stop"];
+let presets = {};
+
+function slider([name, [label, min, max, step]]) {
+  const about = { min, max, step, "data-name": name, "aria-label": label };
+  const range = el("input", { type: "range", ...about, id: name });
+  const number = el("input", { type: "number", ...about, "aria-label": `${label}, as a number` });
+  const set = ({ target }) => {
+    const value = Number(target.value);
+    if (target.value === "" || !(value >= min && value <= max)) return show();
+    settings.sampling[name] = name === "top_k" ? Math.round(value) : value;
+    show();
+    keepSettings();
+  };
+  range.oninput = number.onchange = set;
+  return el("div", { className: "slider" }, el("span", {}, label), number, range);
+}
+
+function show() {
+  for (const input of $("sliders").querySelectorAll("input")) input.value = settings.sampling[input.dataset.name];
+  for (const node of $("presets").children) {
+    const wanted = { ...OFF, ...presets[node.value] };
+    node.setAttribute("aria-pressed", Object.keys(OFF).every((name) => wanted[name] === settings.sampling[name]));
+  }
+}
+
+function showPresets({ detail }) {
+  presets = detail;
+  const choose = (name) => {
+    settings.sampling = { ...OFF, ...presets[name] };
+    show();
+    keepSettings();
+  };
+  $("presets").replaceChildren(...Object.entries(presets).map(([name, values]) => el("button", {
+    value: name,
+    title: Object.entries(values).map(([key, value]) => `${CONTROLS[key][0]} ${value}`).join(", "),
+    onclick: () => choose(name),
+  }, name)));
+  show();
+}
+
+export function openSettings() {
+  $("sliders").replaceChildren(...Object.entries(CONTROLS).map(slider));
+  for (const name of FIELDS) {
+    $(name).value = settings[name];
+    $(name).onchange = () => {
+      settings[name] = $(name).validity.valid ? $(name).value : "";
+      $(name).value = settings[name];
+      keepSettings();
+    };
+  }
+  const showSystem = () => ($("system").value = current().system);
+  $("system").onchange = () => {
+    current().system = $("system").value;
+    if (current().messages.length) keep(current());
+  };
+  bus.addEventListener("opened", showSystem);
+  bus.addEventListener("presets", showPresets);
+  showSystem();
+  show();
+}
