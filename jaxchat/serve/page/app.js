@@ -35,7 +35,7 @@ function arrange() {
 }
 
 /** Shows a panel: the chat, or another section of main that has a button in #panels. */
-function showPanel(name) {
+export function showPanel(name) {
   for (const node of document.querySelectorAll("main > .panel")) node.hidden = node.id !== name;
   for (const node of $("panels").children) node.toggleAttribute("aria-current", node.dataset.panel === name);
   tell("panel", name);
