@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,9 @@ import jax
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
@@ -60,7 +58,9 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
     app.state.metrics, app.state.rates = Metrics(app.state.models), Rates(options.requests_per_minute)
     app.include_router(completions.router)
     app.include_router(information.router)
-    app.mount("/", Page(directory=PAGE, html=True))
+    for file in PAGE.iterdir():
+        # A route for each file: no path that a client makes up is looked for on the disk.
+        app.add_route(f"/{file.name}".removesuffix("index.html"), partial(_file, file))
     app.add_middleware(Guard, state=app.state)
     exposed = ["x-request-id", "retry-after"]
     origins: dict[str, Any] = {"allow_origins": list(options.allow_origins), "allow_methods": ["GET", "POST"]}
@@ -72,18 +72,9 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
     return app
 
 
-class Page(StaticFiles):
-    """The files of the page. Browsers ask each time whether one has changed, so that all are of one version."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # Only /ws/chat talks.
-            raise HTTPException(404)
-        await super().__call__(scope, receive, send)
-
-    def file_response(self, *args: Any, **options: Any) -> Response:
-        response = super().file_response(*args, **options)
-        response.headers["cache-control"] = "no-cache"
-        return response
+async def _file(file: Path, request: Request) -> FileResponse:
+    """A file of the page, which browsers ask for each time, so that all are of one version."""
+    return FileResponse(file, headers={"cache-control": "no-cache"})
 
 
 async def _load_default(app: FastAPI) -> None:

@@ -72,6 +72,7 @@ export function ask(question, agree, value) {
   reply.hidden = value === undefined;
   reply.value = value ?? "yes";
   dialog.returnValue = "";
+  $("cancel").onclick = () => dialog.close();
   dialog.showModal();
   if (value !== undefined) reply.select();
   return new Promise((resolve) => {
