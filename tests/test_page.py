@@ -31,6 +31,11 @@ MARKDOWN = (
 )
 
 
+def program() -> str | None:
+    """The path of a browser that Playwright can drive."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     path = tmp_path_factory.mktemp("run")
@@ -44,10 +49,10 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the page is tested with playwright, which is not here"
     )
-    if not (program := next(filter(None, map(shutil.which, BROWSERS)), None)):
+    if not program():
         pytest.skip("the page is tested in chromium, which is not here: apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        started = driver.chromium.launch(executable_path=program(), args=["--no-sandbox"])
         yield started
         started.close()
 
@@ -267,7 +272,7 @@ def test_failures_are_sentences_with_a_retry(page: Any, live: Live, monkeypatch:
     page.get_by_role("button", name="Try again").click()
     until(lambda: "connection" in failure.inner_text())
     assert turns(page) == ["Hello?", "A"], "what was said stays"
-    page.evaluate("window.WebSocket = class { constructor() { setTimeout(() => this.onerror()); } }")
+    page.evaluate("() => { window.WebSocket = class { constructor() { setTimeout(() => this.onerror()); } } }")
     page.get_by_role("button", name="Try again").click()
     until(lambda: turns(page) == ["Hello?", "At last."])
     ended(page)

@@ -4,19 +4,13 @@ const GONE = "The server cannot be reached: is launch.serve still running?";
 const LOST = "The connection to the server was lost before the answer ended.";
 
 /** The JSON of a path; with a body it is sent by POST. */
-export async function api(path, body, signal) {
-  return (await request(path, body, signal)).json();
-}
+export const api = async (path, body, signal) => (await request(path, body, signal)).json();
 
 async function request(path, body, signal) {
   const post = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
-  let response;
-  try {
-    response = await fetch(path, { ...(body && post), signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error(GONE);
-  }
+  const response = await fetch(path, { ...(body && post), signal }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error(GONE);
+  });
   if (response.ok) return response;
   const failure = (await response.json().catch(() => null))?.error ?? { message: `the server answered ${response.status}` };
   throw failed(failure, response.headers.get("retry-after"));
@@ -36,10 +30,6 @@ export async function stream(body, take, signal) {
   const socket = await connect().catch(() => null);
   if (!socket) return events(body, take, signal);
   return new Promise((resolve, reject) => {
-    const cancel = () => {
-      if (socket.readyState === WebSocket.OPEN) socket.send('{"type": "cancel"}');
-      setTimeout(resolve, 1000, {}); // An answer that had not begun sends nothing more.
-    };
     socket.onmessage = ({ data }) => {
       const message = JSON.parse(data);
       if (message.type === "error") reject(failed(message.error));
@@ -47,7 +37,10 @@ export async function stream(body, take, signal) {
       else if (!signal.aborted) take(message);
     };
     socket.onclose = ({ code }) => reject(new Error(code === 1009 ? "The conversation is too long to send." : LOST));
-    signal.addEventListener("abort", cancel);
+    signal.addEventListener("abort", () => {
+      if (socket.readyState === WebSocket.OPEN) socket.send('{"type": "cancel"}');
+      setTimeout(resolve, 1000, {}); // An answer that had not begun sends nothing more.
+    });
     if (signal.aborted) resolve({});
     else socket.send(JSON.stringify({ type: "chat", ...body }));
   }).finally(() => socket.close());
@@ -65,11 +58,9 @@ function connect() {
 }
 
 async function events(body, take, signal) {
-  const done = {};
+  const done = {}, streamed = { ...body, stream: true, stream_options: { include_usage: true } };
   try {
-    const response = await request(
-      "v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, signal,
-    );
+    const response = await request("v1/chat/completions", streamed, signal);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let rest = ""; ;) {
       const { value, done: ended } = await reader.read();

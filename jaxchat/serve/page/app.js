@@ -9,6 +9,7 @@ import { bus, keepSettings, settings, tell } from "./store.js";
 
 const PHONE = matchMedia("(max-width: 760px)"), WIDE = matchMedia("(min-width: 1180px)");
 const THEMES = { "": "dark", dark: "light", light: "" };
+/** The sides, and whether each is open at first. */
 const SIDES = { list: () => !PHONE.matches, settings: () => WIDE.matches };
 
 /** All models of the server, in the order of their training: {id, stage, step, loaded}. */
@@ -72,7 +73,7 @@ function showModel() {
 }
 
 function chooseModel(id) {
-  settings.model = models.some((model) => model.id === id) ? id : models.findLast((model) => model.id.startsWith(`${id}@`)).id;
+  settings.model = id;
   showModel();
   keepSettings();
 }
@@ -96,7 +97,9 @@ $("panels").addEventListener("click", ({ target }) => {
   history.replaceState(null, "", `#${target.dataset.panel}`);
   showPanel(target.dataset.panel);
 });
-$("model").onchange = () => chooseModel($("model").value);
+$("model").onchange = ({ target: { value } }) => {
+  chooseModel(models.some(({ id }) => id === value) ? value : models.findLast(({ id }) => id.startsWith(`${value}@`)).id);
+};
 $("step").onchange = () => chooseModel($("step").value);
 $("theme").onclick = () => {
   const next = THEMES[document.documentElement.dataset.theme] ?? "dark";
@@ -107,12 +110,9 @@ $("theme").onclick = () => {
 };
 for (const name of Object.keys(SIDES)) $(`open-${name}`).onclick = () => openSide(name, $(name).hidden);
 $("shade").onclick = closeSides;
-addEventListener("keydown", (event) => {
-  if (event.key === "Escape") closeSides();
-});
+addEventListener("keydown", (event) => event.key === "Escape" && closeSides());
 bus.addEventListener("opened", closeSides);
-PHONE.addEventListener("change", arrange);
-WIDE.addEventListener("change", arrange);
+for (const width of [PHONE, WIDE]) width.addEventListener("change", arrange);
 
 arrange();
 openChat();

@@ -67,9 +67,9 @@ function showButton() {
 function submit() {
   const text = $("input").value;
   if (!text.trim() || running.has(shown.id)) return;
-  const unanswered = shown.messages.at(-1)?.role === "user";
-  if (unanswered) shown.messages.pop(); // Two messages of the user in a row are no conversation.
-  shown.messages.push({ role: "user", content: text });
+  // Two messages of the user in a row are no conversation: what has no answer is joined with what follows.
+  const before = shown.messages.at(-1)?.role === "user" ? `${shown.messages.pop().content}\n\n` : "";
+  shown.messages.push({ role: "user", content: before + text });
   $("input").value = "";
   resize();
   answer(shown);
@@ -141,7 +141,7 @@ function finish(conversation, message, failure, stopped) {
   message.incomplete = failure || undefined;
   if (conversations.has(conversation.id)) keep(conversation);
   tell("kept", conversation);
-  announce(failure || (stopped ? "Stopped" : message.content));
+  announce(failure ? "" : stopped ? "Stopped" : message.content); // A failure is an alert.
   if (conversation !== shown) return;
   const typing = document.activeElement === $("input") || document.activeElement === $("send");
   show();
@@ -197,9 +197,7 @@ export function openChat() {
   };
   $("bottom").onclick = () => scrollDown(true);
   bus.addEventListener("notice", ({ detail }) => notice(detail));
-  bus.addEventListener("full", ({ detail }) => notice(detail));
-  bus.addEventListener("models", () => shown.messages.length || show());
-  bus.addEventListener("settings", () => shown.messages.length || show());
+  for (const name of ["models", "settings"]) bus.addEventListener(name, () => shown.messages.length || show());
   bus.addEventListener("elsewhere", ({ detail }) => {
     if (detail !== shown.id || running.has(detail)) return;
     open(conversations.get(detail) ?? create());

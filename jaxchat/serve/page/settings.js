@@ -56,10 +56,8 @@ export function openSettings() {
     };
   }
   const showSystem = () => ($("system").value = current().system);
-  $("system").onchange = () => {
-    current().system = $("system").value;
-    if (current().messages.length) keep(current());
-  };
+  $("system").oninput = () => (current().system = $("system").value);
+  $("system").onchange = () => current().messages.length && keep(current());
   bus.addEventListener("opened", showSystem);
   bus.addEventListener("presets", showPresets);
   showSystem();

@@ -63,7 +63,7 @@ function write(key, value) {
   try {
     localStorage.setItem(key, JSON.stringify(value));
   } catch {
-    tell("full", "The browser keeps no more: export and delete some conversations.");
+    tell("notice", "The browser keeps no more: export and delete some conversations.");
   }
 }
 
