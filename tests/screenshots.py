@@ -34,6 +34,19 @@ PICTURES: dict[str, tuple[tuple[int, int], Any, Callable[[Page], None]]] = {
 }
 
 
+def draw(browser: Any, url: str, name: str, directory: Path) -> None:
+    (width, height), scheme, play = PICTURES[name]
+    size = {"width": width, "height": height}
+    context = browser.new_context(viewport=size, color_scheme=scheme, device_scale_factor=1.25)
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator("#presets button").first.wait_for(state="attached")
+    play(page)
+    page.screenshot(path=directory / f"{name}.png", animations="disabled")
+    context.close()
+
+
 def main(run: str, directory: str) -> None:
     if not program():
         sys.exit(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
@@ -45,21 +58,13 @@ def main(run: str, directory: str) -> None:
             if not line:
                 sys.exit(f"launch.serve does not serve {run}")
             browser = driver.chromium.launch(executable_path=program(), args=["--no-sandbox"])
-            for name, ((width, height), scheme, play) in PICTURES.items():
-                context = browser.new_context(
-                    viewport={"width": width, "height": height}, color_scheme=scheme, device_scale_factor=1.5
-                )
-                page = context.new_page()
-                page.set_default_timeout(120_000)
-                page.goto(line.split()[0])
-                page.locator("#presets button").first.wait_for()
-                play(page)
-                page.screenshot(path=Path(directory) / f"{name}.png", animations="disabled")
-                context.close()
+            for name in PICTURES:
+                for _ in range(2):  # The second time everything is compiled, so that the speed shown is the usual one.
+                    draw(browser, line.split()[0], name, Path(directory))
             browser.close()
         finally:
             server.terminate()
-            server.stderr = None  # Nobody reads it any more.
+            server.communicate()  # It ends with a line on standard error, which must be read.
 
 
 if __name__ == "__main__":

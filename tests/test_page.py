@@ -259,6 +259,11 @@ def test_controls_reach_the_request(page: Any, live: Live, monkeypatch: pytest.M
 def test_failures_are_sentences_with_a_retry(page: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, "At last.")
     failure, state = page.locator(".failure p"), live.app.state._state
+    monkeypatch.setitem(state, "starting", "the model is being loaded")
+    page.reload()
+    until(lambda: page.locator("#notice").inner_text() == "The model is being loaded …")
+    monkeypatch.setitem(state, "starting", "")
+    until(page.locator("#notice").is_hidden)
     monkeypatch.setitem(state, "rates", Rates(1))
     live.app.state.rates.take("127.0.0.1")
     send(page, "Hello?")

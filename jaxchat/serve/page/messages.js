@@ -27,8 +27,8 @@ function facts({ model, usage, pieces, seconds, first, seed, finish_reason }) {
   const said = [model];
   if (tokens) said.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
   if (tokens && seconds) said.push(`${(tokens / seconds).toFixed(tokens > 10 * seconds ? 0 : 1)} tokens/s`);
-  if (first) said.push(`first after ${first.toFixed(2)} s`);
-  if (usage?.prompt_tokens) said.push(`prompt ${usage.prompt_tokens}, ${usage.prompt_tokens_details.cached_tokens} cached`);
+  if (first) said.push(`first ${first.toFixed(2)} s`);
+  if (usage?.prompt_tokens) said.push(`cached ${usage.prompt_tokens_details.cached_tokens}/${usage.prompt_tokens}`);
   if (seed !== undefined) said.push(`seed ${seed}`);
   if (finish_reason === "length") said.push("ended at the length limit");
   return said.filter(Boolean).join(" · ");
