@@ -19,7 +19,7 @@ function openSide(name, open, chosen = true) {
   $(name).hidden = !open;
   $(`open-${name}`).setAttribute("aria-expanded", open);
   if (chosen && !PHONE.matches) {
-    settings[name === "list" ? "list" : "controls"] = open;
+    settings.open = { ...settings.open, [name]: open };
     keepSettings();
   }
   $("shade").hidden = !(PHONE.matches && Object.keys(SIDES).some((side) => !$(side).hidden));
@@ -31,14 +31,13 @@ function closeSides() {
 }
 
 function arrange() {
-  openSide("list", !PHONE.matches && (settings.list ?? SIDES.list()), false);
-  openSide("settings", !PHONE.matches && (settings.controls ?? SIDES.settings()), false);
+  for (const name of Object.keys(SIDES)) openSide(name, !PHONE.matches && (settings.open?.[name] ?? SIDES[name]()), false);
 }
 
 /** Shows a panel: the chat, or another section of main that has a button in #panels. */
 export function showPanel(name) {
   for (const node of document.querySelectorAll("main > .panel")) node.hidden = node.id !== name;
-  for (const node of $("panels").children) node.toggleAttribute("aria-current", node.dataset.panel === name);
+  for (const node of $("panels").children) node.setAttribute("aria-current", node.dataset.panel === name);
   tell("panel", name);
 }
 

@@ -6,7 +6,7 @@ import { article, fill } from "./messages.js";
 import { add, bus, conversations, create, keep, listed, sent, settings, tell } from "./store.js";
 
 let shown = listed()[0] ?? create();
-/** Answers under way by the id of their conversation: {abort, message}. */
+/** Answers under way: the AbortController of each by the id of its conversation. */
 const running = new Map();
 /** Why the last answer of a conversation failed, by its id. */
 const failures = new Map();
@@ -14,7 +14,6 @@ const failures = new Map();
 let look = null;
 
 export const current = () => shown;
-export const isRunning = (conversation) => running.has(conversation.id);
 export const offerLook = (open) => ((look = open), show());
 
 /** Fields of a request as the controls stand, without the messages. */
@@ -34,9 +33,7 @@ export function open(conversation) {
   $("input").focus();
 }
 
-export function stop(conversation) {
-  running.get(conversation.id)?.abort.abort();
-}
+export const stop = (conversation) => running.get(conversation.id)?.abort();
 
 function show() {
   const { messages, id } = shown, last = messages.at(-1), busy = running.has(id);
@@ -47,12 +44,11 @@ function show() {
   });
   $("messages").replaceChildren(...messages.map((one) => article(one, busy && one === last, actions(one))));
   $("messages").ariaBusy = busy;
-  if (!messages.length) $("messages").append(el("div", { className: "empty" }, el("h1", {}, "What do you want to say?"), el("p", {}, settings.model)));
-  const failure = busy ? "" : failures.get(id) ?? last?.incomplete ?? (last?.role === "user" ? "This message has no answer yet." : "");
-  if (failure) {
-    const retry = el("button", { type: "button", onclick: () => again(last) }, "Try again");
-    $("messages").append(el("div", { className: "failure", role: "alert" }, el("p", {}, failure), retry));
-  }
+  const heading = el("h1", {}, "What do you want to say?");
+  if (!messages.length) $("messages").append(el("div", { className: "empty" }, heading, el("p", {}, settings.model)));
+  const failure = failures.get(id) ?? last?.incomplete ?? (last?.role === "user" && "This message has no answer yet.");
+  const retry = el("button", { type: "button", onclick: () => again(last) }, "Try again");
+  if (failure && !busy) $("messages").append(el("div", { className: "failure", role: "alert" }, failure, retry));
   showButton();
 }
 
@@ -84,13 +80,10 @@ function again(message) {
 /** A changed message of the user is answered anew, without what came after it; one of the model is kept as written. */
 function edited(message, text) {
   const index = shown.messages.indexOf(message);
-  if (message.role === "assistant") {
-    shown.messages[index] = { role: "assistant", content: text };
-    keep(shown);
-    return show();
-  }
-  shown.messages.splice(index, Infinity, { role: "user", content: text });
-  answer(shown);
+  shown.messages.splice(index, message.role === "user" ? Infinity : 1, { role: message.role, content: text });
+  if (message.role === "user") return answer(shown);
+  keep(shown);
+  show();
 }
 
 async function answer(conversation) {
@@ -99,28 +92,22 @@ async function answer(conversation) {
   message.incomplete = "The page was left before the answer ended.";
   conversation.messages.push(message);
   failures.delete(conversation.id);
-  running.set(conversation.id, { abort, message });
+  running.set(conversation.id, abort);
   keep(conversation);
   if (conversation === shown) open(conversation);
   announce("Answering");
   const start = performance.now(), since = () => (performance.now() - start) / 1000;
-  let failure = "";
-  try {
-    const done = await stream(body, (chunk) => {
-      take(message, chunk, since());
-      draw(conversation, message);
-    }, abort.signal);
-    Object.assign(message, { usage: done.usage, finish_reason: done.finish_reason });
-  } catch (error) {
-    failure = error.message;
-  }
-  message.seconds = since();
+  const shows = (chunk) => {
+    take(message, chunk, since());
+    draw(conversation, message);
+  };
+  const { usage, finish_reason, failure } = await stream(body, shows, abort.signal).catch((error) => ({ failure: error.message }));
+  Object.assign(message, { usage, finish_reason, seconds: since() });
   finish(conversation, message, failure, abort.signal.aborted);
 }
 
 function take(message, { choices, seed }, seconds) {
-  message.seed = seed;
-  message.seconds = seconds;
+  Object.assign(message, { seed, seconds });
   for (const { delta } of choices) {
     if (!delta.content && !delta.parts) continue;
     message.first ??= seconds;
@@ -132,13 +119,12 @@ function take(message, { choices, seed }, seconds) {
 function finish(conversation, message, failure, stopped) {
   running.delete(conversation.id);
   if (message.parts.at(-1)?.type === "python") message.parts.pop(); // A call without its result is not training data.
-  const nothing = !message.parts.some(({ text }) => text.trim());
-  if (nothing) {
+  if (!message.parts.some(({ text }) => text.trim())) {
     conversation.messages.splice(conversation.messages.indexOf(message), 1);
     failure ||= stopped ? "Stopped before the first word." : "The model ended its turn without a word.";
     failures.set(conversation.id, failure);
   }
-  message.incomplete = failure || undefined;
+  message.incomplete = failure;
   if (conversations.has(conversation.id)) keep(conversation);
   tell("kept", conversation);
   announce(failure ? "" : stopped ? "Stopped" : message.content); // A failure is an alert.

@@ -22,9 +22,8 @@ export function icon(name) {
   return svg;
 }
 
-export function button(name, label, onclick) {
-  return el("button", { type: "button", className: "icon", title: label, "aria-label": label, onclick }, icon(name));
-}
+export const button = (name, label, onclick) =>
+  el("button", { type: "button", className: "icon", title: label, "aria-label": label, onclick }, icon(name));
 
 /** Replaces only the children that differ, so that a selection in the others stays. */
 export function patch(parent, nodes) {
@@ -37,9 +36,7 @@ export function patch(parent, nodes) {
 }
 
 /** Says a sentence to screen readers. */
-export function announce(text) {
-  $("said").textContent = text;
-}
+export const announce = (text) => ($("said").textContent = text);
 
 /** Copies a text, and shows on a button that it was done. */
 export async function copy(text, node) {

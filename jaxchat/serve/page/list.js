@@ -1,16 +1,14 @@
 // The side with the conversations: open, rename, delete, export.
 
 import { create as blank, forget, keep, listed, bus, trainingLine } from "./store.js";
-import { current, isRunning, open, stop } from "./chat.js";
+import { current, open, stop } from "./chat.js";
 import { $, announce, ask, button, download, el } from "./dom.js";
 
-export const titleOf = ({ title, messages }) => title || messages[0]?.content.slice(0, 60).trim() || "New chat";
+const titleOf = ({ title, messages }) => title || messages[0]?.content.slice(0, 60).trim() || "New chat";
 
 function entry(conversation) {
-  const title = titleOf(conversation);
-  const name = el("button", { className: "name", onclick: () => open(conversation) }, title);
-  if (conversation.id === current().id) name.setAttribute("aria-current", "true");
-  return el("li", {}, name,
+  const title = titleOf(conversation), shown = { "aria-current": conversation.id === current().id };
+  return el("li", {}, el("button", { className: "name", onclick: () => open(conversation), ...shown }, title),
     button("edit", `Rename ${title}`, () => rename(conversation)),
     button("export", `Export ${title}`, () => exportAs(`${fileName(title)}.jsonl`, [conversation])),
     button("delete", `Delete ${title}`, () => remove(conversation)));
@@ -19,16 +17,14 @@ function entry(conversation) {
 const fileName = (title) => title.replace(/[^\p{L}\p{N}]+/gu, "_").replace(/^_+|_+$/g, "").slice(0, 40) || "chat";
 
 async function rename(conversation) {
-  const title = await ask("Name of this conversation", "Rename", titleOf(conversation));
-  if (!title) return;
-  conversation.title = title;
+  conversation.title = (await ask("Name of this conversation", "Rename", titleOf(conversation))) ?? conversation.title;
   keep(conversation);
   show();
 }
 
 async function remove(conversation) {
   if (!(await ask(`Delete “${titleOf(conversation)}”? It is kept nowhere else.`, "Delete"))) return;
-  if (isRunning(conversation)) stop(conversation);
+  stop(conversation);
   forget(conversation);
   if (conversation.id === current().id) open(listed()[0] ?? blank());
   show();

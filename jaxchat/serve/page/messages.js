@@ -24,14 +24,15 @@ function body({ content, parts }) {
 /** Numbers of an answer: its length, speed and seed. */
 function facts({ model, usage, pieces, seconds, first, seed, finish_reason }) {
   const tokens = usage?.completion_tokens ?? pieces;
-  const said = [model];
-  if (tokens) said.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
-  if (tokens && seconds) said.push(`${(tokens / seconds).toFixed(tokens > 10 * seconds ? 0 : 1)} tokens/s`);
-  if (first) said.push(`first ${first.toFixed(2)} s`);
-  if (usage?.prompt_tokens) said.push(`cached ${usage.prompt_tokens_details.cached_tokens}/${usage.prompt_tokens}`);
-  if (seed !== undefined) said.push(`seed ${seed}`);
-  if (finish_reason === "length") said.push("ended at the length limit");
-  return said.filter(Boolean).join(" · ");
+  return [
+    model,
+    tokens && `${tokens} token${tokens === 1 ? "" : "s"}`,
+    tokens && seconds && `${(tokens / seconds).toFixed(tokens > 10 * seconds ? 0 : 1)} tokens/s`,
+    first && `first ${first.toFixed(2)} s`,
+    usage && `cached ${usage.prompt_tokens_details.cached_tokens}/${usage.prompt_tokens}`,
+    seed !== undefined && `seed ${seed}`,
+    finish_reason === "length" && "ended at the length limit",
+  ].filter(Boolean).join(" · ");
 }
 
 /** Shows the present state of an answer in its element. */
@@ -72,9 +73,9 @@ export function article(message, running, actions) {
 
 function edit(node, message, done) {
   const area = el("textarea", { value: message.content, "aria-label": "Text of this message" });
-  const restore = [...node.childNodes];
+  const before = [...node.childNodes];
   const cancel = () => {
-    node.replaceChildren(...restore);
+    node.replaceChildren(...before);
     node.querySelector("button[title=Edit]").focus();
   };
   const agree = () => (area.value.trim() && area.value !== message.content ? done(message, area.value) : cancel());

@@ -8,14 +8,13 @@ const FIELDS = ["max_tokens", "seed", "stop"];
 let presets = {};
 
 function slider([name, [label, min, max, step]]) {
-  const about = { min, max, step, "data-name": name, "aria-label": label };
-  const range = el("input", { type: "range", ...about, id: name });
+  const about = { min, max, step, "data-name": name };
+  const range = el("input", { type: "range", ...about, "aria-label": label });
   const number = el("input", { type: "number", ...about, "aria-label": `${label}, as a number` });
   const set = ({ target }) => {
     const value = Number(target.value);
     if (target.value === "" || !(value >= min && value <= max)) return show();
     settings.sampling[name] = name === "top_k" ? Math.round(value) : value;
-    show();
     keepSettings();
   };
   range.oninput = number.onchange = set;
@@ -32,16 +31,14 @@ function show() {
 
 function showPresets({ detail }) {
   presets = detail;
-  const choose = (name) => {
-    settings.sampling = { ...OFF, ...presets[name] };
-    show();
+  const told = (name) => Object.entries(presets[name]).map(([key, value]) => `${CONTROLS[key][0]} ${value}`).join(", ");
+  const onclick = ({ target }) => {
+    settings.sampling = { ...OFF, ...presets[target.value] };
     keepSettings();
   };
-  $("presets").replaceChildren(...Object.entries(presets).map(([name, values]) => el("button", {
-    value: name,
-    title: Object.entries(values).map(([key, value]) => `${CONTROLS[key][0]} ${value}`).join(", "),
-    onclick: () => choose(name),
-  }, name)));
+  $("presets").replaceChildren(
+    ...Object.keys(presets).map((name) => el("button", { value: name, title: told(name), onclick }, name)),
+  );
   show();
 }
 
@@ -60,6 +57,7 @@ export function openSettings() {
   $("system").onchange = () => current().messages.length && keep(current());
   bus.addEventListener("opened", showSystem);
   bus.addEventListener("presets", showPresets);
+  bus.addEventListener("settings", show);
   showSystem();
   show();
 }

@@ -16,17 +16,10 @@ export const CONTROLS = {
 };
 export const OFF = Object.fromEntries(Object.entries(CONTROLS).map(([name, row]) => [name, row[4]]));
 
-const read = (key) => {
-  try {
-    return JSON.parse(localStorage.getItem(key));
-  } catch {
-    return null;
-  }
-};
-const first = { model: "", max_tokens: "", seed: "", stop: "", list: null, controls: null };
-const kept = read(SETTINGS) ?? {};
-/** Fields of the request (`sampling`: temperature, ...), and which sides are open. temperature is that of launch.chat. */
-export const settings = { ...first, ...kept, sampling: { ...OFF, temperature: 0.8, ...kept.sampling } };
+const read = (key) => JSON.parse(localStorage.getItem(key));
+const kept = read(SETTINGS) ?? { model: "", max_tokens: "", seed: "", stop: "" };
+/** Fields of the request, and which sides are open. The temperature at first is that of launch.chat. */
+export const settings = { ...kept, sampling: { ...OFF, temperature: 0.8, ...kept.sampling } };
 
 export function keepSettings() {
   write(SETTINGS, settings);
@@ -37,16 +30,14 @@ export const conversations = new Map();
 Object.keys(localStorage).filter((key) => key.startsWith(CHAT)).forEach(load);
 
 function load(key) {
-  const value = read(key);
-  if (value && Array.isArray(value.messages)) conversations.set(value.id, value);
+  conversations.set(key.slice(CHAT.length), read(key));
 }
 
 /** Those of the list, the last used first. */
 export const listed = () => [...conversations.values()].sort((a, b) => b.used - a.used);
 
-export function create() {
-  return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: "", system: "", messages: [], used: 0 };
-}
+const newId = () => crypto.getRandomValues(new Uint32Array(2)).join("-");
+export const create = () => ({ id: newId(), title: "", system: "", messages: [], used: 0 });
 
 export function keep(conversation) {
   conversation.used = Date.now();
