@@ -190,6 +190,8 @@ def test_conversations_are_kept_renamed_and_deleted(page: Any, live: Live, monke
     page.get_by_role("button", name="Rename Where does Mia live?").click()
     page.fill("#reply", "Mia")
     page.keyboard.press("Enter")
+    page.get_by_role("button", name="Rename Mia", exact=True).wait_for()
+    page.reload()
     page.get_by_role("button", name="Delete Mia").click()
     page.click("#agree")
     page.get_by_role("button", name="Delete Who bakes?").wait_for()
