@@ -31,6 +31,7 @@ class Serve:
     model_bytes: int = 8 << 30  # Limit of parameters and caches of all loaded models.
     prefix_bytes: int = 256 << 20  # Limit of the stored caches of conversations, for each model.
     warm: bool = True  # Compile everything before the first request.
+    inspect: bool = True  # Serve the microscope: /inspect/..., and its half of the page.
     drain_seconds: float = 30.0  # How long a signal waits for answers under way.
     tools: tuple[str, ...] = ("calculator",)  # Tools that run in the server; none with --tools and no name.
 

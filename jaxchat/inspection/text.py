@@ -16,7 +16,7 @@ from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model import trace
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.dense import visible, weights
-from jaxchat.model.trace import Trace
+from jaxchat.model.trace import Attended, Trace
 from jaxchat.model.transformer import Params, Transformer
 
 
@@ -76,10 +76,16 @@ def logits(engine: Engine, ids: Sequence[int]) -> list[float]:
     return [float(z) for z in engine.forward(ids)[-1]]
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _weights(q_BTHD: jax.Array, k_BTKD: jax.Array, bias_BHTT: jax.Array | None, window: int | None) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _weights(attended: Attended, head: int, window: int | None) -> jax.Array:
+    """Weights of one head, (T, T). The head is no static argument, so all heads of a layer share a program."""
+    q_BTHD, k_BTKD, bias_BHTT = attended.q_BTHD, attended.k_BTKD, attended.bias_BHTT
+    group = head * k_BTKD.shape[2] // q_BTHD.shape[2]
+    q_BT1D, k_BT1D = (jax.lax.dynamic_slice_in_dim(x, i, 1, 2) for x, i in ((q_BTHD, head), (k_BTKD, group)))
+    if bias_BHTT is not None:
+        bias_BHTT = jax.lax.dynamic_slice_in_dim(bias_BHTT, head, 1, 1)
     position_1T = jnp.arange(q_BTHD.shape[1])[None]
-    return weights(q_BTHD, k_BTKD, visible(position_1T, position_1T, window=window), bias_BHTT)
+    return weights(q_BT1D, k_BT1D, visible(position_1T, position_1T, window=window), bias_BHTT)[0, 0]
 
 
 def attention(view: View, layer: int, head: int) -> list[list[float]]:
@@ -96,11 +102,8 @@ def attention(view: View, layer: int, head: int) -> list[list[float]]:
         raise UserError(f"layer {layer} has no attention: its mixer is {type(mixers[layer]).__name__}")
     if not 0 <= head < kernel.heads:
         raise UserError(f"there is no head {head}: layer {layer} has heads 0 to {kernel.heads - 1}")
-    group, bias_BHTT = head * kernel.kv_heads // kernel.heads, attended.bias_BHTT
-    bias_BHTT = None if bias_BHTT is None else bias_BHTT[:, head : head + 1]
     with view.engine.on_mesh():
-        q_BTHD, k_BTKD = attended.q_BTHD[:, :, head : head + 1], attended.k_BTKD[:, :, group : group + 1]
-        w_TT = np.asarray(_weights(q_BTHD, k_BTKD, bias_BHTT, kernel.window))[0, 0]
+        w_TT = np.asarray(_weights(attended, head, kernel.window))
     T = len(view.ids)
     return [[round(float(w), 6) for w in w_TT[t, : t + 1]] for t in range(T)]
 
@@ -118,18 +121,19 @@ def _lens(transformer: Transformer, params: Params, traced: Trace, next_T: jax.A
     return found
 
 
-def lens(view: View, *, count: int = 5) -> list[list[dict[str, Any]]]:
+def lens(view: View, *, count: int = 5, places: range | None = None) -> list[list[dict[str, Any]]]:
     """The logit lens: what the model would say next if it ended after 0, 1, ... layers; the last row is the model.
 
-    By number of layers and token: the `count` best candidates, the entropy in nats, and the probability of the token
-    that follows in the text (None after the last).
+    By number of layers and token (those of `places`; None: all): the `count` best candidates, the entropy in nats, and
+    the probability of the token that follows in the text (None after the last).
     """
+    places = range(len(view.ids)) if places is None else places
     next_T = np.zeros(view.trace.forward.hidden.shape[1], np.int32)
     next_T[: len(view.ids) - 1] = view.ids[1:]
     engine = view.engine
     with engine.on_mesh():
         rows = jax.device_get(_lens(engine.transformer, engine.params, view.trace, next_T, count))
-    return [[_said(engine, row, t, len(view.ids)) for t in range(len(view.ids))] for row in rows]
+    return [[_said(engine, row, t, len(view.ids)) for t in places] for row in rows]
 
 
 def _said(engine: Engine, row: Any, t: int, length: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from starlette.middleware.cors import CORSMiddleware
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
-from jaxchat.serve import completions, information
+from jaxchat.serve import completions, information, inspect
 from jaxchat.serve.errors import ApiError, as_api_error
 from jaxchat.serve.limits import Guard, JsonLines, Rates, is_loopback
 from jaxchat.serve.metrics import Metrics
@@ -51,13 +51,15 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
     shape = {"slots": options.slots, "steps": options.steps, "adapt": options.adapt}
     shape |= {"prefix_cache_bytes": options.prefix_bytes} | ({"length": options.length} if options.length else {})
     app.state.options, app.state.draining, app.state.starting = options, False, "the model is being loaded"
-    limits = {"most_bytes": options.model_bytes, "most_waiting": options.queue}
+    limits = {"most_bytes": options.model_bytes, "most_waiting": options.queue, "inspect": options.inspect}
     app.state.models = Models(
         models, shape=shape, **limits, default=options.default_model, warm_up=options.warm, **settings
     )
     app.state.metrics, app.state.rates = Metrics(app.state.models), Rates(options.requests_per_minute)
     app.include_router(completions.router)
     app.include_router(information.router)
+    if options.inspect:
+        app.include_router(inspect.router)
     for file in PAGE.iterdir():
         # A route for each file: no path that a client makes up is looked for on the disk.
         app.add_route(f"/{file.name}".removesuffix("index.html"), partial(_file, file))

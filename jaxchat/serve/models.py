@@ -1,7 +1,7 @@
 """Checkpoints by model name, loaded when asked for; the least recently used one that is idle makes room for another.
 
-`runs/tiny` serves every stage and kept step as tiny/sft (the latest step) and tiny/sft@300; `runs/tiny/sft` serves that
-stage, `runs/tiny/sft@300` that step. Models of equal architecture share compiled programs.
+`runs/tiny` serves every stage and kept step, snapshots too, as tiny/sft (the latest step) and tiny/sft@300;
+`runs/tiny/sft` serves that stage, `runs/tiny/sft@300` that step. Models of equal architecture share compiled programs.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import jax
 from jaxchat import checkpoint
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
+from jaxchat.inspection.text import View
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.serve.errors import ApiError
-from jaxchat.serve.warming import warm
+from jaxchat.serve.warming import warm, warm_views
 from jaxchat.serve.worker import Worker
 
 LOG = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
     for path in paths:
         root = Path(path)
         stages = [file.parent for file in root.glob(f"*/{checkpoint.EXPERIMENT}")] if root.is_dir() else []
-        stages = [stage for stage in stages if checkpoint.finished_steps(stage)]
+        stages = [stage for stage in stages if checkpoint.readable_steps(stage)]
         stages.sort(key=lambda stage: ((stage / checkpoint.EXPERIMENT).stat().st_mtime, stage.name))
         if (root / checkpoint.EXPERIMENT).is_file() or not stages:
             directory, step = checkpoint.locate(path)
@@ -55,15 +56,16 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
                 entries[name] = Entry(name, directory, step)
         for directory in stages:
             name = f"{directory.resolve().parent.name}/{directory.name}"
-            steps = checkpoint.finished_steps(directory)
+            steps = checkpoint.readable_steps(directory)
             entries |= {f"{name}@{step}": Entry(f"{name}@{step}", directory, step) for step in steps}
-            entries[name] = Entry(name, directory, steps[-1])
+            entries[name] = Entry(name, directory, (checkpoint.finished_steps(directory) or steps)[-1])
     return entries
 
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model. `users`: number of requests that use it now; `bytes`: of its parameters and caches."""
+    """A loaded model. `users`: number of requests that use it now; `bytes`: of its parameters and caches; `views`: the
+    latest answers of the microscope by question, and `view` the latest text that it looked into."""
 
     entry: Entry
     loaded: Loaded
@@ -71,6 +73,8 @@ class Model:
     fingerprint: str
     bytes: int
     users: int = 0
+    views: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
+    view: View | None = None
 
     def release(self) -> None:
         self.users -= 1
@@ -83,7 +87,8 @@ class Models:
         shape: fields of EngineConfig; the context length is the row length of training by default.
         most_bytes: limit of the parameters and caches of all loaded models.
         most_waiting: see `Worker`.
-        warm_up: compile everything when a model is loaded.
+        warm_up: compile everything when the first model of an architecture is loaded, also for the microscope if
+            `inspect`.
         default: name of the model for requests that name none; the last entry if empty.
     """
 
@@ -96,6 +101,7 @@ class Models:
         most_waiting: int,
         default: str = "",
         warm_up: bool = True,
+        inspect: bool = True,
         make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.entries, self.default = entries, default or next(reversed(entries))
@@ -104,6 +110,7 @@ class Models:
         self.loaded: OrderedDict[str, Model] = OrderedDict()
         self._shape, self._most_bytes, self._most_waiting = shape, most_bytes, most_waiting
         self._make_engine, self._warm_up, self._lock = make_engine, warm_up, asyncio.Lock()
+        self._inspect, self._warmed = inspect, set[Any]()
 
     async def use(self, name: str | None) -> Model:
         """Returns a model, loaded if it was not; call `release` on it afterwards.
@@ -161,8 +168,11 @@ class Models:
 
     def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:
         engine = self._make_engine(loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
-        if self._warm_up:
+        if self._warm_up and (engine.transformer, shape) not in self._warmed:
             warm(engine)
+            if self._inspect:
+                warm_views(engine)
+            self._warmed.add((engine.transformer, shape))
         return engine
 
     async def _make_room(self, size: int, name: str) -> None:

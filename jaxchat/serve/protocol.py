@@ -209,8 +209,9 @@ class Chat(Sampling):
         tools = [] if self.tool_choice == "none" else self.tools or []
         return [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
 
-    def prompt(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of the conversation up to the point from which the assistant continues.
+    def prompt(self, tokenizer: Tokenizer, *, whole: bool = False) -> list[int]:
+        """Token ids of the conversation up to the point from which the assistant continues; with `whole`, it may end
+        with an answer.
 
         Raises:
             UserError: the messages are in an order that training never has.
@@ -224,6 +225,8 @@ class Chat(Sampling):
             {"tools": functions}, normalize([message.row() for message in self.messages], refuse), refuse
         )
         if messages and messages[-1]["role"] == "assistant":
+            if whole and self.messages[-1].role == "assistant":
+                return chat.render(messages, tokenizer).ids
             if self.messages[-1].role not in ("tool", "function"):
                 raise UserError("the last message is the assistant's: end with a message of the user or of a tool")
             return chat.render(messages, tokenizer).ids[:-1]  # Without the end of the turn, which is continued.

@@ -1,12 +1,17 @@
 """Compiles what an engine needs to serve, before the first request."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, Plan, read
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
+from jaxchat.errors import UserError
+from jaxchat.inspection import text
+
+MOST_TOKENS, MOST_CANDIDATES = 256, 10  # Of one look into a text: attention grows with the square.
 
 # One request of each kind of program: greedy, plain and full sampling, and penalties.
 KINDS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"presence_penalty": 0.5})
@@ -50,6 +55,24 @@ def warm(engine: Engine) -> None:
     for length in _powers(SHORTEST_CHUNK, shape.length):
         engine.score([first] * length)
     engine.prefixes.clear()
+
+
+def warm_views(engine: Engine) -> None:
+    """Runs the programs of the microscope that `warm` does not: attention and lens, of one padded length."""
+    view = look(engine, [engine.tokenizer.bos])
+    for layer, attended in enumerate(view.trace.attended):
+        if attended is not None:
+            text.attention(view, layer, 0)
+    text.lens(view, count=MOST_CANDIDATES)
+
+
+def look(engine: Engine, ids: Sequence[int]) -> text.View:
+    """Looks into a text of at most MOST_TOKENS tokens, padded to that, so that one program serves all lengths."""
+    ids = engine.check(ids, what="the text", room=0)
+    most = min(MOST_TOKENS, engine.shape.length)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids)} tokens, but attention and lens show at most {most}: shorten it")
+    return text.look(engine, [*ids, *[0] * (most - len(ids))])._replace(ids=ids)
 
 
 def _powers(start: int, end: int) -> list[int]:
