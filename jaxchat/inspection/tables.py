@@ -21,7 +21,7 @@ from jaxchat.model.transformer import Transformer
 
 def embedding(engine: Engine) -> np.ndarray:
     """The embedding of every id, float32 (vocab, M)."""
-    return np.asarray(engine.params["ends"]["embed"][: engine.transformer.config.vocab], np.float32)
+    return np.asarray(engine.params["ends"]["embed"], np.float32)[: engine.transformer.config.vocab]
 
 
 def neighbours(engine: Engine, token: int, *, count: int = 12) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from jaxchat.model.dense import visible, weights
 from jaxchat.model.trace import Attended, Trace
 from jaxchat.model.transformer import Params, Transformer
 
+LENS = 10  # Candidates that the compiled lens finds; a larger count is another program.
+
 
 class View(NamedTuple):
     """A text in an engine, and the trace of its forward pass, padded at the end to a length that is compiled once."""
@@ -40,7 +42,7 @@ def look(engine: Engine, ids: Sequence[int]) -> View:
     padded_1T[0, : len(ids)] = ids
     with engine.on_mesh():
         traced = _trace(engine.transformer, engine.params, padded_1T)
-    if not np.isfinite(traced.forward.hidden[0, : len(ids)]).all():
+    if not np.isfinite(np.asarray(traced.forward.hidden)[0, : len(ids)]).all():
         raise UserError(NOT_FINITE)
     return View(engine, ids, traced)
 
@@ -132,14 +134,14 @@ def lens(view: View, *, count: int = 5, places: range | None = None) -> list[lis
     next_T[: len(view.ids) - 1] = view.ids[1:]
     engine = view.engine
     with engine.on_mesh():
-        rows = jax.device_get(_lens(engine.transformer, engine.params, view.trace, next_T, count))
-    return [[_said(engine, row, t, len(view.ids)) for t in places] for row in rows]
+        rows = jax.device_get(_lens(engine.transformer, engine.params, view.trace, next_T, max(count, LENS)))
+    return [[_said(engine, row, t, len(view.ids), count) for t in places] for row in rows]
 
 
-def _said(engine: Engine, row: Any, t: int, length: int) -> dict[str, Any]:
+def _said(engine: Engine, row: Any, t: int, length: int, count: int) -> dict[str, Any]:
     best_TC, ids_TC, entropy_T, next_T = row
     best = [
         {"token": int(i), "name": explain.name_of(engine.tokenizer, int(i)), "probability": float(p)}
-        for p, i in zip(best_TC[t], ids_TC[t])
+        for p, i in zip(best_TC[t, :count], ids_TC[t])
     ]
     return {"candidates": best, "entropy": float(entropy_T[t]), "next": float(next_T[t]) if t + 1 < length else None}

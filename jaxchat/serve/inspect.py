@@ -25,7 +25,7 @@ from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError
 from jaxchat.serve.models import Model
 from jaxchat.serve.protocol import Body, Id, Ids, Name
-from jaxchat.serve.warming import MOST_CANDIDATES, MOST_TOKENS, look
+from jaxchat.serve.warming import MOST_TOKENS, look
 from jaxchat.tokenizer import chat
 
 MOST_NAMED, MOST_POINTS, MOST_PLACES = 100, 2000, 64  # Candidates with names, points of a map, columns of a lens.
@@ -70,7 +70,7 @@ class Places(Text):
 
     start: Annotated[int, Field(ge=0)] = 0
     places: Annotated[int, Field(ge=1, le=MOST_PLACES)] = MOST_PLACES
-    count: Annotated[int, Field(ge=1, le=MOST_CANDIDATES)] = 5
+    count: Annotated[int, Field(ge=1, le=text.LENS)] = 5
 
 
 class Near(Of):
@@ -121,27 +121,25 @@ def losses(model: Model, body: Text) -> Any:
 
 
 def candidates(model: Model, body: Place) -> Any:
-    """All logits at one place from the largest to the smallest, float32 in base64, so that a page applies sampling by
-    itself; the names of the first ones, and of the token that is there (none after the end)."""
+    """The most likely tokens at one place, and the one that is there (none after the end). `logits` has those of the
+    whole vocabulary, float32 in base64, so that a page applies sampling by itself."""
     engine = model.worker.engine
     ids = engine.check(body.ids, what="the text", room=0)
     position = len(ids) if body.position is None else body.position
     if position > len(ids):
         raise UserError(f"there is no position {position}: the text has {len(ids)} tokens")
     with engine.on_mesh():
-        logits_V = np.asarray(engine.read(ids[:position])[1][0], np.float32)
+        logits_V = np.asarray(engine.read(ids[:position])[1], np.float32)[0]
     if not np.isfinite(logits_V).all():
         raise UserError(NOT_FINITE)
-    order_V = np.argsort(-logits_V, kind="stable")
-    chosen = {ids[position]} if position < len(ids) else set[int]()
-    ranks = sorted({*range(min(body.count, len(order_V))), *(int(np.flatnonzero(order_V == i)[0]) for i in chosen)})
-    named = [{"rank": rank, "token": int(order_V[rank]), "logit": float(logits_V[order_V[rank]])} for rank in ranks]
-    named = [
-        one | {"name": name_of(engine.tokenizer, int(one["token"])), "chosen": one["token"] in chosen} for one in named
+    best, there = np.argsort(-logits_V, kind="stable")[: body.count].tolist(), ids[position : position + 1]
+    found = [
+        {"token": i, "name": name_of(engine.tokenizer, i), "logit": float(logits_V[i]), "chosen": i in there}
+        for i in [*best, *(i for i in there if i not in best)]
     ]
-    packed = base64.b64encode(logits_V[order_V].astype("<f4").tobytes()).decode()
+    packed = base64.b64encode(logits_V.astype("<f4").tobytes()).decode()
     normaliser = float(np.logaddexp.reduce(logits_V.astype(np.float64)))
-    return {"position": position, "candidates": named, "logits": packed, "log_normaliser": normaliser}
+    return {"position": position, "candidates": found, "logits": packed, "log_normaliser": normaliser}
 
 
 def _view(model: Model, body: Text) -> text.View:
@@ -242,6 +240,12 @@ async def _answer(name: str, view: View, model: Model, body: Of) -> bytes:
     while len(model.views) > MOST_KEPT:
         model.views.popitem(last=False)
     return model.views[key]
+
+
+@router.get("/inspect")
+async def views() -> dict[str, Any]:
+    """The views that this server has."""
+    return {"views": list(VIEWS)}
 
 
 for _name, _row in VIEWS.items():

@@ -11,7 +11,7 @@ from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
 from jaxchat.inspection import text
 
-MOST_TOKENS, MOST_CANDIDATES = 256, 10  # Of one look into a text: attention grows with the square.
+MOST_TOKENS = 256  # Of one look into a text: attention grows with the square.
 
 # One request of each kind of program: greedy, plain and full sampling, and penalties.
 KINDS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"presence_penalty": 0.5})
@@ -63,7 +63,7 @@ def warm_views(engine: Engine) -> None:
     for layer, attended in enumerate(view.trace.attended):
         if attended is not None:
             text.attention(view, layer, 0)
-    text.lens(view, count=MOST_CANDIDATES)
+    text.lens(view)
 
 
 def look(engine: Engine, ids: Sequence[int]) -> text.View:
