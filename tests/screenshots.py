@@ -28,9 +28,42 @@ def chat(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
+def microscope(page: Page) -> None:
+    """The candidates of a token of an answer, with the course's sampling."""
+    chat(page)
+    if page.viewport_size["width"] > 760:  # type: ignore[index]
+        page.click("#presets button[value=course]")
+    page.locator("article.assistant").last.get_by_role("button", name="Look inside").click()
+    page.locator("#scope-tokens button").get_by_text("apples").last.click()
+    page.locator("#scope-view[aria-busy=false] tbody tr").first.wait_for()
+    page.mouse.move(0, 0)
+
+
+def attention(page: Page) -> None:
+    """Attention of one head on a text of the village."""
+    page.get_by_role("button", name="Microscope").click()
+    page.locator("#scope-tokens[aria-busy=false]").wait_for()
+    page.locator("#scope-tab-attention").click()
+    page.locator("#scope-view[aria-busy=false] svg").first.wait_for()
+
+
+def checkpoints(page: Page) -> None:
+    """An early checkpoint of pretraining, of the same text."""
+    page.select_option("#model", "tiny/pretrain")
+    attention(page)
+    page.locator("#scope-tab-checkpoints").click()
+    page.locator("#scope-view tbody th").get_by_text("450", exact=True).wait_for()
+    page.get_by_role("slider", name="Step of the run").fill("2")
+    page.get_by_text("at step 135:").wait_for()
+
+
 PICTURES: dict[str, tuple[tuple[int, int], Any, Callable[[Page], None]]] = {
     "chat_desktop": ((1280, 800), "light", chat),
     "chat_phone": ((390, 844), "dark", chat),
+    "microscope_desktop": ((1280, 900), "light", microscope),
+    "microscope_phone": ((390, 844), "dark", microscope),
+    "microscope_attention": ((1280, 900), "dark", attention),
+    "microscope_checkpoints": ((1280, 900), "light", checkpoints),
 }
 
 

@@ -216,6 +216,7 @@ def test_the_slider_over_checkpoints_shows_each_ones_answer_and_losses(page: Any
 
 def test_a_message_of_the_conversation_is_looked_into(page: Any) -> None:
     page.get_by_role("button", name="Chat", exact=True).click()
+    page.fill("#max_tokens", "12")
     page.fill("#input", "<b>small</b>\nbirds")
     page.keyboard.press("Enter")
     page.locator("article.assistant .facts").get_by_text("seed").wait_for()
@@ -244,7 +245,7 @@ def test_a_message_of_the_conversation_is_looked_into(page: Any) -> None:
         and page.evaluate("document.activeElement.ariaLabel") == names[3]
     )
     look(page, "small birds " * 300)
-    assert "the context has 256" in page.locator("#scope-tokens [role=alert]").inner_text()
+    assert chips.count() == 257 and "The context has room for 256 of " in page.locator("#scope-mean").inner_text()
 
 
 def test_axe_finds_no_serious_fault(page: Any) -> None:

@@ -118,7 +118,9 @@ def test_what_is_too_much_or_wrong_is_refused(live: Live, run: str, ids: list[in
     long = [40] * 257
     assert "the text has 257 tokens" in refusal(live, "losses", 400, ids=long)
     assert "the text has 257 tokens" in refusal(live, "attention", 400, ids=long)
-    assert "the text has" in refusal(live, "tokens", 400, prompt="small birds " * 300)
+    whole = [tokenizer().bos, *tokenizer().encode("small birds " * 300)]
+    cut = ask(live, "tokens", prompt="small birds " * 300)
+    assert [one["id"] for one in cut["tokens"]] == whole[:256] and cut["count"] == len(whole)
     assert "there is no position 99" in refusal(live, "candidates", 400, ids=ids[:5], position=99)
     assert "there is no layer 2" in refusal(live, "attention", 400, ids=ids, layer=2)
     assert "there is no head 4" in refusal(live, "attention", 400, ids=ids, head=4)
@@ -147,6 +149,16 @@ def test_every_kept_step_of_a_run_can_be_asked(live: Live, run: str, ids: list[i
         assert ask(live, "losses", model=name, ids=ids) == ask(live, "losses", ids=ids)
         body = {"model": name, "prompt": "small", "max_tokens": 3, "temperature": 0}
         assert live.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_equal_architectures_are_warmed_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[Any] = []
+    for name in ("warm", "warm_views"):
+        monkeypatch.setattr(f"jaxchat.serve.models.{name}", warmed.append)
+    with serving(run, warm=True) as server:
+        for step in ("10", "20"):
+            assert ask(server, "about", model=f"run/sft@{step}")["model"] == f"run/sft@{step}"
+    assert len(warmed) == 2 and warmed[0] is warmed[1]
 
 
 def test_answers_of_a_view_are_kept_within_a_bound(live: Live, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

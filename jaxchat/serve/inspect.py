@@ -98,7 +98,7 @@ def about(model: Model, body: Of) -> Any:
 
 
 def shown(model: Model, body: Said) -> Any:
-    """Tokens with ids, bytes and names."""
+    """Tokens with ids, bytes and names, as many as the context has; `count` is the number of all."""
     tokenizer, given = model.loaded.tokenizer, (body.prompt, body.messages, body.ids)
     if sum(one is not None for one in given) != 1:
         raise ApiError(400, "give one of prompt, messages and ids", param="prompt")
@@ -107,7 +107,9 @@ def shown(model: Model, body: Said) -> Any:
         ids = protocol.Chat(messages=body.messages).prompt(tokenizer, whole=True)
     elif body.prompt is not None:
         ids = chat.encode(body.prompt, tokenizer, begin=True)
-    return {"tokens": tokens.tokens(tokenizer, model.worker.engine.check(ids, what="the text", room=0))}
+    engine = model.worker.engine
+    first = engine.check(ids[: engine.shape.length], what="the text", room=0)
+    return {"tokens": tokens.tokens(tokenizer, first), "count": len(ids)}
 
 
 def losses(model: Model, body: Text) -> Any:

@@ -42,15 +42,15 @@ async function fill(node, make) {
 }
 
 async function look(source, at = Infinity) {
-  scope.source = source;
+  Object.assign(scope, { source, tokens: [] });
   $("scope-text").value = source.prompt ?? "";
-  scope.tokens = [];
   await fill($("scope-tokens"), async () => {
-    const { tokens } = await ask("tokens", source), about = await ask("about");
+    const { tokens, count } = await ask("tokens", source), about = await ask("about");
     const all = tokens.map(({ id }) => id), losses = all.length > 1 ? (await ask("losses", { ids: all })).tokens : [];
-    Object.assign(scope, { tokens, about, losses, at: Math.min(at, all.length) });
+    if (scope.source === source) Object.assign(scope, { tokens, count, about, losses, at: Math.min(at, all.length) });
     return chips();
   });
+  if (scope.source !== source) return;
   if (!scope.tokens.length) return $("scope-view").replaceChildren();
   paint(scope.losses);
   select(scope.at);
@@ -80,7 +80,8 @@ function paint(losses) {
     node.title = loss === undefined ? "" : `loss ${loss.toFixed(3)}`;
   });
   const mean = losses.reduce((sum, { loss }) => sum + loss, 0) / losses.length;
-  $("scope-mean").textContent = losses.length ? `Mean loss ${mean.toFixed(3)} nats per token` : "";
+  const cut = scope.count > scope.tokens.length ? `. The context has room for ${scope.tokens.length} of ${scope.count} tokens.` : "";
+  $("scope-mean").textContent = losses.length ? `Mean loss ${mean.toFixed(3)} nats per token${cut}` : "";
 }
 
 const hex = (bytes) => bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
@@ -314,7 +315,7 @@ function build(section) {
       look({ prompt: text.value });
     } }, text, el("div", { className: "row" }, el("button", { className: "main" }, "Look"), talk)),
     el("div", { id: "scope-tokens", role: "group", "aria-label": "Tokens, coloured by loss", onkeydown: (event) => move(event, event.target, (way) => select(chipNodes().indexOf(event.target) + way, true)) }),
-    el("div", { className: "legend" }, el("span", { id: "scope-mean" }), el("span", {}, "loss 0"), el("i"), el("span", {}, `${MOST_LOSS} nats and more`)),
+    el("div", { className: "legend" }, el("span", { id: "scope-mean" }), el("span", {}, "loss 0", el("i"), `${MOST_LOSS} nats and more`)),
     el("p", { id: "scope-told", role: "status" }),
     el("div", { id: "scope-tabs", role: "tablist", "aria-label": "Views", onkeydown: (event) => move(event, event.target.dataset.view, (way) => {
       const next = tabs[(tabs.indexOf(event.target) + way + tabs.length) % tabs.length];
@@ -324,12 +325,13 @@ function build(section) {
     el("div", { id: "scope-view", role: "tabpanel", tabIndex: -1 }));
 }
 
+/** The model that the text was last looked into with. */
 let model = "";
 function shown() {
-  if (model === settings.model && scope.tokens.length) return;
+  if (model === settings.model) return;
   const talk = !model && current().messages.length;
   model = settings.model;
-  look(talk ? { messages: sent(current()) } : scope.source, scope.tokens.length ? scope.at : Infinity);
+  look(talk ? { messages: sent(current()) } : { ...scope.source }, scope.tokens.length ? scope.at : Infinity);
 }
 
 // A server that was started with --inspect=False has no views, and this page no microscope.
