@@ -5,7 +5,10 @@ import { el } from "./dom.js";
 /** Largest loss with a colour of its own, in nats, as in launch.inspect. */
 export const MOST_LOSS = 8;
 
-export const percent = (p) => (p === 0 ? "–" : p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.0995 ? 2 : 1)} %`);
+export function percent(p) {
+  if (p === 0) return "–";
+  return p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.0995 ? 2 : 1)} %`;
+}
 
 /** A token's name without its quotes, spaces visible. */
 export function label(name, most = 24) {
@@ -28,11 +31,16 @@ export function bar(share, text = percent(share)) {
   return el("td", { className: "share" }, drawn, el("span", {}, text));
 }
 
-/** A table in a box that scrolls: heads of columns (texts), and rows of cells (nodes or texts); the first names the row. */
+/** A box that scrolls. */
+export function scrolled(name, node, style = "") {
+  return el("div", { className: `scroll ${style}`, tabIndex: 0, role: "region", "aria-label": name }, node);
+}
+
+/** A table that scrolls: heads of columns (texts), and rows of cells (nodes or texts); the first names the row. */
 export function table(caption, heads, rows, marked = () => false) {
   const cell = (content, i) => (content instanceof Node && content.nodeName === "TD" ? content
     : i ? el("td", {}, content) : el("th", { scope: "row" }, content));
-  return el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": caption }, el("table", {},
+  return scrolled(caption, el("table", {},
     el("caption", { className: "unseen" }, caption),
     el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
     el("tbody", {}, ...rows.map((row, i) => el("tr", { className: marked(i) ? "marked" : "" }, ...row.map(cell)))),
@@ -55,13 +63,15 @@ function shaded(shapes, attributes) {
 export function heatmap(name, weights, labels, at, tell, pick) {
   const size = weights.length, cell = Math.max(3, Math.min(20, Math.floor(560 / size))), named = cell >= 10;
   const left = named ? 90 : 4, side = cell * size, text = { "font-size": Math.min(12, cell), class: "word" };
-  const squares = weights.flatMap((row, t) => row.map((w, s) => [w, `M${left + s * cell} ${t * cell}h${cell}v${cell}h${-cell}z`]));
+  const square = (t, s) => `M${left + s * cell} ${t * cell}h${cell}v${cell}h${-cell}z`;
+  const squares = weights.flatMap((row, t) => row.flatMap((w, s) => (w >= 0.002 ? [[w, square(t, s)]] : [])));
   const words = named ? labels.flatMap((word, i) => [
     svg("text", { ...text, x: left - 6, y: (i + 0.75) * cell, "text-anchor": "end" }, word),
     svg("text", { ...text, transform: `translate(${left + (i + 0.75) * cell} ${side + 6}) rotate(90)` }, word),
   ]) : [];
   const frame = svg("rect", { x: left, y: at * cell, width: (at + 1) * cell, height: cell, class: "frame" });
-  const node = drawing(left + side + 4, side + (named ? 90 : 4), name, ...words, ...shaded(squares.filter(([w]) => w >= 0.002), { class: "solid" }), frame);
+  const drawn = [...words, ...shaded(squares, { class: "solid" }), frame];
+  const node = drawing(left + side + 4, side + (named ? 90 : 4), `${name}; the table has numbers`, ...drawn);
   const place = ({ offsetX, offsetY }) => {
     const scale = node.viewBox.baseVal.width / node.getBoundingClientRect().width;
     const [t, s] = [Math.floor((offsetY * scale) / cell), Math.floor((offsetX * scale - left) / cell)];
@@ -80,11 +90,17 @@ export function arcs(name, weights, labels, at) {
     return `M${from} ${a}C${from + 60} ${a} ${to - 60} ${b} ${to} ${b}`;
   };
   const all = weights.flatMap((row, t) => row.flatMap((w, s) => (w > 0.05 ? [[t, w, curve(t, s)]] : [])));
-  const part = (wanted, style) => shaded(all.filter(([t]) => (t === at) === wanted).map(([, ...shape]) => shape), { class: style });
-  const words = labels.flatMap((word, i) => [[from - 8, "end"], [to + 8, "start"]].map(([x, anchor]) => svg("text", {
-    x, y: (i + 0.72) * line, "text-anchor": anchor, "font-size": 12, class: i === at && anchor === "start" ? "word chosen" : "word",
-  }, word)));
-  return drawing(width, line * labels.length, name, ...words, ...part(false, "faint"), ...part(true, "curve"));
+  const part = (wanted, style) => {
+    const shapes = all.filter(([t]) => (t === at) === wanted).map(([, ...shape]) => shape);
+    return shaded(shapes, { class: style });
+  };
+  const word = (text, i, x, anchor) => svg("text", {
+    x, y: (i + 0.72) * line, "text-anchor": anchor, "font-size": 12,
+    class: i === at && anchor === "start" ? "word chosen" : "word",
+  }, text);
+  const words = labels.flatMap((text, i) => [word(text, i, from - 8, "end"), word(text, i, to + 8, "start")]);
+  return drawing(width, line * labels.length, `${name}, as arcs; the table has numbers`, ...words,
+    ...part(false, "faint"), ...part(true, "curve"));
 }
 
 /** Points {x, y, name}; those that are marked have names, any has one while the pointer is near. */
@@ -96,12 +112,17 @@ export function scatter(name, points, marked, tell) {
   };
   const [x, y] = [scale("x", width), scale("y", height)];
   const placed = points.map((point) => ({ ...point, at: [x(point.x), height - y(point.y)] }));
-  const dots = (chosen, style) => svg("path", { class: style, d: chosen.map(({ at }) => `M${at.join(" ")}h0`).join("") });
+  const dots = (chosen, style) => {
+    return svg("path", { class: style, d: chosen.map(({ at }) => `M${at.join(" ")}h0`).join("") });
+  };
   const word = ({ at: [left, top], name: said }, style = "word") => svg("text", {
-    x: left + (left > width - 90 ? -7 : 7), y: top + 4, "font-size": 12, class: style, "text-anchor": left > width - 90 ? "end" : "start",
+    x: left + (left > width - 90 ? -7 : 7), y: top + 4, "text-anchor": left > width - 90 ? "end" : "start",
+    "font-size": 12, class: style,
   }, label(said, 14));
   const [named, near] = [placed.filter(marked), svg("g")];
-  const node = drawing(width, height, name, dots(placed, "dot"), dots(named, "dot strong"), ...named.slice(0, 60).map((one) => word(one)), near);
+  const words = named.slice(0, 60).map((one) => word(one));
+  const node = drawing(width, height, `${name}; the table has the nearest`, dots(placed, "dot"),
+    dots(named, "dot strong"), ...words, near);
   node.onpointermove = ({ offsetX, offsetY }) => {
     const ratio = width / node.getBoundingClientRect().width, place = [offsetX * ratio, offsetY * ratio];
     const far = ({ at }) => Math.hypot(at[0] - place[0], at[1] - place[1]);
