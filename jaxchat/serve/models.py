@@ -73,7 +73,7 @@ class Model:
     fingerprint: str
     bytes: int
     users: int = 0
-    views: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
+    views: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     view: View | None = None
 
     def release(self) -> None:

@@ -134,7 +134,7 @@ function build(section) {
 /** The model that the text was last looked into with. */
 let model = "";
 function shown() {
-  if (model === settings.model) return;
+  if (!settings.model || model === settings.model) return;
   const talk = !model && current().messages.length;
   model = settings.model;
   look(talk ? { messages: sent(current()) } : { ...scope.source }, scope.tokens.length ? scope.at : Infinity);
@@ -155,6 +155,7 @@ if ((await fetch("inspect").catch(() => null))?.ok) {
     if (detail.messages.length) look({ messages: sent(detail) });
     else showPanel("chat");
   });
+  bus.addEventListener("models", () => $("scope").hidden || shown());
   bus.addEventListener("settings", () => {
     scope.redraw();
     if (!$("scope").hidden) shown();
