@@ -29,12 +29,12 @@ def chat(page: Page) -> None:
 
 
 def microscope(page: Page) -> None:
-    """The candidates of a token of an answer, with the course's sampling."""
+    """The candidates of the second token of an answer, with the course's sampling."""
     chat(page)
     if page.viewport_size["width"] > 760:  # type: ignore[index]
         page.click("#presets button[value=course]")
     page.locator("article.assistant").last.get_by_role("button", name="Look inside").click()
-    page.locator("#scope-tokens button").get_by_text("apples").last.click()
+    page.locator("[aria-label='<|assistant_start|>'] + button + button").first.click()
     page.locator("#scope-view[aria-busy=false] tbody tr").first.wait_for()
     page.mouse.move(0, 0)
 
@@ -49,7 +49,8 @@ def attention(page: Page) -> None:
 
 def checkpoints(page: Page) -> None:
     """An early checkpoint of pretraining, of the same text."""
-    page.select_option("#model", "tiny/pretrain")
+    names = page.locator("#model option").all_inner_texts()
+    page.select_option("#model", next(name for name in names if name.endswith("/pretrain")))
     attention(page)
     page.locator("#scope-tab-checkpoints").click()
     page.locator("#scope-view tbody th").get_by_text("450", exact=True).wait_for()
@@ -62,7 +63,7 @@ PICTURES: dict[str, tuple[tuple[int, int], Any, Callable[[Page], None]]] = {
     "chat_phone": ((390, 844), "dark", chat),
     "microscope_desktop": ((1280, 900), "light", microscope),
     "microscope_phone": ((390, 844), "dark", microscope),
-    "microscope_attention": ((1280, 900), "dark", attention),
+    "microscope_attention": ((1280, 1440), "dark", attention),
     "microscope_checkpoints": ((1280, 900), "light", checkpoints),
 }
 
