@@ -111,7 +111,7 @@ def test_candidates_follow_the_sliders_and_are_those_of_explain(
     for values in settings:
         sampling = dict(zip(("temperature", "top_k", "top_p", "repetition_penalty"), values))
         for name, value in sampling.items():
-            page.locator(f"#{name}").fill(value)
+            page.locator(f"#sliders [type=range][data-name={name}]").fill(value)
         options = [f"--{name}={value}" for name, value in sampling.items()]
         launch.chat.main(
             [f"--checkpoint={run}", f"--prompt={TEXT}", "--style=text", "--explain", "--max_tokens=1", *options]
@@ -129,7 +129,9 @@ def test_candidates_follow_the_sliders_and_are_those_of_explain(
     place.get_by_label("Temperature").fill("0.5")
     assert "Temperature 0.5" in place.inner_text()
     page.click("#open-settings")
-    assert page.locator("#temperature").input_value() == "0.5", "the sliders of the chat are the same"
+    assert page.locator("#sliders [type=range][data-name=temperature]").input_value() == "0.5", (
+        "the sliders of the chat are the same"
+    )
 
 
 def test_tokens_and_losses(page: Any, live: Live) -> None:
@@ -234,7 +236,7 @@ def test_a_message_of_the_conversation_is_looked_into(page: Any) -> None:
     page.locator("article.user").get_by_role("button", name="Look inside").click()
     settled(page, "#scope-tokens")
     assert chips.count() < len(names)
-    page.locator("#scope-tabs [aria-selected=true]").focus()
+    page.click("#scope-tab-candidates")
     for view in (*VIEWS[1:], VIEWS[0]):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.dataset.view") == view

@@ -32,8 +32,6 @@ MOST_NAMED, MOST_POINTS, MOST_PLACES = 100, 2000, 64  # Candidates with names, p
 MOST_LETTERS = 200  # Of a replay of merges: its size grows with the square of a word.
 MOST_KEPT, MOST_RUNNING = 32, 32  # Answers kept for each model; requests under way in the whole server.
 
-router = APIRouter()
-
 
 class Of(Body):
     model: Name | None = None
@@ -210,7 +208,7 @@ VIEWS = {
 }
 
 
-def _add(name: str, view: View) -> None:
+def _add(router: APIRouter, name: str, view: View) -> None:
     running = 0
 
     async def answer(body: Any, request: Request) -> Response:
@@ -244,11 +242,17 @@ async def _answer(name: str, view: View, model: Model, body: Of) -> bytes:
     return model.views[key]
 
 
-@router.get("/inspect")
 async def views() -> dict[str, Any]:
     """The views that this server has."""
     return {"views": list(VIEWS)}
 
 
-for _name, _row in VIEWS.items():
-    _add(_name, _row)
+def _routes() -> APIRouter:
+    router = APIRouter()
+    router.get("/inspect")(views)
+    for name, view in VIEWS.items():
+        _add(router, name, view)
+    return router
+
+
+router = _routes()

@@ -12,7 +12,7 @@ const EXAMPLE = "On Saturday Omar took a basket and went to the market. The mark
 scope.source = { prompt: EXAMPLE };
 
 async function look(source, at = Infinity) {
-  Object.assign(scope, { source, tokens: [] });
+  Object.assign(scope, { source, tokens: [], losses: [] });
   $("scope-text").value = source.prompt ?? "";
   await fill($("scope-tokens"), async () => {
     const { tokens, count } = await ask("tokens", source), about = await ask("about");
