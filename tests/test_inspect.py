@@ -75,6 +75,10 @@ def test_attention_lens_and_losses_are_those_of_the_engine(engine: Engine, ids: 
             rows = text.attention(view, layer, head)
             assert [len(row) for row in rows] == list(range(1, len(ids) + 1))
             assert [sum(row) for row in rows] == pytest.approx([1] * len(ids), abs=1e-4)
+            attended = view.trace.attended[layer]
+            values = np.asarray(attended.v_BTKD)[0, :, head * attended.v_BTKD.shape[2] // 4]
+            mixed = [np.asarray(row) @ values[: len(row)] for row in rows]
+            np.testing.assert_allclose(mixed, np.asarray(attended.o_BTHD)[0, : len(ids), head], atol=1e-4)
     assert not any(text.attention(view, 0, 0)[-1][:-4]), "a window of 3 sees 4 keys"
     *_, last = text.lens(view)
     losses = text.losses(engine, ids)
