@@ -1,5 +1,6 @@
 """Runs launchers: prints the result as one line of JSON and a `UserError` as one sentence."""
 
+import contextlib
 import errno
 import io
 import os
@@ -15,8 +16,9 @@ from jaxchat.serialization import json_line
 
 
 def log(text: str) -> None:
-    """Prints a line to stderr; stdout is reserved for the launcher's result."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line to stderr, as long as that has a reader; stdout is reserved for the launcher's result."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _unraisable(problem: Any) -> None:

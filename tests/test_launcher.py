@@ -35,6 +35,18 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def test_a_closed_stderr_ends_no_run(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        launcher.log("step 1")
+        with pytest.raises(BrokenPipeError):  # The line is still in the buffer.
+            closed.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
+
+
 def test_a_result_is_the_last_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launcher"])
     launcher.run(lambda argv: {"loss": 1.5, "text": "né"})

@@ -121,8 +121,8 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._app.state.draining = True
-        log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
         threading.Thread(target=self._drain, daemon=True).start()
+        log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
 
     def _drain(self) -> None:
         end = time.monotonic() + self._drain_seconds
