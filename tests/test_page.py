@@ -194,7 +194,7 @@ def test_conversations_are_kept_renamed_and_deleted(page: Any, live: Live, monke
     page.reload()
     page.get_by_role("button", name="Delete Mia").click()
     page.click("#agree")
-    page.get_by_role("button", name="Delete Who bakes?").wait_for()
+    page.get_by_role("button", name="Delete Mia").wait_for(state="detached")  # The dialog closes after the click.
     assert names.all_inner_texts() == ["Who bakes?"] and turns(page)[0] == "Who bakes?"
     page.reload()
     assert names.all_inner_texts() == ["Who bakes?"]

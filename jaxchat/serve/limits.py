@@ -7,8 +7,8 @@ import json
 import logging
 import re
 import secrets
-import time
 from collections import OrderedDict
+from time import monotonic as now
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -60,10 +60,10 @@ class Rates:
         """Counts a request; raises `ApiError` 429 if it is one too many."""
         if not self._per_minute:
             return
-        now = time.monotonic()
-        left, then = self._buckets.pop(client, (float(self._per_minute), now))
-        left = min(self._per_minute, left + (now - then) * self._per_minute / 60)
-        self._buckets[client] = (left - 1 if left >= 1 else left, now)
+        time = now()
+        left, then = self._buckets.pop(client, (float(self._per_minute), time))
+        left = min(self._per_minute, left + (time - then) * self._per_minute / 60)
+        self._buckets[client] = (left - 1 if left >= 1 else left, time)
         while len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
         if left < 1:
@@ -85,7 +85,7 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         scope["state"]["request_id"] = number = given if ID.fullmatch(given) else secrets.token_hex(16)
-        start, status = time.perf_counter(), 0
+        start, status = now(), 0
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -100,7 +100,7 @@ class Guard:
         except ApiError as error:
             await _refuse(error, scope, receive, send_marked)
         finally:
-            self._note(scope, number, status, time.perf_counter() - start)
+            self._note(scope, number, status, now() - start)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         path, host = scope["path"], _split(f"//{headers.get('host', '')}").hostname or ""
