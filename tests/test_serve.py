@@ -9,11 +9,13 @@ import numpy as np
 import openai
 import pytest
 from exports import tokenizer
+from pydantic import ValidationError
 from serving import Live, checkpoint, serving
 
 from jaxchat.decode.explain import explain
 from jaxchat.decode.requests import Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.sampling import FILTERS, SamplingParams
+from jaxchat.serve import protocol
 from jaxchat.tokenizer import chat
 
 # uvicorn, websockets and openai are not ours to keep free of warnings.
@@ -147,8 +149,18 @@ def test_a_second_turn_reuses_the_first(live: Live) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= len(prompt())
 
 
+def test_every_filter_of_the_engine_is_a_field() -> None:
+    given = {"top_k": 3, "top_p": 0.5, "min_p": 0.25}
+    params = protocol.Completion(**given).params(seed=0, max_tokens=1)
+    assert given.items() <= params.truncation.items() and FILTERS.keys() <= protocol.Chat.model_fields.keys()
+    assert not protocol.Completion(top_k=-1).params(seed=0, max_tokens=1).truncates
+    for name, row in FILTERS.items():
+        with pytest.raises(ValidationError, match=name):
+            protocol.Completion(**{name: row.limits[0] - 2})
+
+
 def test_penalties_and_bias_are_the_engines(live: Live) -> None:
-    params = {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5}
+    params = {"temperature": 0.0, "presence_penalty": -1.0, "frequency_penalty": 0.5}
     (expected,) = ours(live, prompt(), **params, logit_bias={40: 5.0}, max_tokens=12)
     done = live.client.chat.completions.create(
         model="run/sft", messages=ASKED, max_tokens=12, logit_bias={"40": 5}, **params
@@ -178,6 +190,8 @@ def test_errors_have_openais_shapes(live: Live) -> None:
     broken = live.http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
     assert broken.status_code == 400 and broken.json()["error"]["message"] == "the body is not JSON"
     assert live.http.get("/v1/models/../../etc/passwd").status_code == 404
+    for choice in ("required", {"type": "function", "function": {"name": "rain"}}):
+        assert failure(live, openai.BadRequestError, tool_choice=choice)["param"] == "tool_choice"
 
 
 def test_models_tokenize_and_information(live: Live) -> None:

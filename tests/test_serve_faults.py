@@ -1,5 +1,6 @@
 """Clients that leave, requests that are poison, engines that raise, keys and origins, models that take turns."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -225,7 +226,7 @@ def test_three_models_take_turns_in_room_for_two(tmp_path: Path) -> None:
     before = engines()
     with serving(str(tmp_path / "run"), default_model="run/pretrain") as server:
         models = server.app.state.models
-        models._most_bytes = 2 * models.bytes
+        models.options = dataclasses.replace(models.options, model_bytes=2 * models.bytes)
         names = ["run/pretrain", "run/sft", "run/rl"]
 
         def ask(name: str) -> str:
@@ -309,3 +310,42 @@ def test_tools_the_clients_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             complete=True,
         )
         assert list(prompts[-1]) == rendered.ids
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_demanded_begins_the_answer(
+    tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is asked to go on from there, and what it says after is the rest of the call."""
+    prompts: list[tuple[int, ...]] = []
+    functions = [{"type": "function", "function": {"name": name}} for name in ("weather", "clock")]
+    named, begin, end = functions[0], "<|python_start|>", "<|python_end|>"
+    whole = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    cases: tuple[tuple[Any, Any, str], ...] = (
+        (functions, named, '{"name": "weather", "arguments":'),
+        (functions[:1], "required", '{"name": "weather", "arguments":'),
+        (functions, "required", '{"name":'),
+    )
+    with serving(checkpoint(tmp_path), make_engine=Scripted) as server:
+        for tools, choice, begun in cases:
+
+            def rest(prompt: tuple[int, ...], begun: str = begun) -> list[int]:
+                prompts.append(prompt)
+                return said(whole.removeprefix(begun), end, "no")
+
+            monkeypatch.setattr(Scripted, "script", staticmethod(rest))
+            asked: dict[str, Any] = {"model": "run/sft", "messages": [{"role": "user", "content": "Rain?"}], "n": 2}
+            answer = server.client.chat.completions.create(tools=tools, tool_choice=choice, stream=stream, **asked)
+            if stream:
+                chunks = [chunk.choices[0] for chunk in answer]
+                calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+                assert not any(chunk.delta.content for chunk in chunks)
+            else:
+                calls = [call for one in answer.choices for call in one.message.tool_calls]
+                assert {one.finish_reason for one in answer.choices} == {"tool_calls"}
+                assert answer.usage.completion_tokens == 2 * len(said(begin, begun, whole.removeprefix(begun), end))
+                assert answer.usage.prompt_tokens == len(prompts[-1]) - len(said(begin, begun))
+            assert [(c.function.name, json.loads(c.function.arguments)) for c in calls] == [
+                ("weather", {"city": "Oslo"})
+            ] * 2
+            assert list(prompts[-1])[-len(said(begin, begun)) - 1 :] == said("<|assistant_start|>", begin, begun)

@@ -134,9 +134,9 @@ def test_what_is_too_much_or_wrong_is_refused(live: Live, run: str, ids: list[in
     assert "does not exist" in refusal(live, "about", 404, model="nobody")
     with serving(run, api_key="key", wait=False) as other:
         assert all(other.http.post(f"/inspect/{view}", json={}).status_code == 401 for view in VIEWS)
-    assert live.http.get("/inspect").json() == {"views": list(VIEWS)}
+    assert live.http.get("/v1/models").json()["views"] == list(VIEWS)
     with serving(run, inspect=False, wait=False) as other:
-        assert other.http.get("/inspect").status_code == 404
+        assert other.http.get("/v1/models").json()["views"] == []
         assert all(other.http.post(f"/inspect/{view}", json={}).status_code in (404, 405) for view in VIEWS)
 
 

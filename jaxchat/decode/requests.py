@@ -55,6 +55,8 @@ class Request:
     """Return the set of tokens that each token was sampled from, for training with truncated sampling."""
     top_logprobs: int = 0
     """Number of the most likely tokens to return for each token, at most `sampling.TOP`; see `Sample.since`."""
+    begun: int = 0
+    """Number of the prompt's last tokens that are the beginning of the answer, such as that of a tool call."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Sample:
         """Number of prompt tokens that the prefix cache had."""
         self._start = self._end = time.perf_counter()
         self._first = 0.0
+        for token in prompt[len(prompt) - request.begun :]:
+            self._follow_call(token)
 
     @property
     def position(self) -> int:

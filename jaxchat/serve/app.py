@@ -48,28 +48,19 @@ def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI
         await app.state.models.close()
 
     app = FastAPI(title="jaxchat", lifespan=lifespan, docs_url=None, redoc_url=None)
-    shape = {"slots": options.slots, "steps": options.steps, "adapt": options.adapt}
-    shape |= {"prefix_cache_bytes": options.prefix_bytes} | ({"length": options.length} if options.length else {})
     app.state.options, app.state.draining, app.state.starting = options, False, "the model is being loaded"
-    limits = {"most_bytes": options.model_bytes, "most_waiting": options.queue, "inspect": options.inspect}
-    app.state.models = Models(
-        models, shape=shape, **limits, default=options.default_model, warm_up=options.warm, **settings
-    )
+    app.state.models = Models(models, options, **settings)
     app.state.metrics, app.state.rates = Metrics(app.state.models), Rates(options.requests_per_minute)
-    app.include_router(completions.router)
-    app.include_router(information.router)
-    if options.inspect:
-        app.include_router(inspect.router)
+    for part in (completions, information, *([inspect] if options.inspect else [])):
+        app.include_router(part.router)
     for file in PAGE.iterdir():
         # A route for each file: no path that a client makes up is looked for on the disk.
         app.add_route(f"/{file.name}".removesuffix("index.html"), partial(_file, file))
     app.add_middleware(Guard, state=app.state)
-    exposed = ["x-request-id", "retry-after"]
     origins: dict[str, Any] = {"allow_origins": list(options.allow_origins), "allow_methods": ["GET", "POST"]}
+    exposed = ["x-request-id", "retry-after"]
     app.add_middleware(CORSMiddleware, **origins, allow_headers=["*"], expose_headers=exposed)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    for kind in (ApiError, UserError, Exception):
+    for kind in (RequestValidationError, HTTPException, ApiError, UserError, Exception):
         app.add_exception_handler(kind, _failed)
     return app
 
@@ -81,27 +72,12 @@ async def _file(file: Path, request: Request) -> FileResponse:
 
 async def _load_default(app: FastAPI) -> None:
     try:
-        model = await app.state.models.use(None)
-        model.release()
+        with contextlib.ExitStack() as stack:
+            await app.state.models.use(None, stack)
         app.state.starting = ""
     except Exception as error:  # The server stays, and /ready says why it is not.
         app.state.starting = str(error)
         LOG.exception("the default model cannot be loaded")
-
-
-async def _invalid(request: Request, error: Any) -> JSONResponse:
-    """A body that is no JSON (400), or not what the API takes (422)."""
-    mistakes = error.errors()
-    place = ".".join(str(part) for part in mistakes[0]["loc"][1:])
-    if mistakes[0]["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON").response()
-    return ApiError(422, completions.first_mistake(mistakes), param=place or None).response()
-
-
-async def _http_error(request: Request, error: Any) -> JSONResponse:
-    response = ApiError(error.status_code, str(error.detail)).response()
-    response.headers.update(error.headers or {})
-    return response
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -154,13 +130,9 @@ def run(options: Any) -> dict[str, object]:
     app.state.models.sized()  # A wrong checkpoint must fail the start.
     listening = _bind(options.host, options.port)
     _log_lines()
+    logs: dict[str, Any] = {"log_config": None, "access_log": False}
     config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=2,
-        ws_max_size=options.body_bytes,
-        server_header=False,
+        app, **logs, timeout_graceful_shutdown=2, ws_max_size=options.body_bytes, server_header=False
     )
     server = Server(config, app, options.drain_seconds)
     host, port = listening.getsockname()[:2]

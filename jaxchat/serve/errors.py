@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from jaxchat.errors import UserError
 from jaxchat.tokenizer.sentencepiece import scalar_values
@@ -27,16 +30,15 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, scalar_values(message), code
-        self.param = None if param is None else scalar_values(param)
-        self.headers = {"retry-after": str(retry_after)} if retry_after else {}
+        super().__init__(scalar_values(message))
+        self.status, self.code, self.param = status, code, param and scalar_values(param)
+        self.headers: dict[str, str] = {"retry-after": str(retry_after)} if retry_after else {}
         if status == 401:
             self.headers["www-authenticate"] = 'Basic realm="the API key is the password"'
 
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
@@ -47,9 +49,24 @@ def shutting_down() -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """An API error as it is, a user's mistake with status 400, anything else with 500 and without its text."""
+    """An API error as it is, a user's mistake with status 400, a body that is no JSON with 400, one that is not what
+    the API takes with 422, anything else with 500 and without its text."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
         return ApiError(400, str(error))
+    if isinstance(error, RequestValidationError | ValidationError):
+        return _first_mistake(error.errors()[0])
+    if isinstance(error, HTTPException):
+        found = ApiError(error.status_code, str(error.detail))
+        found.headers |= error.headers or {}
+        return found
     return ApiError(500, "the server failed to answer this request; its log has the reason", code="internal_error")
+
+
+def _first_mistake(mistake: Any) -> ApiError:
+    """A mistake of a body in one sentence, without the value, which may be long or not printable."""
+    if mistake["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON")
+    place = ".".join(str(part) for i, part in enumerate(mistake["loc"]) if i or part != "body")
+    return ApiError(422, f"{place or 'the body'}: {mistake['msg']}", param=place or None)

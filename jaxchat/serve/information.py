@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from jaxchat.decode.sampling import PRESETS
 from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError
+from jaxchat.serve.inspect import VIEWS
 from jaxchat.serve.models import Entry, Models
 from jaxchat.tokenizer import Tokenizer, chat
 
@@ -41,26 +42,24 @@ async def metrics(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """All models that can be asked for, in the order of their training; `default` is that of requests without one,
-    `presets` are settings of sampling for the page."""
+    `presets` are settings of sampling, `views` are those of the microscope."""
     all_models: Models = request.app.state.models
     data = [_described(entry, all_models) for entry in all_models.entries.values()]
-    return {"object": "list", "data": data, "default": all_models.default, "presets": PRESETS}
+    views = list(VIEWS) if all_models.options.inspect else []
+    return {"object": "list", "data": data, "default": all_models.default, "presets": PRESETS, "views": views}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """One model."""
     all_models: Models = request.app.state.models
-    if name not in all_models.entries:
-        raise ApiError(404, f"the model {name!r} does not exist; /v1/models lists those that do", param="model")
-    return _described(all_models.entries[name], all_models)
+    return _described(all_models.entry(name), all_models)
 
 
 def _described(entry: Entry, all_models: Models) -> dict[str, Any]:
     created = int((entry.directory / "experiment.json").stat().st_mtime)
     about = {"id": entry.name, "object": "model", "created": created, "owned_by": "jaxchat"}
-    loaded = f"{entry.directory}@{entry.step}" in all_models.loaded
-    return about | {"step": entry.step, "stage": entry.directory.name, "loaded": loaded}
+    return about | {"step": entry.step, "stage": entry.directory.name, "loaded": entry.key in all_models.loaded}
 
 
 @router.post("/tokenize")
@@ -78,9 +77,8 @@ async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
         return chat.encode(text, tokenizer, begin=body.add_special_tokens is not False)
 
     with ExitStack() as stack:
-        model = await request.app.state.models.use(body.model)
-        stack.callback(model.release)
-        tokenizer, length = model.loaded.tokenizer, model.worker.engine.shape.length
+        model = await request.app.state.models.use(body.model, stack)
+        tokenizer, length = model.loaded.tokenizer, model.engine.shape.length
         tokens = await asyncio.to_thread(ids, tokenizer)
     named = [tokenizer.decode([token], keep_specials=True) for token in tokens] if body.return_token_strs else None
     return {"tokens": tokens, "count": len(tokens), "max_model_len": length, "token_strs": named}
@@ -90,9 +88,7 @@ async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
 async def detokenize(body: protocol.Detokenize, request: Request) -> dict[str, str]:
     """The text of token ids, special tokens named; what is no UTF-8 becomes U+FFFD."""
     with ExitStack() as stack:
-        model = await request.app.state.models.use(body.model)
-        stack.callback(model.release)
-        tokenizer = model.loaded.tokenizer
+        tokenizer = (await request.app.state.models.use(body.model, stack)).loaded.tokenizer
     if unknown := [token for token in body.tokens if token >= tokenizer.vocab_size]:
         raise ApiError(400, f"token id {unknown[0]} is not in 0..{tokenizer.vocab_size - 1}", param="tokens")
     return {"prompt": tokenizer.decode(body.tokens, keep_specials=True)}
@@ -101,10 +97,10 @@ async def detokenize(body: protocol.Detokenize, request: Request) -> dict[str, s
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
     """What lm-evaluation-harness asks of a remote tokenizer."""
-    loaded = await request.app.state.models.use(model)
-    loaded.release()
-    tokenizer, form = loaded.loaded.tokenizer, loaded.loaded.tokenizer.chat_format
+    with ExitStack() as stack:
+        used = await request.app.state.models.use(model, stack)
+    tokenizer, form = used.loaded.tokenizer, used.loaded.tokenizer.chat_format
     names = {"bos_token": form.bos, "eos_token": form.end, "pad_token": form.bos}
-    sizes = {"vocab_size": tokenizer.vocab_size, "model_max_length": loaded.worker.engine.shape.length}
+    sizes = {"vocab_size": tokenizer.vocab_size, "model_max_length": used.engine.shape.length}
     about = {"tokenizer_class": type(tokenizer).__name__, "chat_template": chat.template(form), "hash": tokenizer.hash}
     return {**about, **names, **sizes}

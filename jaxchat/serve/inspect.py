@@ -8,13 +8,15 @@ those of one padded length. The latest answers of a model are kept.
 import asyncio
 import base64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, create_model
 
 from jaxchat.decode.explain import name_of
 from jaxchat.errors import NOT_FINITE, UserError
@@ -24,7 +26,7 @@ from jaxchat.serialization import json_line
 from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError
 from jaxchat.serve.models import Model
-from jaxchat.serve.protocol import Body, Id, Ids, Name
+from jaxchat.serve.protocol import Id, Ids, Name
 from jaxchat.serve.warming import MOST_TOKENS, look
 from jaxchat.tokenizer import chat
 
@@ -33,106 +35,59 @@ MOST_LETTERS = 200  # Of a replay of merges: its size grows with the square of a
 MOST_KEPT, MOST_RUNNING = 32, 32  # Answers kept for each model; requests under way in the whole server.
 
 
-class Of(Body):
-    model: Name | None = None
+Count = Annotated[int, Field(ge=1, le=MOST_NAMED)]
+Number = Annotated[int, Field(ge=0)]
 
 
-class Said(Of):
-    """A text, messages, which may end with an answer, or token ids."""
-
-    prompt: str | None = None
-    messages: Annotated[list[protocol.ChatMessage], Field(min_length=1, max_length=protocol.MOST_MESSAGES)] | None = (
-        None
-    )
-    ids: Ids | None = None
-
-
-class Text(Of):
-    ids: Ids
-
-
-class Place(Text):
-    """`position`: number of tokens before the one whose candidates are wanted; the whole text if null."""
-
-    position: Annotated[int, Field(ge=1)] | None = None
-    count: Annotated[int, Field(ge=1, le=MOST_NAMED)] = 20
-
-
-class Head(Text):
-    layer: Annotated[int, Field(ge=0)] = 0
-    head: Annotated[int, Field(ge=0)] = 0
-
-
-class Places(Text):
-    """Tokens `start` to `start` + `places` of a text, with `count` candidates each."""
-
-    start: Annotated[int, Field(ge=0)] = 0
-    places: Annotated[int, Field(ge=1, le=MOST_PLACES)] = MOST_PLACES
-    count: Annotated[int, Field(ge=1, le=text.LENS)] = 5
-
-
-class Near(Of):
-    token: Id
-    count: Annotated[int, Field(ge=1, le=MOST_NAMED)] = 12
-
-
-class Points(Of):
-    """Tokens that are on the map in any case; the others are spread evenly over the vocabulary."""
-
-    tokens: Annotated[list[Id], Field(max_length=MOST_POINTS // 2)] = Field(default_factory=list)
-
-
-class Word(Of):
-    prompt: Annotated[str, Field(max_length=MOST_LETTERS)]
-
-
-def about(model: Model, body: Of) -> Any:
+def about(model: Model) -> Any:
     """What the page offers: heads of each layer (0: no attention), sizes and limits."""
-    engine, config = model.worker.engine, model.worker.engine.transformer.config
+    engine, config = model.engine, model.engine.transformer.config
     kernels = [MIXERS[type(mixer)].kernel(mixer) for mixer in config.mixers]
     sizes = {"heads": [kernel.heads if kernel else 0 for kernel in kernels], "vocab": config.vocab}
     limits = {"most_tokens": min(MOST_TOKENS, engine.shape.length), "most_places": MOST_PLACES}
     return {"model": model.entry.name, **sizes, "length": engine.shape.length, **limits, "most_letters": MOST_LETTERS}
 
 
-def shown(model: Model, body: Said) -> Any:
-    """Tokens with ids, bytes and names, as many as the context has; `count` is the number of all."""
-    tokenizer, given = model.loaded.tokenizer, (body.prompt, body.messages, body.ids)
-    if sum(one is not None for one in given) != 1:
+def shown(
+    model: Model, prompt: str | None = None, messages: protocol.Messages | None = None, ids: Ids | None = None
+) -> Any:
+    """Tokens with ids, bytes and names of a text, messages, which may end with an answer, or token ids; as many as the
+    context has. `count` is the number of all."""
+    tokenizer, engine = model.loaded.tokenizer, model.engine
+    if sum(one is not None for one in (prompt, messages, ids)) != 1:
         raise ApiError(400, "give one of prompt, messages and ids", param="prompt")
-    ids = body.ids or []
-    if body.messages:
-        ids = protocol.Chat(messages=body.messages).prompt(tokenizer, whole=True)
-    elif body.prompt is not None:
-        ids = chat.encode(body.prompt, tokenizer, begin=True)
-    engine = model.worker.engine
+    if messages:
+        ids = protocol.Chat(messages=messages).prompt(tokenizer, whole=True)
+    elif prompt is not None:
+        ids = chat.encode(prompt, tokenizer, begin=True)
+    ids = ids or []
     first = engine.check(ids[: engine.shape.length], what="the text", room=0)
     return {"tokens": tokens.tokens(tokenizer, first), "count": len(ids)}
 
 
-def losses(model: Model, body: Text) -> Any:
+def losses(model: Model, ids: Ids) -> Any:
     """Loss in nats of every token but the first, and what was expected in its place, with its probability."""
-    engine, found = model.worker.engine, []
-    for token in engine.score(body.ids):
+    found = []
+    for token in model.engine.score(ids):
         best, logprob = token.top[0]
-        expected = {"name": name_of(engine.tokenizer, best), "probability": math.exp(logprob)}
+        expected = {"name": name_of(model.engine.tokenizer, best), "probability": math.exp(logprob)}
         found.append({"token": token.id, "loss": -token.logprob, "expected": expected})
     return {"tokens": found}
 
 
-def candidates(model: Model, body: Place) -> Any:
-    """The most likely tokens at one place, and the one that is there (none after the end). `logits` has those of the
-    whole vocabulary, float32 in base64, so that a page applies sampling by itself."""
-    engine = model.worker.engine
-    ids = engine.check(body.ids, what="the text", room=0)
-    position = len(ids) if body.position is None else body.position
+def candidates(model: Model, ids: Ids, position: Annotated[int, Field(ge=1)] | None = None, count: Count = 20) -> Any:
+    """The most likely tokens after the first `position` tokens (null: after all), and the one that is there. `logits`
+    has those of the whole vocabulary, float32 in base64, so that a page applies sampling by itself."""
+    engine = model.engine
+    engine.check(ids, what="the text", room=0)
+    position = len(ids) if position is None else position
     if position > len(ids):
         raise UserError(f"there is no position {position}: the text has {len(ids)} tokens")
     with engine.on_mesh():
         logits_V = np.asarray(engine.read(ids[:position])[1], np.float32)[0]
     if not np.isfinite(logits_V).all():
         raise UserError(NOT_FINITE)
-    best, there = np.argsort(-logits_V, kind="stable")[: body.count].tolist(), ids[position : position + 1]
+    best, there = np.argsort(-logits_V, kind="stable")[:count].tolist(), ids[position : position + 1]
     found = [
         {"token": i, "name": name_of(engine.tokenizer, i), "logit": float(logits_V[i]), "chosen": i in there}
         for i in [*best, *(i for i in there if i not in best)]
@@ -142,73 +97,72 @@ def candidates(model: Model, body: Place) -> Any:
     return {"position": position, "candidates": found, "logits": packed, "log_normaliser": normaliser}
 
 
-def _view(model: Model, body: Text) -> text.View:
+def _view(model: Model, ids: Ids) -> text.View:
     """The trace of a text; that of the latest text is kept."""
-    if model.view is None or model.view.ids != tuple(body.ids):
-        model.view = look(model.worker.engine, body.ids)
+    if model.view is None or model.view.ids != tuple(ids):
+        model.view = look(model.engine, ids)
     return model.view
 
 
-def attention(model: Model, body: Head) -> Any:
+def attention(model: Model, ids: Ids, layer: Number = 0, head: Number = 0) -> Any:
     """Weights of one head: row t is how much token t takes from each token up to itself."""
-    return {"weights": text.attention(_view(model, body), body.layer, body.head)}
+    return {"weights": text.attention(_view(model, ids), layer, head)}
 
 
-def lens(model: Model, body: Places) -> Any:
-    """What the model would say next after 0, 1, ... layers."""
-    view = _view(model, body)
-    places = range(body.start, min(body.start + body.places, len(view.ids)))
-    return {"start": body.start, "rows": text.lens(view, count=body.count, places=places)}
+def lens(
+    model: Model,
+    ids: Ids,
+    start: Number = 0,
+    places: Annotated[int, Field(ge=1, le=MOST_PLACES)] = MOST_PLACES,
+    count: Annotated[int, Field(ge=1, le=text.LENS)] = 5,
+) -> Any:
+    """What the model would say next after 0, 1, ... layers, at tokens `start` to `start` + `places`."""
+    view = _view(model, ids)
+    shown_places = range(start, min(start + places, len(view.ids)))
+    return {"start": start, "rows": text.lens(view, count=count, places=shown_places)}
 
 
-def near(model: Model, body: Near) -> Any:
+def near(model: Model, token: Id, count: Count = 12) -> Any:
     """Tokens whose embeddings point most nearly the same way."""
-    return {"neighbours": tables.neighbours(model.worker.engine, body.token, count=body.count)}
+    return {"neighbours": tables.neighbours(model.engine, token, count=count)}
 
 
-def points(model: Model, body: Points) -> Any:
-    """Embeddings on their first two principal components."""
-    engine = model.worker.engine
-    vocab = engine.transformer.config.vocab
-    if unknown := [token for token in body.tokens if token >= vocab]:
+def points(model: Model, tokens: Annotated[Sequence[Id], Field(max_length=MOST_POINTS // 2)] = ()) -> Any:
+    """Embeddings of `tokens`, and of others spread over the vocabulary, on their first two principal components."""
+    vocab = model.engine.transformer.config.vocab
+    if unknown := [token for token in tokens if token >= vocab]:
         raise UserError(f"there is no token {unknown[0]}: the vocabulary has ids 0 to {vocab - 1}")
-    spread = range(0, vocab, math.ceil(vocab / (MOST_POINTS - len(body.tokens))))
-    return tables.embedding_map(engine, sorted({*body.tokens, *spread}))
+    spread = range(0, vocab, math.ceil(vocab / (MOST_POINTS - len(tokens))))
+    return tables.embedding_map(model.engine, sorted({*tokens, *spread}))
 
 
-def cache(model: Model, body: Of) -> Any:
+def cache(model: Model) -> Any:
     """Bytes of the cache of one answer by number of tokens."""
-    return tables.cache_bytes(model.worker.engine.transformer, model.worker.engine.shape.length)
+    return tables.cache_bytes(model.engine.transformer, model.engine.shape.length)
 
 
-def merges(model: Model, body: Word) -> Any:
+def merges(model: Model, prompt: Annotated[str, Field(max_length=MOST_LETTERS)]) -> Any:
     """The merges of the tokenizer that form each part of a text."""
-    return {"parts": tokens.merges(model.loaded.tokenizer, body.prompt)}
+    return {"parts": tokens.merges(model.loaded.tokenizer, prompt)}
 
 
-class View(NamedTuple):
-    """A view: its body, its function, and whether it asks the model, in the thread of the engine."""
-
-    body: type[Of]
-    look: Callable[[Model, Any], Any]
-    asks: bool = False
-
-
-VIEWS = {
-    "about": View(Of, about),
-    "tokens": View(Said, shown),
-    "losses": View(Text, losses, asks=True),
-    "candidates": View(Place, candidates, asks=True),
-    "attention": View(Head, attention, asks=True),
-    "lens": View(Places, lens, asks=True),
-    "neighbours": View(Near, near),
-    "map": View(Points, points),
-    "cache": View(Of, cache),
-    "merges": View(Word, merges),
+# The parameters of a view are the fields of its body, beside `model`.
+VIEWS: Mapping[str, Callable[..., Any]] = {
+    "about": about,
+    "tokens": shown,
+    "losses": losses,
+    "candidates": candidates,
+    "attention": attention,
+    "lens": lens,
+    "neighbours": near,
+    "map": points,
+    "cache": cache,
+    "merges": merges,
 }
+ASKING = (losses, candidates, attention, lens)  # Those that run the model, in the thread of its engine.
 
 
-def _add(router: APIRouter, name: str, view: View) -> None:
+def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
     running = 0
 
     async def answer(body: Any, request: Request) -> Response:
@@ -218,23 +172,26 @@ def _add(router: APIRouter, name: str, view: View) -> None:
         running += 1
         try:
             with ExitStack() as stack:
-                model = await request.app.state.models.use(body.model)
-                stack.callback(model.release)
+                model = await request.app.state.models.use(body.model, stack)
                 return Response(await _answer(name, view, model, body), media_type="application/json")
         finally:
             running -= 1
 
-    answer.__annotations__["body"], answer.__doc__ = view.body, view.look.__doc__
+    fields: dict[str, Any] = {
+        parameter.name: (parameter.annotation, ... if parameter.default is Parameter.empty else parameter.default)
+        for parameter in list(signature(view).parameters.values())[1:]
+    }
+    base: dict[str, Any] = {"__base__": protocol.Body, "model": (Name | None, None)}
+    answer.__annotations__["body"] = create_model(f"Look_{name}", **base, **fields)
+    answer.__doc__ = view.__doc__
     router.post(f"/inspect/{name}", name=f"inspect_{name}")(answer)
 
 
-async def _answer(name: str, view: View, model: Model, body: Of) -> bytes:
+async def _answer(name: str, view: Callable[..., Any], model: Model, body: Any) -> bytes:
     key = name + body.model_dump_json(exclude={"model"})
     if key not in model.views:
-        if view.asks:
-            found = await model.worker.call(lambda _: view.look(model, body))
-        else:
-            found = await asyncio.to_thread(view.look, model, body)
+        work = partial(view, model, **{field: value for field, value in body if field != "model"})
+        found = await (model.worker.call(work) if view in ASKING else asyncio.to_thread(work))
         model.views[key] = (await asyncio.to_thread(json_line, found)).encode()
     model.views.move_to_end(key)
     while len(model.views) > MOST_KEPT:
@@ -242,17 +199,6 @@ async def _answer(name: str, view: View, model: Model, body: Of) -> bytes:
     return model.views[key]
 
 
-async def views() -> dict[str, Any]:
-    """The views that this server has."""
-    return {"views": list(VIEWS)}
-
-
-def _routes() -> APIRouter:
-    router = APIRouter()
-    router.get("/inspect")(views)
-    for name, view in VIEWS.items():
-        _add(router, name, view)
-    return router
-
-
-router = _routes()
+router = APIRouter()
+for _name, _look in VIEWS.items():
+    _add(router, _name, _look)

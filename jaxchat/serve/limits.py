@@ -117,13 +117,6 @@ class Guard:
             raise shutting_down()
         if scope["type"] == "http" and scope["method"] == "POST":
             self._state.rates.take((scope.get("client") or ("",))[0])
-        size = headers.get("content-length", "0")
-        if size.isdecimal() and int(size) > self._options.body_bytes:
-            raise ApiError(413, self._too_large)
-
-    @property
-    def _too_large(self) -> str:
-        return f"the body is larger than {self._options.body_bytes} bytes"
 
     def _knows_key(self, authorization: str) -> bool:
         """Whether a header has the API key, as a bearer token or as the password of basic authentication, which
@@ -147,14 +140,14 @@ class Guard:
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` that raises 413 once a body is too large, whatever its header says."""
-        count = 0
+        count, most = 0, self._options.body_bytes
 
         async def limited() -> Message:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
-            if scope["type"] == "http" and count > self._options.body_bytes:
-                raise HTTPException(413, self._too_large)
+            if scope["type"] == "http" and count > most:
+                raise HTTPException(413, f"the body is larger than {most} bytes")
             return message
 
         return limited
@@ -169,7 +162,7 @@ class Guard:
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
-        await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        await send({"type": "websocket.close", "code": 1008, "reason": str(error)})
         return
     await error.response()(scope, receive, send)
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Entry:
     directory: Path
     step: int
 
+    @property
+    def key(self) -> str:
+        """The same for all names of one checkpoint, which is loaded once."""
+        return f"{self.directory}@{self.step}"
+
 
 def find_models(paths: Sequence[str]) -> dict[str, Entry]:
     """The models of checkpoints by name, in the order in which they were trained; the last is the default.
@@ -50,9 +56,9 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
         stages.sort(key=lambda stage: ((stage / checkpoint.EXPERIMENT).stat().st_mtime, stage.name))
         if (root / checkpoint.EXPERIMENT).is_file() or not stages:
             directory, step = checkpoint.locate(path)
-            stages = [] if "@" in root.name else [directory]
-            if not stages:
-                name = f"{directory.resolve().parent.name}/{directory.name}@{step}"
+            stages = [directory]
+            if "@" in root.name:
+                stages, name = [], f"{directory.resolve().parent.name}/{directory.name}@{step}"
                 entries[name] = Entry(name, directory, step)
         for directory in stages:
             name = f"{directory.resolve().parent.name}/{directory.name}"
@@ -76,64 +82,49 @@ class Model:
     views: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     view: View | None = None
 
-    def release(self) -> None:
+    @property
+    def engine(self) -> Engine:
+        return self.worker.engine
+
+    def use(self, stack: ExitStack) -> None:
+        """Keeps the model loaded until the stack is closed."""
+        self.users += 1
+        stack.callback(self._release)
+
+    def _release(self) -> None:
         self.users -= 1
 
 
 class Models:
-    """The models of a server. All methods are called in the event loop.
+    """The models of a server; `options` are those of launch.serve. All methods are called in the event loop."""
 
-    Args:
-        shape: fields of EngineConfig; the context length is the row length of training by default.
-        most_bytes: limit of the parameters and caches of all loaded models.
-        most_waiting: see `Worker`.
-        warm_up: compile everything when the first model of an architecture is loaded, also for the microscope if
-            `inspect`.
-        default: name of the model for requests that name none; the last entry if empty.
-    """
-
-    def __init__(
-        self,
-        entries: dict[str, Entry],
-        *,
-        shape: dict[str, Any],
-        most_bytes: int,
-        most_waiting: int,
-        default: str = "",
-        warm_up: bool = True,
-        inspect: bool = True,
-        make_engine: Callable[..., Engine] = Engine,
-    ) -> None:
-        self.entries, self.default = entries, default or next(reversed(entries))
+    def __init__(self, entries: dict[str, Entry], options: Any, make_engine: Callable[..., Engine] = Engine) -> None:
+        self.entries, self.options, self.default = entries, options, options.default_model or next(reversed(entries))
         if self.default not in entries:
             raise UserError(f"there is no model {self.default}: there are {', '.join(entries)}")
         self.loaded: OrderedDict[str, Model] = OrderedDict()
-        self._shape, self._most_bytes, self._most_waiting = shape, most_bytes, most_waiting
-        self._make_engine, self._warm_up, self._lock = make_engine, warm_up, asyncio.Lock()
-        self._inspect, self._warmed = inspect, set[Any]()
+        self._make_engine, self._lock, self._warmed = make_engine, asyncio.Lock(), set[Any]()
 
-    async def use(self, name: str | None) -> Model:
-        """Returns a model, loaded if it was not; call `release` on it afterwards.
+    def entry(self, name: str | None) -> Entry:
+        """The entry of a name, or the default one; raises `ApiError` 404 if there is none."""
+        if (name or self.default) not in self.entries:
+            raise ApiError(404, f"the model {name!r} does not exist; /v1/models lists those that do", param="model")
+        return self.entries[name or self.default]
+
+    async def use(self, name: str | None, stack: ExitStack) -> Model:
+        """Returns a model, loaded if it was not, which stays until the stack is closed.
 
         Raises:
             ApiError: there is no such model (404), it cannot be loaded, or all others are busy (503).
         """
-        key = self._key(name)
-        if key not in self.loaded:
+        entry = self.entry(name)
+        if entry.key not in self.loaded:
             async with self._lock:
-                if key not in self.loaded:
-                    self.loaded[key] = await self._load(self.entries[name or self.default])
-        self.loaded.move_to_end(key)
-        model = self.loaded[key]
-        model.users += 1
-        return model
-
-    def _key(self, name: str | None) -> str:
-        """The name with its step, so that two names of one checkpoint are loaded once."""
-        entry = self.entries.get(name or self.default)
-        if entry is None:
-            raise ApiError(404, f"the model {name!r} does not exist; /v1/models lists those that do", param="model")
-        return f"{entry.directory}@{entry.step}"
+                if entry.key not in self.loaded:
+                    self.loaded[entry.key] = await self._load(entry)
+        self.loaded.move_to_end(entry.key)
+        self.loaded[entry.key].use(stack)
+        return self.loaded[entry.key]
 
     @property
     def bytes(self) -> int:
@@ -145,12 +136,13 @@ class Models:
         Raises:
             UserError: it cannot be loaded, or is larger than the limit.
         """
-        entry = self.entries[name or self.default]
-        loaded = load_checkpoint(f"{entry.directory}@{entry.step}")
-        shape = EngineConfig(**{"length": loaded.experiment.data.row_length} | self._shape)
+        entry, of = self.entries[name or self.default], self.options
+        loaded = load_checkpoint(entry.key)
+        length, prefixes = of.length or loaded.experiment.data.row_length, of.prefix_bytes
+        shape = EngineConfig(slots=of.slots, steps=of.steps, adapt=of.adapt, length=length, prefix_cache_bytes=prefixes)
         size = model_bytes(loaded, shape)
-        if size > self._most_bytes:
-            limit = f"but the limit is {self._most_bytes}: set --model_bytes={size} or more"
+        if size > of.model_bytes:
+            limit = f"but the limit is {of.model_bytes}: set --model_bytes={size} or more"
             raise UserError(f"the model {entry.name} takes {size} bytes, {limit}")
         return loaded, shape, size
 
@@ -161,16 +153,16 @@ class Models:
             engine = await asyncio.to_thread(self._engine, loaded, shape)
         except UserError as error:
             raise ApiError(503, f"the model {entry.name} cannot be loaded: {error}", code="model_unavailable") from None
-        worker = Worker(engine, most_waiting=self._most_waiting, name=f"engine {entry.name}")
+        worker = Worker(engine, most_waiting=self.options.queue, name=f"engine {entry.name}")
         fingerprint = await asyncio.to_thread(checkpoint.params_hash, entry.directory, entry.step)
         LOG.info("loaded %s, %d bytes", entry.name, size)
         return Model(entry, loaded, worker, fingerprint, size)
 
     def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:
         engine = self._make_engine(loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
-        if self._warm_up and (engine.transformer, shape) not in self._warmed:
+        if self.options.warm and (engine.transformer, shape) not in self._warmed:
             warm(engine)
-            if self._inspect:
+            if self.options.inspect:
                 warm_views(engine)
             self._warmed.add((engine.transformer, shape))
         return engine
@@ -178,23 +170,22 @@ class Models:
     async def _make_room(self, size: int, name: str) -> None:
         """Lets models go, the least recently used first, until one of `size` bytes fits."""
         for key, model in list(self.loaded.items()):
-            if self.bytes + size <= self._most_bytes:
+            if self.bytes + size <= self.options.model_bytes:
                 return
             if not model.users:
                 del self.loaded[key]
                 model.worker.close()
                 await asyncio.to_thread(model.worker.join)
                 LOG.info("let %s go, %d bytes", model.entry.name, model.bytes)
-        if self.bytes + size > self._most_bytes:
+        if self.bytes + size > self.options.model_bytes:
             raise ApiError(503, f"there is no room for {name} until another model is idle", retry_after=1)
 
     async def close(self) -> None:
         """Ends all answers and threads."""
         for model in self.loaded.values():
             model.worker.close()
-        for model in self.loaded.values():
-            await asyncio.to_thread(model.worker.join)
-        self.loaded.clear()
+        while self.loaded:
+            await asyncio.to_thread(self.loaded.popitem()[1].worker.join)
 
 
 def model_bytes(loaded: Loaded, shape: EngineConfig) -> int:

@@ -9,20 +9,27 @@ import secrets
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from jaxchat.data import conversations
 from jaxchat.data.messages import Message, normalize
-from jaxchat.decode.sampling import TOP, SamplingParams
+from jaxchat.decode.sampling import FILTERS, TOP, Filter, SamplingParams
+from jaxchat.decode.tools import Calculator
 from jaxchat.errors import UserError
+from jaxchat.serve.errors import ApiError
 from jaxchat.tokenizer import Tokenizer, chat
 
 MOST_MESSAGES, MOST_TOOLS, MOST_PROMPTS, MOST_CHOICES, MOST_STOPS, MOST_BIASES = 2048, 128, 64, 16, 16, 1024
 MOST_IDS = 1 << 17
+CALL = Calculator.call_part  # Kind of the part in which a model calls a function.
 
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[Id], Field(max_length=MOST_IDS)]
 Name = Annotated[str, Field(max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(BaseModel):
@@ -36,31 +43,30 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class Sampling(Body):
-    """Fields of both kinds of completion."""
+def _field(row: Filter) -> Any:
+    """The field of a filter; vLLM's clients turn those of whole numbers off by -1."""
+    if row.dtype == np.int32:
+        off = AfterValidator(lambda value: int(row.off) if value < 0 else value)
+        return Annotated[int, Field(ge=-1, le=2**31 - 1), off] | None, None
+    return Annotated[float, Field(ge=row.limits[0], le=row.limits[1])] | None, None
+
+
+_filters: dict[str, Any] = {name: _field(row) for name, row in FILTERS.items()}
+Filters: Any = create_model("Filters", __base__=Body, **_filters)
+
+
+class Sampling(Filters):
+    """Fields of both kinds of completion. Those of `FILTERS` are inherited."""
 
     model: Name | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MOST_BIASES),
-        ]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[Digits, Bias], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1024)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MOST_STOPS)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[Id], Field(max_length=MOST_STOPS)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -74,18 +80,26 @@ class Sampling(Body):
 
     def params(self, *, seed: int, max_tokens: int) -> SamplingParams:
         """Sampling parameters of the engine; fields that are null have OpenAI's defaults."""
-        names = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("temperature", *FILTERS, "presence_penalty", "frequency_penalty", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return SamplingParams(
             **given,
-            top_k=max(0, self.top_k or 0),  # vLLM's clients turn top_k off by -1.
             logit_bias={int(token): value for token, value in (self.logit_bias or {}).items()},
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=self.stops,
             stop_tokens=tuple(self.stop_token_ids or ()),
             ignore_end=bool(self.ignore_eos),
             seed=seed,
             max_tokens=max_tokens,
         )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def check(self) -> None:
+        """Raises `ApiError` if fields contradict each other."""
+        if self.stream_options and not self.stream:
+            raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
 
     @property
     def chosen_seed(self) -> int:
@@ -180,10 +194,13 @@ class ChatMessage(Body):
             row["content"] = [part.model_dump() for part in content]
         if self.tool_calls and not self.parts:
             row["tool_calls"] = [
-                {"id": call.id, "function": {"name": call.function.name, "arguments": _value(call.function.arguments)}}
+                {"id": call.id, "function": {"name": call.function.name, "arguments": parsed(call.function.arguments)}}
                 for call in self.tool_calls
             ]
         return row | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
 class ResponseFormat(Body):
@@ -193,21 +210,49 @@ class ResponseFormat(Body):
 class Chat(Sampling):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        if self.max_tokens and self.max_completion_tokens:
+            raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one", param="max_tokens")
+        if self.tool_choice == "required" and not self.tools:
+            raise ApiError(400, "tool_choice needs tools to choose from", param="tool_choice")
+        if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in self.names:
+            raise ApiError(400, f"no function of tools is named {self.tool_choice.function.name}", param="tool_choice")
 
     def functions(self) -> list[dict[str, Any]]:
         """The client's functions as training describes them: name, description, parameters."""
         tools = [] if self.tool_choice == "none" else self.tools or []
         return [tool.function.model_dump(exclude_none=True, exclude={"strict"}) for tool in tools]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the functions that may be called."""
+        return {function["name"] for function in self.functions()}
+
+    def begun(self, tokenizer: Tokenizer) -> list[int]:
+        """Tokens of the beginning of the call that `tool_choice` demands, as training writes it: {"name": "NAME", of
+        the one function that is possible; empty if the model may choose whether to call."""
+        chosen = self.names if self.tool_choice == "required" else set()
+        if isinstance(self.tool_choice, Tool):
+            chosen = {self.tool_choice.function.name}
+        if not chosen:
+            return []
+        text = json.dumps({"name": min(chosen), "arguments": {}}).removesuffix(" {}}")
+        call = text if len(chosen) == 1 else '{"name":'
+        return [tokenizer.specials[tokenizer.chat_format.parts[CALL].begin], *tokenizer.encode(call)]
 
     def prompt(self, tokenizer: Tokenizer, *, whole: bool = False) -> list[int]:
         """Token ids of the conversation up to the point from which the assistant continues; with `whole`, it may end
@@ -238,7 +283,7 @@ class Tokenize(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: Literal[True] | None = None
     return_token_strs: bool | None = None
@@ -253,7 +298,7 @@ class Detokenize(Body):
 
 def read_call(text: str, names: Container[str]) -> Call | None:
     """The call of one of the client's functions that a model wrote, or None: {"name": ..., "arguments": ...}."""
-    value = _value(text)
+    value = parsed(text)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or value["name"] not in names:
         return None
     arguments = value.get("arguments", {})
@@ -263,7 +308,7 @@ def read_call(text: str, names: Container[str]) -> Call | None:
     )
 
 
-def _value(text: str) -> Any:
+def parsed(text: str) -> Any:
     """The value of a JSON text, or the text if it is not JSON."""
     try:
         return json.loads(text)

@@ -7,12 +7,13 @@ built-in tools and their results in order. Calls and results are not in `content
 import codecs
 import secrets
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxchat.decode.requests import TextStream, Token
 from jaxchat.serve.errors import ApiError
+from jaxchat.serve.models import Model
 from jaxchat.serve.protocol import read_call
 from jaxchat.serve.worker import Delta
 from jaxchat.tokenizer import Tokenizer
@@ -60,12 +61,13 @@ class Choice:
 
     index: int
     pieces: Parts
+    prompt_tokens: int
     parts: list[list[str]] = field(default_factory=list)
     entries: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     tokens: int = 0
-    prompt_tokens: int = 0
     reused: int = 0
+    echo: str = ""
     characters: int = 0
     """Of the text before the next token, for `text_offset`."""
     offsets: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -83,7 +85,7 @@ class Choice:
             new += self.pieces.finish()
             self.finish_reason = delta.finish_reason
         self.tokens += len(delta.tokens)
-        self.reused = max(self.reused, delta.reused)
+        self.reused = max(self.reused, min(delta.reused, self.prompt_tokens))
         for kind, text in new:
             if not text or not self.parts or self.parts[-1][0] != kind:
                 self.parts.append([kind, ""])
@@ -100,12 +102,12 @@ class Reply:
 
     kind, prefix, split = "", "", False
 
-    def __init__(self, tokenizer: Tokenizer, *, count: int, model: str, seed: int, fingerprint: str, body: Any) -> None:
-        self.tokenizer, self.body, self.seed = tokenizer, body, seed
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        self.choices = [Choice(i, Parts(tokenizer, stop, split=self.split)) for i in range(count)]
+    def __init__(self, model: Model, body: Any, *, count: int, prompt_tokens: int = 0) -> None:
+        self.tokenizer, self.body, self.seed = model.loaded.tokenizer, body, body.chosen_seed
+        parts = [Parts(self.tokenizer, body.stops, split=self.split) for _ in range(count)]
+        self.choices = [Choice(i, pieces, prompt_tokens) for i, pieces in enumerate(parts)]
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.kind, "created": int(time.time())}
-        self.head |= {"model": model, "system_fingerprint": fingerprint, "seed": seed}
+        self.head |= {"model": model.entry.name, "system_fingerprint": model.fingerprint, "seed": self.seed}
 
     def begin(self) -> list[dict[str, Any]]:
         """Choices of the chunks before the first token."""
@@ -170,16 +172,17 @@ class Reply:
 
 
 class ChatReply(Reply):
-    """The shape of /v1/chat/completions. `functions`: names of the client's functions."""
+    """The shape of /v1/chat/completions. `begun`: tokens that all choices begin with."""
 
     kind, prefix, split = "chat.completion", "chatcmpl", True
 
-    def __init__(self, tokenizer: Tokenizer, *, functions: Container[str] = (), **about: Any) -> None:
-        super().__init__(tokenizer, **about)
-        self._functions = functions
+    def __init__(self, model: Model, body: Any, *, begun: Sequence[int] = (), **sizes: int) -> None:
+        super().__init__(model, body, **sizes)
+        self._begun = [Token(token, 0.0, sampled=False) for token in begun]
 
     def begin(self) -> list[dict[str, Any]]:
-        return [_delta(choice, role="assistant", content="") for choice in self.choices]
+        roles = [_delta(choice, role="assistant", content="") for choice in self.choices]
+        return roles + [chunk for i in range(len(roles)) for chunk in self.add(Delta(i, self._begun))]
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
         if not self.body.logprobs:
@@ -207,7 +210,7 @@ class ChatReply(Reply):
 
     def _calls(self, choice: Choice) -> list[dict[str, Any]]:
         """The call of a client's function that ended the answer."""
-        if choice.finish_reason != "call" or not (call := read_call(choice.parts[-1][1], self._functions)):
+        if choice.finish_reason != "call" or not (call := read_call(choice.parts[-1][1], self.body.names)):
             return []
         return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call.model_dump()}]
 
@@ -231,21 +234,17 @@ class CompletionReply(Reply):
 
     kind, prefix = "text_completion", "cmpl"
 
-    def __init__(self, tokenizer: Tokenizer, **about: Any) -> None:
-        super().__init__(tokenizer, **about)
-        self._echo = [""] * len(self.choices)
-
-    def echo(self, index: int, prompt: Sequence[int], scores: Sequence[Token]) -> None:
-        """Puts a prompt before choice `index`, with the scores of its tokens if log-probabilities are requested; the
-        first token has none if nothing was before it."""
-        self._echo[index] = self.tokenizer.decode(prompt, keep_specials=True)
+    def echo(self, choice: Choice, prompt: Sequence[int], scores: Sequence[Token]) -> None:
+        """Puts a prompt before a choice, with the scores of its tokens if log-probabilities are requested; the first
+        token has none if nothing was before it."""
+        choice.echo = self.tokenizer.decode(prompt, keep_specials=True)
         if self.body.logprobs is not None:
             unknown = [Token(token, float("nan"), False) for token in prompt[: len(prompt) - len(scores)]]
-            self._enter(self.choices[index], [*unknown, *scores])
-        self.choices[index].characters = len(self._echo[index])
+            self._enter(choice, [*unknown, *scores])
+        choice.characters = len(choice.echo)
 
     def begin(self) -> list[dict[str, Any]]:
-        return [self._with(choice, text, choice.entries) for choice, text in zip(self.choices, self._echo) if text]
+        return [self._with(choice, choice.echo, choice.entries) for choice in self.choices if choice.echo]
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
         if self.body.logprobs is None:
@@ -278,4 +277,4 @@ class CompletionReply(Reply):
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        return self._with(choice, self._echo[choice.index] + choice.text, choice.entries)
+        return self._with(choice, choice.echo + choice.text, choice.entries)

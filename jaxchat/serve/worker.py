@@ -118,16 +118,15 @@ class Worker:
         """Ends an answer; its slot is free after the current chunk. Nothing happens if it has ended."""
         self._inbox.put(partial(self._cancel, answer))
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
-        """Runs a function of the engine in its thread, between two steps."""
+    async def call(self, function: Callable[[], T]) -> T:
+        """Runs a function that asks the engine in its thread, between two steps."""
         self.check_room(0)
         future: asyncio.Future[T] = self._loop.create_future()
 
         def work() -> None:
             try:
                 if not future.cancelled():
-                    result = function(self.engine)
-                    self._tell(_resolve, future, result)
+                    self._tell(_resolve, future, function())
             except Exception as error:  # It is raised where the call is awaited.
                 self._tell(_reject, future, error)
 

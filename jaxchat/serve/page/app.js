@@ -57,7 +57,7 @@ async function loadModels() {
   $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
   showModel();
   tell("presets", found.presets);
-  tell("models", models);
+  tell("models", found);
 }
 
 function showModel() {

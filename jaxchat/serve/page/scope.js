@@ -140,8 +140,7 @@ function shown() {
   look(talk ? { messages: sent(current()) } : { ...scope.source }, scope.tokens.length ? scope.at : Infinity);
 }
 
-// A server that was started with --inspect=False has no views, and this page no microscope.
-if ((await fetch("inspect").catch(() => null))?.ok) {
+function begin() {
   build($("scope"));
   addPanel("scope", "Microscope", shown);
   offerLook((message, conversation) => {
@@ -155,9 +154,11 @@ if ((await fetch("inspect").catch(() => null))?.ok) {
     if (detail.messages.length) look({ messages: sent(detail) });
     else showPanel("chat");
   });
-  bus.addEventListener("models", () => $("scope").hidden || shown());
   bus.addEventListener("settings", () => {
     scope.redraw();
     if (!$("scope").hidden) shown();
   });
 }
+
+// A server that was started with --inspect=False has no views, and this page no microscope.
+bus.addEventListener("models", ({ detail: { views } }) => views.length && begin(), { once: true });
