@@ -27,7 +27,7 @@ CALL = ["Let me see: ", "<|python_start|>", "9 - 4", "<|python_end|>", " The ans
 HTML = "<script>window.hacked = 1</script> <img src=x onerror='window.hacked = 1'> <b>no</b>"
 MARKDOWN = (
     "# Title\n\n**bold** and *italic*, `a < b`, [safe](https://example.com), [bad](javascript:alert(1))\n\n"
-    "1. one\n   - inner\n2. two\n\n```python\nprint('<i>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n> quoted"
+    "1. one\n   - inner\n2. two\n\n```python\nprint('<i>')\n```\n\n> quoted"
 )
 
 
@@ -209,7 +209,7 @@ def test_what_the_model_writes_is_never_html(page: Any, monkeypatch: pytest.Monk
     answer = page.locator("article.assistant").last
     for selector, text in (
         ("h3", "Title"), ("strong", "bold"), ("em", "italic"), ("p code", "a < b"), ("ol > li > ul > li", "inner"),
-        (".code pre", "print('<i>')"), ("td >> nth=1", "2"), ("blockquote", "quoted"),
+        (".code pre", "print('<i>')"), ("blockquote", "quoted"),
     ):  # fmt: skip
         assert answer.locator(selector).inner_text() == text
     links = answer.locator("a").evaluate_all("links => links.map(({href, rel}) => [href, rel])")
@@ -275,23 +275,25 @@ def test_failures_are_sentences_with_a_retry(page: Any, live: Live, monkeypatch:
     page.get_by_role("button", name="Try again").click()
     until(lambda: "shutting down" in failure.inner_text())
     monkeypatch.setitem(state, "draining", False)
-    page.route_web_socket("**/ws/chat", _cut_after_first_text)
+    cuts = [True]
+    page.route_web_socket("**/ws/chat", lambda socket: _cut_after_first_text(socket, cuts))
     page.get_by_role("button", name="Try again").click()
     until(lambda: "connection" in failure.inner_text())
     assert turns(page) == ["Hello?", "A"], "what was said stays"
-    page.evaluate("() => { window.WebSocket = class { constructor() { setTimeout(() => this.onerror()); } } }")
     page.get_by_role("button", name="Try again").click()
     until(lambda: turns(page) == ["Hello?", "At last."])
     ended(page)
-    assert failure.count() == 0, "server-sent events are read where no WebSocket opens"
+    assert failure.count() == 0
 
 
-def _cut_after_first_text(socket: Any) -> None:
+def _cut_after_first_text(socket: Any, cuts: list[bool]) -> None:
+    """Passes an answer on, as far as its first text if `cuts` has an entry, which is removed."""
     server = socket.connect_to_server()
 
     def pass_on(message: str) -> None:
         socket.send(message)
-        if '"content": "A' in message:
+        if '"content": "A' in message and cuts:
+            cuts.clear()
             socket.close()
             server.close()
 

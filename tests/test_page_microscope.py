@@ -125,7 +125,7 @@ def test_candidates_follow_the_sliders_and_are_those_of_explain(
             assert [share(cell) for cell in found[2:]] == pytest.approx([share(cell) for cell in row[2:-1]], abs=6e-4)
     assert asked == [], "sliders ask nothing of the server"
     page.click("#open-settings")
-    place.get_by_label("Temperature").fill("0.5")
+    place.get_by_role("slider", name="Temperature").fill("0.5")
     assert "Temperature 0.5" in place.inner_text()
     page.click("#open-settings")
     assert page.locator("#sliders [type=range][data-name=temperature]").input_value() == "0.5", (

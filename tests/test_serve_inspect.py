@@ -161,16 +161,6 @@ def test_equal_architectures_are_warmed_once(run: str, monkeypatch: pytest.Monke
     assert len(warmed) == 2 and warmed[0] is warmed[1]
 
 
-def test_answers_of_a_view_are_kept_within_a_bound(live: Live, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxchat.serve.inspect.MOST_KEPT", 2)
-    first = ask(live, "losses", model="run/sft", ids=ids[:4])
-    monkeypatch.setattr(type(live.engine), "score", None)
-    assert ask(live, "losses", model="run/sft@0", ids=ids[:4]) == first
-    for position in (1, 2):
-        ask(live, "candidates", model="run/sft", ids=ids, position=position)
-    assert refusal(live, "losses", 500, model="run/sft", ids=ids[:4])
-
-
 @pytest.mark.slow
 def test_the_microscope_compiles_nothing_after_the_start(tmp_path: Path) -> None:
     with serving(checkpoint(tmp_path, depth=2), warm=True, slots=2) as server:

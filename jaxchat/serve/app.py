@@ -145,13 +145,8 @@ def run(options: Any) -> dict[str, object]:
 def _bind(host: str, port: int) -> socket.socket:
     """A listening socket; bound before a model is loaded, which takes longer."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as stack:
-            listening = stack.enter_context(socket.socket(family))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            stack.pop_all()
-        return listening
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} is in use: choose another with --port, or 0 for any free one") from None

@@ -29,7 +29,7 @@ async def ready(request: Request) -> JSONResponse:
     """Whether requests are answered: the default model is loaded, works, and the server is not shutting down."""
     state = request.app.state
     broken = [model.worker.failure for model in state.models.loaded.values() if model.worker.failure]
-    reason = "shutting down" if state.draining else state.starting or (broken[0] if broken else "")
+    reason = "the server is shutting down" if state.draining else state.starting or (broken[0] if broken else "")
     return JSONResponse({"ready": not reason, "reason": reason or None}, 503 if reason else 200)
 
 

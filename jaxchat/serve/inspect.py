@@ -2,7 +2,7 @@
 
 What asks the model runs in the thread of its engine, between two steps; the rest beside it. All views of the model use
 programs that `warm` and `warm_views` compile: losses those of scores, candidates those of prompts, attention and lens
-those of one padded length. The latest answers of a model are kept.
+those of one padded length. The trace of the latest text of a model is kept.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from jaxchat.tokenizer import chat
 
 MOST_NAMED, MOST_POINTS, MOST_PLACES = 100, 2000, 64  # Candidates with names, points of a map, columns of a lens.
 MOST_LETTERS = 200  # Of a replay of merges: its size grows with the square of a word.
-MOST_KEPT, MOST_RUNNING = 32, 32  # Answers kept for each model; requests under way in the whole server.
+MOST_RUNNING = 32  # Looks under way in the whole server.
 
 
 Count = Annotated[int, Field(ge=1, le=MOST_NAMED)]
@@ -173,7 +173,9 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
         try:
             with ExitStack() as stack:
                 model = await request.app.state.models.use(body.model, stack)
-                return Response(await _answer(name, view, model, body), media_type="application/json")
+                work = partial(view, model, **{field: value for field, value in body if field != "model"})
+                found = await (model.worker.call(work) if view in ASKING else asyncio.to_thread(work))
+                return Response(await asyncio.to_thread(json_line, found), media_type="application/json")
         finally:
             running -= 1
 
@@ -185,18 +187,6 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
     answer.__annotations__["body"] = create_model(f"Look_{name}", **base, **fields)
     answer.__doc__ = view.__doc__
     router.post(f"/inspect/{name}", name=f"inspect_{name}")(answer)
-
-
-async def _answer(name: str, view: Callable[..., Any], model: Model, body: Any) -> bytes:
-    key = name + body.model_dump_json(exclude={"model"})
-    if key not in model.views:
-        work = partial(view, model, **{field: value for field, value in body if field != "model"})
-        found = await (model.worker.call(work) if view in ASKING else asyncio.to_thread(work))
-        model.views[key] = (await asyncio.to_thread(json_line, found)).encode()
-    model.views.move_to_end(key)
-    while len(model.views) > MOST_KEPT:
-        model.views.popitem(last=False)
-    return model.views[key]
 
 
 router = APIRouter()

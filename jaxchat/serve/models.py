@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model. `users`: number of requests that use it now; `bytes`: of its parameters and caches; `views`: the
-    latest answers of the microscope by question, and `view` the latest text that it looked into."""
+    """A loaded model. `users`: number of requests that use it now; `bytes`: of its parameters and caches; `view`: the
+    latest text that the microscope looked into."""
 
     entry: Entry
     loaded: Loaded
@@ -79,7 +79,6 @@ class Model:
     fingerprint: str
     bytes: int
     users: int = 0
-    views: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     view: View | None = None
 
     @property

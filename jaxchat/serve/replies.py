@@ -5,6 +5,7 @@ built-in tools and their results in order. Calls and results are not in `content
 """
 
 import codecs
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -28,31 +29,27 @@ class Parts:
     """Converts tokens to pieces of parts; holds back incomplete characters and what may begin a stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, split: bool) -> None:
-        self._tokenizer, self._stop, self._kind = tokenizer, stop, "text"
+        self._tokenizer, self._stop, self.kind = tokenizer, stop, "text"
         self._stream = TextStream(tokenizer, stop)
         parts = tokenizer.chat_format.parts.items() if split else ()
         self._borders = {tokenizer.specials[marks.begin]: kind for kind, marks in parts}
         self._borders |= {tokenizer.specials[marks.end]: "text" for _, marks in parts}
         self._specials = set(tokenizer.specials.values())
 
-    @property
-    def kind(self) -> str:
-        return self._kind
-
     def add(self, token: int) -> Iterator[Piece]:
         """Yields what is certain after a token. The beginning of a part that is no text is a piece without text."""
         if token in self._borders:
             yield from self.finish()
-            self._kind, self._stream = self._borders[token], TextStream(self._tokenizer, self._stop)
-            if self._kind != "text":
-                yield self._kind, ""
+            self.kind, self._stream = self._borders[token], TextStream(self._tokenizer, self._stop)
+            if self.kind != "text":
+                yield self.kind, ""
         elif token not in self._specials and (text := self._stream.add(token)):
-            yield self._kind, text
+            yield self.kind, text
 
     def finish(self) -> Iterator[Piece]:
         """Yields what was held back."""
         if text := self._stream.finish():
-            yield self._kind, text
+            yield self.kind, text
 
 
 @dataclass
@@ -120,8 +117,10 @@ class Reply:
         choice = self.choices[delta.choice]
         first = len(choice.entries)
         pieces, texts = choice.add(delta)
-        ended = delta.finish_reason == "stop" and texts and texts[-1].id in self._ends()
-        self._enter(choice, texts[:-1] if ended else texts)
+        ends = {self.tokenizer.bos, self.tokenizer.end, *(self.body.stop_token_ids or ())}
+        if delta.finish_reason == "stop" and texts and texts[-1].id in ends:
+            texts.pop()
+        self._enter(choice, texts)
         return list(self._chunks(choice, pieces, choice.entries[first:]))
 
     def chunk(self, choices: list[dict[str, Any]], usage: bool = False) -> dict[str, Any]:
@@ -144,9 +143,6 @@ class Reply:
         cached = {"cached_tokens": sum(choice.reused for choice in per_prompt)}
         counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
         return counts | {"prompt_tokens_details": cached}
-
-    def _ends(self) -> set[int]:
-        return {self.tokenizer.bos, self.tokenizer.end, *(self.body.stop_token_ids or ())}
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
         """Adds the entries of the log-probabilities of tokens, if requested."""
@@ -250,16 +246,13 @@ class CompletionReply(Reply):
         if self.body.logprobs is None:
             return
         for token in tokens:
-            name = self.named(token.id)
-            if token.logprob != token.logprob:  # Not known.
-                entry: Any = (name, None, None, choice.characters)
-            else:
+            name, value, tops = self.named(token.id), None, None
+            if not math.isnan(token.logprob):  # Known.
                 value = max(token.logprob, LEAST_LOGPROB)
                 tops = {name: value}
                 for i, top in self.tops(token).items():
                     tops.setdefault(self.named(i), top)
-                entry = (name, value, tops, choice.characters)
-            choice.entries.append(entry)
+            choice.entries.append((name, value, tops, choice.characters))
             data = self.tokenizer.decode_bytes([token.id], keep_specials=True)
             choice.characters += len(choice.offsets.decode(data))
 

@@ -9,6 +9,7 @@ a client has already got are not sent twice. New requests wait meanwhile.
 """
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
@@ -126,9 +127,9 @@ class Worker:
         def work() -> None:
             try:
                 if not future.cancelled():
-                    self._tell(_resolve, future, function())
+                    self._tell(_settle, future, function())
             except Exception as error:  # It is raised where the call is awaited.
-                self._tell(_reject, future, error)
+                self._tell(_settle, future, None, error)
 
         self._inbox.put(work)
         return await future
@@ -136,10 +137,7 @@ class Worker:
     def close(self) -> None:
         """Ends all answers and the thread, which frees the engine."""
 
-        def work() -> None:
-            self._open = False
-
-        self._inbox.put(work)
+        self._inbox.put(partial(setattr, self, "_open", False))
 
     def join(self) -> None:
         """Waits for the thread's end, after `close`."""
@@ -155,11 +153,9 @@ class Worker:
                     self._step()
             except Exception as error:  # Only a reset that fails gets here.
                 LOG.exception("the engine cannot be reset")
-                self._fail_all(error)
-        for answer in [*self._live, *(answer for group in self._groups for answer in group)]:
-            self._end(answer, "cancelled")
-        self._live.clear()
-        self._groups.clear()
+                self.failure = f"{type(error).__name__}: {error}"
+                self._end_all("error", self.failure)
+        self._end_all("cancelled")
 
     def _read_inbox(self, *, wait: bool) -> None:
         while wait or not self._inbox.empty():
@@ -193,10 +189,10 @@ class Worker:
             else:
                 answer.restarted = bool(answer.samples)
                 answer.samples = self.engine.submit(answer.request)
-                self._tell(_resolve, answer.accepted, None)
+                self._tell(_settle, answer.accepted)
                 return
         except Exception as error:  # It is raised where the answer is awaited.
-            self._tell(_reject, answer.accepted, error)
+            self._tell(_settle, answer.accepted, None, error)
             self._end(answer, "error", str(error))
         self._live.remove(answer)
 
@@ -217,14 +213,6 @@ class Worker:
         if not self._groups:
             self._groups.append([])  # New requests wait in a group of their own.
         self._groups.extendleft(group for group in (live[half:], live[:half]) if group)
-
-    def _fail_all(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
-        for answer in [*self._live, *(answer for group in self._groups for answer in group)]:
-            self._tell(_resolve, answer.accepted, None)
-            self._end(answer, "error", self.failure)
-        self._live.clear()
-        self._groups.clear()
 
     def _send(self) -> None:
         """Sends to the loop what is new since the last call."""
@@ -255,6 +243,13 @@ class Worker:
         answer.ended = [True] * len(answer.ended)
         self._tell(self._deliver, ends)
 
+    def _end_all(self, reason: str, error: str | None = None) -> None:
+        for answer in itertools.chain(self._live, *self._groups):
+            self._tell(_settle, answer.accepted)
+            self._end(answer, reason, error)
+        self._live.clear()
+        self._groups.clear()
+
     def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Has the loop call a function; nobody listens any more if the loop is closed."""
         try:
@@ -268,11 +263,6 @@ class Worker:
             answer.events.put_nowait(delta)
 
 
-def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+def _settle(future: asyncio.Future[Any], value: Any = None, error: Exception | None = None) -> None:
     if not future.done():
-        future.set_result(value)
-
-
-def _reject(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+        future.set_exception(error) if error else future.set_result(value)

@@ -4,17 +4,16 @@ const GONE = "The server cannot be reached: is launch.serve still running?";
 const LOST = "The connection to the server was lost before the answer ended.";
 
 /** The JSON of a path; with a body it is sent by POST. */
-export const api = async (path, body, signal) => (await request(path, body, signal)).json();
-
-async function request(path, body, signal) {
+export async function api(path, body) {
   const post = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
-  const response = await fetch(path, { ...(body && post), signal }).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error(GONE);
-  });
-  if (response.ok) return response;
+  const response = await fetch(path, body && post).catch(() => Promise.reject(new Error(GONE)));
+  if (response.ok) return response.json();
   const failure = (await response.json().catch(() => null))?.error ?? { message: `the server answered ${response.status}` };
   throw failed(failure, response.headers.get("retry-after"));
 }
+
+/** Why the server does not answer yet, or any more. */
+export const whyNot = async () => (await fetch("ready").then((answer) => answer.json()).catch(() => null))?.reason ?? GONE;
 
 function failed({ message, code }, wait) {
   const before = { queue_full: "The server is busy: ", rate_limit_exceeded: "Too fast: " }[code] ?? "";
@@ -22,13 +21,9 @@ function failed({ message, code }, wait) {
   return new Error(text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : "."));
 }
 
-/**
- * Asks for an answer: calls `take` with every chunk, returns {finish_reason, usage}. An aborted `signal` cancels it.
- * Where no WebSocket opens (some browsers send no password with it), server-sent events are read.
- */
+/** Asks for an answer: calls `take` with every chunk, returns {finish_reason, usage}. An aborted `signal` cancels it. */
 export async function stream(body, take, signal) {
-  const socket = await connect().catch(() => null);
-  if (!socket) return events(body, take, signal);
+  const socket = await connect().catch(async () => Promise.reject(failed({ message: await whyNot() })));
   return new Promise((resolve, reject) => {
     socket.onmessage = ({ data }) => {
       const message = JSON.parse(data);
@@ -55,29 +50,4 @@ function connect() {
     socket.onopen = () => resolve(socket);
     socket.onerror = reject;
   });
-}
-
-async function events(body, take, signal) {
-  const done = {}, streamed = { ...body, stream: true, stream_options: { include_usage: true } };
-  try {
-    const response = await request("v1/chat/completions", streamed, signal);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = ""; ;) {
-      const { value, done: ended } = await reader.read();
-      if (ended) throw new Error(LOST);
-      const lines = (rest + value).split("\n\n");
-      rest = lines.pop();
-      for (const line of lines.map((text) => text.slice("data: ".length))) {
-        if (line === "[DONE]") return done;
-        const chunk = JSON.parse(line);
-        if (chunk.error) throw failed(chunk.error);
-        done.usage = chunk.usage ?? done.usage;
-        done.finish_reason = chunk.choices[0]?.finish_reason ?? done.finish_reason;
-        take(chunk);
-      }
-    }
-  } catch (error) {
-    if (signal.aborted) return done;
-    throw error.name === "TypeError" ? new Error(LOST) : error;
-  }
 }

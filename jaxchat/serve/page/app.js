@@ -1,6 +1,6 @@
 // The shell of the page: panels, models and steps, the sides, light and dark.
 
-import { api } from "./api.js";
+import { api, whyNot } from "./api.js";
 import { openChat } from "./chat.js";
 import { $, el } from "./dom.js";
 import { openList } from "./list.js";
@@ -84,8 +84,8 @@ async function becomeReady() {
       if (!models.length) await loadModels();
       await api("ready");
       return tell("notice", "");
-    } catch (error) {
-      tell("notice", (await fetch("ready").then((r) => r.json()).catch(() => null))?.reason ?? error.message);
+    } catch {
+      tell("notice", await whyNot());
     }
     await new Promise((resolve) => setTimeout(resolve, wait));
   }

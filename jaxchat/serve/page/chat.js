@@ -179,15 +179,9 @@ export function openChat() {
   $("scroll").onscroll = () => {
     const { scrollHeight, scrollTop, clientHeight } = $("scroll");
     following = scrollHeight - scrollTop - clientHeight < 60;
-    $("bottom").hidden = following;
   };
-  $("bottom").onclick = () => scrollDown(true);
   bus.addEventListener("notice", ({ detail }) => notice(detail));
   for (const name of ["models", "settings"]) bus.addEventListener(name, () => shown.messages.length || show());
-  bus.addEventListener("elsewhere", ({ detail }) => {
-    if (detail !== shown.id || running.has(detail)) return;
-    open(conversations.get(detail) ?? create());
-  });
   show();
   scrollDown(true);
 }

@@ -13,14 +13,14 @@ export function el(tag, properties = {}, ...children) {
   return node;
 }
 
-export function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#i-${name}`);
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(use);
-  return svg;
+export function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
+
+export const icon = (name) => svg("svg", { "aria-hidden": true }, svg("use", { href: `#i-${name}` }));
 
 export const button = (name, label, onclick) =>
   el("button", { type: "button", className: "icon", title: label, "aria-label": label, onclick }, icon(name));

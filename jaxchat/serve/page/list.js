@@ -46,6 +46,6 @@ function show() {
 export function openList() {
   $("new").onclick = () => open(blank());
   $("export-all").onclick = () => exportAs("conversations.jsonl", listed().reverse());
-  for (const name of ["opened", "kept", "elsewhere"]) bus.addEventListener(name, show);
+  for (const name of ["opened", "kept"]) bus.addEventListener(name, show);
   show();
 }

@@ -1,10 +1,10 @@
-// Markdown as nodes: paragraphs, headings, lists, quotes, tables, rules, code; bold, italic, struck, code and links in
-// lines. Everything else, HTML included, is text.
+// Markdown as nodes: paragraphs, headings, lists, quotes, rules, code; bold, italic, struck, code and links in lines.
+// Everything else, tables and HTML included, is text.
 
 import { el, icon } from "./dom.js";
 
 const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)/, HEADING = /^(#{1,6})\s+(.*?)\s*#*$/, RULE = /^ {0,3}([-*_])( *\1){2,}\s*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/, QUOTE = /^ {0,3}> ?(.*)$/, DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/, QUOTE = /^ {0,3}> ?(.*)$/;
 const DEEPEST = 6; // Of lists and quotes in each other.
 
 /** The nodes of a text. Code that has not ended goes to the end. */
@@ -26,7 +26,6 @@ const BLOCKS = [
   { begins: (lines, i) => RULE.test(lines[i]), read: (lines, i) => [el("hr"), i + 1] },
   { begins: (lines, i, depth) => depth < DEEPEST && QUOTE.test(lines[i]), read: quote },
   { begins: (lines, i, depth) => depth < DEEPEST && ITEM.test(lines[i]), read: list },
-  { begins: (lines, i) => lines[i].includes("|") && DIVIDER.test(lines[i + 1] ?? ""), read: table },
 ];
 
 function fence(lines, i) {
@@ -75,14 +74,6 @@ function list(lines, i, depth) {
     node.append(el("li", {}, ...nodes));
   }
   return [node, i];
-}
-
-function table(lines, i) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => inline(cell.trim()));
-  const row = (line, tag) => el("tr", {}, ...cells(line).map((nodes) => el(tag, {}, ...nodes)));
-  const head = el("thead", {}, row(lines[i], "th")), body = el("tbody");
-  for (i += 2; i < lines.length && lines[i].includes("|"); i++) body.append(row(lines[i], "td"));
-  return [el("div", { className: "table", tabIndex: 0 }, el("table", {}, head, body)), i];
 }
 
 const starts = (lines, i, depth) => BLOCKS.some(({ begins }) => begins(lines, i, depth));

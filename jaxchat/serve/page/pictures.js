@@ -1,6 +1,6 @@
 // Pictures of numbers: bars in tables, and drawings whose colours follow the page's.
 
-import { el } from "./dom.js";
+import { el, svg } from "./dom.js";
 
 /** Largest loss with a colour of its own, in nats, as in launch.inspect. */
 export const MOST_LOSS = 8;
@@ -15,13 +15,6 @@ export function label(name, most = 24) {
   const plain = /^(['"]).+\1$/s.test(name) ? name.slice(1, -1) : name;
   const letters = [...plain.replaceAll(" ", "␣")];
   return letters.length > most ? `${letters.slice(0, most - 1).join("")}…` : letters.join("");
-}
-
-export function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
 }
 
 /** A cell with a bar as long as a share of 1, and its number. */

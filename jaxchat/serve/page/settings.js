@@ -7,8 +7,9 @@ import { CONTROLS, OFF, bus, keep, keepSettings, settings } from "./store.js";
 const FIELDS = ["max_tokens", "seed", "stop"];
 let presets = {};
 
-function slider([name, [label, min, max, step]]) {
-  const about = { min, max, step, "data-name": name };
+/** A control of sampling: its name, a number, and a slider, which follow the settings. */
+function control([name, [label, min, max, step]]) {
+  const about = { min, max, step, value: settings.sampling[name], "data-name": name };
   const range = el("input", { type: "range", ...about, "aria-label": label });
   const number = el("input", { type: "number", ...about, "aria-label": `${label}, as a number` });
   const set = ({ target }) => {
@@ -21,8 +22,10 @@ function slider([name, [label, min, max, step]]) {
   return el("div", { className: "slider" }, el("span", {}, label), number, range);
 }
 
+export const controls = () => Object.entries(CONTROLS).map(control);
+
 function show() {
-  for (const input of $("sliders").querySelectorAll("input")) input.value = settings.sampling[input.dataset.name];
+  for (const input of document.querySelectorAll("input[data-name]")) input.value = settings.sampling[input.dataset.name];
   for (const node of $("presets").children) {
     const wanted = { ...OFF, ...presets[node.value] };
     node.setAttribute("aria-pressed", Object.keys(OFF).every((name) => wanted[name] === settings.sampling[name]));
@@ -43,7 +46,7 @@ function showPresets({ detail }) {
 }
 
 export function openSettings() {
-  $("sliders").replaceChildren(...Object.entries(CONTROLS).map(slider));
+  $("sliders").replaceChildren(...controls());
   for (const name of FIELDS) {
     $(name).value = settings[name];
     $(name).onchange = () => {

@@ -26,12 +26,8 @@ export function keepSettings() {
   tell("settings", settings);
 }
 
-export const conversations = new Map();
-Object.keys(localStorage).filter((key) => key.startsWith(CHAT)).forEach(load);
-
-function load(key) {
-  conversations.set(key.slice(CHAT.length), read(key));
-}
+const stored = Object.keys(localStorage).filter((key) => key.startsWith(CHAT));
+export const conversations = new Map(stored.map((key) => [key.slice(CHAT.length), read(key)]));
 
 /** Those of the list, the last used first. */
 export const listed = () => [...conversations.values()].sort((a, b) => b.used - a.used);
@@ -57,14 +53,6 @@ function write(key, value) {
     tell("notice", "The browser keeps no more: export and delete some conversations.");
   }
 }
-
-// Another tab of the page changed a conversation.
-addEventListener("storage", ({ key, newValue }) => {
-  if (!key?.startsWith(CHAT)) return;
-  if (newValue) load(key);
-  else conversations.delete(key.slice(CHAT.length));
-  tell("elsewhere", key.slice(CHAT.length));
-});
 
 /** Adds a delta of a stream to the parts of an answer. A part that is no text begins with an empty delta. */
 export function add(message, delta) {

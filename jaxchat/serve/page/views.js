@@ -5,7 +5,8 @@ import { $, el } from "./dom.js";
 import { ask, fill, hex, ids, lossesOf, mean, note, scope } from "./looking.js";
 import { MOST_LOSS, arcs, bar, heatmap, label, percent, scatter, scrolled, table } from "./pictures.js";
 import { steps, unpack } from "./sampling.js";
-import { CONTROLS, OFF, keepSettings, settings } from "./store.js";
+import { controls } from "./settings.js";
+import { CONTROLS, OFF, settings } from "./store.js";
 
 export const VIEWS = {
   candidates: ["Candidates", candidates], tokens: ["Tokens", tokens], attention: ["Attention", attention],
@@ -13,20 +14,8 @@ export const VIEWS = {
   checkpoints: ["Checkpoints", checkpoints],
 };
 
-function range(name, most, value, oninput, about = {}) {
-  return el("input", { type: "range", min: 0, max: most, step: 1, ...about, value, "aria-label": name, oninput });
-}
-
-/** The sliders of sampling, the same as those of the chat. */
-function sliders() {
-  return el("div", { className: "sliders" }, ...Object.entries(CONTROLS).map(([name, [title, min, max, step]]) => {
-    const set = ({ target }) => {
-      settings.sampling[name] = Number(target.value);
-      keepSettings();
-    };
-    const slider = range(title, max, settings.sampling[name], set, { min, step, "data-name": name });
-    return el("label", {}, el("span", {}, title), slider, el("output", {}, settings.sampling[name]));
-  }));
+function range(name, most, value, oninput) {
+  return el("input", { type: "range", min: 0, max: most, step: 1, value, "aria-label": name, oninput });
 }
 
 /** A table of candidates that follows the sliders, after the ids `before` them. */
@@ -42,9 +31,6 @@ function live({ logits, candidates: found }, before) {
     ]);
     const caption = "Candidates before and after each step of sampling";
     box.replaceChildren(table(caption, ["Token", "Logit", ...heads], rows, (i) => found[i].chosen));
-    for (const slider of $("scope-view").querySelectorAll("[data-name]")) {
-      slider.value = slider.nextSibling.value = sampling[slider.dataset.name];
-    }
   };
   scope.redraw();
   return box;
@@ -55,7 +41,7 @@ async function candidates() {
   const found = await ask("candidates", { ids: ids(), position: scope.at, count: 12 });
   const marked = scope.at < scope.tokens.length ? "; the one that is in the text is marked" : "";
   const what = note(`What the model would say for token ${scope.at}${marked}.`);
-  return [what, sliders(), live(found, ids().slice(0, scope.at))];
+  return [what, el("div", { className: "sliders" }, ...controls()), live(found, ids().slice(0, scope.at))];
 }
 
 async function tokens() {
