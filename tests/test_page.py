@@ -212,6 +212,8 @@ def test_what_the_model_writes_is_never_html(page: Any, monkeypatch: pytest.Monk
         (".code pre", "print('<i>')"), ("blockquote", "quoted"),
     ):  # fmt: skip
         assert answer.locator(selector).inner_text() == text
+    answer.get_by_role("button", name="Copy code").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "print('<i>')"
     links = answer.locator("a").evaluate_all("links => links.map(({href, rel}) => [href, rel])")
     assert (
         links == [["https://example.com/", "noopener noreferrer"]] and "[bad](javascript:alert(1))" in turns(page)[-1]

@@ -1,5 +1,6 @@
 """launch.serve as a process: mistakes, start, an orderly end; and what others' programs say of the API."""
 
+import asyncio
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import jax
 import numpy as np
 import pytest
+import uvicorn
 from runs import finish, last_of_each
 from runs import launch as start
 from serving import LENGTH, Live, checkpoint, serving
@@ -26,6 +29,7 @@ from jaxchat.decode.engine import EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.evaluation import harness
 from jaxchat.loading import load_checkpoint
+from jaxchat.serve.app import Server
 from jaxchat.serve.models import model_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -115,6 +119,17 @@ def test_sigterm_loses_no_answer_under_way_and_refuses_what_comes(run: str) -> N
         assert "finishing what is under way" in err
     finally:
         process.kill()
+
+
+def test_a_second_signal_waits_for_nothing() -> None:
+    busy = SimpleNamespace(loaded={"a model": SimpleNamespace(users=1)})
+    app: Any = SimpleNamespace(state=SimpleNamespace(models=busy, draining=False))
+    server = Server(uvicorn.Config(app, lifespan="off"), app, drain_seconds=1000.0)
+    server.force_exit, server.servers = False, []
+    server.handle_exit(signal.SIGTERM, None)
+    assert app.state.draining and server.should_exit and not server.force_exit
+    server.handle_exit(signal.SIGTERM, None)
+    asyncio.run(server.shutdown())
 
 
 def launch_serve(run: str, *arguments: str) -> subprocess.Popen[str]:

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -93,21 +92,19 @@ class Server(uvicorn.Server):
         self._app, self._drain_seconds = app, drain_seconds
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self._app.state.draining:
-            self.should_exit = self.force_exit = True
-            return
+        self.should_exit, self.force_exit = True, self.should_exit
         self._app.state.draining = True
-        threading.Thread(target=self._drain, daemon=True).start()
-        log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
+        if not self.force_exit:
+            log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
 
-    def _drain(self) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = time.monotonic() + self._drain_seconds
-        while time.monotonic() < end and self._busy():
-            time.sleep(0.02)
-        self.should_exit = True
+        while time.monotonic() < end and self._busy() and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
     def _busy(self) -> bool:
-        return any(model.users for model in list(self._app.state.models.loaded.values()))
+        return any(model.users for model in self._app.state.models.loaded.values())
 
 
 def run(options: Any) -> dict[str, object]:

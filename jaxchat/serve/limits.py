@@ -84,7 +84,7 @@ class Guard:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
-        scope["state"]["request_id"] = number = given if ID.fullmatch(given) else secrets.token_hex(16)
+        number = given if ID.fullmatch(given) else secrets.token_hex(16)
         start, status = now(), 0
 
         async def send_marked(message: Message) -> None:

@@ -245,13 +245,11 @@ class Chat(Sampling):
     def begun(self, tokenizer: Tokenizer) -> list[int]:
         """Tokens of the beginning of the call that `tool_choice` demands, as training writes it: {"name": "NAME", of
         the one function that is possible; empty if the model may choose whether to call."""
-        chosen = self.names if self.tool_choice == "required" else set()
-        if isinstance(self.tool_choice, Tool):
-            chosen = {self.tool_choice.function.name}
-        if not chosen:
+        if self.tool_choice in (None, "none", "auto"):
             return []
-        text = json.dumps({"name": min(chosen), "arguments": {}}).removesuffix(" {}}")
-        call = text if len(chosen) == 1 else '{"name":'
+        names = [self.tool_choice.function.name] if isinstance(self.tool_choice, Tool) else list(self.names)
+        call = json.dumps({"name": names[0], "arguments": {}}).removesuffix(" {}}")
+        call = call if len(names) == 1 else '{"name":'
         return [tokenizer.specials[tokenizer.chat_format.parts[CALL].begin], *tokenizer.encode(call)]
 
     def prompt(self, tokenizer: Tokenizer, *, whole: bool = False) -> list[int]:

@@ -1,5 +1,7 @@
 // Requests to the server. A failure is an Error whose message is a sentence for the reader.
 
+import { sentence } from "./dom.js";
+
 const GONE = "The server cannot be reached: is launch.serve still running?";
 const LOST = "The connection to the server was lost before the answer ended.";
 
@@ -17,8 +19,7 @@ export const whyNot = async () => (await fetch("ready").then((answer) => answer.
 
 function failed({ message, code }, wait) {
   const before = { queue_full: "The server is busy: ", rate_limit_exceeded: "Too fast: " }[code] ?? "";
-  const text = before + message + (wait ? `; try again in ${wait} s` : "");
-  return new Error(text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : "."));
+  return new Error(sentence(before + message + (wait ? `; try again in ${wait} s` : "")));
 }
 
 /** Asks for an answer: calls `take` with every chunk, returns {finish_reason, usage}. An aborted `signal` cancels it. */

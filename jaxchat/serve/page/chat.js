@@ -1,7 +1,7 @@
 // The chat: sends, streams, stops, answers again, edits.
 
 import { stream } from "./api.js";
-import { $, announce, el } from "./dom.js";
+import { $, announce, el, sentence } from "./dom.js";
 import { article, fill } from "./messages.js";
 import { add, bus, conversations, create, keep, listed, sent, settings, tell } from "./store.js";
 
@@ -180,13 +180,11 @@ export function openChat() {
     const { scrollHeight, scrollTop, clientHeight } = $("scroll");
     following = scrollHeight - scrollTop - clientHeight < 60;
   };
-  bus.addEventListener("notice", ({ detail }) => notice(detail));
+  bus.addEventListener("notice", ({ detail }) => {
+    $("notice").hidden = !detail;
+    $("notice").textContent = detail && sentence(detail, " …");
+  });
   for (const name of ["models", "settings"]) bus.addEventListener(name, () => shown.messages.length || show());
   show();
   scrollDown(true);
-}
-
-function notice(text) {
-  $("notice").hidden = !text;
-  $("notice").textContent = text ? text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : " …") : "";
 }

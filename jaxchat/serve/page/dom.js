@@ -20,7 +20,7 @@ export function svg(tag, attributes = {}, ...children) {
   return node;
 }
 
-export const icon = (name) => svg("svg", { "aria-hidden": true }, svg("use", { href: `#i-${name}` }));
+const icon = (name) => svg("svg", { "aria-hidden": true }, svg("use", { href: `#i-${name}` }));
 
 export const button = (name, label, onclick) =>
   el("button", { type: "button", className: "icon", title: label, "aria-label": label, onclick }, icon(name));
@@ -34,6 +34,9 @@ export function patch(parent, nodes) {
   });
   while (parent.childNodes.length > nodes.length) parent.lastChild.remove();
 }
+
+/** A text as a sentence. */
+export const sentence = (text, end = ".") => text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : end);
 
 /** Says a sentence to screen readers. */
 export const announce = (text) => ($("said").textContent = text);

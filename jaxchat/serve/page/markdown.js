@@ -1,7 +1,7 @@
 // Markdown as nodes: paragraphs, headings, lists, quotes, rules, code; bold, italic, struck, code and links in lines.
 // Everything else, tables and HTML included, is text.
 
-import { el, icon } from "./dom.js";
+import { button, copy, el } from "./dom.js";
 
 const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)/, HEADING = /^(#{1,6})\s+(.*?)\s*#*$/, RULE = /^ {0,3}([-*_])( *\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/, QUOTE = /^ {0,3}> ?(.*)$/;
@@ -32,14 +32,9 @@ function fence(lines, i) {
   const [, mark, language] = FENCE.exec(lines[i]);
   let end = i + 1;
   while (end < lines.length && !(lines[end].trim().startsWith(mark) && !lines[end].trim().replaceAll(mark[0], ""))) end++;
-  return [codeBlock(lines.slice(i + 1, end).join("\n"), language), end + 1];
-}
-
-/** Code with its language and a button that copies it, which messages.js listens to. */
-export function codeBlock(code, language) {
-  const copying = el("button", { type: "button", className: "icon copy-code", "aria-label": "Copy code" }, icon("copy"));
+  const code = lines.slice(i + 1, end).join("\n"), copying = button("copy", "Copy code", () => copy(code, copying));
   const head = el("div", { className: "head" }, el("span", {}, language || "code"), copying);
-  return el("div", { className: "code" }, head, el("pre", { tabIndex: 0 }, el("code", {}, code)));
+  return [el("div", { className: "code" }, head, el("pre", { tabIndex: 0 }, el("code", {}, code))), end + 1];
 }
 
 function heading(lines, i) {

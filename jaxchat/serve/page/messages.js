@@ -52,10 +52,6 @@ export function fill(node, message, running) {
 export function article(message, running, actions) {
   const { role } = message;
   const node = el("article", { className: role, "aria-label": NAMES[role] }, el("div", { className: "body" }));
-  node.addEventListener("click", ({ target }) => {
-    const copying = target.closest(".copy-code");
-    if (copying) copy(copying.closest(".code").querySelector("pre").textContent, copying);
-  });
   const bar = el("div", { className: "bar" });
   if (role === "user") node.firstChild.append(el("p", {}, message.content));
   if (!running) {
