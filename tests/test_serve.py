@@ -149,6 +149,27 @@ def test_a_second_turn_reuses_the_first(live: Live) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= len(prompt())
 
 
+def test_a_demanded_call_is_what_the_engine_says_after_its_beginning(live: Live) -> None:
+    tools = [{"type": "function", "function": {"name": "rain"}}]
+    asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 60, "tools": tools, **SEEDED}
+    done = live.client.chat.completions.create(tool_choice=tools[0], **asked)
+    words, text = tokenizer(), '{"name": "rain", "arguments":'
+    begun = [words.specials["<|python_start|>"], *words.encode(text)]
+    described = [
+        {
+            "role": "user",
+            "content": f"You can call these tools:\n{json.dumps({'name': 'rain'})}\n\n" + "small birds sang",
+        }
+    ]
+    (expected,) = ours(live, [*prompt(described), *begun], **DRAWN, max_tokens=60 - len(begun))
+    part = done.choices[0].message.parts[0]
+    assert part["type"] == "python" and part["text"] == text + expected.text
+    assert done.usage.completion_tokens == len(begun) + len(expected.tokens)
+    with pytest.raises(openai.BadRequestError, match="more than the"):
+        live.client.chat.completions.create(tool_choice="required", **asked | {"max_tokens": 5})
+    assert done.usage.prompt_tokens == len(prompt(described))
+
+
 def test_every_filter_of_the_engine_is_a_field() -> None:
     given = {"top_k": 3, "top_p": 0.5, "min_p": 0.25}
     params = protocol.Completion(**given).params(seed=0, max_tokens=1)

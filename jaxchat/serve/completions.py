@@ -28,18 +28,16 @@ DEFAULT_TOKENS = 16  # OpenAI's length limit of /v1/completions.
 router = APIRouter()
 
 
-class Functions:
+class Functions(Calculator):
     """The tools of a chat as one tool: a call of a client's function ends the answer, the calculator answers others."""
 
-    call_part, output_part = Calculator.call_part, Calculator.output_part
-
     def __init__(self, names: Container[str], *, calculator: bool) -> None:
-        self._names, self._calculator = names, Calculator() if calculator else None
+        self._names, self._calculates = names, calculator
 
     def __call__(self, call: str) -> str | None:
         if protocol.read_call(call, self._names):
             raise AnswerEnds
-        return self._calculator(call) if self._calculator else None
+        return super().__call__(call) if self._calculates else None
 
 
 class Running:
@@ -98,10 +96,12 @@ async def start_chat(state: Any, stack: ExitStack, body: protocol.Chat) -> Runni
     calculator = usable and "calculator" in state.options.tools and body.tool_choice != "none"
     reply = ChatReply(model, body, count=n, prompt_tokens=len(prompt), begun=begun)
     length = engine.shape.length
-    most = min(body.max_completion_tokens or body.max_tokens or length, length)
+    most = min(body.max_completion_tokens or body.max_tokens or length, length) - len(begun)
+    if most < 1:
+        raise ApiError(400, f"max_tokens must be more than the {len(begun)} that begin the call", param="max_tokens")
     request = decode.Request(
         prompt + begun,
-        body.params(seed=reply.seed, max_tokens=max(1, most - len(begun))),
+        body.params(seed=reply.seed, max_tokens=most),
         n=n,
         tools=[Functions(names, calculator=calculator)] if names or calculator else [],
         keep=True,
