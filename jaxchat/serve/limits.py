@@ -1,7 +1,7 @@
 """What every request passes: its id, API key, rate, size and origin; headers of every answer; one line of the log."""
 
 import base64
-import binascii
+import contextlib
 import ipaddress
 import json
 import logging
@@ -98,7 +98,7 @@ class Guard:
             self._check(scope, headers)
             await self._app(scope, self._limited(scope, receive), send_marked)
         except ApiError as error:
-            await _refuse(error, scope, receive, send_marked)
+            await error.response()(scope, receive, send_marked)
         finally:
             self._note(scope, number, status, now() - start)
 
@@ -124,13 +124,11 @@ class Guard:
         if not self._options.api_key:
             return True
         scheme, _, value = authorization.partition(" ")
-        if scheme.lower() == "basic":
-            try:
-                value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-            except (binascii.Error, ValueError):
-                return False
-        elif scheme.lower() != "bearer":
+        if scheme.lower() not in ("basic", "bearer"):
             return False
+        if scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):  # It is not base64, and no key.
+                value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
         return secrets.compare_digest(value.strip().encode(), self._options.api_key.encode())
 
     def _same_origin(self, headers: dict[str, str]) -> bool:
@@ -158,13 +156,6 @@ class Guard:
         self._state.metrics.seconds.labels(route).observe(seconds)
         about = {"request_id": number, "method": scope.get("method", "WS"), "path": scope["path"], "status": status}
         LOG.info("request", extra={"fields": about | {"seconds": round(seconds, 4)}})
-
-
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
-        await send({"type": "websocket.close", "code": 1008, "reason": str(error)})
-        return
-    await error.response()(scope, receive, send)
 
 
 class JsonLines(logging.Formatter):

@@ -101,6 +101,7 @@ class Reply:
 
     def __init__(self, model: Model, body: Any, *, count: int, prompt_tokens: int = 0) -> None:
         self.tokenizer, self.body, self.seed = model.loaded.tokenizer, body, body.chosen_seed
+        self.logprobs = body.logprobs is not None and body.logprobs is not False  # 0 is a number of top ones.
         parts = [Parts(self.tokenizer, body.stops, split=self.split) for _ in range(count)]
         self.choices = [Choice(i, pieces, prompt_tokens) for i, pieces in enumerate(parts)]
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.kind, "created": int(time.time())}
@@ -120,7 +121,8 @@ class Reply:
         ends = {self.tokenizer.bos, self.tokenizer.end, *(self.body.stop_token_ids or ())}
         if delta.finish_reason == "stop" and texts and texts[-1].id in ends:
             texts.pop()
-        self._enter(choice, texts)
+        if self.logprobs:
+            self._enter(choice, texts)
         return list(self._chunks(choice, pieces, choice.entries[first:]))
 
     def chunk(self, choices: list[dict[str, Any]], usage: bool = False) -> dict[str, Any]:
@@ -145,7 +147,7 @@ class Reply:
         return counts | {"prompt_tokens_details": cached}
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
-        """Adds the entries of the log-probabilities of tokens, if requested."""
+        """Adds the entries of the log-probabilities of tokens."""
         raise NotImplementedError
 
     def _chunks(self, choice: Choice, pieces: list[Piece], entries: list[Any]) -> Iterator[dict[str, Any]]:
@@ -181,8 +183,6 @@ class ChatReply(Reply):
         return roles + [chunk for i in range(len(roles)) for chunk in self.add(Delta(i, self._begun))]
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
-        if not self.body.logprobs:
-            return
         for token in tokens:
             if token.sampled:
                 tops = [self._entry(i, value) for i, value in self.tops(token).items()]
@@ -216,7 +216,7 @@ class ChatReply(Reply):
             message |= {"tool_calls": calls, "content": choice.text or None}
         if any(kind != "text" for kind, _ in choice.parts):
             message["parts"] = [{"type": kind, "text": text} for kind, text in choice.parts]
-        logprobs = {"content": choice.entries, "refusal": None} if self.body.logprobs else None
+        logprobs = {"content": choice.entries, "refusal": None} if self.logprobs else None
         reason = FINISH[choice.finish_reason or "stop"]
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -234,7 +234,7 @@ class CompletionReply(Reply):
         """Puts a prompt before a choice, with the scores of its tokens if log-probabilities are requested; the first
         token has none if nothing was before it."""
         choice.echo = self.tokenizer.decode(prompt, keep_specials=True)
-        if self.body.logprobs is not None:
+        if self.logprobs:
             unknown = [Token(token, float("nan"), False) for token in prompt[: len(prompt) - len(scores)]]
             self._enter(choice, [*unknown, *scores])
         choice.characters = len(choice.echo)
@@ -243,8 +243,6 @@ class CompletionReply(Reply):
         return [self._with(choice, choice.echo, choice.entries) for choice in self.choices if choice.echo]
 
     def _enter(self, choice: Choice, tokens: Sequence[Token]) -> None:
-        if self.body.logprobs is None:
-            return
         for token in tokens:
             name, value, tops = self.named(token.id), None, None
             if not math.isnan(token.logprob):  # Known.
@@ -263,7 +261,7 @@ class CompletionReply(Reply):
 
     def _with(self, choice: Choice, text: str, entries: list[Any]) -> dict[str, Any]:
         logprobs = None
-        if self.body.logprobs is not None:
+        if self.logprobs:
             columns = [list(column) for column in zip(*entries)] or [[], [], [], []]
             logprobs = dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), columns))
         reason = FINISH[choice.finish_reason] if choice.finish_reason else None
