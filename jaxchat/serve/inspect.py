@@ -189,6 +189,11 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
     router.post(f"/inspect/{name}", name=f"inspect_{name}")(answer)
 
 
-router = APIRouter()
-for _name, _look in VIEWS.items():
-    _add(router, _name, _look)
+def _routes() -> APIRouter:
+    router = APIRouter()
+    for name, view in VIEWS.items():
+        _add(router, name, view)
+    return router
+
+
+router = _routes()
