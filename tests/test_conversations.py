@@ -188,6 +188,7 @@ BAD = {
         {"instruction": "1", "input": [part("text", "2") | {"weight": 0}], "output": "3"},
         {"instruction": "1", "output": [part("text", "2"), part("text", "3") | {"train": False}]},
         {"question": "1", "answer": [part("text", "2") | {"weight": 0}]},
+        {"question": "1", "choices": ["2", part("text", "3") | {"weight": 0}], "answer": 0},
         {"messages": HELLO, "weight": 0.5},
         {"prompt": "1", "response": "2", "train": "no"},
         {"question": "1", "answer": "2", "weight": float("nan"), "train": True},

@@ -240,6 +240,7 @@ ELSEWHERE = {
         "the mesh uses {}, but every device must take part: leave out --mesh.data",
         "what --data.train names",
         "a worker ended with",
+        "start again, with fewer --data.workers if memory is short: finished shards are kept",
     ),
     "needs a finished run or evaluation; tests/test_command_line.py, test_compare.py, test_evaluate.py": (
         "were trained with another tokenizer",

@@ -67,7 +67,7 @@ def as_json(value: Any) -> str:
 def as_text(value: Any) -> str:
     """A field as text: parts are joined, other values written as JSON; "" if it is blank, null or has no entries."""
     text = "" if value is None or value in ([], {}) else as_json(joined := _joined(value))
-    if text and joined is not value and not all(has_weight(part) for part in value if isinstance(part, Mapping)):
+    if text and joined is not value and not _have_weight(value):
         raise Malformed("unknown weight", "a part of a field has weight 0; write the conversation as messages")
     return text if text.strip() else ""
 
@@ -78,8 +78,8 @@ def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
     in_loss = has_weight(message)
     if role in ("call", "result"):
         text = "" if content is None else as_json(_joined(content))
-        if isinstance(content, list) and _joined(content) is not content:
-            in_loss = in_loss and all(has_weight(part) for part in content if isinstance(part, Mapping))
+        if _joined(content) is not content:
+            in_loss = in_loss and _have_weight(content)
         if role == "call" and not text:
             raise Malformed("empty content", f"message {index} is an empty tool call")
         parts = [{"type": "python" if role == "call" else "python_output", "text": text}]
@@ -167,9 +167,20 @@ def has_weight(value: Mapping[str, Any], keys: Sequence[str] = WEIGHTS) -> bool:
     return all(weight for _, weight in given)
 
 
+def _entries(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _have_weight(value: Any) -> bool:
+    return all(has_weight(part) for part in _entries(value) if isinstance(part, Mapping))
+
+
 def _joined(value: Any) -> Any:
-    """The text of a list that has text parts; other values as they are. Raises `Malformed` for other parts there."""
-    entries = [entry for entry in value if entry is not None] if isinstance(value, list) else []
+    """The text of a text part or of a list that has text parts; other values as they are.
+
+    Raises `Malformed` for other parts in such a list.
+    """
+    entries = [entry for entry in _entries(value) if entry is not None]
     if not any(isinstance(entry, Mapping) and first_given(entry, "type") in TEXTS for entry in entries):
         return value
     parts = [_as_part(entry) for entry in entries]
