@@ -145,8 +145,8 @@ def test_tokens_and_losses(page: Any, live: Live) -> None:
     heats = [float(chip.evaluate("node => parseFloat(node.style.getPropertyValue('--heat'))")) for chip in chips.all()]
     assert heats[1 : len(expected)] == pytest.approx([min(one["loss"], 8) * 12.5 for one in losses], abs=0.1)
     chips.nth(4).hover()
-    told = page.locator("#scope-told").inner_text()
-    assert f"id {ids()[4]}" in told and f"loss {losses[3]['loss']:.3f}" in told and "expected" in told
+    described = page.locator("#scope-token").inner_text()
+    assert f"id {ids()[4]}" in described and f"loss {losses[3]['loss']:.3f}" in described and "expected" in described
     mean = sum(one["loss"] for one in losses) / len(losses)
     assert f"{mean:.3f}" in page.locator("#scope-mean").inner_text()
 
@@ -164,10 +164,10 @@ def test_attention_lens_embedding_merges_and_cache(page: Any, live: Live) -> Non
         count = (
             "paths => paths.map((path) => [path.getAttribute('opacity'), path.getAttribute('d').split('M').length - 1])"
         )
-        drawn = place.locator("figure svg").first.locator("path.solid").evaluate_all(count)
+        squares = place.locator("figure svg").first.locator("path.solid").evaluate_all(count)
         weights = [w for row in expected for w in row if w >= 0.002]
-        assert sum(count for _, count in drawn) == len(weights)
-        assert sum(float(opacity) * count for opacity, count in drawn) == pytest.approx(
+        assert sum(count for _, count in squares) == len(weights)
+        assert sum(float(opacity) * count for opacity, count in squares) == pytest.approx(
             sum(weights), abs=0.05 * len(weights)
         )
     place.locator("figure svg").first.hover(position={"x": 97, "y": 45})

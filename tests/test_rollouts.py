@@ -200,7 +200,7 @@ def test_groups_whose_answers_are_equally_good_are_counted_and_train_nothing(tas
     assert one.facts["equal_groups"] == one.facts["groups"] == 3 and not batch["advantages"].any()
     one.batch(1, None)
     assert len(said) == 1
-    assert "rollout batch 0: for each of the 3 problems drawn all answers have the same reward" in said[0]
+    assert "rollout batch 0: for each of the 3 problems sampled all answers have the same reward" in said[0]
     assert "cut" not in said[0]
 
 
@@ -277,7 +277,7 @@ def test_dynamic_sampling_asks_for_more_until_answers_differ(task):
     assert len(set(seeds)) == len(seeds), "no two rounds share noise"
     never = stream(task, Engine(right=1.0), dynamic_rounds=2)
     assert not never.batch(0, None)[0]["advantages"].any(), "and gives up"
-    assert never.facts["equal_groups"] == never.facts["groups"] == 9 and "the 9 problems drawn" in said[-1]
+    assert never.facts["equal_groups"] == never.facts["groups"] == 9 and "the 9 problems sampled" in said[-1]
 
 
 def test_the_kl_to_the_start_lowers_the_advantage_of_what_leads_to_it(task):

@@ -2,6 +2,8 @@
 
 import base64
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from serving import Live, checkpoint, serving
 from jaxchat.decode.explain import explain
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.inspection import tables, text, tokens
+from jaxchat.serve import inspect
 from jaxchat.serve.inspect import VIEWS
 from jaxchat.serve.models import find_models
 from jaxchat.tokenizer import chat
@@ -90,8 +93,8 @@ def test_losses_and_candidates_are_those_of_explain(live: Live, ids: list[int]) 
 
 
 def test_attention_and_lens_are_those_of_the_trace(live: Live, ids: list[int]) -> None:
-    view, told = text.look(live.engine, ids), ask(live, "about")
-    assert told["heads"] == [4, 4] and told["length"] == told["most_tokens"] == 256
+    view, about = text.look(live.engine, ids), ask(live, "about")
+    assert about["heads"] == [4, 4] and about["length"] == about["most_tokens"] == 256
     for layer in range(2):
         for head in range(4):
             rows = ask(live, "attention", ids=ids, layer=layer, head=head)["weights"]
@@ -159,6 +162,26 @@ def test_equal_architectures_are_warmed_once(run: str, monkeypatch: pytest.Monke
         for step in ("10", "20"):
             assert ask(server, "about", model=f"run/sft@{step}")["model"] == f"run/sft@{step}"
     assert len(warmed) == 2 and warmed[0] is warmed[1]
+
+
+def test_all_views_share_one_limit(live: Live, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "MOST_RUNNING", 1)
+    taken, go = threading.Event(), threading.Event()
+    ask(live, "about")  # The model of requests without a name is the last one used, which is `live.model`.
+    inbox = live.model.worker._inbox
+    inbox.put(lambda: (taken.set(), go.wait()))
+    assert taken.wait(10)
+    waiting = threading.Thread(target=lambda: ask(live, "losses", ids=ids))
+    waiting.start()
+    try:
+        end = time.monotonic() + 10
+        while inbox.empty() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert "under way" in refusal(live, "tokens", 429, prompt="a")
+    finally:
+        go.set()
+        waiting.join()
+    assert ask(live, "tokens", prompt="a")["tokens"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from jaxchat.tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes on disk; starting processes would take longer than preparing less than this
 PRINT_SECONDS = 30.0
-SILENT_SECONDS, SLOW_BYTES = 1800.0, 1e5  # A worker tells its progress between documents; one of 1 GB takes a while.
+SILENT_SECONDS, SLOW_BYTES = 1800.0, 1e5  # A worker reports progress between documents; a document of 1 GB takes long.
 Worker = subprocess.Popen[bytes]
 Show = Callable[[int, float, int], None]
 """Called with a shard, its finished fraction and the bytes of text read since the last call."""

@@ -125,7 +125,7 @@ class RolloutStream:
             "score_seconds": done - sampled,
         }
 
-    def _check(self, number: int, rewards_PG: np.ndarray, drawn: int, answers: Sequence[Completion]) -> None:
+    def _check(self, number: int, rewards_PG: np.ndarray, problems: int, answers: Sequence[Completion]) -> None:
         """Raises `UserError` if no answer has a reward; warns once if no problem has answers of different reward."""
         if np.isnan(rewards_PG).all():
             raise UserError(
@@ -135,8 +135,8 @@ class RolloutStream:
         if self._rl.policy.advantage != "none" and advantages.equal_groups(rewards_PG).all():
             self._warn(
                 ("alike",),
-                f"warning: rollout batch {number}: for each of the {drawn} problems drawn all answers have the same "
-                "reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups"
+                f"warning: rollout batch {number}: for each of the {problems} problems sampled all answers have the "
+                "same reward, so all group advantages are 0; metrics.jsonl counts such problems as equal_groups"
                 f"{cut_short(answers, self._rl.max_tokens)}",
             )
 

@@ -162,14 +162,13 @@ VIEWS: Mapping[str, Callable[..., Any]] = {
 ASKING = (losses, candidates, attention, lens)  # Those that run the model, in the thread of its engine.
 
 
-def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
-    running = 0
+def _add(router: APIRouter, name: str, view: Callable[..., Any], running: set[Request]) -> None:
+    """Adds the route of a view; `running` holds the requests under way, of all views."""
 
     async def answer(body: Any, request: Request) -> Response:
-        nonlocal running
-        if running >= MOST_RUNNING:
-            raise ApiError(429, f"{running} looks are under way already", code="queue_full", retry_after=1)
-        running += 1
+        if len(running) >= MOST_RUNNING:
+            raise ApiError(429, f"{len(running)} looks are under way already", code="queue_full", retry_after=1)
+        running.add(request)
         try:
             with ExitStack() as stack:
                 model = await request.app.state.models.use(body.model, stack)
@@ -177,7 +176,7 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
                 found = await (model.worker.call(work) if view in ASKING else asyncio.to_thread(work))
                 return Response(await asyncio.to_thread(json_line, found), media_type="application/json")
         finally:
-            running -= 1
+            running.remove(request)
 
     fields: dict[str, Any] = {
         parameter.name: (parameter.annotation, ... if parameter.default is Parameter.empty else parameter.default)
@@ -190,9 +189,9 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any]) -> None:
 
 
 def _routes() -> APIRouter:
-    router = APIRouter()
+    router, running = APIRouter(), set[Request]()
     for name, view in VIEWS.items():
-        _add(router, name, view)
+        _add(router, name, view, running)
     return router
 
 

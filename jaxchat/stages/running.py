@@ -208,9 +208,11 @@ def _other_schedule(e: Experiment, number: int) -> str:
     if not (e.stage_directory / checkpoint.EXPERIMENT).is_file():
         return ""
     before = checkpoint.read_experiment(e.stage_directory, Experiment).steps
+    if before == e.steps:
+        return ""
     old, new = (float(learning_rate_factor(e.optimizer, steps)(jnp.int32(number))) for steps in (before, e.steps))
-    changed = f": the factor of its learning rates is {new:.3g} instead of {old:.3g}"
-    return f" with {e.steps:,} steps instead of {before:,}{changed * (old != new)}" * (before != e.steps)
+    rates = f": the factor of its learning rates is {new:.3g} instead of {old:.3g}" if old != new else ""
+    return f" with {e.steps:,} steps instead of {before:,}{rates}"
 
 
 def first_state(setup: Setup, log: Log) -> State:

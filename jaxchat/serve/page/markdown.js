@@ -56,7 +56,7 @@ function list(lines, i, depth) {
     const item = ITEM.exec(lines[i]);
     if (!item || item[1].length !== indent.length || /\d/.test(item[2]) !== numbered) break;
     const inner = [item[3]];
-    // What is indented more, or goes on without a mark, belongs to the item.
+    // A line that is indented more, or continues without a marker, belongs to the item.
     for (i++; i < lines.length; i++) {
       const line = lines[i], deeper = line.length - line.trimStart().length > indent.length;
       if (line.trim() ? !deeper && (ITEM.test(line) || !lines[i - 1].trim() || starts(lines, i)) : !lines[i + 1]?.trim()) break;

@@ -19,9 +19,9 @@ export function label(name, most = 24) {
 
 /** A cell with a bar as long as a share of 1, and its number. */
 export function bar(share, text = percent(share)) {
-  const drawn = el("span", { className: "fill" });
-  drawn.style.setProperty("--share", Math.min(1, Math.max(0, share)));
-  return el("td", { className: "share" }, drawn, el("span", {}, text));
+  const fill = el("span", { className: "fill" });
+  fill.style.setProperty("--share", Math.min(1, Math.max(0, share)));
+  return el("td", { className: "share" }, fill, el("span", {}, text));
 }
 
 /** A box that scrolls. */
@@ -63,8 +63,8 @@ export function heatmap(name, weights, labels, at, tell, pick) {
     svg("text", { ...text, transform: `translate(${left + (i + 0.75) * cell} ${side + 6}) rotate(90)` }, word),
   ]) : [];
   const frame = svg("rect", { x: left, y: at * cell, width: (at + 1) * cell, height: cell, class: "frame" });
-  const drawn = [...words, ...shaded(squares, { class: "solid" }), frame];
-  const node = drawing(left + side + 4, side + (named ? 90 : 4), `${name}; the table has numbers`, ...drawn);
+  const marks = [...words, ...shaded(squares, { class: "solid" }), frame];
+  const node = drawing(left + side + 4, side + (named ? 90 : 4), `${name}; the table has numbers`, ...marks);
   const place = ({ offsetX, offsetY }) => {
     const scale = node.viewBox.baseVal.width / node.getBoundingClientRect().width;
     const [t, s] = [Math.floor((offsetY * scale) / cell), Math.floor((offsetX * scale - left) / cell)];

@@ -66,7 +66,7 @@ function tell(i) {
     said.push(`loss ${loss.toFixed(3)} nats (${percent(Math.exp(-loss))})`);
     said.push(expected.name === token.name ? "the most likely one" : best);
   }
-  $("scope-told").textContent = said.join(" · ");
+  $("scope-token").textContent = said.join(" · ");
 }
 
 function select(i, focus = false) {
@@ -126,7 +126,7 @@ function build(section) {
     el("div", { id: "scope-tokens", role: "group", "aria-label": "Tokens, coloured by loss", onkeydown: nextToken }),
     el("div", { className: "legend" }, el("span", { id: "scope-mean" }),
       el("span", {}, "loss 0", el("i"), `${MOST_LOSS} nats and more`)),
-    el("p", { id: "scope-told", role: "status" }),
+    el("p", { id: "scope-token", role: "status" }),
     el("div", { id: "scope-tabs", role: "tablist", "aria-label": "Views", onkeydown: nextTab }, ...tabs),
     el("div", { id: "scope-view", role: "tabpanel", tabIndex: -1 }));
 }

@@ -34,13 +34,13 @@ function show() {
 
 function showPresets({ detail }) {
   presets = detail;
-  const told = (name) => Object.entries(presets[name]).map(([key, value]) => `${CONTROLS[key][0]} ${value}`).join(", ");
+  const describe = (name) => Object.entries(presets[name]).map(([key, value]) => `${CONTROLS[key][0]} ${value}`).join(", ");
   const onclick = ({ target }) => {
     settings.sampling = { ...OFF, ...presets[target.value] };
     keepSettings();
   };
   $("presets").replaceChildren(
-    ...Object.keys(presets).map((name) => el("button", { value: name, title: told(name), onclick }, name)),
+    ...Object.keys(presets).map((name) => el("button", { value: name, title: describe(name), onclick }, name)),
   );
   show();
 }

@@ -1,2 +1,2 @@
-// Before anything is drawn: the scheme that was chosen; without one the system's holds.
+// Runs before the page is painted: applies the colour scheme that was chosen; without one, the system's.
 document.documentElement.dataset.theme = localStorage.getItem("jaxchat.theme") ?? "";

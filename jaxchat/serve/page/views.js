@@ -47,8 +47,8 @@ async function candidates() {
 async function tokens() {
   const rows = scope.tokens.map(({ id, name, bytes }, i) => {
     const loss = scope.losses[i - 1]?.loss;
-    const drawn = loss === undefined ? "" : bar(loss / MOST_LOSS, loss.toFixed(3));
-    return [String(i), label(name, 40), String(id), hex(bytes), drawn];
+    const lossBar = loss === undefined ? "" : bar(loss / MOST_LOSS, loss.toFixed(3));
+    return [String(i), label(name, 40), String(id), hex(bytes), lossBar];
   });
   const heads = ["Place", "Token", "Id", "Bytes", "Loss (nats)"];
   return table("Tokens with ids, bytes and losses", heads, rows, (i) => i === scope.at);
@@ -81,9 +81,9 @@ async function attention({ select, showView }) {
   const { weights } = await ask("attention", { ids: all, layer, head });
   const names = scope.tokens.slice(0, all.length).map(({ name }) => label(name, 12));
   const what = `Attention of layer ${layer}, head ${head}`;
-  const told = el("p", { className: "note", role: "status" }, "Row: the token that reads. Column: the one it reads.");
+  const status = el("p", { className: "note", role: "status" }, "Row: the token that reads. Column: the one it reads.");
   const say = (t, s) => {
-    told.textContent = `Token ${t} (${names[t]}) takes ${percent(weights[t][s])} from token ${s} (${names[s]}).`;
+    status.textContent = `Token ${t} (${names[t]}) takes ${percent(weights[t][s])} from token ${s} (${names[s]}).`;
   };
   const most = [...weights[row].keys()].sort((a, b) => weights[row][b] - weights[row][a]).slice(0, 10);
   const rows = most.map((s) => [`${s} ${names[s]}`, bar(weights[row][s])]);
@@ -93,7 +93,7 @@ async function attention({ select, showView }) {
       choice("Head", "head", [...Array(heads[layer]).keys()], showView)),
     ...notes,
     el("div", { className: "pictures" },
-      el("figure", {}, scrolled(`${what}, as a map`, heatmap(what, weights, names, row, say, select)), told),
+      el("figure", {}, scrolled(`${what}, as a map`, heatmap(what, weights, names, row, say, select)), status),
       el("figure", {}, scrolled(`${what}, as arcs`, arcs(what, weights, names, row), "tall"), note(about)),
       table(`What token ${row} takes`, [`Token ${row} takes from`, "Weight"], rows)),
   ];
@@ -121,15 +121,15 @@ async function embedding() {
   const near = (await ask("neighbours", { token: token.id })).neighbours;
   const shown = new Set([...ids().slice(0, 500), ...near.map((one) => one.token)]);
   const { points, variance } = await ask("map", { tokens: [...shown] });
-  const mine = new Set([token.id, ...near.map((one) => one.token)]), told = note("Point at a dot for its name.");
-  const say = ({ name, token: id }) => (told.textContent = `${name}, id ${id}`);
+  const mine = new Set([token.id, ...near.map((one) => one.token)]), status = note("Point at a dot for its name.");
+  const say = ({ name, token: id }) => (status.textContent = `${name}, id ${id}`);
   const [right, up] = variance.map(percent);
   const title = `Map of the embeddings: ${right} of the variance to the right, ${up} up`;
   const rows = near.map((one) => [label(one.name), String(one.token), bar(one.cosine, one.cosine.toFixed(3))]);
   return el("div", { className: "pictures" },
     table(`Tokens near ${token.name}`, [`Near ${label(token.name)}`, "Id", "Cosine"], rows),
     el("figure", {}, scatter(title, points, (point) => mine.has(point.token), say),
-      note(`${title}. Blue: the chosen token and those near it.`), told));
+      note(`${title}. Blue: the chosen token and those near it.`), status));
 }
 
 async function merges() {
@@ -137,7 +137,7 @@ async function merges() {
   const { most_letters: most } = scope.about;
   const { parts } = await ask("merges", { prompt: text.slice(0, most).join("") });
   const last = Math.max(0, ...parts.map((one) => one.steps.length - 1));
-  const shown = el("div", { className: "pieces" }), told = el("output");
+  const shown = el("div", { className: "pieces" }), status = el("output");
   const piece = (name, rank) => el("span", {
     className: rank === undefined ? "" : "fresh", title: rank === undefined ? "" : `merge ${rank} of the tokenizer`,
   }, name);
@@ -147,17 +147,17 @@ async function merges() {
       const { pieces, merged } = done[Math.min(now, done.length - 1)], fresh = now < done.length ? merged : null;
       const inBytes = now === last && pieces.length !== names.length;
       const letters = inBytes ? names.map((name) => label(name)) : pieces.map((one) => one.replaceAll("▁", "␣"));
-      const drawn = letters.map((name, i) => piece(name, fresh?.index === i ? fresh.rank : undefined));
-      return el("span", { className: "part" }, ...drawn);
+      const nodes = letters.map((name, i) => piece(name, fresh?.index === i ? fresh.rank : undefined));
+      return el("span", { className: "part" }, ...nodes);
     }));
-    told.textContent = `${now} of ${last}`;
+    status.textContent = `${now} of ${last}`;
   };
   const slider = range("Merges done", last, last, draw);
   draw();
   return [
     note("Each part of the text begins as characters. At every step those neighbours are joined whose pair the " +
       "tokenizer learned first; new pieces are marked. Characters without a piece become bytes in the end."),
-    el("label", { className: "long" }, "Merges done", slider, told), shown,
+    el("label", { className: "long" }, "Merges done", slider, status), shown,
     ...(text.length > most ? [note(`Only the first ${most} letters are shown.`)] : []),
   ];
 }
@@ -198,11 +198,11 @@ async function checkpoints({ paint }) {
   const kept = data.filter(({ id }) => id.startsWith(`${name}@`)), last = kept.length - 1;
   if (last < 0) return note(`Only one step of ${name} is served: start launch.serve with the run or the stage.`);
   const position = Math.max(1, scope.at), { source } = scope, found = [], rows = [];
-  const told = el("output"), detail = el("div", { className: "detail" }), list = el("div");
+  const status = el("output"), detail = el("div", { className: "detail" }), list = el("div");
   const at = (i) => (found[i] ??= answered(kept[i].id));
   const show = () => fill(detail, async () => {
     const i = Number(slider.value), { id, step } = kept[i];
-    told.textContent = slider.ariaValueText = `step ${step}`;
+    status.textContent = slider.ariaValueText = `step ${step}`;
     const { said, losses } = await at(i);
     const open = await ask("candidates", { model: id, ids: ids(), position, count: 8 });
     if (i !== Number(slider.value) || !detail.isConnected) return [];
@@ -222,6 +222,6 @@ async function checkpoints({ paint }) {
   setTimeout(() => show().then(all));
   return [
     note(`The same text at each kept step of ${name}: its colours, the most likely answer, and the candidates.`),
-    el("label", { className: "long" }, "Step", slider, told), detail, list,
+    el("label", { className: "long" }, "Step", slider, status), detail, list,
   ];
 }
