@@ -15,6 +15,7 @@ from jaxchat import checkpoint, command_line
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
 from jaxchat.errors import UserError
 from jaxchat.stages.rows import MOST_PASSES, FromText
+from jaxchat.stages.scores import TaskScores
 from jaxchat.stages.stage import inherited, not_used
 
 
@@ -183,7 +184,8 @@ def test_rows_that_are_trained_on_many_times_are_said(tmp_path, tokenizer):
 
     def told(path, *more):
         said = []
-        stage = FromText(load(*flags, f"--data.train={path}", *more), tokenizer, said.append)
+        e = load(*flags, f"--data.train={path}", *more)
+        stage = FromText(e, tokenizer, TaskScores(e, tokenizer, said.append), said.append)
         assert stage.steps * 8 <= MOST_PASSES * stage.stream.rows_per_pass or "times" in said[-1]
         return [line for line in said if "times" in line]
 

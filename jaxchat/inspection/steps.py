@@ -26,6 +26,7 @@ from jaxchat.model.transformer import Params
 from jaxchat.objectives.logprobs import token_logprobs
 from jaxchat.stages.rows import FromText, device_batches
 from jaxchat.stages.running import first_state
+from jaxchat.stages.scores import TaskScores
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -52,7 +53,8 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
         raise UserError(f"step {step} is {step - start} steps from {where}: allow it with --replay={step - start}")
     facts = checkpoint.read_facts(run, min((number for number in saved if number >= step), default=saved[-1]))
     tokenizer, setup = load_tokenizer(run.parent / "tokenizer"), _setup(e, facts, log)
-    stage = STAGES[e.stage].load()(e, tokenizer, log)
+    no_tasks = TaskScores(dataclasses.replace(e, tasks=()), tokenizer, log)
+    stage = STAGES[e.stage].load()(e, tokenizer, no_tasks, log)
     with jax.set_mesh(setup.mesh), contextlib.closing(stage):
         compiled = compile_step(setup, log)
         state = checkpoint.load_state(run, start, setup.abstract) if start else first_state(setup, log)

@@ -33,10 +33,8 @@ def settings(e: Experiment) -> RL:
 class Reinforcement:
     """Stage that trains on rewards of sampled answers; see `stages.stage.Stage` for the methods."""
 
-    tasks: TaskScores
-
-    def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
-        self._rl, self._tokenizer, self._log = settings(e), tokenizer, log
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, tasks: TaskScores, log: Log) -> None:
+        self._rl, self._tokenizer, self._tasks, self._log = settings(e), tokenizer, tasks, log
         self.steps = e.steps
         if e.steps % self._rl.updates:
             raise UserError(
@@ -74,7 +72,7 @@ class Reinforcement:
         self._stream.cursor = facts.get("cursor", 0)
         self._log("sampling, after the decoding programs are compiled")
         self._text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
-        self.tasks.begin(setup.transformer, setup.mesh)
+        self._tasks.begin(setup.transformer, setup.mesh)
 
     def batch_at(self, index: int, state: State) -> Any:
         jax.block_until_ready(state.params)  # So that training time is not counted as sampling time.
@@ -105,7 +103,7 @@ class Reinforcement:
         if self._text is not None:
             scores["val_rows"] = rows_to_score(e, self._text, last=last)
             scores["val_bpb"] = self._text(state.params, scores["val_rows"])
-        return scores | self.tasks(state.params)
+        return scores | self._tasks(state.params)
 
     def facts(self, number: int) -> dict[str, Any]:
         return {"cursor": self._stream.cursor}

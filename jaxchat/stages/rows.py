@@ -25,10 +25,8 @@ MOST_PASSES = 16
 class FromText:
     """Pretraining on documents, scored by bits per byte of held-out ones; see `stages.stage.Stage` for the methods."""
 
-    tasks: TaskScores
-
-    def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log) -> None:
-        self._tokenizer, self._log = tokenizer, log
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, tasks: TaskScores, log: Log) -> None:
+        self._tokenizer, self._tasks, self._log = tokenizer, tasks, log
         self._rows = {
             split: prepare.ensure_rows(e.data, tokenizer, split, e.cache_directory, log, e.longer_rows)
             for split in ("train", "val")
@@ -57,7 +55,7 @@ class FromText:
         self.check_rows(e, facts)
         self._batches = device_batches(setup, self.stream, start, micro_rows)
         self._text, self._loss = self._held_out(setup, micro_rows)
-        self.tasks.begin(setup.transformer, setup.mesh)
+        self._tasks.begin(setup.transformer, setup.mesh)
 
     def check_rows(self, e: Experiment, facts: dict[str, Any]) -> None:
         """Raises `UserError` if the checkpoint with these facts was trained on other rows."""
@@ -87,7 +85,7 @@ class FromText:
         if self._loss is not None:
             scores["val_loss_rows"] = rows_to_score(e, self._loss, last=last)
             scores["val_loss"] = self._loss(state.params, scores["val_loss_rows"])
-        return scores | self.tasks(state.params)
+        return scores | self._tasks(state.params)
 
     numbers = None
 

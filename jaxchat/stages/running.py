@@ -62,9 +62,8 @@ def prepared(setup: Setup, tokenizer: Tokenizer | None, log: Log) -> tuple[Setup
         tokenizer = prepare.ensure_tokenizer(e.data, e.cache_directory, seed=e.seed, log=log)
     check_tokenizer(e.run_directory, tokenizer)
     signals.check()
-    tasks = TaskScores(e, tokenizer, log)  # They are read before anything slow.
-    stage: Stage = STAGES[e.stage].load()(e, tokenizer, log)
-    stage.tasks = tasks
+    tasks = TaskScores(e, tokenizer, log)  # Reads the task files, before anything slow.
+    stage: Stage = STAGES[e.stage].load()(e, tokenizer, tasks, log)
     if stage.steps != e.steps:
         setup = make_setup(dataclasses.replace(e, steps=stage.steps), lambda _: None)
     return setup, stage, tokenizer

@@ -28,11 +28,14 @@ Record = dict[str, Any]
 
 
 class Stage(Protocol):
-    """A stream of batches with its evaluations. `steps` is the number of optimizer steps; `tasks` are set from outside,
-    before `begin`."""
+    """A stream of batches with its evaluations. `steps` is the number of optimizer steps.
+
+    `tasks` has read its files, and waits for `begin` to give it the model.
+    """
 
     steps: int
-    tasks: TaskScores
+
+    def __init__(self, e: Experiment, tokenizer: Tokenizer, tasks: TaskScores, log: Log) -> None: ...
 
     @staticmethod
     def objective(e: Experiment) -> Objective:
