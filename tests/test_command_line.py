@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from commands import flags, refusal
 from documents import corpus, environment, texts, write
 
 import launch.chat
@@ -43,29 +44,6 @@ def place(tmp_path_factory):
     return corpus(tmp_path_factory.mktemp("commands"))
 
 
-def flags(place, **changes):
-    """One step of a model of one layer of 8, on one device."""
-    values = {
-        "config": "configs/tiny.py",
-        "depth": 1,
-        "head_dim": 8,
-        "steps": 2,
-        "batch_tokens": 128,
-        "data.vocab": 300,
-        "data.row_length": 16,
-        "data.workers": 1,
-        "micro_rows": 8,
-        "mesh.data": 1,
-        "keep_params": 0,
-        "data.train": place / "train.jsonl",
-        "data.val": place / "val.jsonl",
-        "data.cache": place / "cache",
-        "directory": place / "runs",
-        "name": "small",
-    }
-    return [*(f"--{key}={value}" for key, value in (values | changes).items() if value is not None), "--prompts"]
-
-
 @pytest.fixture(scope="module")
 def trained(place):
     """A stage directory with one checkpoint."""
@@ -78,17 +56,8 @@ def trained(place):
     return place / "runs/small/pretrain"
 
 
-def refusal(main, argv):
-    """The sentence that a launcher refuses its arguments with."""
-    with pytest.raises(UserError) as caught:
-        main(argv)
-    said = str(caught.value)
-    assert said and "\n" not in said, said
-    return said
-
-
 def contents(directory):
-    """Every file but the empty one that tells of no more than that somebody was there."""
+    """Every file below a directory with its bytes, except locks."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "lock")
     return {path: path.read_bytes() for path in files}
 

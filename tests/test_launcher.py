@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import refusal
 from documents import environment
-from test_command_line import refusal
 
 import launch.bench
 import launch.chat

@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 import pytest
+from commands import flags
 from documents import corpus, texts, write_rows
 from exports import model, write_run
 from remedies import LAUNCHERS, SETTINGS, TINY
 from runs import last_of_each
 from small import july2026
-from test_command_line import flags
 
 from jaxchat import checkpoint, command_line, launcher, processes, stages, terminal
 from jaxchat.data.cache import locked
