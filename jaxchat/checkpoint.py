@@ -262,21 +262,18 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
 
 def load_state(directory: Path, step: int, abstract: Any) -> Any:
     """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
-    try:
-        rest = _load(directory, step, "rest", abstract._replace(params=None)._asdict())
-    except ValueError as error:
-        problem = f"the state of {directory}@{step} cannot be restored: {first_line(error)}"
-        raise UserError(f"{problem}; remove that checkpoint to use an earlier one") from error
+    rest = load_rest(directory, step, abstract, "remove that checkpoint to use an earlier one")
     return abstract._replace(**{**rest, "params": load_params(directory, step, abstract.params)})
 
 
-def load_optimizer(directory: Path, step: int, abstract: Any) -> Any:
-    """The optimizer state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
+def load_rest(directory: Path, step: int, abstract: Any, remedy: str) -> dict[str, Any]:
+    """All of the state but the parameters, by name, like `load_state`; `remedy` ends the message of a `UserError`."""
     try:
-        return _load(directory, step, "rest", abstract._replace(params=None)._asdict())["optimizer"]
+        rest: dict[str, Any] = _load(directory, step, "rest", abstract._replace(params=None)._asdict())
+        return rest
     except ValueError as error:
-        problem = f"the optimizer state of {directory}@{step} cannot be restored for this experiment ({error})"
-        raise UserError(f"{problem}: leave out --warm_optimizer") from error
+        problem = f"the state of {directory}@{step} cannot be restored ({first_line(error)})"
+        raise UserError(f"{problem}: {remedy}") from error
 
 
 def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:

@@ -55,13 +55,16 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+PRINT_SECONDS = 5.0  # Between two training steps that are printed.
+
+
 class Terminal:
     """Prints to process 0's standard error: a training step every few seconds, and every evaluation."""
 
-    def __init__(self, steps: int, every_seconds: float = 5.0) -> None:
+    def __init__(self, steps: int) -> None:
         # Without emoji=False, rich renders `:train:` in tinyworld:train:100 as an emoji.
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        self.steps, self._every, self._last = steps, every_seconds, 0.0
+        self.steps, self._last = steps, 0.0
 
     def log(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -70,7 +73,7 @@ class Terminal:
     def write(self, record: dict[str, Any]) -> None:
         now, step = time.monotonic(), record["step"]
         if "loss" in record:
-            if now - self._last < self._every and step != self.steps:
+            if now - self._last < PRINT_SECONDS and step != self.steps:
                 return
             self._last = now
             left = (self.steps - step) * record["seconds"]

@@ -23,7 +23,7 @@ from jaxchat.decode.tools import named_tools, usable_tools
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.loading import load_engine
-from jaxchat.tokenizer import chat as conversation
+from jaxchat.tokenizer import chat
 
 _BEAM_OPTIONS = ("prompt", "beams", "max_tokens", "style")
 
@@ -57,7 +57,7 @@ def run(options: Any) -> dict[str, object] | None:
     if options.prompt is None:
         _talk(engine, sampling, chats, tools, _turns_notice(directory.parent))
         return None
-    prompt = _prompt(engine, options.prompt, chats)
+    prompt = chat.asked(options.prompt, engine.tokenizer, in_turns=chats)
     if options.beams:
         return _beams(engine, prompt, options)
     answers, speed = _answer(engine, Request(prompt, sampling, n=options.num_samples, tools=tools if chats else ()))
@@ -130,12 +130,6 @@ def _sampling(options: Any) -> SamplingParams:
     return SamplingParams(**chosen, **{name: getattr(options, name) for name in names})
 
 
-def _prompt(engine: Engine, text: str, chats: bool) -> list[int]:
-    if chats:
-        return conversation.render([{"role": "user", "content": text}], engine.tokenizer, complete=True).ids
-    return [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
-
-
 def _report(answers: Sequence[Completion], speed: float | None) -> dict[str, object]:
     report: dict[str, object] = {
         "text": answers[0].shown,
@@ -168,7 +162,7 @@ def _explain(engine: Engine, prompt: list[int], answer: Completion, sampling: Sa
 
 
 def _score(engine: Engine, text: str) -> dict[str, object]:
-    ids = [engine.tokenizer.bos, *engine.tokenizer.encode(text)]
+    ids = chat.asked(text, engine.tokenizer, in_turns=False)
     scored = explain.score(engine, ids)
     Console().print(explain.score_table(engine.tokenizer, scored))
     loss = -sum(token.logprob for token in scored) / len(scored)
@@ -203,7 +197,7 @@ def _talk(engine: Engine, sampling: SamplingParams, chats: bool, tools: Sequence
             return
         print(line, end="", flush=True)
         try:
-            (sample,) = engine.submit(Request(_prompt(engine, line, False), sampling))
+            (sample,) = engine.submit(Request(chat.asked(line, engine.tokenizer, in_turns=False), sampling))
             show(engine.follow(sample), sys.stdout, sample.cancel)
         except UserError as error:
             print(f" ({error})", file=sys.stderr)

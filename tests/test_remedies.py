@@ -231,7 +231,7 @@ ELSEWHERE = {
         "{}: split it over several with --mesh.fsdp, or take a smaller --depth",
         "{}: set --attention=xla",
         "{} kv heads cannot be split like the heads: set a smaller --mesh.tensor",
-        "{}: leave out --warm_optimizer",
+        "leave out --warm_optimizer",
         "has no float8 units",
         "leaves room for rl.max_tokens",
         "could be rewarded",

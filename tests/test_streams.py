@@ -82,7 +82,7 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(rows):
     one = stream(rows, batch_rows=1)
     order = [numbers(one.batch(i))[0] for i in range(3 * 17)]
     epochs = [order[i : i + 17] for i in (0, 17, 34)]
-    assert one.rows_per_epoch == 17
+    assert one.rows_per_pass == 17
     for epoch in epochs:
         assert sorted(epoch) == [*range(13), 100, 101, 102, 103]
     assert epochs[0] != epochs[1] != epochs[2]

@@ -98,13 +98,9 @@ class RowStream:
         self._order = _Passes(self._stops, epochs, seed) if epochs else _order(self._stops, weights, seed)
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self._stops[-1]
-
-    @property
     def rows_per_pass(self) -> int:
         """Number of rows in a pass: each source repeated by its epochs, or every row once without epochs."""
-        return self._order.rows if isinstance(self._order, _Passes) else self.rows_per_epoch
+        return self._order.rows if isinstance(self._order, _Passes) else self._stops[-1]
 
     def batch(self, step: int, places: Sequence[int] | None = None) -> Batch:
         """Global batch `step`, or only its rows at `places`."""

@@ -15,21 +15,18 @@ from jaxchat.paths import user_path
 from jaxchat.tokenizer import chat
 
 HELP = "/clear starts anew, /save FILE appends the conversation to FILE, /help shows this, an empty line or Ctrl-D ends"
+ROOM = 32  # Context tokens that a prompt must leave free for the answer, or `max_tokens` if that is less.
 
 
 class Dialogue:
-    """The messages of a conversation so far; `answer` adds the user's next message and streams the reply.
+    """The messages of a conversation so far; `answer` adds the user's next message and streams the reply."""
 
-    `room` is the number of context tokens that a prompt must leave free for the answer, at most `max_tokens`.
-    """
-
-    def __init__(self, engine: Engine, sampling: SamplingParams, tools: Sequence[Tool] = (), *, room: int = 32) -> None:
+    def __init__(self, engine: Engine, sampling: SamplingParams, tools: Sequence[Tool] = ()) -> None:
         self.messages: list[dict[str, Any]] = []
         self.left_out = 0
         """Number of messages left out of the last prompt."""
         self.last: Sample | None = None
         self._engine, self._sampling, self._tools = engine, sampling, tuple(tools)
-        self._room = min(room, sampling.max_tokens)
 
     def answer(self, text: str) -> Iterator[str]:
         """Yields the text of the answer as it is decoded. Raises `UserError` if the message is too long."""
@@ -58,9 +55,10 @@ class Dialogue:
 
     def _fit(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of the conversation, without the oldest turns if they would leave no room for an answer."""
+        room = min(ROOM, self._sampling.max_tokens)
         for first in range(0, len(messages), 2):
             ids = chat.render(messages[first:], self._engine.tokenizer, complete=True).ids
-            if len(ids) + self._room <= self._engine.shape.length:
+            if len(ids) + room <= self._engine.shape.length:
                 self.left_out = first
                 return ids
         raise UserError(

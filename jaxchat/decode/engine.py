@@ -178,11 +178,16 @@ class Engine:
         assert last is not None
         return last
 
-    def forward(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits after every token of a text, (T, V) float32, computed in one call without a cache."""
+    def padded(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], np.ndarray]:
+        """A text as `check` returns it, and padded at the end to a length that is compiled once, int32 (1, T)."""
         ids = self.check(tokens, what="the text", room=0)
         padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
         padded_1T[0, : len(ids)] = ids
+        return ids, padded_1T
+
+    def forward(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token of a text, (T, V) float32, computed in one call without a cache."""
+        ids, padded_1T = self.padded(tokens)
         with self.on_mesh():
             logits_TV = np.asarray(programs.forward(self.transformer, self.params, padded_1T)[: len(ids)])
         if not np.isfinite(logits_TV).all():
@@ -191,9 +196,7 @@ class Engine:
 
     def score(self, tokens: Sequence[int]) -> list[Token]:
         """Every token of a text but the first, given those before it, with the most likely tokens at its place."""
-        ids = self.check(tokens, what="the text", room=0)
-        padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=self.shape.length)), np.int32)
-        padded_1T[0, : len(ids)] = ids
+        ids, padded_1T = self.padded(tokens)
         with self.on_mesh():
             scored = jax.device_get(programs.score(self.transformer, self.params, padded_1T))
         logprobs_T, top_TK, top_logprobs_TK = (column[: len(ids) - 1].tolist() for column in scored)

@@ -1,5 +1,6 @@
 """Sizes of an engine, and prefill: prompts are read in chunks of fixed lengths, after their longest stored prefix."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ SHORTEST_CHUNK = 16
 SHORTEST_ROW = 256
 
 
-def bucket(least: int, *, shortest: int, longest: int) -> int:
+def bucket(least: int, *, shortest: int, longest: int = sys.maxsize) -> int:
     """Rounds `least` up to a power of two, within `shortest` and `longest`."""
     return min(max(shortest, 1 << (least - 1).bit_length()), longest)
 

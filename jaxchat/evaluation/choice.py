@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.data import sources
+from jaxchat.data.conversations import LETTERS, choice_prompt
 from jaxchat.errors import UserError
 from jaxchat.evaluation.likelihoods import Item
 from jaxchat.evaluation.questions import Question
@@ -27,7 +28,6 @@ HUB: Mapping[str, tuple[str, str, sources.Split]] = {  # The task of a file, and
     "test": ("mmlu", "mmlu-test", "val"),
     "dev": ("mmlu", "mmlu-test", "train"),
 }
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOTS = 5
 
 
@@ -47,11 +47,7 @@ def in_turns(choice: Choice, tokenizer: Tokenizer) -> Question:
         UserError: the tokenizer encodes a letter as more than one token.
     """
     letters = LETTERS[: len(choice.choices)]
-    listed = "".join(f"- {text}={letter}\n" for letter, text in zip(letters, choice.choices))
-    content = (
-        f"Multiple Choice question: {choice.question}\n{listed}\nRespond only with the letter of the correct answer."
-    )
-    ids = chat.render([{"role": "user", "content": content}], tokenizer, complete=True).ids
+    ids = chat.asked(choice_prompt(choice.question, choice.choices), tokenizer, in_turns=True)
     answers = [tokenizer.encode(letter) for letter in letters]
     if any(len(answer) != 1 for answer in answers):
         raise UserError("the tokenizer has no single token for some answer letter: evaluate with --style=text")

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxchat import sharding, signals
 from jaxchat.decode import programs
+from jaxchat.decode.prompts import bucket
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.logprobs import score_tokens
@@ -156,7 +157,8 @@ class Scorer:
     def _tree_batches(self, trees: list[_Tree], items: Sequence[Item]) -> Iterator[Any]:
         def shape(tree: _Tree) -> tuple[int, int, int]:
             longest = max(len(items[i].continuation) for i in tree.items)
-            return row_size(len(tree.context) - 1, self.length), _power(len(tree.items), 2), _power(longest, 4)
+            copies = bucket(len(tree.items), shortest=2)
+            return row_size(len(tree.context) - 1, self.length), copies, bucket(longest, shortest=4)
 
         for (T, K, C), batch in _batches(trees, shape, self._tree_count):
             B = self._tree_count(T, K, C)
@@ -273,14 +275,9 @@ def _fetch(owners: list[Any], arrays: Any) -> tuple[list[Any], np.ndarray, np.nd
     return [owner for _, _, owner in owners], logprobs, greedy_BN[rows, columns]
 
 
-def _power(least: int, shortest: int) -> int:
-    """The next power of two from `least`, but at least `shortest`."""
-    return max(shortest, 1 << (least - 1).bit_length())
-
-
 def row_size(tokens: int, length: int) -> int:
     """Padded length of a row of `tokens`: a power of two or 3/4 of one, at least `SHORTEST` and at most `length`."""
-    power = _power(tokens, SHORTEST)
+    power = bucket(tokens, shortest=SHORTEST)
     return min(power * 3 // 4 if tokens <= power * 3 // 4 and power > SHORTEST else power, length)
 
 

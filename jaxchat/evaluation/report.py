@@ -34,7 +34,7 @@ def write(
     count = f"{parameter_counts(last.model)['total']:,} parameters"
     lines = [f"# {place.name}", "", f"A {'chat' if last.chats else 'base'} model of {count}.", ""]
     lines += ["## What was trained", "", *trained(stages), "", *stability(progress)]
-    lines += ["", "## How good it is", "", *scores(stages, progress), "", *explained(last), *published(progress, last)]
+    lines += ["", "## How good it is", "", *scores(stages, progress), "", *explained(last), *published(progress)]
     lines += ["", *forgetting(progress), "", "## What it says", ""]
     for stage in reversed(stages):
         lines += last_samples(stage, place / stage / "samples.md")
@@ -129,7 +129,7 @@ def explained(e: Experiment) -> list[str]:
     ]
 
 
-def published(progress: Mapping[str, Any], e: Experiment) -> list[str]:
+def published(progress: Mapping[str, Any]) -> list[str]:
     """Table of the last stage's scores and published scores; empty if there are none to compare."""
     last = list(progress.values())[-1]["result"]
     tasks = {}

@@ -43,7 +43,9 @@ def write(
     places = family_of(model).places
     with whole(directory) as place:
         write_json(place / "config.json", config_json(model, tokenizer, length=length, dtype=dtype))
-        write_json(place / "generation_config.json", generation_json(tokenizer))
+        bos = tokenizer.bos  # A stop token, too, because it begins another document.
+        generation = {"bos_token_id": bos, "eos_token_id": [tokenizer.end, bos], "pad_token_id": bos}
+        write_json(place / "generation_config.json", generation)
         write_tokenizer(place, tokenizer, length=length)
         return write_weights(place, {name: np.asarray(w, DTYPES[dtype]) for name, w in to_state(model, params, places)})
 
@@ -89,12 +91,6 @@ def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) 
         "use_cache": True,
         "dtype": dtype,
     }
-
-
-def generation_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Content of generation_config.json. Stop tokens end the assistant's turn or begin another document."""
-    bos = tokenizer.bos
-    return {"bos_token_id": bos, "eos_token_id": [tokenizer.end, bos], "pad_token_id": bos}
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Model, int]:

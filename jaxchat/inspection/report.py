@@ -77,10 +77,7 @@ def asked(engine: Engine, options: Any, sampling: SamplingParams, *, chats: bool
     tokenizer = engine.tokenizer
     if options.text is not None:
         return [tokenizer.bos], tokenizer.encode(options.text)
-    if chats:
-        prompt = chat.render([{"role": "user", "content": options.prompt}], tokenizer, complete=True).ids
-    else:
-        prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
+    prompt = chat.asked(options.prompt, tokenizer, in_turns=chats)
     (answer,) = engine.generate([Request(prompt, sampling)])[0]
     if answer.error:
         raise UserError(answer.error)

@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxchat.decode import explain
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.prompts import bucket
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.model import trace
@@ -37,9 +36,7 @@ def _trace(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> Tr
 
 def look(engine: Engine, ids: Sequence[int]) -> View:
     """Runs a text through the engine's model; raises `UserError` if it is empty, too long or has unknown ids."""
-    ids = engine.check(ids, what="the text", room=0)
-    padded_1T = np.zeros((1, bucket(len(ids), shortest=16, longest=engine.shape.length)), np.int32)
-    padded_1T[0, : len(ids)] = ids
+    ids, padded_1T = engine.padded(ids)
     with engine.on_mesh():
         traced = _trace(engine.transformer, engine.params, padded_1T)
     if not np.isfinite(np.asarray(traced.forward.hidden)[0, : len(ids)]).all():

@@ -24,7 +24,8 @@ ROWS = "depends on rows"
 def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence[Topology] = ()) -> dict[str, Any]:
     """Computes what needs no compilation. `price` is in dollars per chip and hour; tokens are 0 if rows decide them."""
     flops = flops_per_token(e.model, e.data.row_length)
-    tokens = stage_tokens(e)
+    # For RL an upper bound, with all answers at maximum length and without prompts.
+    tokens = e.steps * (e.batch_tokens if e.rl is None else e.rl.update_samples * e.rl.max_tokens)
     chips = [(there.name, there.chip, there.chips) for there in topologies] or [
         (f"{name} x {count}", CHIPS[name], count) for name, count in USUAL
     ]
@@ -42,13 +43,6 @@ def derived(e: Experiment, mfu: float, price: float | None, topologies: Sequence
             name: estimate(flops["total"] * tokens, chip, count, mfu, price) for name, chip, count in chips if tokens
         },
     }
-
-
-def stage_tokens(e: Experiment) -> int:
-    """Number of tokens of a stage; for RL an upper bound with all answers at maximum length, without prompts."""
-    if e.rl is None:
-        return e.steps * e.batch_tokens
-    return e.steps * e.rl.update_samples * e.rl.max_tokens
 
 
 def state_bytes(e: Experiment) -> dict[str, int]:

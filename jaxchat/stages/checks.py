@@ -21,7 +21,9 @@ from jaxchat.train import Diverged, State
 def check(e: Experiment) -> None:
     """Raises `UserError` for mistakes that can be detected before data are prepared or anything is written."""
     checkpoint.check_same(e.stage_directory, e, RESUMABLE)
-    check_ahead(e)
+    newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
+    if newest > e.steps > 0:
+        raise UserError(f"{e.stage_directory} is already at step {newest}: give at least --steps={newest}")
     check_tasks(e)
     for writer in ("tensorboard", "wandb"):
         if getattr(e, writer):
@@ -38,13 +40,6 @@ def check_alike(e: Experiment) -> None:
             raise UserError(
                 f"{names[0]} is {first!r} in process 0 and {own!r} in process {index}: start all with the same command"
             )
-
-
-def check_ahead(e: Experiment) -> None:
-    """Raises `UserError` if the run already has a checkpoint beyond `e.steps`."""
-    newest = max(checkpoint.finished_steps(e.stage_directory), default=0)
-    if newest > e.steps > 0:
-        raise UserError(f"{e.stage_directory} is already at step {newest}: give at least --steps={newest}")
 
 
 def check_tasks(e: Experiment) -> None:

@@ -120,11 +120,8 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
     greedy = SamplingParams(0.0, max_tokens=64)
     chats = e.chats
     prompts = [prompt for prompt in e.prompts if prompt or not chats]
-    if chats:
-        asked = [chat.render([{"role": "user", "content": p}], tokenizer, complete=True).ids for p in prompts]
-        tools = usable_tools(tokenizer.chat_format)
-    else:
-        asked, tools = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], []
+    asked = [chat.asked(prompt, tokenizer, in_turns=chats) for prompt in prompts]
+    tools = usable_tools(tokenizer.chat_format) if chats else []
     lines = [f"\n## Step {number}\n"]
     answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
     for prompt, (answer,) in zip(prompts, answers):

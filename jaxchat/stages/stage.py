@@ -157,7 +157,7 @@ def started(setup: Setup, fresh: State) -> State:
     params = checkpoint.load_params(directory, step, setup.abstract.params)
     if not e.warm_optimizer:
         return fresh._replace(params=params)
-    old = checkpoint.load_optimizer(directory, step, setup.abstract)
+    old = checkpoint.load_rest(directory, step, setup.abstract, "leave out --warm_optimizer")["optimizer"]
     # Counters restart, so that schedules do. Adam's own count is restored, because it corrects the bias of the moments.
     is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
 

@@ -2,8 +2,8 @@
 
 Training targets are the assistant's text, its tool calls and the token that ends its turn; not the user's text, tool
 results, or the token that begins the assistant's turn (nanochat's rules). A message or part with {"in_loss": False} is
-not a target, and neither is the end of a turn whose last part is not one: a model shall not learn to stop after a tool
-result.
+not a target, and neither is the end of a turn whose last part is not one: a model should not learn to stop after a
+tool result.
 """
 
 import re
@@ -93,8 +93,8 @@ def render(
 
     The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
     nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
-    begins the assistant's next turn. With `everything`, all tokens are targets but the BOS and
-    those of messages or parts with {"in_loss": False}.
+    begins the assistant's next turn. With `everything`, all tokens are targets except BOS and those of messages or
+    parts with {"in_loss": False}.
 
     Raises:
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.
@@ -109,6 +109,13 @@ def render(
             raise UserError("the assistant can only answer a conversation that ends with a user message")
         segments.append(([tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]], False))
     return _joined(segments)
+
+
+def asked(text: str, tokenizer: Tokenizer, *, in_turns: bool) -> list[int]:
+    """Token ids that ask a chat model something; unless `in_turns`, those of a text that a base model continues."""
+    if in_turns:
+        return render([{"role": "user", "content": text}], tokenizer, complete=True).ids
+    return [tokenizer.bos, *tokenizer.encode(text)]
 
 
 def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
