@@ -69,14 +69,9 @@ def write(
         }
         write_json(place / "signature.json", signature)
         tokenizer.save(place / "tokenizer")
-        (place / "README.md").write_text(readme(signature, tokenizer.chat_format.bos), encoding="utf-8")
+        facts = {"bos": tokenizer.chat_format.bos, "last": length - 1, "platforms": ", ".join(PLATFORMS)}
+        (place / "README.md").write_text(Template(README).substitute(signature | facts), encoding="utf-8")
         return write_weights(place, {name: np.asarray(leaf) for name, leaf in named.items()})
-
-
-def readme(signature: Mapping[str, Any], bos: str) -> str:
-    """README text on calling the programs, with code for greedy decoding; `bos` is the first token of a document."""
-    platforms = ", ".join(signature["platforms"])
-    return Template(README).substitute(signature, bos=bos, last=signature["length"] - 1, platforms=platforms)
 
 
 def named_leaves(params: Params) -> dict[str, Any]:

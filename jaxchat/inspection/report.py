@@ -53,7 +53,9 @@ def _text(options: Any) -> dict[str, Any]:
         options.temperature, **options.truncation, max_tokens=options.max_tokens, seed=options.seed
     )
     engine = load_engine(f"{directory}@{step}", slots=1)
-    prompt, answer = asked(engine, options, sampling, chats=_chats(options, directory))
+    trained: Experiment = checkpoint.read_experiment(directory, Experiment)
+    chats = trained.chats if options.style == "auto" else options.style == "chat"
+    prompt, answer = asked(engine, options, sampling, chats=chats)
     ids = [*prompt, *answer]
     if len(ids) > MOST_TOKENS:
         raise UserError(f"the text has {len(ids)} tokens, but pictures show at most {MOST_TOKENS}: shorten it")
@@ -65,11 +67,6 @@ def _text(options: Any) -> dict[str, Any]:
         values["checkpoints"] = tables.over_steps(engine, directory, start, ids, sampling)
     files = write(out, values, log=log)
     return {"step": step, "tokens": len(ids), "text": values["tokens"]["text"], "out": str(out), "files": files}
-
-
-def _chats(options: Any, directory: Path) -> bool:
-    trained = checkpoint.read_experiment(directory, Experiment)
-    return trained.chats if options.style == "auto" else bool(options.style == "chat")
 
 
 def asked(engine: Engine, options: Any, sampling: SamplingParams, *, chats: bool) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """Looks at what a model holds apart from any text: its embedding, its cache, and its checkpoints over a run."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +75,18 @@ def cache_bytes(transformer: Transformer, length: int) -> dict[str, Any]:
     return {"lengths": lengths, "layers": layers, "bytes": total}
 
 
-def each_step(engine: Engine, directory: Path) -> Iterator[int]:
-    """Loads the parameters of every checkpoint and snapshot of a stage into an engine, oldest first; yields steps."""
-    for step in checkpoint.readable_steps(directory):
-        engine.load(load_checkpoint(f"{directory}@{step}").params())
-        yield step
-
-
 def over_steps(
     engine: Engine, directory: Path, prompt: Sequence[int], ids: Sequence[int], sampling: SamplingParams
 ) -> list[dict[str, Any]]:
-    """Answers a prompt and scores a text at every stored step of a stage; the engine keeps the last parameters.
+    """Answers a prompt and scores a text at every checkpoint and snapshot of a stage, oldest first; the engine keeps
+    the last parameters.
 
     Each row has the greedy answer (`text`), the `candidates` for its first token, the `losses` of every token of `ids`
     but the first, and `error`, the reason why there is no answer.
     """
     found, greedy = [], dataclasses.replace(sampling, temperature=0.0)
-    for step in each_step(engine, directory):
+    for step in checkpoint.readable_steps(directory):
+        engine.load(load_checkpoint(f"{directory}@{step}").params())
         (answer,) = engine.generate([Request(prompt, greedy)])[0]
         by_token = losses(engine, ids) if len(ids) > 1 else []
         found.append(
