@@ -31,7 +31,7 @@ class Convert:
     tokenizer: str | None = None  # With --from: directory of a jaxchat tokenizer, if the imported directory has none.
     rows: int = 0  # With --to=stablehlo: batch size; 0 is 1.
     length: int = 0  # With --to=stablehlo: context length; 0 is the row length of training.
-    piece: int = 0  # With --to=stablehlo: tokens per prefill chunk; 0 is 128.
+    prefill_chunk: int = 0  # With --to=stablehlo: maximum number of prompt tokens per prefill call; 0 is 128.
 
     def __post_init__(self) -> None:
         check_local("out", self.out)

@@ -253,7 +253,7 @@ def test_the_stablehlo_readmes_code_gives_the_engines_tokens(family: Model, tmp_
     pytest.importorskip("safetensors")
     pytest.importorskip("flatbuffers")
     params, transformer, words = small.parameters(family), Transformer(family), tokenizer()
-    stablehlo.write(tmp_path / "out", transformer, params, words, rows=2, length=48, piece=8)
+    stablehlo.write(tmp_path / "out", transformer, params, words, rows=2, length=48, prefill_chunk=8)
     code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
     about = (tmp_path / "out/README.md").read_text()
     packages = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)}

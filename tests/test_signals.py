@@ -266,7 +266,7 @@ def arguments(place, name):
         "evaluate": [checkpoint, "--tasks=arithmetic", "--limit=2", "--max_tokens=4", "--slots=2"],
         "chat": [checkpoint, "--prompt=One day", "--max_tokens=4"],
         "plan": flags(place, "pretrain"),
-        "convert": [checkpoint, "--to=stablehlo", f"--out={place}/programs", "--length=16", "--piece=8"],
+        "convert": [checkpoint, "--to=stablehlo", f"--out={place}/programs", "--length=16", "--prefill_chunk=8"],
     }.get(name) or flags(place, name)
 
 

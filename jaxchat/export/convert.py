@@ -43,7 +43,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
         require(module, f"launch.convert needs {module}", "export")
     if options.source is not None:
         return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
-    sizes = {name: getattr(options, name) for name in ("rows", "length", "piece")}
+    sizes = {name: getattr(options, name) for name in ("rows", "length", "prefill_chunk")}
     if options.to == "huggingface" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
     loaded = load_checkpoint(options.checkpoint)
@@ -63,14 +63,16 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     }
 
 
-def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: int, piece: int) -> None:
+def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: int, prefill_chunk: int) -> None:
     e = loaded.experiment
     rows, length = rows or 1, length or e.data.row_length
-    piece = min(piece or 128, length)
-    if min(rows, length, piece) < 1:
-        raise UserError(f"rows={rows}, length={length} and piece={piece} must be at least 1")
+    prefill_chunk = min(prefill_chunk or 128, length)
+    if min(rows, length, prefill_chunk) < 1:
+        raise UserError(f"rows={rows}, length={length} and prefill_chunk={prefill_chunk} must be at least 1")
     transformer = Transformer(e.model, jnp.dtype(DTYPES[dtype]))
-    stablehlo.write(out, transformer, loaded.params(), loaded.tokenizer, rows=rows, length=length, piece=piece)
+    stablehlo.write(
+        out, transformer, loaded.params(), loaded.tokenizer, rows=rows, length=length, prefill_chunk=prefill_chunk
+    )
 
 
 def _import(

@@ -31,14 +31,15 @@ def write(
     *,
     rows: int,
     length: int,
-    piece: int,
+    prefill_chunk: int,
 ) -> int:
     """Writes prefill.bin, decode.bin, weights, signature, tokenizer and a README; returns the number of parameters.
 
-    The programs decode `rows` sequences at once in a context of `length` tokens, with prefill chunks of `piece` tokens.
+    The programs decode `rows` sequences at once in a context of `length` tokens; a call of prefill takes
+    `prefill_chunk` tokens of each.
     """
     unstacked = jax.jit(transformer.unstack)(params)
-    cache = jax.eval_shape(lambda: transformer.empty_cache(rows, length, write=piece))
+    cache = jax.eval_shape(lambda: transformer.empty_cache(rows, length, write=prefill_chunk))
     leaves, tree = jax.tree.flatten(cache)
     named = named_leaves(unstacked)
 
@@ -53,7 +54,7 @@ def write(
     order = list(named)
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named.items()}
     with whole(directory) as place:
-        for name, tokens in (("prefill", piece), ("decode", 1)):
+        for name, tokens in (("prefill", prefill_chunk), ("decode", 1)):
             signals.check()
             ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
             exported = export.export(jax.jit(step), platforms=PLATFORMS)(shapes, ids, ids, tuple(leaves))
@@ -61,7 +62,7 @@ def write(
         signature = {
             "rows": rows,
             "length": length,
-            "piece": piece,
+            "prefill_chunk": prefill_chunk,
             "vocab": transformer.config.vocab,
             "cache": [[list(leaf.shape), leaf.dtype.name] for leaf in leaves],
             "platforms": list(PLATFORMS),
@@ -90,7 +91,7 @@ README = """\
 `prefill.bin` and `decode.bin` are StableHLO made by jax.export, for ${platforms}. They need JAX, but not jaxchat:
 `pip install jax flatbuffers safetensors`.
 
-    prefill(parameters, tokens (${rows}, ${piece}) int32, positions (${rows}, ${piece}) int32, cache)
+    prefill(parameters, tokens (${rows}, ${prefill_chunk}) int32, positions (${rows}, ${prefill_chunk}) int32, cache)
     decode(parameters, tokens (${rows}, 1) int32, positions (${rows}, 1) int32, cache)
         -> logits (${rows}, ${vocab}) float32 after the last token of each row, cache
 
@@ -117,7 +118,7 @@ prefill, decode = (jax.jit(program.call, donate_argnums=3) for program in progra
 
 
 def greedy(prompt, count):
-    rows, piece = signature["rows"], signature["piece"]
+    rows, prefill_chunk = signature["rows"], signature["prefill_chunk"]
     cache = tuple(jnp.zeros(shape, dtype) for shape, dtype in signature["cache"])
     read, answer = 0, []
 
@@ -128,8 +129,8 @@ def greedy(prompt, count):
         return tokens, positions
 
     while read < len(prompt):
-        ids = prompt[read : read + piece]
-        logits, cache = prefill(parameters, *place(ids, piece), cache)
+        ids = prompt[read : read + prefill_chunk]
+        logits, cache = prefill(parameters, *place(ids, prefill_chunk), cache)
         read += len(ids)
     while True:
         answer.append(int(logits[0].argmax()))
