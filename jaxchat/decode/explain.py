@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.sampling import FILTERS, History, Rows, SamplingParams, beginning, pack, penalise, warm
+from jaxchat.decode.sampling import FILTERS, History, SamplingParams, SamplingRows, beginning, pack, penalise, warm
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -53,7 +53,7 @@ def explain(
 
 
 @jax.jit
-def _probabilities(logits_TV: jax.Array, rows: Rows, history: History) -> dict[str, jax.Array]:
+def _probabilities(logits_TV: jax.Array, rows: SamplingRows, history: History) -> dict[str, jax.Array]:
     """Probabilities after each step of sampling (for greedy decoding, one-hot after the penalties)."""
     z_TV = penalise(logits_TV, rows, history)
     greedy_T1 = (rows.temperature == 0)[:, None]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat import sharding
-from jaxchat.decode.sampling import Choice, History, Level, Rows, choose, logprob, most_likely
+from jaxchat.decode.sampling import Choice, History, Level, SamplingRows, choose, logprob, most_likely
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -98,7 +98,7 @@ def admit(
     logits_RV: jax.Array,
     take_N: jax.Array,
     slot_N: jax.Array,
-    rows: Rows,
+    rows: SamplingRows,
     prompts: History | None,
     *,
     level: Level,
@@ -139,7 +139,7 @@ def decode(
     cache: Cache,
     history: History | None,
     running: DecodeState,
-    rows: Rows,
+    rows: SamplingRows,
     forced_KB: jax.Array,
     *,
     level: Level,

@@ -142,7 +142,7 @@ def _listed(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-class Rows(NamedTuple):
+class SamplingRows(NamedTuple):
     """Sampling parameters per row, arrays of shape (B,). The seed comes in two halves; `sample` is the sample index."""
 
     temperature: Any
@@ -188,11 +188,11 @@ def beginning(asked: Sequence[tuple[Sequence[int], SamplingParams]], *, rows: in
     return History(prompt_BV, np.zeros((rows, vocab), np.int32), bias_BV)
 
 
-def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
+def pack(requests: Sequence[tuple[SamplingParams, int]]) -> SamplingRows:
     """Converts (parameters, sample index) pairs to arrays, one row per pair."""
     params = [p for p, _ in requests]
     columns: dict[str, Any] = {
-        name: np.array([getattr(p, name) for p in params], np.float32) for name in Rows._fields[:4]
+        name: np.array([getattr(p, name) for p in params], np.float32) for name in SamplingRows._fields[:4]
     }
     columns["filters"] = {
         name: np.array([min(getattr(p, name), 2**31 - 1) for p in params], row.dtype) for name, row in FILTERS.items()
@@ -200,10 +200,10 @@ def pack(requests: Sequence[tuple[SamplingParams, int]]) -> Rows:
     columns["seed_low"] = np.array([p.seed & 0xFFFFFFFF for p in params], np.uint32)
     columns["seed_high"] = np.array([p.seed >> 32 for p in params], np.uint32)
     columns["sample"] = np.array([sample for _, sample in requests], np.uint32)
-    return Rows(**columns)
+    return SamplingRows(**columns)
 
 
-def noise(rows: Rows, position_B: jax.Array, size: int) -> jax.Array:
+def noise(rows: SamplingRows, position_B: jax.Array, size: int) -> jax.Array:
     """Uniform noise in (0, 1), float32 (B, size), determined by (seed, sample index, position) alone, so that a sample
     does not depend on its neighbours.
     """
@@ -219,7 +219,7 @@ def noise(rows: Rows, position_B: jax.Array, size: int) -> jax.Array:
 
 def choose(
     logits_BV: jax.Array,
-    rows: Rows,
+    rows: SamplingRows,
     position_B: jax.Array,
     *,
     level: Level,
@@ -253,7 +253,7 @@ def choose(
     return Choice(token_B, logprob(logits_BV, token_B), sampling_B, support_BC, *top)
 
 
-def warm(logits_BV: jax.Array, rows: Rows) -> jax.Array:
+def warm(logits_BV: jax.Array, rows: SamplingRows) -> jax.Array:
     """Logits divided by the temperature; rows of temperature 0 are left as they are."""
     return logits_BV / jnp.where(rows.temperature == 0, 1.0, jnp.maximum(rows.temperature, 1e-6))[:, None]
 
@@ -270,7 +270,7 @@ def most_likely(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return token_BK.astype(jnp.int32), best_BK - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
-def penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
+def penalise(logits_BV: jax.Array, rows: SamplingRows, history: History) -> jax.Array:
     """Logits after bias, repetition, presence and frequency penalties."""
     z_BV = logits_BV + history.bias_BV
     answered_BV = history.counts_BV > 0

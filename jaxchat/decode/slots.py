@@ -11,7 +11,7 @@ import numpy as np
 from jaxchat.decode import programs
 from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, EngineConfig, bucket, next_chunk
 from jaxchat.decode.sample import Sample
-from jaxchat.decode.sampling import LEVELS, Choice, History, Level, Rows, SamplingParams, beginning, pack
+from jaxchat.decode.sampling import LEVELS, Choice, History, Level, SamplingParams, SamplingRows, beginning, pack
 from jaxchat.decode.speculative import AcceptanceTracker, Speculation, repeats, speculate
 from jaxchat.model.transformer import Cache, Params, Transformer
 
@@ -58,7 +58,7 @@ class Slots:
         self._cache: Cache | None = None
         self._draft_cache: Cache | None = None
         self._history: History | None = None
-        self._rows: Rows | None = None
+        self._rows: SamplingRows | None = None
         """Sampling parameters on the device. They are sent only when samples enter, because sending them at every
         dispatch takes 8 percent of its time at batch 1."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.decode.programs import DecodeState, place
-from jaxchat.decode.sampling import Choice, Level, Rows, choose
+from jaxchat.decode.sampling import Choice, Level, SamplingRows, choose
 from jaxchat.model.transformer import Cache, Params, Transformer
 
 
@@ -107,7 +107,7 @@ def lookup(text_BL: jax.Array, position_B: jax.Array, *, ngram: int, tokens: int
 
 
 def guess(
-    transformer: Transformer, params: Params, rows: Rows, at: Round, *, tokens: int, level: Level
+    transformer: Transformer, params: Params, rows: SamplingRows, at: Round, *, tokens: int, level: Level
 ) -> tuple[jax.Array, Cache | None]:
     """Guesses tokens with the draft model, (B, D), sampled with the target's noise; returns them and its cache."""
 
@@ -126,7 +126,7 @@ def guess(
 def verify(
     transformer: Transformer,
     params: Params,
-    rows: Rows,
+    rows: SamplingRows,
     running: DecodeState,
     at: Round,
     guess_BD: jax.Array,
@@ -180,7 +180,7 @@ def speculate(
     cache: Cache,
     draft_cache: Cache | None,
     running: DecodeState,
-    rows: Rows,
+    rows: SamplingRows,
     text_BL: jax.Array,
     draft_params: Params | None,
     *,
