@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks import decoding, options, report, rl, timing, training
 from jaxchat import command_line, compilation, devices, errors, launcher, serialization, signals
 from jaxchat.experiment import Experiment
-from jaxchat.model.choice import PREFERRED, PREFERRED_DECODING, kernel_calls
+from jaxchat.model.backends import PREFERRED, PREFERRED_DECODING, kernel_calls
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.objectives.logprobs import weighted_nll
 from jaxchat.paths import user_path

@@ -19,7 +19,7 @@ from jaxchat.data.cache import Log
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
-from jaxchat.model.choice import choose_attention
+from jaxchat.model.backends import choose_attention
 from jaxchat.model.quantized import Float8
 from jaxchat.model.transformer import Transformer
 from jaxchat.train import Loss, State, init_state, state_placements, train_step

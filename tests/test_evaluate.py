@@ -21,8 +21,8 @@ from test_core import bundle
 from jaxchat.data import tinyworld
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
-from jaxchat.evaluation import choice
 from jaxchat.evaluation import evaluate as evaluation
+from jaxchat.evaluation import multiple_choice
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE, CoreRows
 from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
@@ -237,7 +237,7 @@ BAD_ROWS = {
 def test_a_row_that_is_no_question_is_named(row: str, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(row + "\n")
     with pytest.raises(UserError, match=BAD_ROWS[row]):
-        choice.read("test", str(tmp_path), tmp_path)
+        multiple_choice.read("test", str(tmp_path), tmp_path)
 
 
 def test_a_mistake_in_the_last_task_is_told_before_the_first_is_asked(

@@ -17,7 +17,7 @@ pytest.importorskip("huggingface_hub")
 from jaxchat.data import downloads, hub
 from jaxchat.data.prepare import ensure_rows, ensure_tokenizer
 from jaxchat.errors import UserError
-from jaxchat.evaluation import choice
+from jaxchat.evaluation import multiple_choice
 
 REPOSITORY = "owner/texts"
 FILES = {f"data/shard_{i}.parquet": bytes([65 + i]) * (70_000 + i) for i in range(4)}
@@ -309,16 +309,16 @@ def test_questions_with_choices_come_from_the_hub(monkeypatch, tmp_path):
             patch.setattr(hub, "download", functools.partial(hub.download, endpoint=server.endpoint))
             try:
                 if files is arc:
-                    found = choice.read("arc_easy", "", tmp_path)
+                    found = multiple_choice.read("arc_easy", "", tmp_path)
                     assert [(one.question, one.choices, one.gold) for one in found] == [
                         ("Which is hot?", ("ice", "fire"), 1),
                         ("Which is wet?", ("sea", "sand"), 0),
                     ]
                 else:
-                    assert choice.read("test", "", tmp_path) == [
-                        choice.Choice("Which?", tuple("abcd"), 2, "small_things")
+                    assert multiple_choice.read("test", "", tmp_path) == [
+                        multiple_choice.Choice("Which?", tuple("abcd"), 2, "small_things")
                     ]
-                    assert len(choice.read("dev", "", tmp_path)) == 2
+                    assert len(multiple_choice.read("dev", "", tmp_path)) == 2
             finally:
                 server.close()
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxchat.model import GQA, Model, Smear, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.choice import facts
+from jaxchat.model.backends import facts
 from jaxchat.model.kernels import unsupported
 from jaxchat.model.mlp import MLPS
 from jaxchat.model.part import Aux, param

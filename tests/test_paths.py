@@ -17,7 +17,7 @@ from jaxchat.data.prepare import ensure_tokenizer, ensure_tokenizer_directory
 from jaxchat.data.source import Reading
 from jaxchat.data.sources import documents, find
 from jaxchat.errors import UserError
-from jaxchat.evaluation import choice, evaluate
+from jaxchat.evaluation import evaluate, multiple_choice
 from jaxchat.experiment import Experiment
 from jaxchat.paths import check_local, user_path
 from jaxchat.tasks import load_task
@@ -77,7 +77,7 @@ def test_the_files_of_tasks(home):
     bundle.mkdir(parents=True)
     row = {"question": "q", "choices": ["a", "b"], "answer": 0, "query": "q", "gold": 0}
     (bundle / "arc_easy.jsonl").write_text(json.dumps(row) + "\n")
-    assert len(choice.read("arc_easy", "~", home)) == 1
+    assert len(multiple_choice.read("arc_easy", "~", home)) == 1
     (job,) = evaluate.jobs(["core/arc_easy:~"], evaluate.Settings("text"), home)
     assert job.name == "core/arc_easy"
 

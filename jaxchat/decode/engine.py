@@ -27,7 +27,7 @@ from jaxchat.decode.speculative import Speculation
 from jaxchat.errors import NOT_FINITE, UserError, first_line
 from jaxchat.launcher import log
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.choice import choose_decoding
+from jaxchat.model.backends import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 

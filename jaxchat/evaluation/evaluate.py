@@ -22,9 +22,9 @@ from jaxchat.data.source import Reading
 from jaxchat.decode.engine import Engine
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.choice import QUESTIONS
 from jaxchat.evaluation.core import CORE, CoreRows, Mode, centered
 from jaxchat.evaluation.likelihoods import Item, Scorer
+from jaxchat.evaluation.multiple_choice import QUESTIONS
 from jaxchat.evaluation.questions import Question, ask_together
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.solve import Record, Style, judge, solve, warn_of_errors

@@ -11,7 +11,7 @@ from jaxchat.decode.sampling import SamplingParams, pack
 from jaxchat.devices import compute_dtype
 from jaxchat.experiment import Experiment
 from jaxchat.launcher import log
-from jaxchat.model.choice import choose_decoding
+from jaxchat.model.backends import choose_decoding
 from jaxchat.model.transformer import Transformer
 from jaxchat.planning.chips import GiB, Topology
 from jaxchat.sharding import Mesh, make_mesh
