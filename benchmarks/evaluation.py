@@ -7,7 +7,7 @@ from benchmarks import options, report, timing
 from jaxchat import command_line, errors, launcher
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
-from jaxchat.evaluation.evaluate import Asked, Settings, Solving, jobs
+from jaxchat.evaluation.evaluate import Asked, Settings, Solving, parse_tasks
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
 from jaxchat.evaluation.solve import solve
@@ -23,7 +23,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
     loaded = load_checkpoint(bench.checkpoint)
     transformer, params, length = loaded.transformer(), loaded.params(), loaded.experiment.data.row_length
     style: Any = "text" if loaded.directory.name == "pretrain" else "chat"
-    found = jobs(bench.tasks, Settings(style), loaded.experiment.cache_directory / "downloads")
+    found = parse_tasks(bench.tasks, Settings(style), loaded.experiment.cache_directory / "downloads")
     questions = [q for job in found if isinstance(job, Asked) for q in job.questions(loaded.tokenizer, bench.limit)]
     rows, sampling = dict[str, Any](), SamplingParams(0.0, max_tokens=bench.max_tokens)
 

@@ -25,7 +25,7 @@ from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation import multiple_choice
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE, CoreRows
-from jaxchat.evaluation.evaluate import Settings, evaluate, jobs
+from jaxchat.evaluation.evaluate import Settings, evaluate, parse_tasks
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask
@@ -66,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(engine: Engine, data: Path, out: Path, specs: Any = ("core", "mmlu"), **settings: Any) -> dict[str, Any]:
     chosen = Settings(**{"style": "text", "max_tokens": 4} | settings)
-    found = jobs([f"{spec}:{data}" if spec in ("core", "mmlu") else spec for spec in specs], chosen, out)
+    found = parse_tasks([f"{spec}:{data}" if spec in ("core", "mmlu") else spec for spec in specs], chosen, out)
     inputs = evaluation.read(found, engine.tokenizer, chosen.limit)
     return evaluate(engine, found, inputs, chosen, out, {}, log=lambda text: None)
 
@@ -76,7 +76,7 @@ def test_all_together_answer_as_one_by_one(engine: Engine, data: Path, tmp_path:
         out = tmp_path / style
         run(engine, data, out, style=style)
         chosen, alone = Settings(style), Scorer(engine.transformer, engine.params, length=192, batch_tokens=1)  # type: ignore
-        for job in jobs([f"core:{data}", f"mmlu:{data}"], chosen, out):
+        for job in parse_tasks([f"core:{data}", f"mmlu:{data}"], chosen, out):
             assert isinstance(job, evaluation.Asked)
             lines = (out / f"{job.name.replace('/', '-')}.jsonl").read_text().splitlines()[1:]
             records = {record["index"]: record for record in map(json.loads, lines)}
@@ -180,7 +180,7 @@ def test_bad_specs_and_other_evaluations_are_refused(engine: Engine, data: Path,
     }
     for specs, said in refused.items():
         with pytest.raises(UserError, match=said):
-            jobs(specs, Settings("text"), tmp_path)
+            parse_tasks(specs, Settings("text"), tmp_path)
     run(engine, data, tmp_path, ("mmlu",), limit=2)
     with pytest.raises(UserError, match="another evaluation"):
         run(engine, data, tmp_path, ("mmlu",), limit=3)
@@ -196,7 +196,7 @@ def test_a_limit_of_questions_is_stratified_by_subject(engine: Engine, tmp_path:
     rows = [MMLU[0] | {"subject": subject, "question": f"{i}?"} for i, subject in enumerate(subjects)]
     for file in ("test", "dev"):
         (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (job,) = jobs([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
+    (job,) = parse_tasks([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
     assert isinstance(job, evaluation.Asked)
     asked = [engine.tokenizer.decode(question.items[0].context) for question in job.questions(engine.tokenizer, 12)]
     assert [sum(f"about {subject}." in text for text in asked) for subject in dict.fromkeys(subjects)] == [4, 4, 4]
@@ -286,7 +286,7 @@ def judged(engine: Engine, tmp_path: Path, code: str) -> tuple[dict[str, Any], l
     """The result of the task in `code`, evaluated with the records that are there, and what was logged."""
     (tmp_path / "own.py").write_text(code)
     chosen, said = Settings("chat", max_tokens=4), list[str]()
-    found = jobs([f"{tmp_path}/own.py:Own"], chosen, tmp_path)
+    found = parse_tasks([f"{tmp_path}/own.py:Own"], chosen, tmp_path)
     inputs = evaluation.read(found, engine.tokenizer, None)
     return evaluate(engine, found, inputs, chosen, tmp_path / "out", {}, log=said.append)["own"], said
 
@@ -334,7 +334,7 @@ def test_questions_without_examples_are_told(engine: Engine, tmp_path: Path, cap
     other = [row | {"subject": "large_numbers"} for row in MMLU[:3]]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU + other))
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
-    (job,) = jobs([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
+    (job,) = parse_tasks([f"mmlu:{tmp_path}"], Settings("text"), tmp_path)
     job.questions(engine.tokenizer, None)
     assert "3 of 15 questions are asked without examples" in capsys.readouterr().err
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))

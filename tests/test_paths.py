@@ -78,7 +78,7 @@ def test_the_files_of_tasks(home):
     row = {"question": "q", "choices": ["a", "b"], "answer": 0, "query": "q", "gold": 0}
     (bundle / "arc_easy.jsonl").write_text(json.dumps(row) + "\n")
     assert len(multiple_choice.read("arc_easy", "~", home)) == 1
-    (job,) = evaluate.jobs(["core/arc_easy:~"], evaluate.Settings("text"), home)
+    (job,) = evaluate.parse_tasks(["core/arc_easy:~"], evaluate.Settings("text"), home)
     assert job.name == "core/arc_easy"
 
 

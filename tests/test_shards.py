@@ -102,7 +102,7 @@ class Then:
 def test_a_worker_that_ends_or_hangs_is_one_sentence(tmp_path, tokenizer, said, many_shards, monkeypatch):
     if "did nothing" in said:
         monkeypatch.setattr(workers, "SILENT_SECONDS", 3.0)
-    jobs = [shards.Job(i, ((Source("text", "a.txt", 1000), 0, 1),)) for i in range(2)]
+    jobs = [shards.ShardJob(i, ((Source("text", "a.txt", 1000), 0, 1),)) for i in range(2)]
     with pytest.raises(UserError, match=re.escape(said)):
         workers.run(jobs, tmp_path, None, tokenizer, processes=2)
 

@@ -18,7 +18,7 @@ from jaxchat.data import tinyworld
 from jaxchat.data.tinyworld.chance import partition
 from jaxchat.data.tinyworld.problems import Step
 from jaxchat.errors import UserError
-from jaxchat.evaluation.evaluate import Settings, jobs
+from jaxchat.evaluation.evaluate import Settings, parse_tasks
 from jaxchat.stages import checks
 from jaxchat.tasks import TASKS, Problem, load_task, problems_of
 from jaxchat.tasks import task as task_module
@@ -347,7 +347,7 @@ def test_the_documented_task_of_ones_own_can_be_copied_and_run(tmp_path, monkeyp
     e = command_line.load([word.replace("configs/", f"{root}/configs/") for word in train[3:]])
     assert e.rl is not None and e.rl.tasks == ("doubling.py:Doubling",)
     checks.check_tasks(e)
-    (job,) = jobs(command_line.parse(Evaluate, evaluate[3:]).tasks, Settings("chat"), tmp_path)
+    (job,) = parse_tasks(command_line.parse(Evaluate, evaluate[3:]).tasks, Settings("chat"), tmp_path)
     own = job.task
     train, test = (problems_of(own, split) for split in ("train", "test"))
     assert not set(p.question for p in train) & set(p.question for p in test)

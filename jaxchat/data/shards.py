@@ -66,7 +66,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to make: (source, part, parts) in order."""
 
     shard: int
@@ -126,7 +126,7 @@ class Counts:
 NUMBERS = tuple(item.name for item in fields(Counts) if item.default == 0 and item.name != "longest")
 
 
-def plan(sources: Sequence[Source], encoding: str = "utf-8") -> list[Job]:
+def plan(sources: Sequence[Source], encoding: str = "utf-8") -> list[ShardJob]:
     """Assigns sources to shards of similar size: splits large files, groups small ones."""
     total = sum(source.size for source in sources)
     shards: list[list[tuple[Source, int, int]]] = []
@@ -141,10 +141,10 @@ def plan(sources: Sequence[Source], encoding: str = "utf-8") -> list[Job]:
         else:
             shards[-1].append((source, 0, 1))
             space -= source.size / size
-    return [Job(i, tuple(parts)) for i, parts in enumerate(shards)]
+    return [ShardJob(i, tuple(parts)) for i, parts in enumerate(shards)]
 
 
-def finished(directory: Path, job: Job) -> Counts | None:
+def finished(directory: Path, job: ShardJob) -> Counts | None:
     """The counts of a shard that is complete on disk, else None."""
     path, record = directory / job.file, read_json(_counts_path(directory, job))
     if record is None or not path.exists() or path.stat().st_size != record["file_bytes"]:
@@ -152,7 +152,7 @@ def finished(directory: Path, job: Job) -> Counts | None:
     return Counts(**record["counts"])
 
 
-def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
+def make_shard(job: ShardJob, directory: Path, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
     """Reads, tokenizes and packs documents and writes the shard atomically."""
     path = directory / job.file
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -176,7 +176,9 @@ def make_shard(job: Job, directory: Path, recipe: Recipe, tokenizer: Tokenizer, 
         temporary.unlink(missing_ok=True)
 
 
-def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: Tokenizer, report: Report) -> Counts:
+def _write_rows(
+    writer: ArrayRecordWriter, job: ShardJob, recipe: Recipe, tokenizer: Tokenizer, report: Report
+) -> Counts:
     counts = Counts()
     dtype = token_dtype(tokenizer.vocab_size)
     pack = FORMATS[recipe.form].pack
@@ -191,7 +193,7 @@ def _write_rows(writer: ArrayRecordWriter, job: Job, recipe: Recipe, tokenizer: 
     return counts
 
 
-def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report) -> Iterator[list[Any]]:
+def _blocks(job: ShardJob, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, report: Report) -> Iterator[list[Any]]:
     """Yields blocks of (ids, loss mask) of documents or conversations to be packed together; updates `counts`."""
     data_format, dtype = FORMATS[recipe.form], token_dtype(tokenizer.vocab_size)
     everything = recipe.train_on == "everything"
@@ -238,5 +240,5 @@ def _blocks(job: Job, recipe: Recipe, tokenizer: Tokenizer, counts: Counts, repo
     report(1.0, counts.bytes - reported_bytes)
 
 
-def _counts_path(directory: Path, job: Job) -> Path:
+def _counts_path(directory: Path, job: ShardJob) -> Path:
     return directory / f"shard-{job.shard:05d}.json"

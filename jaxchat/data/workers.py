@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 import jaxchat
 from jaxchat import signals
-from jaxchat.data.shards import Counts, Job, Recipe, make_shard
+from jaxchat.data.shards import Counts, Recipe, ShardJob, make_shard
 from jaxchat.errors import UserError
 from jaxchat.machine import cores
 from jaxchat.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ Show = Callable[[int, float, int], None]
 
 
 def run(
-    jobs: Sequence[Job], directory: Path, recipe: Recipe, tokenizer: Tokenizer, *, processes: int = 0
+    jobs: Sequence[ShardJob], directory: Path, recipe: Recipe, tokenizer: Tokenizer, *, processes: int = 0
 ) -> dict[int, Counts]:
     """Makes shards in up to `processes` processes (0: one per core); returns the counts by shard number."""
     processes = min(processes or cores(), len(jobs))
@@ -48,7 +48,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _progress(jobs: Sequence[Job]) -> Iterator[Show]:
+def _progress(jobs: Sequence[ShardJob]) -> Iterator[Show]:
     """Context manager: a bar of shards, megabytes of text and time left on stderr, or a line every 30 seconds there."""
     sizes = {job.shard: max(job.size, 1.0) for job in jobs}
     done, read = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0)
@@ -74,7 +74,7 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Show]:
         yield show
 
 
-def _in_processes(jobs: Sequence[Job], task: Any, show: Show, processes: int) -> dict[int, Counts]:
+def _in_processes(jobs: Sequence[ShardJob], task: Any, show: Show, processes: int) -> dict[int, Counts]:
     """Makes shards in new processes, each driven by a thread; the first error ends all of them."""
     waiting = sorted(jobs, key=lambda job: job.size)  # The largest is made first, so that none is left for the end.
     path = os.pathsep.join(filter(None, [str(Path(jaxchat.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -122,7 +122,7 @@ def _send(worker: Worker, message: Any) -> None:
         worker.stdin.flush()
 
 
-def _receive(worker: Worker, job: Job, show: Show) -> Counts:
+def _receive(worker: Worker, job: ShardJob, show: Show) -> Counts:
     """Shows the progress of a job until the worker sends its counts. One that says nothing for too long is killed."""
     seconds, hangs = SILENT_SECONDS + job.size / SLOW_BYTES, threading.Event()
     try:

@@ -60,8 +60,8 @@ def score(options: Any) -> Mapping[str, object]:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(evaluate.Settings)}
     settings = evaluate.Settings(**given | {"style": style, "limit": options.limit or None})
     processes.check_same("the evaluation", (options, step), "start every process with the same command")
-    jobs = evaluate.jobs(options.tasks, settings, runs / "cache" / "downloads")
-    inputs = evaluate.read(jobs, load_checkpoint(f"{directory}@{step}").tokenizer, settings.limit)
+    tasks = evaluate.parse_tasks(options.tasks, settings, runs / "cache" / "downloads")
+    inputs = evaluate.read(tasks, load_checkpoint(f"{directory}@{step}").tokenizer, settings.limit)
     engine = load_engine(f"{directory}@{step}", mesh=mesh, slots=options.slots, prefill_batch=min(8, options.slots))
     params = checkpoint.params_hash(directory, step)  # A step can be trained again, to other parameters.
     about = {"checkpoint": str(directory), "step": step, "params": params, "length": engine.shape.length}
@@ -69,10 +69,10 @@ def score(options: Any) -> Mapping[str, object]:
     name = f"{step}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     out = user_path(options.out) if options.out else directory / "eval" / name
     if jax.process_index():
-        return evaluate.evaluate(engine, jobs, inputs, settings, out, about, log=lambda _: None)
+        return evaluate.evaluate(engine, tasks, inputs, settings, out, about, log=lambda _: None)
     refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"
     with locked(out, log, refusal=refusal, option="--out"):
-        results = evaluate.evaluate(engine, jobs, inputs, settings, out, about, log=log)
+        results = evaluate.evaluate(engine, tasks, inputs, settings, out, about, log=log)
     all_results = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # The published scores use nanochat's prompts.

@@ -38,7 +38,7 @@ from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # The files that nanochat reads.
 TOGETHER = 256  # Number of problems solved before their records are written.
-OWN = ("core", "bpb", *QUESTIONS)  # Tasks that jobs() knows in addition to load_task's.
+OWN = ("core", "bpb", *QUESTIONS)  # Tasks that parse_tasks() knows in addition to load_task's.
 CHATCORE = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0}
 
 
@@ -94,25 +94,25 @@ class Texts:
     spec: str
 
 
-Job = Asked | Solving | Texts
+EvaluationTask = Asked | Solving | Texts
 Inputs = dict[str, Sequence[Any]]
 """What each task asks, by its name: questions, problems, or the texts of bpb."""
 Log = Callable[[str], None]
 Opened = Callable[[str, Iterable[Any]], contextlib.AbstractContextManager[Records]]
 
 
-def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]:
+def parse_tasks(specs: Sequence[str], settings: Settings, downloads: Path) -> list[EvaluationTask]:
     """Parses specs: core:DIR, core/LABEL:DIR, arc_easy:DIR, arc_challenge:DIR, mmlu:DIR, bpb:FILES, and every task of
     `load_task`. Benchmarks without a directory are downloaded.
 
     Raises:
         UserError: a task is unknown or named twice, or a file is missing.
     """
-    parsed: list[Job] = []
+    parsed: list[EvaluationTask] = []
     for spec in specs:
         name, _, place = spec.partition(":")
         if name == "core" or name.startswith("core/"):
-            parsed += _core_jobs(name, place, settings.mode, downloads)
+            parsed += _core_tasks(name, place, settings.mode, downloads)
         elif name in QUESTIONS:
             parsed.append(Asked(name, partial(QUESTIONS[name], place, downloads, settings.style), {"chance": 0.25}))
         elif name == "bpb":
@@ -133,7 +133,7 @@ def jobs(specs: Sequence[str], settings: Settings, downloads: Path) -> list[Job]
     return parsed
 
 
-def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
+def _core_tasks(name: str, place: str, mode: Mode, downloads: Path) -> list[EvaluationTask]:
     wanted = [task for task in CORE if name == "core" or task.label == name.partition("/")[2]]
     if not wanted:
         raise UserError(f"CORE has no task {name[5:]!r}: choose one of {', '.join(task.label for task in CORE)}")
@@ -145,8 +145,8 @@ def _core_jobs(name: str, place: str, mode: Mode, downloads: Path) -> list[Job]:
     return [Asked(f"core/{one.task.label}", one.questions, one.task.baselines) for one in available]
 
 
-def read(found: Sequence[Job], tokenizer: Tokenizer, limit: int | None) -> Inputs:
-    """Reads all files of the jobs, so that a mistake in any is found before something is compiled: `UserError`."""
+def read(found: Sequence[EvaluationTask], tokenizer: Tokenizer, limit: int | None) -> Inputs:
+    """Reads all files of the tasks, so that a mistake in any is found before something is compiled: `UserError`."""
     inputs: Inputs = {}
     for job in found:
         if isinstance(job, Asked):
@@ -162,7 +162,7 @@ def read(found: Sequence[Job], tokenizer: Tokenizer, limit: int | None) -> Input
 
 def evaluate(
     engine: Engine,
-    found: Sequence[Job],
+    found: Sequence[EvaluationTask],
     inputs: Inputs,
     settings: Settings,
     out: Path,
@@ -170,7 +170,7 @@ def evaluate(
     *,
     log: Log,
 ) -> dict[str, dict[str, Any]]:
-    """Runs all jobs on their `inputs`; returns results by task name, with CORE and ChatCORE if their tasks are there.
+    """Runs all tasks on their `inputs`; returns results by task name, with CORE and ChatCORE if their tasks are there.
 
     Answers are recorded in `out`; those already recorded are not computed again. Raises `UserError` if `out` holds
     another evaluation.

@@ -9,7 +9,7 @@ import jax
 from jaxchat import checkpoint, processes
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError, require
-from jaxchat.evaluation.evaluate import Settings, Solving, jobs
+from jaxchat.evaluation.evaluate import Settings, Solving, parse_tasks
 from jaxchat.experiment import RESUMABLE, Experiment
 from jaxchat.integrity import all_finite
 from jaxchat.serialization import difference
@@ -45,7 +45,7 @@ def check_alike(e: Experiment) -> None:
 def check_tasks(e: Experiment) -> None:
     """Raises `UserError` for an unknown task or tool, problems that cannot be read, and too large `rl.max_tokens`."""
     downloads = e.cache_directory / "downloads"
-    scored = [job.task for job in jobs(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
+    scored = [job.task for job in parse_tasks(e.tasks, Settings("chat"), downloads) if isinstance(job, Solving)]
     rewarded = [load_task(spec, downloads) for spec in (e.rl.tasks if e.rl else ())]
     for task in (*scored, *rewarded):
         named_tools(task.tools)

@@ -11,7 +11,17 @@ from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte, jobs, read, share, summaries
+from jaxchat.evaluation.evaluate import (
+    Asked,
+    Settings,
+    Solving,
+    Texts,
+    bits_per_byte,
+    parse_tasks,
+    read,
+    share,
+    summaries,
+)
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask_together
@@ -63,8 +73,8 @@ class TaskScores:
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log, *, style: Style | None = None) -> None:
         self._experiment, self._tokenizer, self._log = e, tokenizer, log
         self._style: Style = style or ("chat" if e.chats else "text")
-        self._jobs = jobs(e.tasks, Settings(self._style), e.cache_directory / "downloads")
-        self._inputs = read(self._jobs, tokenizer, e.eval_problems)
+        self._tasks = parse_tasks(e.tasks, Settings(self._style), e.cache_directory / "downloads")
+        self._inputs = read(self._tasks, tokenizer, e.eval_problems)
 
     def begin(self, transformer: Transformer, mesh: jax.sharding.Mesh | None = None) -> None:
         self._transformer = transformer
@@ -75,12 +85,12 @@ class TaskScores:
     def __call__(self, params: Params) -> dict[str, float]:
         """Returns scores by name: NAME_strict and NAME_lenient of problems, NAME_accuracy of questions, bpb, core."""
         scores: dict[str, float] = {}
-        if self._global_mesh is not None and self._jobs:
+        if self._global_mesh is not None and self._tasks:
             params = processes.own_copy(self._global_mesh, params)
-        for job in self._jobs:
+        for job in self._tasks:
             if isinstance(job, Solving):
                 scores |= self._solved(params, job.task)
-        if any(not isinstance(job, Solving) for job in self._jobs):
+        if any(not isinstance(job, Solving) for job in self._tasks):
             scores |= self._answered(params)
         for part in (self._engine, self._scorer):  # Training needs the memory.
             if part is not None:
@@ -116,7 +126,7 @@ class TaskScores:
         if self._scorer is None:
             self._scorer = Scorer(self._transformer, params, mesh=self._mesh, length=e.data.row_length)
         self._scorer.load(params)
-        for job in self._jobs:
+        for job in self._tasks:
             if isinstance(job, Asked):
                 answers = [answer._asdict() for _, answer in ask_together(self._scorer, self._inputs[job.name])]
                 results[job.name] = share(answers, job.baselines)
