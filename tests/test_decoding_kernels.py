@@ -20,7 +20,7 @@ from jaxchat.errors import UserError
 from jaxchat.model import Transformer, choice, decoding_kernels
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.decoding_kernels import DECODING, block_slots
-from jaxchat.model.kernels import Facts, unsupported
+from jaxchat.model.kernels import AttentionCase, unsupported
 from jaxchat.planning.chips import topology
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -233,7 +233,7 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
     found[0] = "filled is wrong"
     assert chosen("auto", "tpu", monkeypatch) == ("xla", ["decoding xla, not filled: filled is wrong"])
     assert chosen("auto", "tpu", monkeypatch, here=False) == ("filled", [])
-    assert "not in float16" in str(unsupported("filled", Facts("tpu", jnp.float16, 128, segments=False)))
+    assert "not in float16" in str(unsupported("filled", AttentionCase("tpu", jnp.float16, 128, segments=False)))
 
 
 @pytest.mark.parametrize("windowed", [False, True])

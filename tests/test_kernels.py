@@ -13,7 +13,7 @@ import small
 from jaxchat import sharding
 from jaxchat.errors import UserError
 from jaxchat.model import GQA, Transformer, choice, kernels
-from jaxchat.model.kernels import BACKENDS, Facts, find_runs, unsupported
+from jaxchat.model.kernels import BACKENDS, AttentionCase, find_runs, unsupported
 
 HERE = ("xla", "xla_remat", "splash_interpreted")
 BLOCK = 128
@@ -256,7 +256,7 @@ def test_packed_documents_are_handed_to_cudnn_as_it_counts_them(monkeypatch: pyt
     np.testing.assert_array_equal(handed["value"][:, :, 2], jnp.asarray(v)[:, :, 1])
 
 
-GPU = Facts("gpu", jnp.bfloat16, 128, segments=True, window=3, capability=9.0)
+GPU = AttentionCase("gpu", jnp.bfloat16, 128, segments=True, window=3, capability=9.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxchat.model import GQA, Model, Smear, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.backends import facts
+from jaxchat.model.backends import attention_case
 from jaxchat.model.kernels import unsupported
 from jaxchat.model.mlp import MLPS
 from jaxchat.model.part import Aux, param
@@ -108,7 +108,7 @@ def test_a_position_encoding_may_change_the_embedding_and_add_a_bias(monkeypatch
         hidden_BTM = Transformer(c).apply(small.parameters(c), tokens_BT).hidden
         assert np.allclose(hidden_BTM[:, :1], hidden_BTM, atol=1e-5) == equal
     device = jax.devices()[0]
-    reason = unsupported("cudnn", facts(MIXERS[GQA].kernel(mixer), config, jnp.float32, device))
+    reason = unsupported("cudnn", attention_case(MIXERS[GQA].kernel(mixer), config, jnp.float32, device))
     assert "cudnn cannot add the bias" in str(reason)
 
 

@@ -14,7 +14,7 @@ from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.decoding_kernels import DECODING
-from jaxchat.model.kernels import BACKENDS, Facts, unsupported
+from jaxchat.model.kernels import BACKENDS, AttentionCase, unsupported
 from jaxchat.model.part import Attends
 from jaxchat.model.transformer import Model
 from jaxchat.sharding import apart
@@ -73,7 +73,7 @@ def _choose(
         log(f"{setting} {name} runs in Pallas' interpreter on a CPU, which is slow and meant for tests only")
         return f"{name}_interpreted"
     calls = kernel_calls(model)
-    reason = next(filter(None, (unsupported(name, facts(call, model, dtype, device)) for call in calls)), None)
+    reason = next(filter(None, (unsupported(name, attention_case(call, model, dtype, device)) for call in calls)), None)
     if reason is None and device in jax.devices():
         reason = next(filter(None, (test(*case) for case in tried(calls))), None)
     if reason is None:
@@ -94,11 +94,11 @@ def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:
     return sorted({(call.heads, call.kv_heads, call.head_dim, call.window is not None) for call in calls})
 
 
-def facts(mixer: Attends, model: Model, dtype: Any, device: Any) -> Facts:
+def attention_case(mixer: Attends, model: Model, dtype: Any, device: Any) -> AttentionCase:
     capability = devices.capability(device) or 0.0
     present = device in jax.devices()
     isolate = model.isolate_documents
-    return Facts(device.platform, dtype, mixer.head_dim, isolate, mixer.window, capability, present, mixer.bias)
+    return AttentionCase(device.platform, dtype, mixer.head_dim, isolate, mixer.window, capability, present, mixer.bias)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ PACKED = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_typ
 Backend = Callable[..., jax.Array]
 
 
-class Facts(NamedTuple):
+class AttentionCase(NamedTuple):
     """A backend's task and device; `capability` is an NVIDIA GPU's, e.g. 9.0; `present`, whether JAX has the device."""
 
     platform: str
@@ -42,39 +42,39 @@ class Facts(NamedTuple):
     bias: bool = False
 
 
-def unsupported(name: str, facts: Facts) -> str | None:
+def unsupported(name: str, case: AttentionCase) -> str | None:
     """The reason why a backend cannot be used, as a clause for a message; None if it can."""
-    if facts.bias and name in _REASONS:
+    if case.bias and name in _REASONS:
         return f"{name} cannot add the bias of a position encoding to the scores"
-    return _REASONS[name](name, facts) if name in _REASONS else None
+    return _REASONS[name](name, case) if name in _REASONS else None
 
 
-def _not_pallas(name: str, facts: Facts) -> str | None:
-    if facts.platform != "tpu":
-        return f"{name} is a kernel for TPUs, but these devices are of platform {facts.platform}"
-    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(facts.dtype)}"
+def _not_pallas(name: str, case: AttentionCase) -> str | None:
+    if case.platform != "tpu":
+        return f"{name} is a kernel for TPUs, but these devices are of platform {case.platform}"
+    if jnp.dtype(case.dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"{name} computes in bfloat16 or float32, not in {jnp.dtype(case.dtype)}"
     return None
 
 
-def _not_cudnn(name: str, facts: Facts) -> str | None:
-    most = 256 if facts.capability >= 9 else 128
-    if facts.platform != "gpu":
-        return f"cudnn needs an NVIDIA GPU, but these devices are of platform {facts.platform}"
-    if not facts.present:
+def _not_cudnn(name: str, case: AttentionCase) -> str | None:
+    most = 256 if case.capability >= 9 else 128
+    if case.platform != "gpu":
+        return f"cudnn needs an NVIDIA GPU, but these devices are of platform {case.platform}"
+    if not case.present:
         return "cudnn can only be compiled on a machine with the GPU"
-    if jnp.dtype(facts.dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"cudnn computes in bfloat16 or float16, not in {jnp.dtype(facts.dtype)}"
-    if facts.capability < 8:
-        return f"cudnn needs an NVIDIA GPU of compute capability 8.0, but this one has {facts.capability or 'none'}"
-    if facts.head_dim % 8 or facts.head_dim > most:
-        return f"cudnn needs a head_dim that is a multiple of 8 up to {most}, not {facts.head_dim}"
-    if facts.segments and facts.capability < 9:
-        return f"cudnn isolates documents only from compute capability 9.0 on, but this GPU has {facts.capability}"
-    return _packing_problem() if facts.segments else None
+    if jnp.dtype(case.dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cudnn computes in bfloat16 or float16, not in {jnp.dtype(case.dtype)}"
+    if case.capability < 8:
+        return f"cudnn needs an NVIDIA GPU of compute capability 8.0, but this one has {case.capability or 'none'}"
+    if case.head_dim % 8 or case.head_dim > most:
+        return f"cudnn needs a head_dim that is a multiple of 8 up to {most}, not {case.head_dim}"
+    if case.segments and case.capability < 9:
+        return f"cudnn isolates documents only from compute capability 9.0 on, but this GPU has {case.capability}"
+    return _packing_problem() if case.segments else None
 
 
-_REASONS: Mapping[str, Callable[[str, Facts], str | None]] = {
+_REASONS: Mapping[str, Callable[[str, AttentionCase], str | None]] = {
     "splash": _not_pallas,
     "filled": _not_pallas,
     "cudnn": _not_cudnn,
