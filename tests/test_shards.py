@@ -196,9 +196,9 @@ def test_a_full_disk_is_the_users_sentence_and_leaves_no_half_shard(tmp_path, co
 
 def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
     small = [shards.Source("text", f"{i}.txt", 100_000) for i in range(100)]
-    assert len(shards.plan(small)) == 10
+    assert len(shards.assign_shards(small)) == 10
     large = [shards.Source("jsonl", "a.jsonl", 10 << 30), shards.Source("jsonl.gz", "b.jsonl.gz", 1 << 30)]
-    plan = shards.plan(large)
+    plan = shards.assign_shards(large)
     assert 200 < len(plan) <= shards.MOST_SHARDS + 1
     assert {(source.path, part, parts) for job in plan for source, part, parts in job.parts} == {
         (source.path, part, parts)
@@ -207,4 +207,4 @@ def test_small_files_share_a_shard_and_large_ones_are_dealt_to_many():
         for part in range(parts)
     }
     assert sum(source.kind == "jsonl.gz" for job in plan for source, _, _ in job.parts) == files.MOST_DEALT
-    assert len(shards.plan(large[:1], "utf-16")) == files.MOST_DEALT  # every reader reads all of such a file
+    assert len(shards.assign_shards(large[:1], "utf-16")) == files.MOST_DEALT  # every reader reads all of such a file

@@ -22,7 +22,7 @@ from jaxchat.data.batch import token_dtype
 from jaxchat.data.cache import Log
 from jaxchat.data.formats import FORMATS, Format
 from jaxchat.data.reports import Entry, Longer, count, division, nothing, warnings
-from jaxchat.data.shards import NUMBERS, Counts, Recipe, finished, plan
+from jaxchat.data.shards import NUMBERS, Counts, Recipe, assign_shards, finished
 from jaxchat.data.source import Reading, Source, Split
 from jaxchat.data.sources import TEXT, content_hashes, find, held_out_from
 from jaxchat.data.streams import Rows
@@ -214,7 +214,8 @@ def _ensure(
     content = _content(sources, cache_directory)
     number = {source: i for i, source in enumerate(sources)}
     assignment = [
-        [(number[source], part, parts) for source, part, parts in job.parts] for job in plan(sources, data.encoding)
+        [(number[source], part, parts) for source, part, parts in job.parts]
+        for job in assign_shards(sources, data.encoding)
     ]
     decides = recipe.decides(sources)
     name = cache.key(format=FORMAT, tokenizer=tokenizer.hash, sources=content, shards=assignment, **decides)
@@ -276,7 +277,7 @@ def _make(
     for leftover in directory.glob("*.tmp"):
         leftover.unlink(missing_ok=True)
     start = time.monotonic()
-    jobs = plan(sources, recipe.encoding)
+    jobs = assign_shards(sources, recipe.encoding)
     counts = {job.shard: shard for job in jobs if (shard := finished(directory, job))}
     reused_bytes = sum(shard.bytes for shard in counts.values())
     pending = [job for job in jobs if job.shard not in counts]
@@ -308,7 +309,7 @@ def _training_parts(entries: Sequence[Entry], data: Data, form: Format) -> tuple
     step = sum(source.size for source in sources) // (TOKENIZER_MARGIN * data.tokenizer.sample_bytes)
     if step <= 1:
         return [(source, 0, 1) for source in sources], 1
-    return [part for job in plan(sources, data.encoding)[::step] for part in job.parts], step
+    return [part for job in assign_shards(sources, data.encoding)[::step] for part in job.parts], step
 
 
 def _texts_of(source: Source, reading: Reading, recipe: Recipe) -> Iterator[str]:

@@ -126,7 +126,7 @@ class Counts:
 NUMBERS = tuple(item.name for item in fields(Counts) if item.default == 0 and item.name != "longest")
 
 
-def plan(sources: Sequence[Source], encoding: str = "utf-8") -> list[ShardJob]:
+def assign_shards(sources: Sequence[Source], encoding: str = "utf-8") -> list[ShardJob]:
     """Assigns sources to shards of similar size: splits large files, groups small ones."""
     total = sum(source.size for source in sources)
     shards: list[list[tuple[Source, int, int]]] = []

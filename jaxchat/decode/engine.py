@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxchat import signals
 from jaxchat.decode import programs
-from jaxchat.decode.prompts import EngineConfig, Prefixes, bucket, plan, read
+from jaxchat.decode.prompts import EngineConfig, Prefixes, bucket, plan_prefill, read
 from jaxchat.decode.requests import Completion, Request, Token
 from jaxchat.decode.sample import Sample, refused
 from jaxchat.decode.sampling import TOP
@@ -173,7 +173,7 @@ class Engine:
 
     def read(self, prompt: Sequence[int]) -> tuple[Cache, jax.Array]:
         """Prefills one prompt; returns its cache (in the first row) and the logits after it, (R, V)."""
-        own_plan = plan(len(prompt), 0, self.shape)
+        own_plan = plan_prefill(len(prompt), 0, self.shape)
         *_, last = read(self.transformer, self.params, [prompt], [None], own_plan, rows=self.shape.prefill_batch)
         assert last is not None
         return last
@@ -312,7 +312,7 @@ class Engine:
             prompt = samples[0].prompt
             prefix = self.prefixes.find(prompt)
             reused = 0 if prefix is None else prefix[0]
-            own_plan = plan(len(prompt), reused, self.shape)
+            own_plan = plan_prefill(len(prompt), reused, self.shape)
             if shared_plan not in (None, own_plan):
                 continue
             shared_plan = own_plan

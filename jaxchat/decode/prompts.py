@@ -51,7 +51,7 @@ class EngineConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
-class Plan(NamedTuple):
+class PrefillPlan(NamedTuple):
     """The compiled shapes for a prompt: length of its cache row, longest chunk, and the chunk sizes in order."""
 
     length: int
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     chunks: tuple[int, ...]
 
 
-def plan(tokens: int, reused: int, shape: EngineConfig) -> Plan:
+def plan_prefill(tokens: int, reused: int, shape: EngineConfig) -> PrefillPlan:
     """The plan for a prompt of `tokens` tokens whose first `reused` tokens are in the prefix cache."""
     row = bucket(tokens, shortest=SHORTEST_ROW, longest=shape.length)
     longest = min(shape.prefill_chunk, row)
@@ -67,7 +67,7 @@ def plan(tokens: int, reused: int, shape: EngineConfig) -> Plan:
     chunks = (longest,) * whole
     if last:
         chunks += (bucket(last, shortest=SHORTEST_CHUNK, longest=longest),)
-    return Plan(row, longest, chunks)
+    return PrefillPlan(row, longest, chunks)
 
 
 class Prefixes:
@@ -137,7 +137,7 @@ def read(
     params: Params,
     prompts: Sequence[Sequence[int]],
     found: Sequence[tuple[int, Cache] | None],
-    plan: Plan,
+    plan: PrefillPlan,
     *,
     rows: int,
 ) -> Iterator[tuple[Cache, jax.Array] | None]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchat.decode.engine import Engine
-from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, Plan, read
+from jaxchat.decode.prompts import SHORTEST_CHUNK, SHORTEST_ROW, PrefillPlan, read
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
@@ -41,7 +41,7 @@ def warm(engine: Engine) -> None:
         answer(prompts[row], keep=True, temperature=0.0)
         stored = engine.prefixes.find([first, first])  # A cache that a prefix was copied to is another argument to XLA.
         for size, found in itertools.product(_powers(SHORTEST_CHUNK, longest), (None, stored)):
-            plan = Plan(row, longest, (size,))
+            plan = PrefillPlan(row, longest, (size,))
             with engine.on_mesh():
                 for _ in read(
                     engine.transformer, engine.params, [[first] * 2], [found], plan, rows=shape.prefill_batch
