@@ -151,7 +151,7 @@ def stored_prefixes(transformer: Transformer, weights: Any, bench: options.Bench
     for count in (FEW, MANY):
         shape = {"length": len(asked[0]) + bench.decode_tokens, "slots": 4, "prefix_cache_bytes": 1 << 34}
         engine = make_engine(transformer, weights, bench, **shape)
-        engine.generate([Request(prefix, SamplingParams(0.0, max_tokens=1), keep=True) for prefix in prefixes[:count]])
+        engine.generate([Request(prefix, SamplingParams(0.0, max_tokens=1), store=True) for prefix in prefixes[:count]])
         before = engine.prompt_stats.reused
         generate(engine, asked, params)
         assert engine.prompt_stats.reused - before == sum(map(len, prefixes[:4])), "what is stored is used"

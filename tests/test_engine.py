@@ -94,9 +94,9 @@ def test_greedy_answers_are_the_full_forwards_over_256_steps(family: Any, adapt:
 def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
     config = family()
     engine, first = make(config), prompt(40)
-    answer = ask(engine, first, keep=True)
+    answer = ask(engine, first, store=True)
     longer = (*first, *answer.tokens, 5, 17, 3)
-    again = ask(engine, longer, keep=True)
+    again = ask(engine, longer, store=True)
     assert engine.prompt_stats.reused == len(first) + 19
     assert_most_likely(config, longer, again)
     parted = (*first[:35], 9, 9, 9)  # windowed layers have forgotten what lies before the parting
@@ -112,7 +112,7 @@ def test_a_short_prompt_takes_its_share_of_a_long_remembered_text() -> None:
     """The text lies in a longer row than the prompt gets."""
     config = small.october2025()
     engine = make(config)
-    ask(engine, prompt(280), keep=True)
+    ask(engine, prompt(280), store=True)
     short = (*prompt(280)[:40], 5, 9, 2)
     answer = ask(engine, short)
     assert engine.prompt_stats.reused == 40
@@ -122,11 +122,11 @@ def test_a_short_prompt_takes_its_share_of_a_long_remembered_text() -> None:
 def test_memory_for_prefixes_is_bounded() -> None:
     engine = make(small.october2025(depth=1), dataclasses.replace(SHAPE, prefix_cache_bytes=75_000))
     for seed in range(4):
-        ask(engine, prompt(20, seed), keep=True)
+        ask(engine, prompt(20, seed), store=True)
     assert 0 < engine.prefixes.size <= 75_000
     assert len(engine.prefixes) < 4
     before = engine.prompt_stats.reused
-    ask(engine, (*prompt(20, 3), 1), keep=True)
+    ask(engine, (*prompt(20, 3), 1), store=True)
     assert engine.prompt_stats.reused == before + 20, "the newest is kept"
 
 
@@ -281,7 +281,7 @@ def test_a_stop_text_ends_the_answer_across_token_borders(engine: Engine) -> Non
     whole = ask(engine, prompt(30))
     stop = whole.text[10:13]
     at = whole.text.index(stop)
-    answer = ask(engine, prompt(30), dataclasses.replace(GREEDY, stop=("never there", stop)), keep=True)
+    answer = ask(engine, prompt(30), dataclasses.replace(GREEDY, stop=("never there", stop)), store=True)
     assert (answer.text, answer.finish_reason) == (whole.text[:at], "stop")
     assert answer.tokens == whole.tokens[: at + 3]
     longer = (*prompt(30), *whole.tokens[: at + 3], 7)

@@ -112,7 +112,7 @@ def test_a_long_prompt_is_read_in_chunks_between_the_chunks_of_others(engine: En
 def test_a_prompt_that_is_being_read_can_be_cancelled_and_reuses_a_prefix(engine: Engine) -> None:
     longer = (*LONG.prompt[:60], 7, *LONG.prompt[60:])
     expected = ask(engine, longer)
-    ask(engine, longer[:50], keep=True, params=SamplingParams(0.0, max_tokens=1))
+    ask(engine, longer[:50], store=True, params=SamplingParams(0.0, max_tokens=1))
     (short,) = engine.submit(Request(prompt(9), dataclasses.replace(GREEDY, max_tokens=150, ignore_end=True)))
     engine.step()
     (gone,), (kept,) = engine.submit(LONG), engine.submit(Request(longer, GREEDY))
@@ -142,7 +142,7 @@ def test_a_batch_of_prompts_is_read_at_once(engine: Engine, monkeypatch: pytest.
 def test_an_error_in_a_step_ends_its_requests_and_not_the_engine(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches are donated to the call that fails."""
     engine = make(small.october2025(depth=1))
-    ask(engine, prompt(20), keep=True)
+    ask(engine, prompt(20), store=True)
     right = [ask(engine, tokens).tokens for tokens in (prompt(9), (*prompt(20), 5), prompt(70))]
     (active,) = engine.submit(Request(prompt(9), dataclasses.replace(GREEDY, max_tokens=99, ignore_end=True)))
     if moment != "empty":
@@ -168,11 +168,11 @@ def test_an_error_in_a_step_ends_its_requests_and_not_the_engine(moment: str, mo
 
 
 def test_an_engine_without_parameters_holds_no_memory(engine: Engine) -> None:
-    before = ask(engine, prompt(40), keep=True)
+    before = ask(engine, prompt(40), store=True)
     params = jax.tree.map(jnp.asarray, small.parameters(july2026()))
     own = make(july2026())
     own.load(params)
-    ask(own, prompt(40), keep=True)
+    ask(own, prompt(40), store=True)
     own.unload()
     assert not jax.tree.leaves((own.params, own.slots._cache, own.slots._history, own.slots._rows))
     assert len(own.prefixes) == 0

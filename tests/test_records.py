@@ -13,7 +13,7 @@ from jaxchat import checkpoint
 from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate as evaluation
 from jaxchat.evaluation.compare import compare
-from jaxchat.evaluation.evaluate import keep
+from jaxchat.evaluation.evaluate import merge_results
 from jaxchat.evaluation.records import Records
 from jaxchat.evaluation.statistics import paired, wilson
 
@@ -42,14 +42,14 @@ def test_damaged_records_are_refused_by_their_line(line: str, tmp_path: Path) ->
 @pytest.mark.quick
 def test_results_of_other_tasks_of_the_same_evaluation_are_kept(tmp_path: Path) -> None:
     path, shares = tmp_path / "results.json", {"centered_v1": 0.5, "centered_v2": 0.25}
-    evaluation.keep(path, {"step": 1}, {"core/copa": {"accuracy": 0.75, **shares}, "bpb": {"bpb": math.nan}})
-    kept = evaluation.keep(path, {"step": 1}, {"core/piqa": {"accuracy": 0.75, **shares}})
+    evaluation.merge_results(path, {"step": 1}, {"core/copa": {"accuracy": 0.75, **shares}, "bpb": {"bpb": math.nan}})
+    kept = evaluation.merge_results(path, {"step": 1}, {"core/piqa": {"accuracy": 0.75, **shares}})
     assert json.loads(path.read_text()) == {"step": 1, "results": kept}
     assert list(kept) == ["core/copa", "bpb", "core/piqa", "core"] and kept["bpb"] == {"bpb": None}
     assert kept["core"]["tasks"] == 2
     path.write_text(path.read_text()[:-9])
-    assert list(evaluation.keep(path, {"step": 1}, {"facts": {"accuracy": 1.0}})) == ["facts"]
-    assert list(evaluation.keep(path, {"step": 2}, {"bpb": {"bpb": 1.0}})) == ["bpb"]
+    assert list(evaluation.merge_results(path, {"step": 1}, {"facts": {"accuracy": 1.0}})) == ["facts"]
+    assert list(evaluation.merge_results(path, {"step": 2}, {"bpb": {"bpb": 1.0}})) == ["bpb"]
 
 
 def test_a_step_that_was_trained_again_is_another_evaluation(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_step_that_was_trained_again_is_another_evaluation(tmp_path: Path) -> 
     for place in ("runs/a/sft", "runs/b/sft"):  # A renamed run.
         about = {"task": "mmlu", "step": 1, "params": hashes[0], "checkpoint": place}
         Records(path, about).close()
-        kept = keep(tmp_path / "results.json", about, {place: {"accuracy": 1.0, "count": 1}})
+        kept = merge_results(tmp_path / "results.json", about, {place: {"accuracy": 1.0, "count": 1}})
     assert {"runs/a/sft", "runs/b/sft"} <= kept.keys()
 
 

@@ -35,7 +35,7 @@ def make(**about: Any) -> Engine:
 def test_a_cancelled_sample_harms_no_other_whenever_it_is(speculation: Speculation | None) -> None:
     """Waiting, read and without a slot, in a slot, ended; some of them one of several samples of a prompt."""
     engine = make(speculation=speculation)
-    requests = [Request([1 + i, *range(2, 4 + 5 * i)], KINDS[i % 3], n=1 + i % 3, keep=i % 2 == 0) for i in range(7)]
+    requests = [Request([1 + i, *range(2, 4 + 5 * i)], KINDS[i % 3], n=1 + i % 3, store=i % 2 == 0) for i in range(7)]
     whole = [[answer.tokens for answer in answers] for answers in make().generate(requests)]
     seen = set()
     for seed in range(4):

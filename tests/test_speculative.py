@@ -105,7 +105,7 @@ def test_what_is_remembered_holds_no_guess(guesser: str) -> None:
     engine = make(JULY, draft=drafts(JULY)[guesser])
     seen = [answer.tokens[20:40] for (answer,) in plain(JULY).generate(requests()[:4])]
     asked = [
-        Request(one.prompt, dataclasses.replace(one.sampling, stop_tokens=tokens[i : i + 1]), keep=True)
+        Request(one.prompt, dataclasses.replace(one.sampling, stop_tokens=tokens[i : i + 1]), store=True)
         for i, (one, tokens) in enumerate(zip(requests(), seen))
     ]
     answers = [answer for (answer,) in engine.generate(asked)]
@@ -230,14 +230,14 @@ def test_a_draft_knows_all_of_a_prompt_whose_prefix_was_reused() -> None:
     asked = SamplingParams(0.0, max_tokens=60, ignore_end=True)
     for draft in ("itself", "stranger"):
         engine = make(JULY, draft=drafts(JULY)[draft])
-        engine.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), keep=True)])
+        engine.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), store=True)])
         requests = [Request(text[:40], asked), Request(text[:99], asked), Request(text[1:41], asked)]
         assert [one.tokens for (one,) in engine.generate(requests)] == [
             one.tokens for (one,) in plain(JULY).generate(requests)
         ]
         assert engine.prompt_stats.reused == 60
     one = make(JULY, slots=1, draft=drafts(JULY)["itself"])
-    one.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), keep=True)])
+    one.generate([Request(text[:60], SamplingParams(0.0, max_tokens=1), store=True)])
     counts = small.dispatches(one)
     one.generate([Request(text[:99], asked)])
     assert counts["dispatches"] == np.ceil(59 / (ALWAYS.tokens + 1) / ALWAYS.rounds), "every guess is accepted"

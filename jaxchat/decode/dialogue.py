@@ -32,7 +32,7 @@ class Dialogue:
         """Yields the text of the answer as it is decoded. Raises `UserError` if the message is too long."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._fit(messages)
-        (sample,) = self._engine.submit(Request(prompt, self._sampling, tools=self._tools, keep=True))
+        (sample,) = self._engine.submit(Request(prompt, self._sampling, tools=self._tools, store=True))
         self.last = sample
         yield from self._engine.follow(sample)
         self.messages = [*messages, {"role": "assistant", "content": self._content(sample)}]

@@ -260,9 +260,9 @@ class Engine:
         return bool(self.slots.active or self._waiting or self._reading or self._prefilled)
 
     def _leave(self) -> None:
-        """Removes finished samples, and stores their caches in the prefix cache if their request has `keep`."""
+        """Removes finished samples, and stores their caches in the prefix cache if their request has `store`."""
         for sample in self.slots.active:
-            if sample.request.keep and sample.finish_reason in ("stop", "length", "context", "call"):
+            if sample.request.store and sample.finish_reason in ("stop", "length", "context", "call"):
                 self.prefixes.store(*self.slots.snapshot(sample))
         self.slots.release()
 

@@ -49,7 +49,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     tools: Sequence[Tool] = ()
-    keep: bool = False
+    store: bool = False
     """Store the cache of prompt and answer in the prefix cache, for later prompts that begin with them."""
     return_support: bool = False
     """Return the set of tokens that each token was sampled from, for training with truncated sampling."""

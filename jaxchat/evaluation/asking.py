@@ -73,7 +73,7 @@ def score(options: Any) -> Mapping[str, object]:
     refusal = f"another process is writing an evaluation to {out}: wait until it has finished, or set another --out"
     with locked(out, log, refusal=refusal, option="--out"):
         results = evaluate.evaluate(engine, tasks, inputs, settings, out, about, log=log)
-    all_results = evaluate.keep(out / "results.json", {**about, "settings": to_json(settings)}, results)
+    all_results = evaluate.merge_results(out / "results.json", {**about, "settings": to_json(settings)}, results)
     score_table(results, sys.stderr)
     if options.mode == "nanochat":  # The published scores use nanochat's prompts.
         report(out, all_results, log)

@@ -335,7 +335,9 @@ def summaries(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, A
     return means
 
 
-def keep(path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def merge_results(
+    path: Path, about: Mapping[str, Any], results: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Adds results to the file's, if `about` is the same, else replaces them; returns all results of the file."""
     known = read_json(path)
     free = dict.fromkeys(("results", "checkpoint"))  # The parameters are compared; a run may be moved.

@@ -104,7 +104,7 @@ async def start_chat(state: Any, stack: ExitStack, body: protocol.Chat) -> Runni
         body.params(seed=reply.seed, max_tokens=most),
         n=n,
         tools=[Functions(names, calculator=calculator)] if names or calculator else [],
-        keep=True,
+        store=True,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else 0,
         begun=len(begun),
     )

@@ -24,9 +24,9 @@ def warm(engine: Engine) -> None:
     """
     shape, first, tokens = engine.shape, engine.tokenizer.bos, engine.shape.steps + 1
 
-    def answer(prompt: list[int], n: int = 1, keep: bool = False, top: int = 0, **sampling: Any) -> Completion:
+    def answer(prompt: list[int], n: int = 1, store: bool = False, top: int = 0, **sampling: Any) -> Completion:
         params = SamplingParams(**sampling, max_tokens=tokens, ignore_end=True)
-        return engine.generate([Request(prompt, params, n=n, keep=keep, top_logprobs=top)])[0][0]
+        return engine.generate([Request(prompt, params, n=n, store=store, top_logprobs=top)])[0][0]
 
     rows = [row for row in _powers(SHORTEST_ROW, shape.length) if row // 2 + tokens < shape.length]
     prompts = {row: [first] * (row // 2 + 1 if row > SHORTEST_ROW else 1) for row in rows}
@@ -38,7 +38,7 @@ def warm(engine: Engine) -> None:
                 answer(prompts[row], batch, top=top, **kind)
     for row in rows:
         longest = min(shape.prefill_chunk, row)
-        answer(prompts[row], keep=True, temperature=0.0)
+        answer(prompts[row], store=True, temperature=0.0)
         stored = engine.prefixes.find([first, first])  # A cache that a prefix was copied to is another argument to XLA.
         for size, found in itertools.product(_powers(SHORTEST_CHUNK, longest), (None, stored)):
             plan = PrefillPlan(row, longest, (size,))
@@ -49,7 +49,7 @@ def warm(engine: Engine) -> None:
                     pass
     for shorter, row in itertools.combinations_with_replacement(rows, 2):
         engine.prefixes.clear()
-        begun = answer(prompts[shorter], keep=True, temperature=0.0)
+        begun = answer(prompts[shorter], store=True, temperature=0.0)
         text = [*prompts[shorter], *begun.tokens[:-1]]
         answer(text + [first] * max(1, len(prompts[row]) - len(text)), temperature=0.0)
     for length in _powers(SHORTEST_CHUNK, shape.length):
