@@ -97,13 +97,13 @@ class JsonLines(Kind):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                where = self.place(source, reading, number)
+                where = self.location(source, reading, number)
                 raise UserError(f"{where} is not valid JSON: {_not_json(line, error, is_line=True)}") from None
             if isinstance(value, list):
-                raise UserError(f"{self.place(source, reading, number)} is {_ARRAY}")
+                raise UserError(f"{self.location(source, reading, number)} is {_ARRAY}")
             yield number, value
 
-    def place(self, source: Source, reading: Reading, number: int) -> str:
+    def location(self, source: Source, reading: Reading, number: int) -> str:
         before = _lines_before(source.path, _byte_range(source, reading)[0]) if self._is_sought(reading) else 0
         return f"{source.path} line {before + number}"
 

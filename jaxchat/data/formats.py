@@ -70,7 +70,7 @@ class Chat:
         kind = KINDS[source.kind]
         for number, row in kind.objects(source, reading, self.columns):
             notes: dict[str, None] = {}
-            where = partial(kind.place, source, reading, number)
+            where = partial(kind.location, source, reading, number)
             try:
                 messages = self.read(row, notes.setdefault)
             except Malformed as error:

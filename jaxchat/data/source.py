@@ -17,7 +17,7 @@ Split = Literal["train", "val"]
 Content = Literal["documents", "objects"]
 """What is read from a source: texts, or objects that become conversations or problems."""
 Object = tuple[int, Any]
-"""An object's number, counted from 1 in its file or part, and its value; `Kind.place` makes it a location."""
+"""An object's number, counted from 1 in its file or part, and its value; `Kind.location` makes it a location."""
 Item = TypeVar("Item")
 MISSING = object()
 TRAIN, VAL, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test"}  # words in file names
@@ -103,10 +103,10 @@ class Kind:
             if text is None or text != text:
                 text = ""
             if not isinstance(text, str):
-                raise UserError(f"{self.place(source, reading, number)} {_no_text(row, column)}")
+                raise UserError(f"{self.location(source, reading, number)} {_no_text(row, column)}")
             yield text
 
-    def place(self, source: Source, reading: Reading, number: int) -> str:
+    def location(self, source: Source, reading: Reading, number: int) -> str:
         """The location of an object, such as `pages.jsonl line 3`."""
         return f"{source.path} row {number}"
 

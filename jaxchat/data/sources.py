@@ -79,7 +79,7 @@ def rows(spec: str, split: Split, *, downloads: Path | None = None) -> Iterator[
     for source in find(spec, split, "objects", downloads=downloads):
         kind = KINDS[source.kind]
         for number, row in kind.objects(source, reading):
-            yield kind.place(source, reading, number), row
+            yield kind.location(source, reading, number), row
     if not number:
         raise UserError(f"{spec} has no rows: check the file, or download it again")
 

@@ -66,7 +66,7 @@ def score(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> tup
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty(transformer: Transformer, batch: int, length: int, write: int) -> Cache:
     """An empty cache, sharded over the mesh."""
-    return place(transformer.empty_cache(batch, length, write=write))
+    return shard_cache(transformer.empty_cache(batch, length, write=write))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
@@ -87,7 +87,7 @@ def prefill(
     last_R11 = jnp.argmax(positions_RT, axis=1)[:, None, None]
     new_RV = transformer.logits(params, jnp.take_along_axis(hidden_RTM, last_R11, axis=1))[:, 0]
     read_R1 = (positions_RT.max(axis=1) >= 0)[:, None]
-    return place(cache_after), jnp.where(read_R1, new_RV, logits_RV)
+    return shard_cache(cache_after), jnp.where(read_R1, new_RV, logits_RV)
 
 
 @partial(jax.jit, donate_argnums=(0, 1), static_argnames=_SAMPLING)
@@ -129,7 +129,7 @@ def seat(cache: Cache, source: Cache, take_N: jax.Array, slot_N: jax.Array) -> C
         jax.tree.map(put, old, new.resize(rows.length_B, old))
         for old, new in zip(cache.layers, rows.layers, strict=True)
     )
-    return place(Cache(layers, put(cache.length_B, rows.length_B), put(cache.last_B, rows.last_B)))
+    return shard_cache(Cache(layers, put(cache.length_B, rows.length_B), put(cache.last_B, rows.last_B)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3), static_argnames=_SAMPLING)
@@ -171,7 +171,7 @@ def decode(
 
     start = (running.token_B, running.position_B, running.position_B < 0, cache, history)
     (_, _, _, cache, history), steps = jax.lax.scan(step, start, forced_KB)
-    return place(cache), history, steps
+    return shard_cache(cache), history, steps
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("length", "write"))
@@ -180,10 +180,10 @@ def move(transformer: Transformer, cache: Cache, take_B: jax.Array, *, length: i
     shapes = jax.eval_shape(lambda: transformer.empty_cache(1, length, write=write))
     rows = jax.tree.map(lambda x: x[take_B], cache)
     layers = tuple(row.resize(rows.length_B, shape) for row, shape in zip(rows.layers, shapes.layers, strict=True))
-    return place(rows._replace(layers=layers))
+    return shard_cache(rows._replace(layers=layers))
 
 
-def place(cache: Cache) -> Cache:
+def shard_cache(cache: Cache) -> Cache:
     """Applies the cache's sharding: rows over `data`, heads over `tensor`. Does nothing without a mesh."""
     layers = tuple(type(layer)(*map(sharding.constrain, layer, layer.axes)) for layer in cache.layers)
     return cache._replace(layers=layers)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.decode.programs import DecodeState, place
+from jaxchat.decode.programs import DecodeState, shard_cache
 from jaxchat.decode.sampling import Choice, Level, SamplingRows, choose
 from jaxchat.model.transformer import Cache, Params, Transformer
 
@@ -199,4 +199,4 @@ def speculate(
 
     start = Round(running.token_B, running.position_B, running.position_B < 0, cache, draft_cache, text_BL)
     end, steps = jax.lax.scan(turn, start, None, length=settings.rounds)
-    return place(end.cache), None if end.draft_cache is None else place(end.draft_cache), steps
+    return shard_cache(end.cache), None if end.draft_cache is None else shard_cache(end.draft_cache), steps

@@ -221,7 +221,7 @@ def score_trees(
     positions_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], jnp.arange(T)[None], -1)
     empty = programs.empty(transformer, B, T + C, max(T, C))
     cache = transformer.apply(params, context_BT, positions_BT=positions_BT, cache=empty).cache
-    copies = programs.place(jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), cache))
+    copies = programs.shard_cache(jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), cache))
     after_NC = jnp.repeat(length_B, K)[:, None] + jnp.arange(C)[None]
     hidden_NCM = transformer.apply(params, read_BKC.reshape(B * K, C), positions_BT=after_NC, cache=copies).hidden
     hidden_BNM = hidden_NCM.reshape(B, K * C, -1)
