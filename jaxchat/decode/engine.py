@@ -42,7 +42,7 @@ class PromptStats:
     reused: int = 0
 
 
-class Reading(NamedTuple):
+class PendingPrefill(NamedTuple):
     """Prompts that are being prefilled: the samples of each, and the iterator over their chunks (`prompts.read`)."""
 
     waiting: list[deque[Sample]]
@@ -96,7 +96,7 @@ class Engine:
         self.prompt_stats = PromptStats()
         self._unfinished: list[Sample] = []
         self._waiting: deque[deque[Sample]] = deque()  # The samples of each request.
-        self._reading: Reading | None = None
+        self._reading: PendingPrefill | None = None
         self._prefilled: deque[PrefilledPrompt] = deque()
         if params is not None:
             self.load(params)
@@ -302,7 +302,7 @@ class Engine:
                 return False
         raise AssertionError("a plan has at least one chunk")
 
-    def _next_prompts(self) -> Reading:
+    def _next_prompts(self) -> PendingPrefill:
         """Takes the next prompt, once for all of its samples, together with later prompts of the same plan."""
         rows, chosen, prefixes = self.shape.prefill_batch, list[deque[Sample]](), list[tuple[int, Cache] | None]()
         shared_plan = None
@@ -326,4 +326,4 @@ class Engine:
         for samples in chosen:
             self._waiting.remove(samples)
         prompts = [samples[0].prompt for samples in chosen]
-        return Reading(chosen, read(self.transformer, self.params, prompts, prefixes, shared_plan, rows=rows))
+        return PendingPrefill(chosen, read(self.transformer, self.params, prompts, prefixes, shared_plan, rows=rows))

@@ -15,7 +15,7 @@ from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
 from jaxchat.objectives.logprobs import score_tokens
 from jaxchat.objectives.policy import PolicyGradient
-from jaxchat.rl.rollouts import Columns, RolloutStream, Score
+from jaxchat.rl.rollouts import Columns, RolloutStream, TokenScorer
 from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
 from jaxchat.stages.stage import reference_params
@@ -118,7 +118,7 @@ class Reinforcement:
         """Does nothing."""
 
 
-def scorer(setup: Setup) -> Score:
+def scorer(setup: Setup) -> TokenScorer:
     """Compiles the trainer's log-probabilities and entropies of a micro-batch, computed as in the training step."""
     transformer, objective = setup.transformer, Reinforcement.objective(setup.experiment)
 

@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 
 Drawn = tuple[Task, Problem, list[int], int]  # A problem with its prompt's token ids and its sampling seed.
-Score = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
+TokenScorer = Callable[[Any, Columns], tuple[np.ndarray, np.ndarray]]
 """Computes log-probabilities and entropies, (R, T) each, of a micro-batch's targets, given parameters."""
 
 
@@ -54,7 +54,7 @@ class RolloutStream:
         self,
         rl: RL,
         engine: Engine,
-        score: Score,
+        score: TokenScorer,
         *,
         seed: int,
         row_length: int,
