@@ -21,14 +21,13 @@ from jaxchat.sharding import Mesh
 PROMPTS = ("", "The", "One day")
 
 
-class Stage(NamedTuple):
+class StageRow(NamedTuple):
     """A kind of run.
 
     `runner` is the class that runs it (module:name, see `stages.stage.Stage`); `chats`: the model is a chat model;
     `speedrun`: `launch.speedrun` runs it, and every configuration has it.
     """
 
-    about: str
     runner: str
     chats: bool
     speedrun: bool = True
@@ -40,10 +39,10 @@ class Stage(NamedTuple):
 
 
 # In the order in which `launch.speedrun` runs them.
-STAGES: Mapping[str, Stage] = {
-    "pretrain": Stage("learns from documents", "jaxchat.stages.rows:FromText", chats=False),
-    "sft": Stage("learns from conversations", "jaxchat.stages.rows:FromConversations", chats=True),
-    "rl": Stage("learns from rewards", "jaxchat.rl.reinforcement:Reinforcement", chats=True),
+STAGES: Mapping[str, StageRow] = {
+    "pretrain": StageRow("jaxchat.stages.rows:FromText", chats=False),
+    "sft": StageRow("jaxchat.stages.rows:FromConversations", chats=True),
+    "rl": StageRow("jaxchat.rl.reinforcement:Reinforcement", chats=True),
 }
 SPEEDRUN = tuple(name for name, stage in STAGES.items() if stage.speedrun)
 

@@ -21,7 +21,7 @@ MOST_DEALT = 8  # maximum readers of such a file
 
 _JSON_SPACE = " \t\r\n"
 _ARRAY = "an array instead of an object; if the whole file is a JSON array, name it .json"
-FORMATS = {
+FIRST_BYTES = {
     b"\x1f\x8b": (
         "is compressed with gzip: name it .jsonl.gz if it has JSON lines, or unpack it with gunzip",
         ".jsonl.gz",
@@ -38,7 +38,9 @@ FORMATS = {
 
 def misnamed(head: bytes, mark: str) -> str | None:
     """What is wrong with a file of the kind `mark` that begins with `head`, as the rest of a sentence."""
-    return next((advice for magic, (advice, own) in FORMATS.items() if head.startswith(magic) and own != mark), None)
+    return next(
+        (advice for magic, (advice, own) in FIRST_BYTES.items() if head.startswith(magic) and own != mark), None
+    )
 
 
 class Text(Kind):
