@@ -292,7 +292,7 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
 
 
 def _unreadable(error: Exception, directory: Path, step: int) -> Exception:
-    """A ValueError for damage, for which an older checkpoint is tried; too little memory is none."""
+    """A ValueError for damage, for which an older checkpoint is tried; too little memory is not damage."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         problem = f"there is too little memory for checkpoint {step} in {directory} ({first_line(error)})"
         return UserError(f"{problem}: use a larger device, or free some memory")

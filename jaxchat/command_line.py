@@ -162,7 +162,7 @@ def _print_fields(default: Any, part: str, about: str) -> None:
     values = {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
     parts = {name: flags(value) for name, value in values.items() if dataclasses.is_dataclass(value)}
     if part and part not in parts:
-        raise UserError(f"--help={part} is no part of the configuration: choose one of {', '.join(parts)}")
+        raise UserError(f"--help={part} is not a part of the configuration: choose one of {', '.join(parts)}")
     names = [part] if part else [name for name in values if name not in parts]
     fields = [(name, hints[name], dataclasses.field(default=values[name])) for name in names]
     made: Any = dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})

@@ -48,7 +48,7 @@ def _limits(name: str) -> Iterator[str]:
 def surroundings() -> dict[str, Any]:
     """The commit of the code ("-changed" if files differ from it), the versions of Python and packages, the processor.
 
-    `commit` is None where the code is no clone.
+    `commit` is None where the code is not in a clone.
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES.split():

@@ -18,8 +18,8 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 
 
 def check_local(name: str, place: str | None) -> None:
-    """Raises ValueError if `place` is no directory for runs, which lock, rename and append to files: a URL, or a path
-    that is not UTF-8 (Orbax and ArrayRecord open no others)."""
+    """Raises ValueError if `place` is not a directory for runs, in which files are locked, renamed and appended to:
+    a URL, or a path that is not UTF-8 (Orbax and ArrayRecord open no others)."""
     if place and "://" in place:
         raise ValueError(
             f"{name}={place} is not a directory: mount the bucket (see docs/launch) and give its directory instead"

@@ -143,7 +143,7 @@ def test_a_process_ends_with_two_and_one_sentence(tmp_path, module, argv, said):
 
 def test_a_part_that_is_none_is_refused():
     said = refusal(launch.train.main, ["--config=configs/tiny.py", "--help=optimiser"])
-    assert said == "--help=optimiser is no part of the configuration: choose one of model, optimizer, data, mesh"
+    assert said == "--help=optimiser is not a part of the configuration: choose one of model, optimizer, data, mesh"
 
 
 @pytest.mark.parametrize("columns", ["20", "40", "80"])

@@ -247,7 +247,7 @@ def test_a_vector_is_no_matrix_of_muon() -> None:
         def __call__(self) -> Array:
             return param(self, "gain", ("width",), (4,), nn.initializers.ones, group="matrices")
 
-    with pytest.raises(ValueError, match=r"gain with axes .* is no matrix"):
+    with pytest.raises(ValueError, match=r"gain with axes .* is not a matrix"):
         Gain().init(jax.random.key(0))
 
 

@@ -304,7 +304,7 @@ def test_what_a_directory_holds_besides_is_counted(tmp_path):
     assert noted(tmp_path / "[abx]*l")[1] == []
     (tmp_path / "more.txt").mkdir()
     assert "more.txt" not in (listed := noted(tmp_path / "*.txt"))[0]
-    assert listed[1] == [f"{tmp_path}/*.txt matches 2 entries that are no files, which are not read"]
+    assert listed[1] == [f"{tmp_path}/*.txt matches 2 directories or other entries, which are not read"]
 
 
 def test_linked_directories_are_read_once(tmp_path):

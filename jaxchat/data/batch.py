@@ -23,6 +23,7 @@ def token_dtype(vocab: int) -> np.dtype:
 
 
 def encode_row(ids_S: np.ndarray, flags_S: np.ndarray, dtype: np.dtype) -> bytes:
+    """A row as it is stored: its ids of type `dtype`, then its flags."""
     return ids_S.astype(dtype, copy=False).tobytes() + flags_S.astype(np.uint8, copy=False).tobytes()
 
 

@@ -74,8 +74,9 @@ def make_directory(directory: Path, option: str = "--data.cache") -> None:
 def locked(directory: Path, log: Log, *, refusal: str | None = None, option: str = "--data.cache") -> Iterator[None]:
     """Context manager: holds an exclusive lock on a directory, which the system releases when the process ends.
 
-    If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given; then also a
-    failure before anything was written leaves no directory behind that did not exist. `option` sets the directory.
+    If another process holds the lock, waits for it, or raises `UserError(refusal)` if a `refusal` is given. With a
+    `refusal`, work that fails before it writes a file leaves no new directory behind. `option` is the flag that sets
+    the directory.
     """
     made = [place for place in (directory, *directory.parents) if not place.exists()]
     make_directory(directory, option)

@@ -7,9 +7,9 @@
     {"question": "...", "choices": ["...", ...], "answer": 2}       MMLU; the answer becomes a letter
 
 One per line of .jsonl and .jsonl.gz, per row of .parquet, or per entry of a .json array; also tinyworld:chat[:N],
-hub:smoltalk, hub:gsm8k and hub:mmlu. docs/fine_tuning.md has a table of what is read how. A key with null is a key
-that is not there. A row of an unknown layout raises `UserError`; a malformed conversation is skipped and counted under
-its reason; what is left out of a conversation is noted. A new layout is a function and a row of `LAYOUTS`.
+hub:smoltalk, hub:gsm8k and hub:mmlu. docs/fine_tuning.md has a table of what is read how. A key whose value is
+null counts as missing. A row of an unknown layout raises `UserError`; a malformed conversation is skipped and counted
+under its reason; what is left out of a conversation is noted. A new layout is a function and a row of `LAYOUTS`.
 """
 
 import re

@@ -133,6 +133,8 @@ class JsonLines(Kind):
 
 
 class CompressedJsonLines(JsonLines):
+    """JSON lines compressed with gzip; each reader decompresses the file from the beginning."""
+
     mark = ".jsonl.gz"
     shard_bytes = 12 << 20
     compressed = True
@@ -233,7 +235,7 @@ def _lines_of_range(source: Source, reading: Reading) -> Iterator[tuple[int, str
 
 
 def _not_json(text: str, error: Exception, *, is_line: bool) -> str:
-    """Why a text, from the beginning of a line or value, is no JSON."""
+    """Why a text, from the beginning of a line or value, is not JSON."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if not isinstance(error, json.JSONDecodeError):  # of an integer of thousands of digits

@@ -46,11 +46,12 @@ class Text:
         return Rendered(tokenizer.encode(text), [])
 
     def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
+        """Rows (R, row_length + 1) of a block of (ids, loss mask) pairs that `encode` made."""
         return pack([ids for ids, _ in block], row_length, rule, bos=bos, dtype=dtype)
 
 
 class Chat:
-    """Conversations as turns, of which a row of data holds all or nothing. Another template is a subclass."""
+    """Conversations as turns, each whole in one row. Another template is a subclass."""
 
     content: Content = "objects"
     noun = "conversation"

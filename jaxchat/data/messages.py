@@ -117,7 +117,7 @@ def _calls(message: Mapping[str, Any], index: int) -> Iterator[Message]:
             if call is None:
                 continue
             if not isinstance(call, Mapping | str):
-                raise Malformed("unknown part", f"message {index} has a tool call that is no object")
+                raise Malformed("unknown part", f"message {index} has a tool call that is not an object")
             function = first_given(call, "function") or call if isinstance(call, Mapping) else call
             name = call.get("id") if isinstance(call, Mapping) else None
             yield {"type": "python", "text": as_json(function), "id": name}

@@ -90,6 +90,7 @@ class Data:
 
     @property
     def held_out(self) -> float:
+        """Share of the training documents that is held out; 0 with validation data of their own."""
         return 0.0 if self.val else self.val_fraction
 
 

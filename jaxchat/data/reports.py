@@ -88,4 +88,5 @@ def _between(least: float, most: float, wanted: float) -> float:
 
 
 def count(manifest: dict[str, Any], number: int) -> str:
+    """A number with the noun of the manifest's format, such as "3 conversations"."""
     return f"{number:,} {FORMATS[manifest['recipe']['form']].noun}{'s' * (number != 1)}"

@@ -62,6 +62,7 @@ class Recipe:
         return {**parts, **chat, "packing": "whole", "conversations": version}
 
     def takes(self, text: str) -> bool:
+        """Whether a text, the opening of a document or conversation, is of the recipe's split."""
         return not self.held_out or held_out(text, self.held_out) == (self.split == "val")
 
 
@@ -110,6 +111,7 @@ class Counts:
     """Number of conversations by what was not read as it stands."""
 
     def add(self, other: "Counts") -> None:
+        """Adds the counts of another shard."""
         for name in NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
@@ -118,6 +120,7 @@ class Counts:
         self.examples = {**other.examples, **self.examples}
 
     def skip(self, reason: str, example: Callable[[], str]) -> None:
+        """Counts a malformed conversation; `example` describes the first of each reason."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         if reason not in self.examples:
             self.examples[reason] = example()

@@ -55,9 +55,11 @@ class Reading:
 
     @cached_property
     def is_utf8(self) -> bool:
+        """Whether the encoding is UTF-8, with or without a byte order mark."""
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
 
     def advance(self, done: int, total: int) -> None:
+        """Sets `fraction` to the share `done` of `total`, in any unit."""
         self.fraction = done / max(total, 1)
 
     def deal(self, total: int) -> Iterator[int]:

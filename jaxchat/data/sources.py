@@ -131,7 +131,7 @@ def content_hashes(sources: Sequence[Source], cache_directory: Path) -> list[str
 
 
 def _stamp(source: Source) -> list[int]:
-    """What changes when a file does; empty if the source is no file."""
+    """What changes when a file does; empty if the source is not a file."""
     try:
         stat = os.stat(source.path)
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _find_files(spec: str, split: Split, content: Content, note: Log) -> list[Pa
     if not matches:
         raise UserError(f"no file matches --data.{split} {spec}{' (only directories)' if found else ''}")
     if len(found) > len(matches) and "**" not in spec:
-        note(f"{spec} matches {len(found) - len(matches)} entries that are no files, which are not read")
+        note(f"{spec} matches {len(found) - len(matches)} directories or other entries, which are not read")
     return matches
 
 

@@ -170,6 +170,7 @@ class Sample:
         self.finish_reason = reason
 
     def completion(self) -> Completion:
+        """The answer as far as it is decoded."""
         return Completion(
             text=self._stream.text,
             shown=self._stream.shown,

@@ -49,6 +49,7 @@ class Truncation:
 
     @property
     def truncates(self) -> bool:
+        """Whether any filter is on."""
         return any(getattr(self, name) != row.off for name, row in FILTERS.items())
 
     @property

@@ -64,10 +64,12 @@ class Slots:
 
     @property
     def active(self) -> list[Sample]:
+        """The samples that have a slot."""
         return [sample for sample in self.samples if sample is not None]
 
     @property
     def free(self) -> int:
+        """Number of slots without a sample."""
         return self._shape.slots - len(self.active)
 
     def release(self) -> None:

@@ -70,7 +70,7 @@ def solve(
         UserError: n is less than 1, there is no problem, or the task uses an unknown tool.
     """
     if not problems:
-        raise UserError(f"the task {task.name} has no problems to solve: there is no score over none")
+        raise UserError(f"the task {task.name} has no problems to solve: nothing can be scored")
     if n < 1:
         raise UserError(f"n={n} answers per problem are too few: sample 1 or more")
     if notice := getattr(task, "notice", ""):

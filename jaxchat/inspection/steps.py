@@ -34,9 +34,9 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
     """The documents of a step's batch with their losses, and the step replayed from the checkpoint before it.
 
     `run` is a stage directory. Steps are numbered from 1, as in metrics.jsonl. `replayed` lists every step that was
-    computed, with its loss and gradient norm, the recorded ones, and whether they are equal to the bit; `changed` what
-    of mesh, device and versions is not as it was. The losses by token are those of the parameters before the step,
-    without dropout.
+    computed, with its loss and gradient norm, the recorded ones, and whether they are equal bit for bit; `changed`
+    names what differs from then in mesh, device and versions. The losses by token are those of the parameters before
+    the step, without dropout, in nats.
 
     Raises:
         UserError: the stage has no rows or no such step, or more than `most` steps would have to be computed.
@@ -128,7 +128,7 @@ def documents(columns: Mapping[str, np.ndarray], losses_BT: np.ndarray, tokenize
     """Every document (or conversation, or part of one) of a batch, the one with the largest share of the loss first.
 
     `columns` are those of `data.batch`, (rows, T). A document's loss is the mean over its targets, its share that of
-    the batch's summed loss. `losses` has an entry per token: None for the first one and for those that are no targets.
+    the batch's summed loss. `losses` has an entry per token: None for the first one and for those that are not targets.
     """
     weighted_BT = losses_BT * columns["weights"]
     total = float(np.sum(weighted_BT, dtype=np.float64))

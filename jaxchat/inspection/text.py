@@ -77,7 +77,7 @@ def logits(engine: Engine, ids: Sequence[int]) -> list[float]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _weights(attended: Attended, head: int, window: int | None) -> jax.Array:
-    """Weights of one head, (T, T). The head is no static argument, so all heads of a layer share a program."""
+    """Weights of one head, (T, T). The head is not a static argument, so all heads of a layer share a program."""
     q_BTHD, k_BTKD, bias_BHTT = attended.q_BTHD, attended.k_BTKD, attended.bias_BHTT
     group = head * k_BTKD.shape[2] // q_BTHD.shape[2]
     q_BT1D, k_BT1D = (jax.lax.dynamic_slice_in_dim(x, i, 1, 2) for x, i in ((q_BTHD, head), (k_BTKD, group)))

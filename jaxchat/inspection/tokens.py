@@ -17,7 +17,7 @@ def tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
     """Id, printable name and bytes of each token.
 
     `text` has the characters that end in the token: it is empty while a character (Hangul, an emoji) continues in the
-    next token. Bytes that are no valid UTF-8 become U+FFFD. A special token's text is its name.
+    next token. Bytes that are not valid UTF-8 become U+FFFD. A special token's text is its name.
     """
     special, decoder = set(tokenizer.specials.values()), codecs.getincrementaldecoder("utf-8")("replace")
     found = []

@@ -58,6 +58,8 @@ class GQA:
 
 
 class GroupedQueryAttention(nn.Module):
+    """The module of `GQA`; see `part` for the methods."""
+
     config: GQA
     static: Static
 
@@ -126,6 +128,7 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def empty(config: GQA, batch: int, length: int, *, write: int, dtype: jnp.dtype) -> kv.KVCache:
+        """A cache for `length` positions per row, of which one call writes up to `write`."""
         shape = (batch, config.kv_heads, kv.ring_slots(length, config.window, write), config.head_dim)
         return kv.KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

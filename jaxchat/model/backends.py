@@ -95,6 +95,7 @@ def tried(calls: set[Attends]) -> list[tuple[int, int, int, bool]]:
 
 
 def attention_case(mixer: Attends, model: Model, dtype: Any, device: Any) -> AttentionCase:
+    """A mixer's attention call on a device, which may be absent, as `unsupported` judges it."""
     capability = devices.capability(device) or 0.0
     present = device in jax.devices()
     isolate = model.isolate_documents

@@ -6,8 +6,9 @@ with `param` (shape, logical axes, initializer, optimizer group) and uses no mut
 
     mixer         (x_BTM, context, cache) -> (y_BTM, cache, Aux)
                   static methods that take the configuration: `empty` (a cache), `share` (values that equal layers
-                  compute once), `kernel` (the shapes of its attention call, or None), `keeps_all`,
-                  `rewinds`, `matmul_parameters`, `attention_flops`
+                  compute once), `kernel` (the shapes of its attention call, or None), `keeps_all` and `rewinds`
+                  (what its cache allows, see `GroupedQueryAttention`), `matmul_parameters` (number of parameters in
+                  matrix products, for FLOPs), `attention_flops` (training FLOPs per token at a row length)
     feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters`
     norm          (x) -> y, over the last axis
 
@@ -127,7 +128,7 @@ def param(
     Muon orthogonalises a parameter of the group "matrices" as one matrix, whose input side is the first `inputs` axes.
     """
     if group == "matrices" and not 0 < inputs < len(axes):
-        raise ValueError(f"parameter {name} with axes {axes} is no matrix: it needs another optimizer group")
+        raise ValueError(f"parameter {name} with axes {axes} is not a matrix: it needs another optimizer group")
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} has {len(axes)} logical axes but {len(shape)} dimensions")
     spec = Spec(axes, group, inputs)

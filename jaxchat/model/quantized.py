@@ -105,6 +105,7 @@ def _multiply(a: jax.Array, b: jax.Array, pair: Pair | None, *, by_row: bool) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantized_product(matmul: Any, x_NK: jax.Array, w_KF: jax.Array) -> jax.Array:
+    """x w, (N, F) in x's type, and its gradients, with operands rounded to the types of `matmul.formats`."""
     return _forward(matmul, x_NK, w_KF)[0]
 
 

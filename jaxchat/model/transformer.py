@@ -28,7 +28,8 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResidualScales:
-    """Before each layer x = resid * x + x0 * embedding; two learned scalars per layer, initially linear in depth."""
+    """Before each layer, x becomes resid * x + x0 * embedding, with two learned scalars per layer, at first linear in
+    depth."""
 
     resid_first: float = 1.15  # Initial weight of the residual stream in the first layer.
     resid_last: float = 1.05  # The same in the last layer.
@@ -84,10 +85,12 @@ class Model:
 
     @property
     def repeats(self) -> int:
+        """How often the pattern is repeated."""
         return (self.depth - len(self.tail)) // len(self.pattern)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
+        """All layers, in their order."""
         return self.pattern * self.repeats + self.tail
 
     @property
@@ -102,6 +105,7 @@ class Model:
 
     @property
     def padded_vocab(self) -> int:
+        """`vocab` rounded up to a multiple of VOCAB_MULTIPLE, the size of embedding and head."""
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

@@ -75,6 +75,8 @@ class Reinforcement:
         self._tasks.begin(setup.transformer, setup.mesh)
 
     def batch_at(self, index: int, state: State) -> Any:
+        """The columns (micro-batches, rows, T) of a step, after sampling new answers if the step is the first of its
+        rollout batch."""
         jax.block_until_ready(state.params)  # So that training time is not counted as sampling time.
         start = time.perf_counter()
         if index in self._records:

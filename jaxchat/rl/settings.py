@@ -81,6 +81,7 @@ class RL(Truncation):
 
     @property
     def policy(self) -> Policy:
+        """The settings of the objective, with those that are overridden here."""
         given = {name: getattr(self, name) for name in ("clip_low", "clip_high", "advantage", "aggregate")}
         return replace(OBJECTIVES[self.objective], **{k: v for k, v in given.items() if v is not None})
 

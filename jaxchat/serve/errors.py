@@ -49,7 +49,7 @@ def shutting_down() -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """An API error as it is, a user's mistake with status 400, a body that is no JSON with 400, one that is not what
+    """An API error as it is, a user's mistake with status 400, a body that is not JSON with 400, one that is not what
     the API takes with 422, anything else with 500 and without its text."""
     if isinstance(error, ApiError):
         return error

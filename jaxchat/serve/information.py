@@ -86,7 +86,7 @@ async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: protocol.Detokenize, request: Request) -> dict[str, str]:
-    """The text of token ids, special tokens named; what is no UTF-8 becomes U+FFFD."""
+    """The text of token ids, special tokens named; bytes that are not UTF-8 become U+FFFD."""
     with ExitStack() as stack:
         tokenizer = (await request.app.state.models.use(body.model, stack)).loaded.tokenizer
     if unknown := [token for token in body.tokens if token >= tokenizer.vocab_size]:

@@ -37,7 +37,7 @@ class Parts:
         self._specials = set(tokenizer.specials.values())
 
     def add(self, token: int) -> Iterator[Piece]:
-        """Yields what is certain after a token. The beginning of a part that is no text is a piece without text."""
+        """Yields what is certain after a token. The beginning of a part that is not text is a piece without text."""
         if token in self._borders:
             yield from self.finish()
             self.kind, self._stream = self._borders[token], TextStream(self._tokenizer, self._stop)

@@ -84,7 +84,7 @@ class StepLog:
                 self._speeds.append(self._tokens(record) / record["seconds"])
 
     def finish(self) -> None:
-        """Logs an instability of the last steps that is not reported yet."""
+        """Logs an instability of the last steps that has not been reported yet."""
         if report := self.stability.finish():
             self._log(f"warning: {report}")
 
@@ -100,7 +100,7 @@ class StepLog:
         return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
 
     def _tokens(self, record: Mapping[str, Any]) -> float:
-        """Trained tokens of a step: fixed, but in RL."""
+        """Trained tokens of a step: those of a batch, or in RL those of the record."""
         return self._experiment.batch_tokens if self._more is None else record["trained_tokens"]
 
 

@@ -77,6 +77,7 @@ class TaskScores:
         self._inputs = read(self._tasks, tokenizer, e.eval_problems)
 
     def begin(self, transformer: Transformer, mesh: jax.sharding.Mesh | None = None) -> None:
+        """Sets the model. `mesh` holds the parameters in training; each process scores its share on its own devices."""
         self._transformer = transformer
         self._global_mesh, self._mesh = mesh, None if mesh is None else processes.own_mesh(mesh)
         self._engine: Engine | None = None

@@ -87,7 +87,8 @@ def _before(e: Experiment) -> tuple[Path, Experiment]:
 
 
 def not_used(given: Experiment, e: Experiment) -> str | None:
-    """A sentence on the settings of `given` that `e`, which `inherited` returned for it, replaces; None without any."""
+    """A sentence that names settings of `given` that are others in `e`, which `inherited` made of it; None if all are
+    used."""
     wanted, taken = flags(given), flags(e)
     if given.start_from:
         own = (f"data.tokenizer.{name}" for name in ("algorithm", "chat_format", "extra_specials"))

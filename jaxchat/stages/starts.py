@@ -22,7 +22,7 @@ CLOCK_SECONDS = 5.0  # Interval of writing a start's time; a kill loses at most 
 def read(directory: Path) -> list[dict[str, Any]]:
     """The starts of a stage, oldest first; empty if there is no file or it is damaged.
 
-    The `seconds` of a killed one may lack the last ones.
+    The `seconds` of a start that was killed may lack its last CLOCK_SECONDS.
     """
     starts = read_json(directory / FILE)
     return starts if isinstance(starts, list) else []
