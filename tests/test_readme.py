@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from attacks import ATTACKS
 
 from jaxchat.experiment import RESUMABLE
 from jaxchat.model.counts import parameter_counts
@@ -66,6 +67,10 @@ def test_every_field_that_may_differ_is_listed_and_no_other():
     assert listed is not None
     named = set(re.findall(r"`--([\w.]+)\*?`", listed[1]))
     assert named == set(RESUMABLE)
+
+
+def test_the_number_of_attacks_is_theirs():
+    assert f"has {len(ATTACKS)} programs" in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_every_extra_is_named():
