@@ -28,8 +28,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ResidualScales:
-    """Before each layer, x becomes resid * x + x0 * embedding, with two learned scalars per layer, at first linear in
-    depth."""
+    """x = resid * x + x0 * embedding before each layer; two learned scalars per layer, initially linear in depth."""
 
     resid_first: float = 1.15  # Initial weight of the residual stream in the first layer.
     resid_last: float = 1.05  # The same in the last layer.
