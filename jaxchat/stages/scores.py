@@ -11,17 +11,8 @@ from jaxchat.data.cache import Log
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.evaluation.evaluate import (
-    Asked,
-    Settings,
-    Solving,
-    Texts,
-    bits_per_byte,
-    parse_tasks,
-    read,
-    share,
-    summaries,
-)
+from jaxchat.evaluation import evaluate
+from jaxchat.evaluation.evaluate import Asked, Settings, Solving, Texts, bits_per_byte
 from jaxchat.evaluation.held_out import HeldOut
 from jaxchat.evaluation.likelihoods import Scorer
 from jaxchat.evaluation.questions import ask_together
@@ -73,8 +64,8 @@ class TaskScores:
     def __init__(self, e: Experiment, tokenizer: Tokenizer, log: Log, *, style: Style | None = None) -> None:
         self._experiment, self._tokenizer, self._log = e, tokenizer, log
         self._style: Style = style or ("chat" if e.chats else "text")
-        self._tasks = parse_tasks(e.tasks, Settings(self._style), e.cache_directory / "downloads")
-        self._inputs = read(self._tasks, tokenizer, e.eval_problems)
+        self._tasks = evaluate.parse_tasks(e.tasks, Settings(self._style), e.cache_directory / "downloads")
+        self._inputs = evaluate.read(self._tasks, tokenizer, e.eval_problems)
 
     def begin(self, transformer: Transformer, mesh: jax.sharding.Mesh | None = None) -> None:
         """Sets the model. `mesh` holds the parameters in training; each process scores its share on its own devices."""
@@ -130,11 +121,11 @@ class TaskScores:
         for job in self._tasks:
             if isinstance(job, Asked):
                 answers = [answer._asdict() for _, answer in ask_together(self._scorer, self._inputs[job.name])]
-                results[job.name] = share(answers, job.baselines)
+                results[job.name] = evaluate.share(answers, job.baselines)
             elif isinstance(job, Texts):
                 results[job.name] = bits_per_byte(self._scorer, self._tokenizer, self._inputs[job.name])
         asked = {name: result for name, result in results.items() if "accuracy" in result}
         scores = {f"{name}_accuracy": result["accuracy"] for name, result in asked.items()}
         scores |= {f"{name}_problems": result["count"] for name, result in asked.items()}
         scores |= {name: result["bpb"] for name, result in results.items() if "bpb" in result}
-        return scores | {name: result[name] for name, result in summaries(results).items()}
+        return scores | {name: result[name] for name, result in evaluate.summaries(results).items()}
