@@ -239,8 +239,9 @@ def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
     if unknown and unknown.group(1).startswith("--"):
         name = unknown.group(1).removeprefix("--").split("=")[0].replace("-", "_")
         moved = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
-        guess = difflib.get_close_matches(name, moved or names, n=1, cutoff=0.5)
-        return f"unknown field --{name}" + (f": did you mean --{guess[0]}?" if guess else "; see --help")
+        alike = lambda other: difflib.SequenceMatcher(None, other, name).ratio()  # noqa: E731
+        guess = max(moved or names, key=alike)  # The first of equals, as of a field that every layer has.
+        return f"unknown field --{name}" + (f": did you mean --{guess}?" if alike(guess) >= 0.5 else "; see --help")
     if unknown:
         return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"
     missing = re.search(r"^Missing from \S+ (--\S+) (\S+)", text)
