@@ -17,7 +17,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.model import Transformer, choice, decoding_kernels
+from jaxchat.model import Transformer, backends, decoding_kernels
 from jaxchat.model.cache import KVCache, slot_positions
 from jaxchat.model.decoding_kernels import DECODING, block_slots
 from jaxchat.model.kernels import AttentionCase, unsupported
@@ -214,12 +214,12 @@ def chosen(wanted: str, platform: str, monkeypatch: pytest.MonkeyPatch, *, here:
     monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
     config = small.july2026()
     dtype = "float32" if platform == "cpu" else "bfloat16"
-    return choice.choose_decoding(wanted, config, dtype=dtype, device=device, log=said.append), said
+    return backends.choose_decoding(wanted, config, dtype=dtype, device=device, log=said.append), said
 
 
 def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str | None] = [None]
-    monkeypatch.setattr(choice, "decodes_otherwise", lambda *args: found[0])
+    monkeypatch.setattr(backends, "decodes_otherwise", lambda *args: found[0])
     assert chosen("auto", "cpu", monkeypatch) == ("xla", [])
     assert chosen("auto", "tpu", monkeypatch) == ("filled", [])
     assert chosen("xla", "tpu", monkeypatch) == ("xla", [])
@@ -239,9 +239,9 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("windowed", [False, True])
 def test_trying_finds_what_a_kernel_does_wrong(windowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def attempt(backend: Any) -> str | None:
-        choice.decodes_otherwise.cache_clear()
-        monkeypatch.setattr(choice, "DECODING", {"xla": DECODING["xla"], "tried": backend})
-        return choice.decodes_otherwise("tried", "bfloat16", 4, 2, 8, windowed)
+        backends.decodes_otherwise.cache_clear()
+        monkeypatch.setattr(backends, "DECODING", {"xla": DECODING["xla"], "tried": backend})
+        return backends.decodes_otherwise("tried", "bfloat16", 4, 2, 8, windowed)
 
     def changed(cut: int, later: int) -> Any:
         """One that sees another window, or a row as it is after other tokens."""
@@ -269,14 +269,14 @@ def test_it_is_tried_on_one_device_under_a_mesh_of_many(monkeypatch: pytest.Monk
         seen.append(jax.sharding.get_abstract_mesh().empty)
         return DECODING["xla"](*arguments)
 
-    choice.decodes_otherwise.cache_clear()
-    monkeypatch.setattr(choice, "DECODING", DECODING | {"filled": attend})
-    monkeypatch.setattr(choice, "unsupported", lambda name, facts: None)
+    backends.decodes_otherwise.cache_clear()
+    monkeypatch.setattr(backends, "DECODING", DECODING | {"filled": attend})
+    monkeypatch.setattr(backends, "unsupported", lambda name, facts: None)
     with jax.set_mesh(sharding.make_mesh(sharding.Mesh(), rows=8)):
         device = jax.devices()[0]
         asked = type("Asked", (), {"platform": "tpu"})()
         monkeypatch.setattr(jax, "devices", lambda: [asked, device])
-        assert choice.choose_decoding("auto", small.july2026(), dtype="float32", device=asked, log=print) == "filled"
+        assert backends.choose_decoding("auto", small.july2026(), dtype="float32", device=asked, log=print) == "filled"
     assert seen and all(seen)
 
 

@@ -12,7 +12,7 @@ import small
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model import GQA, Transformer, choice, kernels
+from jaxchat.model import GQA, Transformer, backends, kernels
 from jaxchat.model.kernels import BACKENDS, AttentionCase, find_runs, unsupported
 
 HERE = ("xla", "xla_remat", "splash_interpreted")
@@ -294,13 +294,13 @@ def chosen(wanted: str, device: Any, monkeypatch: pytest.MonkeyPatch, *, here: b
     monkeypatch.setattr(jax, "devices", lambda: [device] if here else [])
     config = small.july2026(pattern=(GQA(heads=2, kv_heads=2, head_dim=8, window=3),))
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    name = choice.choose_attention(wanted, config, length=64, dtype=dtype, device=device, log=said.append)
+    name = backends.choose_attention(wanted, config, length=64, dtype=dtype, device=device, log=said.append)
     return name, said
 
 
 def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str | None] = [None]
-    monkeypatch.setattr(choice, "differs", lambda *args: found[0])
+    monkeypatch.setattr(backends, "differs", lambda *args: found[0])
     name, said = chosen("auto", Device("gpu", "gfx942"), monkeypatch)
     assert name == "xla" and "cudnn needs an NVIDIA GPU of compute capability 8.0" in said[0]
     assert chosen("auto", Device("cpu"), monkeypatch) == ("xla", [])
@@ -326,9 +326,9 @@ def test_devices_choose_and_what_fails_on_them_is_told(monkeypatch: pytest.Monke
 
 def test_trying_finds_what_a_backend_does_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def attempt(backend: Any, windowed: bool = True) -> str | None:
-        choice.differs.cache_clear()
-        monkeypatch.setattr(choice, "BACKENDS", {"xla": kernels.xla, "tried": backend})
-        return choice.differs("tried", 384, "bfloat16", True, 2, 1, 8, windowed)
+        backends.differs.cache_clear()
+        monkeypatch.setattr(backends, "BACKENDS", {"xla": kernels.xla, "tried": backend})
+        return backends.differs("tried", 384, "bfloat16", True, 2, 1, 8, windowed)
 
     def broken(q: Any, k: Any, v: Any, segments: Any, window: Any) -> Any:
         raise RuntimeError("cuDNN is not detected.\nmore")
