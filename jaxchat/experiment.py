@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
+from jaxchat.model.part import HUGE, TINY
 from jaxchat.model.quantized import Matmul
 from jaxchat.model.transformer import Model
 from jaxchat.objectives.objective import Objective
@@ -188,6 +189,10 @@ class Experiment:
         for name, least in {**dict.fromkeys(_COUNTS, 0), "keep": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, value in flags(self).items():
+            numbers = [x for x in (value if isinstance(value, tuple) else [value]) if isinstance(x, float) and x]
+            if not all(TINY <= abs(x) <= HUGE for x in numbers):
+                raise ValueError(f"{name}={value} must be 0, or from {TINY:.2g} to {HUGE:.2g} in size, as in float32")
 
     @property
     def objective(self) -> Objective:

@@ -43,6 +43,9 @@ def load(*argv, name="tiny"):
     return command_line.load([f"--config=configs/{name}.py", *argv])
 
 
+FLOAT32 = "must be 0, or from 1.2e-38 to 3.4e+38 in size, as in float32"
+
+
 def mistake(*argv, name="tiny"):
     with pytest.raises(UserError) as caught:
         load(*argv, name=name)
@@ -195,6 +198,12 @@ def test_steps_of_the_dial_reach_the_experiment():
         (["--optimizer.muon.momentum=1"], "optimizer.muon: momentum=1.0 must be at least 0 and below 1"),
         (["--optimizer.head.learning_rate=-1"], "optimizer.head: learning_rate=-1.0 must be at least 0 and finite"),
         (["--optimizer.embed.b2=1.5"], "optimizer.embed: b2=1.5 must be at least 0 and below 1"),
+        (["--optimizer.scalars.eps=1e-50"], f"optimizer.scalars.eps=1e-50 {FLOAT32}"),
+        (["--optimizer.head.learning_rate=1e39"], f"optimizer.head.learning_rate=1e+39 {FLOAT32}"),
+        (["--model.norm.eps=nan"], f"model.norm.eps=nan {FLOAT32}"),
+        (["--model.softcap=inf"], f"model.softcap=inf {FLOAT32}"),
+        (["--model.pattern.0.mixer.positions.base=1e300"], f"model.pattern.0.mixer.positions.base=1e+300 {FLOAT32}"),
+        (["--data.epochs", "1e39"], f"data.epochs=(1e+39,) {FLOAT32}"),
         (["--optimizer.scalars.eps=0"], "optimizer.scalars: eps=0 must be positive: it keeps the first updates finite"),
         (
             ["--data.weights", "1", "2"],

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
+from jaxchat.model.part import TINY
 
 # What a compiled step supports: greedy decoding only; temperature as well; or also penalties and filters, the slowest.
 Level = Literal["greedy", "plain", "full"]
@@ -29,7 +30,6 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 
 # Limits of penalties and rewards: products of two of them, and sums of squares, are still finite in float32.
 LARGEST, SMALLEST = 1e15, 1e-15
-TINY = float(np.finfo(np.float32).tiny)  # Smaller numbers are 0 on most devices.
 
 TOP = 20  # Number of the most likely tokens that a compiled step returns on demand; the most that OpenAI's API has.
 

@@ -15,11 +15,10 @@ import numpy as np
 
 from jaxchat.errors import UserError
 from jaxchat.model import Model, Transformer
-from jaxchat.model.part import Spec
+from jaxchat.model.part import HUGE, TINY, Spec
 from jaxchat.model.transformer import Params
 
 Array = np.ndarray
-TINY, HUGE = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # Models use float32.
 
 
 class Place(NamedTuple):

@@ -33,6 +33,9 @@ from jaxchat.model.quantized import Matmul
 
 Weighted = tuple[jax.Array, jax.Array]  # A total and its weight; their ratio is a mean.
 
+# Sizes of float32, in which parameters are stored. Smaller numbers are 0 on most devices.
+TINY, HUGE = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+
 
 class Static(NamedTuple):
     """Facts that are fixed when a program is compiled and the same for every part.
