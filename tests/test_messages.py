@@ -59,6 +59,7 @@ FORMS = {
     # weights
     "weight 0": ([U, A | {"weight": 0}, U, A | {"weight": 1}], "[u]u [a]{a} [u]u [a]a", WEIGHED),
     "train false": ([U, A | {"train": False}, U, A | {"train": True}], "[u]u [a]{a} [u]u [a]a", WEIGHED),
+    "training false": ([U, A | {"training": False}, U, A], "[u]u [a]{a} [u]u [a]a", WEIGHED),
     "loss false": ([U, A | {"loss": False}, U, A], "[u]u [a]{a} [u]u [a]a", WEIGHED),
     "weight null": ([U, A | {"weight": None, "train": 1.0}], "[u]u [a]a"),
     "a call of weight 0": ([U, CALLED | {"weight": 0}, say("tool", "1"), A], f"[u]u [a]{{{F}}}=1)a", WEIGHED),
@@ -103,6 +104,9 @@ FORMS = {
     "words in a list": ([say("user", ["u", "v"]), A], "[u]uv [a]a"),
     "parts of the other interface": ([say("user", [{"type": "input_text", "text": "u"}]),
                                       say("assistant", [{"type": "output_text", "text": "a"}])], "[u]u [a]a"),
+    "parts by place": ([U, A | {"train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]}], "[u]u [a]a",
+                       "with train_detail, which is not read"),
+    "blank calls": ([U, A | {"tool_calls": " "}], "[u]u [a]a"),
     "reasoning": ([U, A | {"reasoning_content": "r"}], "[u]u [a]a", "with reasoning_content, which is not read"),
 }  # fmt: skip
 SYSTEM, TWO_TOOLS = say("system", "s"), [{"name": "f"}, "g"]
@@ -112,6 +116,12 @@ ROWS = {
     "system_prompt": ({"prompt": "u", "response": "a", "system_prompt": "s", "system": None}, "[s]s"),
     "two tools": ({"messages": [U, A], "tools": TWO_TOOLS}, f'[s]{TOOL}{{"name": "f"}}\ng'),
     "one tool": ({"messages": [U, A], "tools": None, "functions": {"name": "f"}}, f'[s]{TOOL}{{"name": "f"}}'),
+    "tools as JSON": ({"messages": [U, A], "tools": json.dumps([{"name": "f"}, None])}, f'[s]{TOOL}{{"name": "f"}}'),
+    "no tools as JSON": ({"messages": [U, A], "tools": "[]"}, ""),
+    "a null as JSON": ({"messages": [U, A], "tools": "null"}, ""),
+    "a null tool": ({"messages": [U, A], "tools": [None, ""]}, ""),
+    "blank tools": ({"messages": [U, A], "tools": " "}, ""),
+    "single messages": ({"prompt": U, "completion": {"from": "gpt", "value": "a"}}, ""),
     "tools of a question": ({"question": "u", "answer": "a", "tools": "f"}, f"[s]{TOOL}f"),
     "messages null": ({"messages": None, "instruction": "u", "output": "a"}, ""),
     "completion null": ({"prompt": "u", "completion": None, "response": "a"}, ""),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxchat.data.messages import WEIGHTS, Message, Note, as_json, as_text, first_given, has_weight, normalize, silent
+from jaxchat.data.messages import WEIGHTS, Message, Note, as_list, as_text, first_given, has_weight, normalize, silent
 from jaxchat.errors import UserError
 from jaxchat.tokenizer import chat
 from jaxchat.tokenizer.chat import Malformed
@@ -99,9 +99,14 @@ def _read_turns(row: Mapping[str, Any]) -> list[Any]:
 
 def _read_completion(row: Mapping[str, Any]) -> list[Any]:
     prompt, answer = row["prompt"], first_given(row, "completion", "response")
-    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": as_text(prompt)}]
-    after = answer if isinstance(answer, list) else [{"role": "assistant", "content": as_text(answer)}]
-    return [*_history(row), *before, *after]
+    return [*_history(row), *_turns(prompt, "user"), *_turns(answer, "assistant")]
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    """A message or a list of messages as they are; another value as a message of this role."""
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        return [value]
+    return value if isinstance(value, list) else [{"role": role, "content": as_text(value)}]
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Any]:
@@ -196,8 +201,7 @@ def opened(row: Mapping[str, Any], messages: list[Message], note: Note) -> list[
     if any(message["role"] == "assistant" for message in messages[:first]):
         note("whose greeting before the first user message is left out")
     before = [message for message in messages[:first] if message["role"] == "system"]
-    tools = first_given(row, "tools", "functions")
-    described = [*map(as_json, tools if isinstance(tools, list) else [tools] if tools else [])]
+    described = [*filter(None, map(as_text, as_list(first_given(row, "tools", "functions"))))]
     texts = [
         as_text(first_given(row, "system", "system_prompt")),
         *(message["content"] for message in before),

@@ -16,9 +16,9 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
     **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "result"),
 }
-NOT_READ = ("reasoning_content", "reasoning", "thinking", "audio", "refusal")  # what a message may hold besides
+NOT_READ = ("reasoning_content", "reasoning", "thinking", "audio", "refusal", "train_detail")  # in messages
 TEXTS = ("text", "input_text", "output_text")  # types of parts
-WEIGHTS = ("weight", "train", "loss")  # keys of a message that say whether it is a training target
+WEIGHTS = ("weight", "train", "training", "loss")  # keys of a message that say whether it is a training target
 
 
 def silent(_: str) -> None:
@@ -72,6 +72,16 @@ def as_text(value: Any) -> str:
     return text if text.strip() else ""
 
 
+def as_list(value: Any) -> list[Any]:
+    """What a field lists: entries of a list, an object, or either as JSON; a text that is no JSON. Nulls are none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            value = [value]
+    return [entry for entry in (value if isinstance(value, list) else [value] if value else []) if entry is not None]
+
+
 def _parts(role: str, message: Mapping[str, Any], index: int) -> list[Message]:
     """The parts of a message, without empty texts."""
     content = first_given(message, "content", "value")
@@ -106,16 +116,9 @@ def _as_part(part: Any) -> Message:
 
 
 def _calls(message: Mapping[str, Any], index: int) -> Iterator[Message]:
-    """The calls of `tool_calls` and of its forerunner `function_call`: objects, lists of them, or either as JSON."""
+    """The calls of `tool_calls` and of its forerunner `function_call`."""
     for value in (message.get("tool_calls"), message.get("function_call")):
-        if isinstance(value, str) and value.strip():
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                value = [value]
-        for call in value if isinstance(value, list) else [value] if value else []:
-            if call is None:
-                continue
+        for call in as_list(value):
             if not isinstance(call, Mapping | str):
                 raise Malformed("unknown part", f"message {index} has a tool call that is not an object")
             function = first_given(call, "function") or call if isinstance(call, Mapping) else call
