@@ -45,6 +45,7 @@ parts = st.one_of(
         }
     ),
 )
+zeros = st.sampled_from([ZERO, [{"type": "text", "text": ZERO}], [{"type": "python_output", "text": ZERO}], None])
 contents = st.one_of(st.sampled_from(["a", "b", "c"]), values, st.lists(parts, max_size=3))
 functions = st.fixed_dictionaries({"name": st.just("f"), "arguments": st.sampled_from(["{}", {}, None])})
 call_objects = st.one_of(
@@ -75,14 +76,17 @@ ROLES = [
 @st.composite
 def messages(draw: Any) -> dict[str, Any]:
     """A message of any role, with any of the keys that have a meaning."""
-    message = {draw(st.sampled_from(["role", "from"])): draw(st.sampled_from(ROLES))}
+    message = {"role": None, "from": None} if draw(st.booleans()) else {}
+    message[draw(st.sampled_from(["role", "from"]))] = draw(st.sampled_from(ROLES))
     weight = draw(st.sampled_from([None, None, None, 1, 0, 0.5, False]))
     if weight is not None:
-        message[draw(st.sampled_from(["weight", "train", "loss"]))] = weight
+        message[draw(st.sampled_from(["weight", "train", "training", "loss"]))] = weight
     excluded = weight is not None and not weight
-    message[draw(st.sampled_from(["content", "value"]))] = ZERO if excluded else draw(contents)
-    if not excluded and draw(st.booleans()):
-        message[draw(st.sampled_from(["tool_calls", "function_call"]))] = draw(calls)
+    message |= {"content": None, "value": None} if draw(st.booleans()) else {}
+    message[draw(st.sampled_from(["content", "value"]))] = draw(zeros if excluded else contents)
+    if draw(st.booleans()):
+        key = draw(st.sampled_from(["tool_calls", "function_call"]))
+        message[key] = [{"id": "1", "function": ZERO}] if excluded else draw(calls)
     if draw(st.booleans()):
         message["tool_call_id"] = draw(st.sampled_from(["1", "2", None]))
     return message
@@ -103,7 +107,11 @@ turns = st.one_of(
     st.tuples(messages()),
 )
 conversations = st.lists(turns, max_size=4).map(lambda found: [message for turn in found for message in turn])
-beside = st.dictionaries(st.sampled_from(["system", "tools", "weight", "train", "history"]), values, max_size=1)
+beside = st.one_of(
+    st.dictionaries(st.sampled_from(["system", "tools", "weight", "train", "history"]), values, max_size=1),
+    st.fixed_dictionaries({"tools": st.one_of(calls, contents)}),
+    st.fixed_dictionaries({"history": st.one_of(conversations, st.lists(st.tuples(contents, contents).map(list)))}),
+)
 rows = st.one_of(
     st.builds(
         lambda key, said, more: {key: said, **more},
@@ -114,9 +122,13 @@ rows = st.one_of(
     st.builds(
         lambda first, keys, more: {**dict(zip(keys, first)), **more},
         st.lists(contents, min_size=3, max_size=3),
-        st.sampled_from(
-            [("prompt", "completion"), ("instruction", "output", "input"), ("question", "answer", "choices")]
-        ),
+        st.sampled_from([("instruction", "output", "input"), ("question", "answer", "choices")]),
+        beside,
+    ),
+    st.builds(
+        lambda prompt, answer, more: {"prompt": prompt, "completion": answer, **more},
+        st.one_of(conversations, messages(), contents),
+        st.one_of(conversations, messages(), contents),
         beside,
     ),
 )
