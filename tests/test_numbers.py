@@ -31,6 +31,15 @@ from jaxchat.tasks.numbers import last_number, read_number
         ("8\u00a0000 dollars", 8000),
         ("1\u202f234\u202f567.5", Fraction("1234567.5")),
         ("8'000", 8000),
+        ("8\u2007000", 8000),
+        ("8\u200a000", 8000),
+        ("8\\;000", 8000),
+        ("8\\ 000", 8000),
+        ("1~234~567", 1234567),
+        ("3~5", 3),
+        ("+5", 5),
+        ("\u20135", -5),
+        ("5\u201310", 5),
         ("12,34,567", 1234567),
         ("8{,}000", 8000),
         ("10,\\!000", 10_000),
@@ -52,6 +61,7 @@ from jaxchat.tasks.numbers import last_number, read_number
         ("\u00be", Fraction(3, 4)),
         ("2\\frac{1}{2}", Fraction(5, 2)),
         ("-\\dfrac{3}{4}", Fraction(-3, 4)),
+        ("2\\frac12", Fraction(5, 2)),
         ("3/1,000", Fraction(3, 1000)),
         ("2 16/2.5", 2),
         ("1/0", None),
@@ -69,7 +79,7 @@ def test_the_last_number_is_the_last_however_it_ends():
     assert last_number("He had 5 and then 1,800. That is $3.50.") == Fraction(7, 2)
     assert last_number("so 12 / 4 = 3.") == 3
     assert last_number("That is one half: 1/2.") == Fraction(1, 2)
-    assert last_number("It fell to -3.") == -3
+    assert last_number("It fell to -3.") == -3 and last_number("Option 2 \u2013 it fell to \u20133.") == -3
     assert last_number("1,2,3") == 3 and last_number("It is 1, 2 or 3,000.") == 3000
     assert last_number(r"\boxed{8{,}000}") == 8000 and last_number(r"Thus $-\frac{1}{2}$.") == Fraction(-1, 2)
     assert last_number("In all 2 1/2 cups.") == Fraction(5, 2) and last_number("2 and 1/2.") == Fraction(1, 2)

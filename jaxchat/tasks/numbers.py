@@ -9,23 +9,23 @@ from fractions import Fraction
 Replacement = str | Callable[[re.Match[str]], str]
 # Spellings of numbers, rewritten to N or N.N, N/N, N N/N and NeN. Thousands have the same mark throughout.
 _SPELLINGS: tuple[tuple[re.Pattern[str], Replacement], ...] = (
-    (re.compile(r"\{,\}|,?\\[,!]"), ","),
+    (re.compile(r"\{,\}|,?\\[,!]|(?<=\d)(?:\\[:; ]|~)(?=\d)"), ","),
     (re.compile(r"\\(?=[$%])"), ""),
     (re.compile(r"\\times|\\cdot"), "*"),
     (re.compile(r"\\div"), "\u00f7"),
     (re.compile(r"(?<!\d)(\d{1,2}(?:,\d{2})+,\d{3})(?!\d)"), lambda match: match[1].replace(",", "")),  # Indian
     (
-        re.compile(r"(?<![\d.])\d{1,3}([, '_\u00a0\u2009\u2019\u202f])\d{3}(?:\1\d{3})*(?!\d)"),
+        re.compile(r"(?<![\d.])\d{1,3}([, '_\u00a0\u2007-\u200a\u2019\u202f])\d{3}(?:\1\d{3})*(?!\d)"),
         lambda match: match[0].replace(match[1], ""),
     ),
     (re.compile("(?<=\\d)\\s?(?=\\\\[dt]?frac|[\u00bc-\u00be\u2150-\u215e])"), " "),  # Mixed numbers
-    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}| ?(\d) ?(\d))"), r"\1\3/\2\4"),
     (re.compile("[\u00bc-\u00be\u2150-\u215e]"), lambda match: unicodedata.normalize("NFKC", match[0])),
     (re.compile(r"(?<=\d)\s?[x*\u00d7]\s?10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?"), r"e\1"),
 )
 # A minus sign after a number is a subtraction: 5-3 does not contain -3. Fractions have no spaces: 16 / 2 is a division.
 _NUMBER = re.compile(
-    r"(?P<sign>(?:(?<![\w).])[-\u2212])?(?:[$\u20ac\u00a3]\s?[-\u2212]?)?)"
+    r"(?P<sign>(?:(?<![\w).])[-\u2013\u2212])?(?:[$\u20ac\u00a3]\s?[-\u2013\u2212]?)?)"
     r"(?:(?P<whole>\d+) (?=\d+[/\u2044]\d+(?!\d|[.,]\d)))?(?P<top>\d+(?:\.\d+)?|\.\d+)"
     r"(?:[/\u2044](?P<bottom>\d+)(?!\d|[.,]\d)|[eE](?P<power>[-+]?\d+))?"
 )
@@ -35,7 +35,7 @@ _CALCULATION = re.compile(r"[\d)]\s?[-+*/x\u2212\u00d7\u00f7]\s?$")  # Text befo
 
 def read_number(text: str) -> Fraction | None:
     """Value of the number at the start of a text (18, 18., $18, 1,800, -3, 5%, 1/2, 18 dollars), or None."""
-    match = _NUMBER.match(_SIGN_APART.sub(r"\1", _spelled(text)).lstrip())
+    match = _NUMBER.match(_SIGN_APART.sub(r"\1", _spelled(text)).lstrip().removeprefix("+"))
     return None if match is None else _value(match)
 
 
