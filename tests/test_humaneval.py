@@ -165,6 +165,8 @@ def test_a_program_is_right_however_it_is_fenced(name, code):
         f"Use ```f(1)``` then\n```python\n{SOLUTION}```",
         "```python\n    def f(x):\n        return x + 1\n```",
         "```python\ndef f(x):\n    print('```')\n    return x + 1\n```",
+        f"1. So:\n   ```python\n{SOLUTION}```\n2. Done.\n",
+        f"- So:\n  ~~~\n{SOLUTION}  ~~~\n",
     ],
 )
 def test_a_program_is_right_with_fences_where_they_do_not_belong(text):

@@ -21,6 +21,7 @@ _FENCE_IN_LINE = re.compile(
     r"^(?!(?:[ \t]*(?:[-*+>]|\d+[.)]))+[ \t]*```)((?:(?!```).)*\S[ \t]*)(?<!`)(```+[ \t]*[\w+#.-]*[ \t]*)$",
     re.MULTILINE,
 )
+_LINES = re.compile(r"^[ \t]*(```++|~~~++).*\n((?:.*\n)*?)(?= {0,3}\1|\Z)", re.MULTILINE)  # Fences, whatever is around.
 _BODY = re.compile(r"\s*?^[ \t]{2,}(?![ \t`~])", re.MULTILINE)  # A text that begins with an indented statement.
 
 
@@ -122,7 +123,8 @@ def program(prompt: str, entry_point: str, text: str) -> str:
     blocks = _fenced(text)
     before = re.split(r"^(?:```|~~~)", text, maxsplit=1, flags=re.MULTILINE)[0]
     unfenced = [before] if definition.search(before) or _BODY.match(before) else []
-    defining = (block for block in (*blocks, *map(textwrap.dedent, blocks)) if definition.search(block))
+    unlisted = (match[2] for match in _LINES.finditer(text))  # Code whose indentation ends the list of its fence.
+    defining = (block for block in (*blocks, *map(textwrap.dedent, blocks), *unlisted) if definition.search(block))
     code = next(defining, [*unfenced, *blocks, text][0])
     if not definition.search(code):
         return prompt + code
