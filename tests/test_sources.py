@@ -1,8 +1,13 @@
 """Sources: what a spec names, what is read from it, and the sentence for every broken file."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -164,7 +169,7 @@ BROKEN = {
     "pretty.jsonl": ('{\n "text": "x"\n}\n', r"pretty.jsonl line 1 is not valid JSON: the object does not end in"),
     "digits.jsonl": ('{"n": ' + "9" * 5000 + "}", r"digits.jsonl line 1 .*digits.*; write it as a string"),
     "gz.jsonl": (gzip.compress(b"x"), r"gz.jsonl is compressed with gzip: name it .jsonl.gz if"),
-    "gz.txt": (gzip.compress(b"x"), r"gz.txt is compressed with gzip: .* unpack it with gunzip"),
+    "gz.txt": (gzip.compress(b"x"), r"gz.txt is compressed with gzip: .* unpack it, as gunzip <FILE"),
     "zip.jsonl.gz": (b"PK\3\4x", r"zip.jsonl.gz is a zip archive: unpack it"),
     "table.jsonl": (b"PAR1xxxx", r"table.jsonl is a parquet file: name it .parquet"),
     "le.jsonl": (
@@ -280,6 +285,27 @@ def test_what_a_message_advises_works(tmp_path):
     assert read(write(tmp_path / "a.jsonl.gz", gzip.compress(jsonl("x").encode()))) == ["x"]
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         assert read(write(tmp_path / "a.jsonl", jsonl("x").encode(encoding)), encoding=encoding) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        gzip.compress,
+        lzma.compress,
+        bz2.compress,
+        lambda data: pytest.importorskip("pyarrow").compress(data, "zstd", asbytes=True),
+        lambda data: data + b"\0" * 9,
+    ],
+)
+def test_the_command_that_a_message_advises_works(tmp_path, packed):
+    path, new = write(tmp_path / "a.jsonl", packed(jsonl("x").encode())), tmp_path / "b.jsonl"
+    with pytest.raises(UserError) as caught:
+        read(path)
+    command = re.search(r", as (\S+.* <FILE >NEW) does", str(caught.value))[1]
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"{command.split()[0]} is not installed")
+    subprocess.run(command.replace("FILE", str(path)).replace("NEW", str(new)), shell=True, check=True)
+    assert read(new) == ["x"]
 
 
 def noted(path, split="train", content="documents"):

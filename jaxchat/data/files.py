@@ -23,14 +23,14 @@ _JSON_SPACE = " \t\r\n"
 _ARRAY = "an array instead of an object; if the whole file is a JSON array, name it .json"
 FIRST_BYTES = {
     b"\x1f\x8b": (
-        "is compressed with gzip: name it .jsonl.gz if it has JSON lines, or unpack it with gunzip",
+        "is compressed with gzip: name it .jsonl.gz if it has JSON lines, or unpack it, as gunzip <FILE >NEW does",
         ".jsonl.gz",
     ),
     b"PAR1": ("is a parquet file: name it .parquet", ".parquet"),
     b"PK\x03\x04": ("is a zip archive: unpack it with unzip", ""),
-    b"\x28\xb5\x2f\xfd": ("is compressed with zstandard: unpack it with unzstd", ""),
-    b"\xfd7zXZ": ("is compressed with xz: unpack it with unxz", ""),
-    b"BZh9": ("is compressed with bzip2: unpack it with bunzip2", ""),
+    b"\x28\xb5\x2f\xfd": ("is compressed with zstandard: unpack it, as unzstd <FILE >NEW does", ""),
+    b"\xfd7zXZ": ("is compressed with xz: unpack it, as unxz <FILE >NEW does", ""),
+    b"BZh9": ("is compressed with bzip2: unpack it, as bunzip2 <FILE >NEW does", ""),
     b"ARROW1": ("is an Arrow file: write it as parquet", ""),
 }
 """By the first bytes of a file: what it is and what to do about it, and the mark of the kind that reads it."""
