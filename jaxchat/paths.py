@@ -40,4 +40,4 @@ def is_utf8(path: Path) -> bool:
 def split_step(path: str) -> tuple[str, str]:
     """Directory and `@step` of a checkpoint's path ("" without one). Names of directories may contain an @."""
     directory, at, step = path.rpartition("@")
-    return (directory, at + step) if "@" in Path(path).name and not Path(path).is_dir() else (path, "")
+    return (directory, at + step) if "@" in Path(path).name and not user_path(path).is_dir() else (path, "")

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from documents import settings, silent, texts, write
@@ -19,7 +20,9 @@ from jaxchat.data.sources import documents, find
 from jaxchat.errors import UserError
 from jaxchat.evaluation import evaluate, multiple_choice
 from jaxchat.experiment import Experiment
+from jaxchat.inspection import report
 from jaxchat.paths import check_local, user_path
+from jaxchat.serve.models import find_models
 from jaxchat.tasks import load_task
 from jaxchat.tokenizer import TokenizerConfig, load_tokenizer
 
@@ -53,6 +56,11 @@ def test_the_directories_of_an_experiment(home):
     checkpoint.write_experiment(home / "runs/a/pretrain", e)
     (home / "runs/a/pretrain/checkpoints/3").mkdir(parents=True)
     assert checkpoint.locate(e.start) == checkpoint.locate("~/runs/a/pretrain") == (home / "runs/a/pretrain", 3)
+    assert find_models(["~/runs/a"]).keys() == {"a/pretrain", "a/pretrain@3"}
+    (home / "runs/a").rename(home / "runs/a@b")
+    (home / "runs/a@b/pretrain").rename(home / "runs/a@b/x@y")
+    assert checkpoint.locate("~/runs/a@b/x@y") == (home / "runs/a@b/x@y", 3)
+    assert report._out(SimpleNamespace(out="~/seen"), home, "x") == home / "seen"
 
 
 def test_documents_tokenizers_and_rows(home):

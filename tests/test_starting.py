@@ -113,6 +113,15 @@ def test_a_stage_that_has_started_knows_its_start_whatever_becomes_of_that(tmp_p
         inherited(later(tmp_path / "other", start))
 
 
+def test_a_start_that_is_named_from_home_or_has_an_at_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = write_run(tmp_path / "a@b", model())
+    for number, name in enumerate((start, f"{start}@0", "~/a@b/run/sft", "~/a@b/run/sft@0")):
+        assert locate_start(begin(tmp_path / str(number), name)) == (Path(start), 0)
+
+
 def test_the_kl_reference_is_that_of_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = write_run(tmp_path / "there", model())
     abstract = checkpoint.abstract_like(

@@ -18,6 +18,7 @@ from jaxchat.inspection import pictures, tables, text, tokens
 from jaxchat.inspection.steps import look_at_step
 from jaxchat.launcher import log
 from jaxchat.loading import load_engine
+from jaxchat.paths import user_path
 from jaxchat.serialization import json_line
 from jaxchat.tokenizer import chat
 
@@ -118,7 +119,7 @@ def look(
 
 
 def _out(options: Any, directory: Path, name: str) -> Path:
-    out = Path(options.out) if options.out else directory / "inspect" / name
+    out = user_path(options.out) if options.out else directory / "inspect" / name
     make_directory(out, "--out")
     drawing()  # Before anything slow: raises a UserError without matplotlib.
     return out

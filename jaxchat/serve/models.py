@@ -21,6 +21,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
 from jaxchat.inspection.text import View
 from jaxchat.loading import Loaded, load_checkpoint
+from jaxchat.paths import user_path
 from jaxchat.serve.errors import ApiError
 from jaxchat.serve.warming import warm, warm_views
 from jaxchat.serve.worker import Worker
@@ -50,7 +51,7 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in paths:
-        root = Path(path)
+        root = user_path(path)
         stages = [file.parent for file in root.glob(f"*/{checkpoint.EXPERIMENT}")] if root.is_dir() else []
         stages = [stage for stage in stages if checkpoint.readable_steps(stage)]
         stages.sort(key=lambda stage: ((stage / checkpoint.EXPERIMENT).stat().st_mtime, stage.name))

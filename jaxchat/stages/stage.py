@@ -15,7 +15,7 @@ from jaxchat.errors import UserError
 from jaxchat.experiment import STAGES, Experiment
 from jaxchat.model.transformer import Params
 from jaxchat.objectives.objective import Objective
-from jaxchat.paths import split_step
+from jaxchat.paths import split_step, user_path
 from jaxchat.serialization import flags
 from jaxchat.stages.scores import TaskScores
 from jaxchat.tokenizer import Tokenizer, load_tokenizer
@@ -110,7 +110,7 @@ def locate_start(e: Experiment) -> tuple[Path, int]:
     Once the stage has started it is the one that start.json names, although `start_from` may have a newer one.
     """
     if record := read_json(e.stage_directory / START):
-        directory, step = Path(e.start.partition("@")[0]), record["step"]
+        directory, step = user_path(split_step(e.start)[0]), record["step"]
         gone = step not in checkpoint.finished_steps(directory)
         if gone or checkpoint.params_hash(directory, step) != record["params"]:
             problem = (
