@@ -17,7 +17,7 @@ class Harness:
     checkpoint: str  # A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300.
     tasks: tuple[str, ...]  # Names, see above.
     include_path: str | None = None  # Directory of additional task files (YAML).
-    limit: int | None = None  # Number of examples per task; None takes all.
+    limit: int | None = None  # Number of examples per task, the first ones as lm-eval takes them; None takes all.
     num_fewshot: int | None = None  # Number of few-shot examples in each prompt; None takes the task's own.
     chat: bool = False  # Apply the chat template, for fine-tuned models.
     max_tokens: int = 0  # Length limit of generated answers; 0 takes the task's own.
