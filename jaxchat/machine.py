@@ -19,9 +19,10 @@ PACKAGES = "jaxchat jax jaxlib flax optax numpy libtpu jax-cuda12-plugin jax-cud
 def cores() -> int:
     """Number of processors for this process: its CPU affinity, limited by the quotas of its cgroups (rounded up)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for text in _limits("cpu.max"):  # Microseconds of processor time, or "max", and per how many.
-        quota, period = text.split()
-        count = count if quota == "max" else min(count, math.ceil(int(quota) / int(period)))
+    # Microseconds of processor time, and per how many: of version 2 ("max" is no limit), and of version 1 (-1 is none).
+    old = zip(_limits("cpu/cpu.cfs_quota_us"), _limits("cpu/cpu.cfs_period_us"))
+    for quota, period in (*(text.split() for text in _limits("cpu.max")), *old):
+        count = count if quota in ("max", "-1") else min(count, math.ceil(int(quota) / int(period)))
     return count
 
 

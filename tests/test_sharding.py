@@ -205,6 +205,8 @@ LIMITS: list[tuple[str, dict[str, str], int, int | None]] = [
     ("0::/a/b\n", {"memory.max": "9000", "a/memory.max": "4096", "a/b/memory.max": "5000"}, 8, 4096),
     ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8, None),
     ("4:memory:/a\n", {"memory/memory.limit_in_bytes": "4096\n"}, 8, 4096),
+    ("4:cpu:/a\n", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3, None),
+    ("4:cpu:/a\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8, None),
     ("", {"memory.max": "4096"}, 8, 4096),
 ]
 
