@@ -63,6 +63,11 @@ LAUNCHERS = [
         "or set --data.text_column to another",
         "--data.text_column=body",
     ),
+    (
+        "train {small} --data.train=tinyworld:tran",
+        "is not tinyworld:train or tinyworld:val, or such a name and a number, such as tinyworld:train:100",
+        "--data.train=tinyworld:train:100",
+    ),
     ("train {small} --data.train={place}/none*.txt", "no file matches --data.train", "--data.train={text}"),
     (
         "train {small} --data.train={place}/runs/later",
@@ -117,6 +122,7 @@ LAUNCHERS = [
         "lower it, or raise --data.row_length",
         "--data.row_length=512, --batch_tokens=512",
     ),
+    ("train {rl} --rl.epochs=2", "choose a multiple of 2", "--steps=2"),
     ("train {rl} --rl.tasks=gsm8k:{place}/a", "gsm8k:DIRECTORY must name their directory", "--rl.tasks=gsm8k:{gsm8k}"),
     (
         "train {rl} --start_from=sft --data.train=tinyworld:chat:40 --data.val=tinyworld:chat:9 --data.epochs",
@@ -171,6 +177,11 @@ LAUNCHERS = [
     ("evaluate --checkpoint={run} --limit=-1", "--limit=-1 must be at least 0", "--limit=0"),
     ("evaluate --checkpoint={run} --samples=2", "leave it out, or raise --temperature", "--temperature=1"),
     ("evaluate --checkpoint={run} --samples=2", "--samples=2 are equal at temperature 0: leave it out", "no --samples"),
+    (
+        "evaluate --checkpoint={run} --tasks=core/arc_easy:{place} --limit=3",
+        "so 3 rows are too few: raise --limit",
+        "--limit=12",
+    ),
     ("evaluate --checkpoint={run} --tasks=bbp", "did you mean bpb?", "--tasks=bpb"),
     ("evaluate --compare={run}", "--compare needs two directories of results", "no --compare, --checkpoint={run}"),
     (

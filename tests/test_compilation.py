@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxchat import command_line, compilation, devices, loading, xla
+from jaxchat import command_line, compilation, devices, loading, processes, xla
 from jaxchat.errors import UserError
 from jaxchat.model import Float8
 from jaxchat.rl.settings import RL
+from jaxchat.sharding import Mesh
 
 
 def setup(**changes):
@@ -231,3 +232,13 @@ def test_a_model_is_used_in_the_type_that_it_is_trained_in(monkeypatch, dtype, p
     assert len(said) == (dtype == "auto" and capability == "7.5")
     monkeypatch.setattr(loading.jax, "devices", lambda: [device])
     assert loading.Loaded(None, 0, e, None).transformer().dtype == expected
+
+
+def test_a_mesh_that_leaves_out_devices_of_a_group_is_refused_with_a_remedy_that_works(monkeypatch):
+    experiment = setup(mesh=Mesh(data=2), micro_rows=8, batch_tokens=128).experiment
+    make_setup = lambda e: compilation.make_setup(e, lambda _: None, jax.devices()[:4])  # noqa: E731
+    assert make_setup(experiment).mesh.size == 2
+    monkeypatch.setattr(processes, "joined_count", lambda: 2)
+    with pytest.raises(UserError, match=r"2 of the 4 devices of 2 processes, .*: leave out --mesh\.data"):
+        make_setup(experiment)
+    assert make_setup(dataclasses.replace(experiment, mesh=Mesh())).mesh.size == 4

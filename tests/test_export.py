@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from documents import texts
 from exports import VOCAB, model, tokenizer, write_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from jaxchat.export import huggingface, nanochat, stablehlo
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
-from jaxchat.tokenizer import chat
+from jaxchat.tokenizer import TokenizerConfig, chat, train_tokenizer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
 KINDS = {
@@ -311,3 +312,25 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
         (broken / "config.json").write_text(json.dumps(config))
         assert words in refusal(f"--checkpoint={broken}", source, stage)
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs/x/sft").exists()
+
+
+def test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_says(tmp_path: Path) -> None:
+    there = export(tmp_path / "there", model(), small.parameters(model()))
+
+    def asked(directory: Path, out: str, *more: str) -> list[str]:
+        return [f"--checkpoint={directory}", "--from=huggingface", f"--out={tmp_path / out}", *more]
+
+    launch.convert.main(asked(there, "a/pretrain"))
+    assert "already exists: set --out to a new or empty directory" in refusal(*asked(there, "a/pretrain"))
+    (tmp_path / "empty/pretrain").mkdir(parents=True)
+    launch.convert.main(asked(there, "empty/pretrain"))
+    other = train_tokenizer(texts(80), vocab=VOCAB - 20, config=TokenizerConfig())
+    other.save(tmp_path / "a/tokenizer")
+    assert "contains another tokenizer: set --out to a new run" in refusal(*asked(there, "a/sft"))
+    launch.convert.main(asked(there, "new/sft"))
+    tokenizer().save(tmp_path / "own")
+    for number, content in enumerate((other.model, b"x", None)):
+        place = there / "tokenizer.model"
+        place.unlink() if content is None else place.write_bytes(content)
+        assert "--tokenizer=DIR" in refusal(*asked(there, f"{number}/sft"))
+        launch.convert.main(asked(there, f"{number}/sft", f"--tokenizer={tmp_path / 'own'}"))
