@@ -301,7 +301,7 @@ def test_recorded_answers_are_judged_again_by_changed_code_and_where_they_could_
     for code, accuracy in ((wrong, 0), (right, 0.8)):  # The first problem is longer than the context.
         result, said = judged(engine, tmp_path, code)
         assert (result["accuracy"], result["errors"], result["count"]) == (accuracy, 1, 5)
-        assert said[0] == "own: the recorded answers to 4 problems are judged again, because the task's code is another"
+        assert said[0] == "own: the recorded answers to 4 problems are judged again, because the task's judge changed"
     assert len(judged(engine, tmp_path, right)[1]) == 1, "the result alone"
     fails = (tmp_path / "fails").write_text("")
     raising = f"import os\n{OWN}def verdict(): return (not os.remove({str(tmp_path / 'fails')!r}), True)\n"
@@ -326,8 +326,18 @@ def test_the_code_of_a_task_includes_what_it_imports(tmp_path: Path, monkeypatch
         importlib.invalidate_caches()
         hashes.append(code_of(load_task(f"{tmp_path}/own.py:Own")))
     assert hashes[0] == hashes[2] != hashes[1] and all(hashes)
-    assert code_of(load_task("facts")) == code_of(load_task("spelling")) != code_of(load_task("humaneval"))
+    assert code_of(load_task("facts")) == code_of(load_task("spelling")) != ""
     assert code_of(type("Nowhere", (), {"__module__": "nowhere"})()) == ""
+
+
+def test_tests_that_were_corrected_judge_again(tmp_path: Path) -> None:
+    row = dict.fromkeys(("task_id", "prompt", "canonical_solution", "entry_point"), "f")
+    hashes = []
+    for number, test in enumerate(("wrong", "right", "right")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / f"{number}/HumanEval.jsonl").write_text(json.dumps(row | {"test": test}))
+        hashes.append(code_of(load_task(f"humaneval:{tmp_path}/{number}")))
+    assert hashes[0] != hashes[1] == hashes[2] != code_of(load_task("facts"))
 
 
 def test_questions_without_examples_are_told(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -297,7 +297,7 @@ def _judge_again(task: Task, problems: Sequence[Problem], records: Records, code
     again = [i for i, record in asked.items() if i in changed or record["errors"]]
     if not again:
         return
-    reason = "the task's code is another" if changed else "they could not be judged before"
+    reason = "the task's judge changed" if changed else "they could not be judged before"
     log(f"{task.name}: the recorded answers to {len(again):,} problems are judged again, because {reason}")
     pairs = [(problems[i], text) for i in again for text in records.done[i]["texts"]]
     judged = share_out(pairs, partial(judge, task))

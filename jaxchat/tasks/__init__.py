@@ -71,7 +71,7 @@ def problems_of(task: Task, split: Split, limit: int | None = None) -> list[Prob
 
 
 def code_of(task: Task) -> str:
-    """Hash of the code that judges a task's answers; empty if it is in no file, as in a notebook.
+    """Hash of what judges a task's answers, code and `judged_by`; empty if the code is in no file, as in a notebook.
 
     It covers the files of the task's module and of what that imports at its top level, except Python's own modules,
     installed packages and, of jaxchat, all but tasks and sandbox.
@@ -89,6 +89,8 @@ def code_of(task: Task) -> str:
         values = list(vars(sys.modules[name]).values())
         pending += [value.__name__ if ismodule(value) else getattr(value, "__module__", "") for value in values]
     code = sorted(path.read_bytes() for path in files)
+    if code and (other := getattr(task, "judged_by", "")):
+        code.append(other.encode())
     return hashlib.blake2b(b"\0".join(code), digest_size=8).hexdigest() if code else ""
 
 

@@ -90,6 +90,11 @@ class HumanEval(FromFiles):
         return judge_many(jobs, self._limits)
 
     @property
+    def judged_by(self) -> str:
+        """The tests."""
+        return "\0".join(f"{row.entry_point}\0{row.test}" for row in self._rows.values())
+
+    @property
     def notice(self) -> str:
         """Sentence on the sandbox that protects this machine from the generated programs."""
         return find_protection().sentence

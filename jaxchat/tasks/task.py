@@ -55,7 +55,8 @@ class Task(Protocol):
     Optional attributes: `score_many(answers)` takes (problem, text) pairs and returns a score or an exception for each;
     `stop` lists texts that end a base model's answer, by default the end of the line; `shuffled` is true if the order
     of the problems is random, so that a limit takes the first instead of a sample; `notice` is a sentence that is
-    logged before the task is used.
+    logged before the task is used; `judged_by` is what scores depend on besides the problems and the code, as a text:
+    recorded answers are judged again when it changes.
     """
 
     @property
