@@ -92,6 +92,7 @@ def choice_prompt(question: str, choices: Sequence[str]) -> str:
 
 def _read_turns(row: Mapping[str, Any]) -> list[Any]:
     messages = first_given(row, "messages", "conversations")
+    messages = as_list(messages) if isinstance(messages, str) else messages
     if not isinstance(messages, list):
         raise Malformed("no message", "the messages are not a list of objects")
     return messages
@@ -122,8 +123,7 @@ def _alpaca_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _history(row: Mapping[str, Any]) -> Iterator[Any]:
     """The turns before a question: pairs of question and answer, or messages."""
-    history = first_given(row, "history")
-    for turn in [] if history is None else history if isinstance(history, list) else [None]:
+    for turn in as_list(row.get("history")):
         if isinstance(turn, list | tuple) and len(turn) == 2:
             yield from _pair(*map(as_text, turn))
         elif isinstance(turn, Mapping):
