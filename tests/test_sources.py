@@ -195,7 +195,11 @@ BROKEN = {
     "nulls.jsonl": ("null\n", r"nulls.jsonl line 1 is not an object"),
     "list_text.jsonl": ('{"text": ["x"]}\n', r"list_text.jsonl line 1 has no text in column 'text' but a list"),
     "int_text.jsonl": ('{"text": 7}\n', r"int_text.jsonl line 1 has no text in column 'text' but a number"),
-    "plain.jsonl.gz": (jsonl("one"), r"plain.jsonl.gz is not a complete gzip file \(Not a gzipped file"),
+    "plain.jsonl.gz": (
+        jsonl("one"),
+        r"plain.jsonl.gz is not a complete gzip file \(Not .*; name it .jsonl if it has",
+    ),
+    "more.jsonl.gz": (gzip.compress(jsonl("one").encode()) + b"more", r"not a complete .*; download or make it again"),
     "cut.jsonl.gz": (gzip.compress(jsonl("one").encode())[:-9], r"cut.jsonl.gz is not a complete gzip file"),
     "flipped.jsonl.gz": (gzip.compress(b"x" * 99)[:-8] + b"\0" * 8, r"flipped.jsonl.gz is not a complete gzip file"),
     "text.parquet": (b"this is text", r"text.parquet is not a complete parquet file"),

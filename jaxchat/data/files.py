@@ -126,8 +126,10 @@ class JsonLines(Kind):
                         yield i + 1, line
                         reading.advance(stored.tell(), source.size)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                problem = f"{source.path} is not a complete gzip file ({error}); download or make it again"
-                raise UserError(problem) from None
+                stored.seek(0)
+                packed = stored.read(2) == b"\x1f\x8b"
+                remedy = "download or make it again" if packed else "name it .jsonl if it has JSON lines"
+                raise UserError(f"{source.path} is not a complete gzip file ({error}); {remedy}") from None
             except UnicodeError as error:
                 raise UserError(_not_decoded(source.path, reading, error)) from None
 
