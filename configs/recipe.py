@@ -54,7 +54,8 @@ class Dial:
     Attributes:
         family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
             original, which transformers has as NanoChatForCausalLM; "november2026" the architecture of July with
-            learning rates for small models and batches. "auto" is november2026 below depth 12, otherwise july2026.
+            value embeddings in every layer, and an optimizer for small models and batches. "auto" is november2026
+            below depth 12, otherwise july2026.
         train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
             unless all entries of `train` are of the same data sets.
         ratio: training tokens per scaling parameter.
@@ -272,18 +273,23 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
     """July's rates at its reference batch, times sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7.
 
     The law is fitted on the runs of docs/small_models.md and replaces nanochat's sqrt(batch / 2^19) below 2^18 tokens
-    per step; the two agree at 2^18 tokens and 2,520 steps. x0_scale and scalars have a tenth of July's rates, because
-    the loss of small models jumps with more. The optimizer applies the factor of the steps itself, so that a run can be
-    extended. Later stages set `scale` instead.
+    per step; the two agree at 2^18 tokens and 2,520 steps. x0_scale has a tenth of July's rate and scalars a fortieth,
+    because the loss of small models jumps with more. Muon's momentum and b1 are lower, so that gradients are averaged
+    over fewer steps. The optimizer applies the factor of the steps itself, so that a run can be extended. Later stages
+    set `scale` instead.
     """
     batch = batch_tokens(dial)
     if batch >= SMALL_BATCH:
         return _july2026_optimizer(dial)
+    base = _july2026_optimizer(dataclasses.replace(dial, batch_tokens=REFERENCE_BATCH))
     return dataclasses.replace(
-        _july2026_optimizer(dataclasses.replace(dial, batch_tokens=REFERENCE_BATCH)),
-        muon=Muon(0.02, 0.2, momentum=0.95, momentum_warmup=50),
+        base,
+        muon=Muon(0.02, 0.2, momentum=0.90, momentum_warmup=50),
+        head=dataclasses.replace(base.head, b1=0.6),
+        embed=dataclasses.replace(base.embed, b1=0.6),
+        value_embeddings=dataclasses.replace(base.value_embeddings, b1=0.6),
         x0_scale=AdamW(0.05, 0.96, 0.95),
-        scalars=AdamW(0.02, 0.8, 0.95),
+        scalars=AdamW(0.005, 0.8, 0.95),
         warmup_steps=10,
         scale=math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * (batch / SMALL_BATCH) ** BATCH_EXPONENT,
         steps_exponent=STEPS_EXPONENT,
@@ -324,7 +330,12 @@ def _october2025_optimizer(dial: Dial) -> Optimizer:
     )
 
 
-def _july2026(dial: Dial) -> Model:
+def _november2026(dial: Dial) -> Model:
+    """July's architecture with a value embedding in every layer, not in every other one (docs/small_models.md)."""
+    return _july2026(dial, value_embedding_every=1)
+
+
+def _july2026(dial: Dial, value_embedding_every: int = 2) -> Model:
     M = width(dial)
     heads = M // dial.head_dim
     short = math.ceil(dial.row_length / 4 / 128) * 128
@@ -339,7 +350,7 @@ def _july2026(dial: Dial) -> Model:
             positions=RoPE(100_000.0),
             qk_norm=RMSNorm(),
             qk_scale=1.2,
-            value_embedding=ValueEmbedding() if layer % 2 == (dial.depth - 1) % 2 else None,
+            value_embedding=ValueEmbedding() if (dial.depth - 1 - layer) % value_embedding_every == 0 else None,
         )
 
     # A scan needs equal repeats; shallower models, which are unrolled, keep parameters of one stack per layer.
@@ -392,7 +403,7 @@ class Family:
 
 
 FAMILIES = {
-    "november2026": Family(_july2026, _november2026_optimizer, sft_scale=0.25, rl_scale=0.125),
+    "november2026": Family(_november2026, _november2026_optimizer, sft_scale=0.25, rl_scale=0.125),
     "july2026": Family(_july2026, _july2026_optimizer),
     "october2025": Family(_october2025, _october2025_optimizer),
 }
