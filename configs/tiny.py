@@ -1,6 +1,6 @@
 """tiny: a complete chat model in minutes on two CPU cores, from built-in text, with no download.
 
-The November 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 2,048, rows of 256 tokens; 2.9 million
+The November 2026 family at depth 3: width 192, 3 heads of 64, vocabulary 2,048, rows of 256 tokens; 3.3 million
 parameters, 450 steps of 2,048 tokens. The corpus is about the village of Pebble Bay (jaxchat/data/tinyworld): stories,
 facts, small sums, spelling. SFT trains on conversations about it and on sums, some answered directly and some with a
 calculator, mixed with some pretraining text. RL trains on sums with new numbers, directly or with the calculator.
