@@ -1,4 +1,4 @@
-"""Relations of the model: cached and full, scanned and unrolled, remat and not, packed and alone."""
+"""The model: its layer loop, rematerialisation, keys, tail; test_parts.py has the relations of every part."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parts
 import pytest
 import small
 from flax import linen as nn
@@ -20,59 +21,18 @@ from jaxchat.model.mlp import MLPS
 from jaxchat.model.part import Aux, param
 from jaxchat.model.positions import POSITIONS, Encoding
 from jaxchat.objectives.likelihood import Likelihood
-from jaxchat.optimizer import Optimizer
 
 pytestmark = pytest.mark.quick
 
-PIECE = 4
-# What each row is given call by call, longest 4: rows stand at different positions, and the second waits once.
-PIECES = ((4, 3), (4, 0), (2, 4), *((1, 1),) * 5)
 LENGTH = 16
 
-# Each row of the table of mixers, by the small models that use it.
-MODELS = {GQA: (small.july2026, small.october2025, small.mixed)}
 
-
-def test_every_mixer_has_a_model_here() -> None:
-    assert MODELS.keys() == MIXERS.keys()
-
-
-@pytest.mark.parametrize(
-    "make", [make for models in MODELS.values() for make in models], ids=lambda make: make.__name__
-)
-def test_cached_decode_equals_the_full_forward(make: Any) -> None:
-    config = make()
+def assert_cached_equals_full(config: Model) -> None:
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab, (2, LENGTH)).astype(np.int32)
     with jax.enable_x64(True):
-        model = Transformer(config, jnp.float64)
-        params = jax.tree.map(jnp.asarray, small.parameters(config, np.float64))
-        expected_BTV = np.asarray(jax.jit(lambda p: model.logits(p, model.apply(p, tokens_BT)[0]))(params))
-        by_layer = model.unstack(params)
-
-        @jax.jit
-        def extend(tokens_BT: Array, positions_BT: Array, cache: Any) -> Any:
-            hidden_BTM, cache, _, _ = model.apply(by_layer, tokens_BT, positions_BT=positions_BT, cache=cache)
-            return model.logits(by_layer, hidden_BTM), cache
-
-        cache = model.empty_cache(2, LENGTH, write=PIECE)
-        slots = [layer.k_BKSD.shape[2] for layer in cache.layers]
-        seen = np.zeros(2, int)
-        for sizes in PIECES:
-            tokens = np.zeros((2, PIECE if max(sizes) > 1 else 1), np.int32)
-            positions = np.full(tokens.shape, -1, np.int32)
-            for row, size in enumerate(sizes):
-                tokens[row, :size] = tokens_BT[row, seen[row] : seen[row] + size]
-                positions[row, :size] = np.arange(seen[row], seen[row] + size)
-            logits_BTV, cache = extend(tokens, positions, cache)
-            for row, size in enumerate(sizes):
-                got, wanted = logits_BTV[row, :size], expected_BTV[row, seen[row] : seen[row] + size]
-                np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11)
-            seen += sizes
-    assert seen.max() == 15
-    windows = [layer.mixer.window for layer in config.layers]
-    rings = [LENGTH if window is None else window + 1 + PIECE for window in windows]
-    assert slots == rings
-    assert all(ring < seen.min() for ring, window in zip(rings, windows) if window is not None), "no ring came round"
+        model, params = Transformer(config, jnp.float64), parts.parameters(config)
+        logits_BTV = jax.jit(lambda p: model.logits(p, model.apply(p, tokens_BT)[0]))(params)
+        parts.assert_cached_equals(config, params, tokens_BT, logits_BTV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +61,7 @@ def test_a_position_encoding_may_change_the_embedding_and_add_a_bias(monkeypatch
     mixer = GQA(heads=4, kv_heads=2, head_dim=4, window=5, positions=Slope())
     config = small.october2025(pattern=(mixer,), smear=Smear(channels=8))
     assert Transformer(config).shapes()["ends"]["positions_0"]["table"].shape == (LENGTH, 16)
-    test_cached_decode_equals_the_full_forward(lambda: config)
+    assert_cached_equals_full(config)
     plain = small.october2025(pattern=(dataclasses.replace(mixer, positions=None),))
     tokens_BT = np.zeros((1, 8), np.int32)  # Equal tokens: without positions all queries have the same result.
     for c, equal in ((plain, True), (config, False)):
@@ -195,23 +155,6 @@ def test_smear_alone_stops_at_the_boundary(isolate: bool) -> None:
     assert not np.any(table_VM[tokens_BT[0, :6]])
 
 
-@pytest.mark.parametrize("make", [small.july2026, small.mixed], ids=lambda make: make.__name__)
-def test_a_packed_document_gives_the_logits_it_has_alone(make: Any) -> None:
-    config = make()
-    tokens_BT = np.random.default_rng(4).integers(0, config.vocab, (3, 5)).astype(np.int32)
-    with jax.enable_x64(True):
-        model, params = Transformer(config, jnp.float64), small.parameters(config, np.float64)
-        params = jax.tree.map(jnp.asarray, params)
-
-        @jax.jit
-        def logits(tokens_BT: Array, segments_BT: Array | None) -> Array:
-            return model.logits(params, model.apply(params, tokens_BT, segments_BT=segments_BT)[0])
-
-        alone_BTV = logits(tokens_BT, None)
-        packed_BTV = logits(tokens_BT.reshape(1, 15), np.repeat([[2, 5, 9]], 5, axis=1).astype(np.int32))
-    np.testing.assert_allclose(packed_BTV.reshape(alone_BTV.shape), alone_BTV, rtol=0, atol=1e-11)
-
-
 def test_documents_see_each_other_in_the_october_family() -> None:
     config = small.october2025()
     model, params = Transformer(config), jax.tree.map(jnp.asarray, small.parameters(config))
@@ -251,26 +194,6 @@ def test_a_vector_is_no_matrix_of_muon() -> None:
         Gain().init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("make", [make for models in MODELS.values() for make in models], ids=lambda m: m.__name__)
-def test_a_mixer_says_what_others_ask_of_it(make: Any) -> None:
-    """Its cache has axes for every array and fits any size; its parameters name groups of the optimizer."""
-    config = make()
-    transformer, batch = Transformer(config), 3
-    groups = {field.name for field in dataclasses.fields(Optimizer)} | {"matrices"}
-    for spec in jax.tree.leaves(transformer.specs()):
-        assert spec.group in groups and 1 <= spec.inputs < max(len(spec.axes), 2)
-    long, short = (transformer.empty_cache(batch, length, write=2).layers for length in (12, 8))
-    for layer, cache, like in zip(config.layers, long, short, strict=True):
-        assert [leaf.ndim for leaf in cache] == [len(axes) for axes in cache.axes]
-        assert [axes[0] for axes in cache.axes] == ["batch"] * len(cache)
-        smaller = cache.resize(jnp.full(batch, 5), like)
-        assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, like)
-        module = MIXERS[type(layer.mixer)]
-        assert module.matmul_parameters(layer.mixer, config.width) > 0
-        if isinstance(layer.mixer, GQA):
-            assert module.keeps_all(layer.mixer) == (layer.mixer.window is None)
-
-
 def with_tail(**changes: Any) -> Model:
     """Two repeats of the pattern and a layer of another kind, as a deep model whose depth is no multiple of four."""
     plain = small.july2026(depth=4)
@@ -294,7 +217,7 @@ def test_layers_after_the_repeats_are_those_of_one_long_pattern() -> None:
         np.testing.assert_allclose(hidden_BTM, expected[0], atol=1e-5)
     scanned, unrolled = (likelihood_and_gradient(with_tail(layer_loop=loop)) for loop in ("scan", "unroll"))
     small.assert_close(scanned, unrolled, 1e-12)
-    test_cached_decode_equals_the_full_forward(with_tail)
+    assert_cached_equals_full(with_tail())
     with pytest.raises(ValueError, match="depth=7 less the tail's 2 is not a multiple of the pattern's 2 layers"):
         with_tail(depth=7)
 
