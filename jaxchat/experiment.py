@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from jaxchat import xla
 from jaxchat.data.prepare import Data
+from jaxchat.model.architecture import Model
 from jaxchat.model.part import HUGE, TINY
 from jaxchat.model.quantized import Matmul
-from jaxchat.model.transformer import Model
 from jaxchat.objectives.objective import Objective
 from jaxchat.optimizer import Optimizer
 from jaxchat.paths import check_local, split_step, user_path
@@ -186,6 +186,9 @@ class Experiment:
         if self.model.vocab != self.data.vocab:
             problem = f"model.vocab={self.model.vocab} is not data.vocab={self.data.vocab}"
             raise ValueError(f"{problem}: set --data.vocab only, from which model.vocab is derived")
+        if (most := self.model.most_positions) is not None and length > most:
+            problem = f"data.row_length={length} is more than the {most} positions that the model learns"
+            raise ValueError(f"{problem}: set --data.row_length={most}, or more positions")
         for name, least in {**dict.fromkeys(_COUNTS, 0), "keep": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")

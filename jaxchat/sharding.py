@@ -33,6 +33,7 @@ TRAIN_RULES: Rules = {
     "hidden": "tensor",
     "head": None,
     "gate": None,
+    "buckets": None,
     "layers": None,
     # activations
     "batch": BATCH,

@@ -15,17 +15,28 @@ import small
 
 from jaxchat import sharding
 from jaxchat.model import (
+    GELU,
     GQA,
+    ALiBi,
     Backout,
+    GeGLU,
     Layer,
+    LayerNorm,
+    Learned,
+    Linear,
+    Llama3,
     Model,
     ReluSquared,
     ResidualScales,
+    RMSNorm,
     RoPE,
+    Sinusoidal,
     Smear,
     SwiGLU,
+    T5Buckets,
     Transformer,
     ValueEmbedding,
+    YaRN,
 )
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.layer import PLACEMENTS
@@ -59,8 +70,8 @@ class Example(NamedTuple):
 
 
 def model(*layers: Layer, **fields: Any) -> Model:
-    """Twice these layers."""
-    sizes: dict[str, Any] = {"vocab": 64, "width": 16, "depth": 2 * len(layers), "pattern": layers}
+    """Two layers, or each of these once."""
+    sizes: dict[str, Any] = {"vocab": 64, "width": 16, "depth": max(2, len(layers)), "pattern": layers}
     return Model(**sizes | fields)
 
 
@@ -68,11 +79,13 @@ def gqa(**fields: Any) -> GQA:
     return GQA(**{"heads": 4, "kv_heads": 2, "head_dim": 4} | fields)
 
 
+GAIN, ONE_MORE = RMSNorm(gain="w"), RMSNorm(gain="1+w")
 EXAMPLES = {
     "july2026": Example(
         model(
             Layer(gqa(window=3, qk_scale=1.2), ReluSquared(24)),
             Layer(gqa(value_embedding=ValueEmbedding(gate_channels=4)), ReluSquared(24)),
+            depth=4,
             residual_scales=ResidualScales(),
             smear=Smear(channels=8),
             backout=Backout(),
@@ -83,6 +96,73 @@ EXAMPLES = {
             Layer(gqa(heads=2, head_dim=8, window=1, positions=RoPE(direction=1)), SwiGLU(24)),
             Layer(gqa(window=4, positions=None, qk_norm=None), ReluSquared(24)),
             softcap=None,
+        )
+    ),
+    "gpt2": Example(
+        model(
+            Layer(
+                gqa(positions=Learned(LENGTH), qk_norm=None, qkv_bias=True, o_bias=True, dropout=0.2),
+                GELU(24, bias=True),
+                norm=LayerNorm(),
+                dropout=0.2,
+            ),
+            norm=LayerNorm(),
+            embed_norm=False,
+            dropout=0.2,
+        )
+    ),
+    "gemma": Example(
+        model(
+            *(
+                Layer(
+                    gqa(window=w, positions=p, qk_norm=ONE_MORE, qk_norm_first=True, scale=0.3, softcap=2.0),
+                    GeGLU(24),
+                    norm=ONE_MORE,
+                    placement="sandwich",
+                )
+                for w, p in ((4, RoPE()), (None, RoPE(1e6, 1, Linear(8.0))))
+            ),
+            norm=ONE_MORE,
+            embed_norm=False,
+            embed_scale=4.0,
+        )
+    ),
+    "olmo2": Example(
+        model(
+            Layer(
+                gqa(positions=RoPE(scaling=YaRN(4.0, 8)), qk_norm=GAIN, qk_norm_first=True, qk_norm_whole=True),
+                SwiGLU(24, bias=True),
+                norm=GAIN,
+                placement="inside",
+            ),
+            norm=GAIN,
+            embed_norm=False,
+        )
+    ),
+    "after": Example(
+        model(
+            Layer(
+                gqa(positions=Sinusoidal(offset=2), sinks=True),
+                ReluSquared(24, bias=True),
+                norm=LayerNorm(bias=False),
+                placement="after",
+            ),
+            Layer(
+                gqa(heads=6, kv_heads=6, positions=ALiBi(), qk_norm=RMSNorm(bias=True)),
+                GELU(24, tanh=False),
+                norm=LayerNorm(),
+                placement="after",
+            ),
+            final_norm=False,
+        )
+    ),
+    "t5": Example(
+        model(
+            Layer(gqa(positions=T5Buckets(4, 8), qk_norm=None, scale=1.0), GELU(24), norm=GAIN),
+            Layer(
+                gqa(head_dim=8, positions=RoPE(1e4, 1, Llama3(8.0, length=16), share=0.5, interleaved=True)),
+                GeGLU(24, tanh=False),
+            ),
         )
     ),
 }

@@ -96,11 +96,11 @@ def batch(rows: int, length: int, vocab: int, dtype: Any = np.float32, seed: int
     }
 
 
-def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
-    """Every leaf within `tolerance` of the largest value of the leaf it should equal."""
+def assert_close(ours: Any, theirs: Any, tolerance: float, floor: float = 1e-30) -> None:
+    """Every leaf within `tolerance` of the largest value of the leaf it should equal, or of `floor` if that is more."""
     for (path, mine), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         mine, other = np.asarray(mine), np.asarray(other)
-        gap = np.abs(mine - other).max() / max(np.abs(other).max(), 1e-30)
+        gap = np.abs(mine - other).max() / max(np.abs(other).max(), floor)
         assert gap <= tolerance, f"{jax.tree_util.keystr(path)} differs by {gap:.2e} of its largest value"
 
 

@@ -20,7 +20,7 @@ from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Completion, Request
 from jaxchat.decode.sampling import SamplingParams, noise, pack, truncate
 from jaxchat.errors import UserError
-from jaxchat.model import Transformer
+from jaxchat.model import GELU, GQA, ALiBi, GeGLU, Layer, LayerNorm, Learned, Model, RMSNorm, Transformer
 from jaxchat.sharding import Mesh, make_mesh, placements
 
 LENGTH = 320
@@ -38,6 +38,20 @@ def prompt(size: int, seed: int = 0) -> Prompt:
 def july2026() -> Any:
     """A windowed layer and one with value embeddings, once: what decoding costs to compile grows with depth."""
     return small.july2026(depth=2, layer_loop="scan")
+
+
+def others() -> Any:
+    """Positions that are learned, exactly as many as the engine has, a bias by distance, and changed scores."""
+    gain = RMSNorm(gain="1+w")
+    layers = (
+        Layer(
+            GQA(4, 2, 4, positions=Learned(LENGTH), qk_norm=None, qkv_bias=True, o_bias=True, sinks=True, dropout=0.1),
+            GELU(24, bias=True),
+            LayerNorm(),
+        ),
+        Layer(GQA(4, 2, 4, positions=ALiBi(), window=40, softcap=5.0), GeGLU(24), gain, placement="sandwich"),
+    )
+    return Model(60, 16, 2, layers, norm=gain, embed_norm=False, dropout=0.1)
 
 
 def make(config: Any, shape: EngineConfig = SHAPE, tokenizer: Any = None, **kwargs: Any) -> Engine:
@@ -75,7 +89,7 @@ def assert_most_likely(config: Any, tokens: Sequence[int], answer: Completion) -
 
 @pytest.mark.parametrize(
     ("family", "adapt"),
-    [(july2026, False), (july2026, True), (small.october2025, False), (small.mixed, True)],
+    [(july2026, False), (july2026, True), (small.october2025, False), (small.mixed, True), (others, True)],
     ids=lambda value: getattr(value, "__name__", f"adapt={value}"),
 )
 def test_greedy_answers_are_the_full_forwards_over_256_steps(family: Any, adapt: bool) -> None:

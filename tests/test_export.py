@@ -27,7 +27,7 @@ from jaxchat.errors import UserError
 from jaxchat.export import huggingface, nanochat, stablehlo
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
-from jaxchat.model import GQA, Model, RMSNorm, RoPE, SwiGLU, Transformer
+from jaxchat.model import GQA, Model, ReluSquared, RMSNorm, RoPE, SwiGLU, Transformer
 from jaxchat.tokenizer import TokenizerConfig, chat, train_tokenizer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
@@ -136,6 +136,13 @@ REFUSED = {
     "SwiGLU layers": model(mlp=SwiGLU(24)),
     "queries and keys scaled by 1.2": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qk_scale=1.2),)),
     "norm of queries and keys that differs": model(norm=RMSNorm(1e-5)),
+    "norms other than RMSNorm without gain": model(norm=RMSNorm(gain="w")),
+    "without norms of embedding and output": model(embed_norm=False),
+    "an embedding scaled by 4.0": model(embed_scale=4.0),
+    "attention with qkv_bias=True, softcap=50.0": model(
+        pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qkv_bias=True, softcap=50.0),)
+    ),
+    "biases": model(mlp=ReluSquared(24, bias=True)),
     "embeddings other than RoPE": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, positions=RoPE(direction=1)),)),
 }
 
@@ -158,7 +165,8 @@ def test_parts_that_resemble_those_of_a_family_are_lacking_in_it() -> None:
     mixer = GQA(heads=4, kv_heads=4, head_dim=4, positions=OtherRoPE(), qk_norm=norm)
     config = model(pattern=(mixer,), norm=norm)
     config = dataclasses.replace(config, pattern=tuple(dataclasses.replace(x, norm=norm) for x in config.pattern))
-    assert nanochat.lacking(config) == ["norms other than RMSNorm", "position embeddings other than RoPE by -theta"]
+    wanted = ["norms other than RMSNorm without gain and bias", "position embeddings other than RoPE by -theta"]
+    assert nanochat.lacking(config) == wanted
 
 
 AWKWARD = [

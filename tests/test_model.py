@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,13 +15,12 @@ import small
 from flax import linen as nn
 from jax import Array
 
-from jaxchat.model import GQA, Model, Smear, Transformer
+from jaxchat.errors import UserError
+from jaxchat.model import GQA, ALiBi, Learned, Model, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.backends import attention_case
-from jaxchat.model.kernels import unsupported
+from jaxchat.model.backends import choose_attention, choose_decoding
 from jaxchat.model.mlp import MLPS
 from jaxchat.model.part import Aux, param
-from jaxchat.model.positions import POSITIONS, Encoding
 from jaxchat.objectives.likelihood import Likelihood
 
 pytestmark = pytest.mark.quick
@@ -35,41 +36,36 @@ def assert_cached_equals_full(config: Model) -> None:
         parts.assert_cached_equals(config, params, tokens_BT, logits_BTV)
 
 
-@dataclasses.dataclass(frozen=True)
-class Slope:
-    """A learned embedding of positions, and ALiBi's bias (arXiv:2108.12409)."""
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"positions": ALiBi()}, "cannot add the bias of a position encoding to the scores"),
+        ({"softcap": 50.0}, "cannot cap the scores (softcap=50.0)"),
+        ({"sinks": True}, "cannot attend to sinks"),
+        ({"dropout": 0.1}, "cannot drop attention weights"),
+    ],
+    ids=str,
+)
+def test_kernels_refuse_what_only_dense_products_can(changes: Any, reason: str) -> None:
+    """By name with the reason; "auto" logs it and takes xla. Decoding drops nothing, so there dropout is no reason."""
+    config = small.october2025(pattern=(GQA(heads=4, kv_heads=2, head_dim=8, **changes),))
+    device, logged = SimpleNamespace(platform="tpu", device_kind="TPU v5e"), list[str]()
+    options: Any = {"dtype": jnp.bfloat16, "device": device, "log": logged.append}
+    assert choose_attention("auto", config, length=8, **options) == "xla"
+    assert logged == [f"attention xla, not splash: splash {reason}"]
+    with pytest.raises(UserError, match=re.escape(f"splash {reason}; set --attention=xla")):
+        choose_attention("splash", config, length=8, **options)
+    assert choose_decoding("auto", config, **options) == ("filled" if "dropout" in changes else "xla")
 
-    length: int = LENGTH
 
-
-class SlopeEncoding(Encoding):
-    biased = True
-
-    @nn.compact
-    def embed(self, x_BTM: Array, positions_BT: Array) -> Array:
-        shape = (self.config.length, self.static.width)
-        table = param(self, "table", ("length", "embed"), shape, nn.initializers.normal(1.0), group="embed")
-        return x_BTM + table[positions_BT]
-
-    def bias(self, heads: int, q_positions_BT: Array, k_positions_BS: Array) -> Array:
-        slope_1H11 = 2.0 ** -jnp.arange(1.0, heads + 1)[None, :, None, None]
-        return -slope_1H11 * (q_positions_BT[:, None, :, None] - k_positions_BS[:, None, None, :])
-
-
-def test_a_position_encoding_may_change_the_embedding_and_add_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(POSITIONS, Slope, SlopeEncoding)
-    mixer = GQA(heads=4, kv_heads=2, head_dim=4, window=5, positions=Slope())
-    config = small.october2025(pattern=(mixer,), smear=Smear(channels=8))
-    assert Transformer(config).shapes()["ends"]["positions_0"]["table"].shape == (LENGTH, 16)
-    assert_cached_equals_full(config)
-    plain = small.october2025(pattern=(dataclasses.replace(mixer, positions=None),))
-    tokens_BT = np.zeros((1, 8), np.int32)  # Equal tokens: without positions all queries have the same result.
-    for c, equal in ((plain, True), (config, False)):
-        hidden_BTM = Transformer(c).apply(small.parameters(c), tokens_BT).hidden
-        assert np.allclose(hidden_BTM[:, :1], hidden_BTM, atol=1e-5) == equal
-    device = jax.devices()[0]
-    reason = unsupported("cudnn", attention_case(MIXERS[GQA].kernel(mixer), config, jnp.float32, device))
-    assert "cudnn cannot add the bias" in str(reason)
+def test_a_row_longer_than_the_learned_positions_is_refused() -> None:
+    config = small.october2025(pattern=(GQA(heads=4, kv_heads=2, head_dim=4, positions=Learned(8)),))
+    transformer, params = Transformer(config), small.parameters(config)
+    transformer.apply(params, np.zeros((1, 8), np.int32))
+    with pytest.raises(ValueError, match="9 tokens are more than the 8 positions that the model learns"):
+        transformer.apply(params, np.zeros((1, 9), np.int32))
+    with pytest.raises(ValueError, match="9 tokens are more than the 8 positions that the model learns"):
+        transformer.empty_cache(1, 9, write=1)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from jaxchat.model import Layer, Transformer
 from jaxchat.model.counts import flops_per_token
 from jaxchat.optimizer import Optimizer
 
+FLOOR = 1e-6  # Without rotation the bias of keys has a gradient of rounding errors, for it moves all scores alike.
 every_example = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -39,7 +40,7 @@ def test_micro_batches_and_eight_devices_are_one_batch_on_one(name: str) -> None
     both = parts.batch(2 * ROWS, example.model.vocab)
     halves = [{column: rows[half] for column, rows in both.items()} for half in (slice(ROWS), slice(ROWS, None))]
     on_mesh = parts.result_on_mesh(example, both)
-    small.assert_close(add(on_mesh), add(*(parts.result(example.model, half) for half in halves)), 1e-10)
+    small.assert_close(add(on_mesh), add(*(parts.result(example.model, half) for half in halves)), 1e-10, FLOOR)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(on_mesh.gradients)), "a parameter without a gradient"
 
 
@@ -48,7 +49,7 @@ def test_scan_and_remat_change_nothing(name: str) -> None:
     plain = EXAMPLES[name].model
     assert (plain.layer_loop, plain.remat) == ("unroll", "none")
     config, batch = dataclasses.replace(plain, layer_loop="scan", remat="full"), parts.batch(ROWS, plain.vocab)
-    small.assert_close(parts.result(config, batch), parts.result(plain, batch), 1e-12)
+    small.assert_close(parts.result(config, batch), parts.result(plain, batch), 1e-12, FLOOR)
 
 
 @every_example
@@ -136,3 +137,54 @@ def test_a_part_says_what_others_ask_of_it(name: str) -> None:
         smaller = cache.resize(jnp.full(rows, 5), like)
         assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, like)
         assert parts.MIXERS[type(layer.mixer)].matmul_parameters(layer.mixer, config.width) > 0
+
+
+DROPPING = [name for name, example in EXAMPLES.items() if example.model.dropout]
+
+
+def without_dropout(value: Any) -> Any:
+    """A configuration in which every rate of dropout is 0."""
+    if isinstance(value, tuple):
+        return tuple(map(without_dropout, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    changed = {name: 0.0 if name == "dropout" else without_dropout(part) for name, part in fields.items()}
+    return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_needs_a_key_and_keeps_the_mean_of_linear_parts(name: str) -> None:
+    """Without a key, so in scoring and decoding, the model is the one without dropout to the bit. With keys, embedding
+    and residual update are themselves on average; weights of attention are so as well, and the update is linear in
+    them. Averages lie within five standard errors."""
+    config = EXAMPLES[name].model
+    layer = dataclasses.replace(config.pattern[0], placement="before")
+    alone = dataclasses.replace(config, pattern=(layer,), depth=1, final_norm=False)
+    params, tokens_BT = jax.tree.map(jnp.asarray, small.parameters(alone)), parts.batch(2, config.vocab)["tokens"]
+    params["layers"][0]["mlp"]["out"] *= 0
+    if "out_bias" in params["layers"][0]["mlp"]:
+        params["layers"][0]["mlp"]["out_bias"] *= 0
+
+    def hidden(config: Any, key: Any = None) -> Any:
+        return Transformer(config).apply(params, tokens_BT, key=key).hidden
+
+    def sampled(config: Any) -> np.ndarray:
+        draw = jax.jit(jax.vmap(lambda key: hidden(config, key)))
+        return np.asarray(draw(jax.random.split(jax.random.key(1), 2000)))
+
+    plain = without_dropout(alone)
+    np.testing.assert_array_equal(hidden(alone), hidden(plain))
+    np.testing.assert_array_equal(hidden(plain, jax.random.key(0)), hidden(plain))
+    embedding = dataclasses.replace(alone, pattern=plain.pattern)
+    mixer = dataclasses.replace(layer, dropout=0.0)
+    cases = {
+        "attention": dataclasses.replace(plain, pattern=(mixer,)),
+        "residual": dataclasses.replace(plain, pattern=(dataclasses.replace(plain.pattern[0], dropout=0.2),)),
+    }
+    assert np.std(sampled(embedding), axis=0).min() > 0, "the embedding is not dropped"
+    for part, one in cases.items():
+        drawn = sampled(one)
+        assert np.std(drawn, axis=0).max() > 0.01, f"{part} is not dropped"
+        error = (drawn.mean(axis=0) - hidden(plain)) / (drawn.std(axis=0) / len(drawn) ** 0.5 + 1e-5)
+        assert np.abs(error).max() < 5, part

@@ -14,8 +14,9 @@ from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole
 from jaxchat.loading import Loaded, load_checkpoint
+from jaxchat.model.architecture import Model
 from jaxchat.model.counts import parameter_counts
-from jaxchat.model.transformer import Model, Params, Transformer
+from jaxchat.model.transformer import Params, Transformer
 from jaxchat.paths import user_path
 from jaxchat.tokenizer import load_tokenizer
 

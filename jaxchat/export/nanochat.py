@@ -68,9 +68,16 @@ def lacking(model: Model) -> list[str]:
     mixer = mixers[0]
     if not all(isinstance(m, GQA) for m in mixers):
         return ["mixers other than grouped-query attention"]
+    plain = GQA(mixer.heads, mixer.kv_heads, mixer.head_dim)
+    later = ("qk_norm_first", "qk_norm_whole", "qkv_bias", "o_bias", "scale", "softcap", "sinks")
+    changed = [f"{name}={getattr(mixer, name)}" for name in later if getattr(mixer, name) != getattr(plain, name)]
     features = {
         "layers of different kinds": len(set(model.layers)) > 1,
-        "norms other than RMSNorm": type(model.norm) is not RMSNorm,
+        "norms other than RMSNorm without gain and bias": model.norm != RMSNorm(getattr(model.norm, "eps", 0.0)),
+        "a model without norms of embedding and output": not (model.embed_norm and model.final_norm),
+        f"an embedding scaled by {model.embed_scale}": model.embed_scale != 1.0,
+        f"attention with {', '.join(changed)}": bool(changed),
+        "biases": getattr(layer.mlp, "bias", False),
         "norms other than before each mixer and MLP": (layer.placement, layer.norm) != ("before", model.norm),
         "windows": any(m.window is not None for m in mixers),
         "value embeddings": any(m.value_embedding is not None for m in mixers),
@@ -79,7 +86,7 @@ def lacking(model: Model) -> list[str]:
         "scales of the residual stream": model.residual_scales is not None,
         f"queries and keys scaled by {mixer.qk_scale}": mixer.qk_scale != 1.0,
         "a norm of queries and keys that differs from the other norms": mixer.qk_norm != model.norm,
-        "position embeddings other than RoPE by -theta": type(p := mixer.positions) is not RoPE or p.direction != -1,
+        "position embeddings other than RoPE by -theta": (p := mixer.positions) != RoPE(getattr(p, "base", 0.0)),
         f"{type(layer.mlp).__name__} layers": not isinstance(layer.mlp, ReluSquared),
     }
     return [name for name, is_used in features.items() if is_used]

@@ -78,17 +78,21 @@ def logits(engine: Engine, ids: Sequence[int]) -> list[float]:
 @functools.partial(jax.jit, static_argnums=2)
 def _weights(attended: Attended, head: int, window: int | None) -> jax.Array:
     """Weights of one head, (T, T). The head is not a static argument, so all heads of a layer share a program."""
-    q_BTHD, k_BTKD, bias_BHTT = attended.q_BTHD, attended.k_BTKD, attended.bias_BHTT
+    q_BTHD, k_BTKD, bias_BHTT, sinks_H = attended.q_BTHD, attended.k_BTKD, attended.bias_BHTT, attended.sinks_H
     group = head * k_BTKD.shape[2] // q_BTHD.shape[2]
     q_BT1D, k_BT1D = (jax.lax.dynamic_slice_in_dim(x, i, 1, 2) for x, i in ((q_BTHD, head), (k_BTKD, group)))
     if bias_BHTT is not None:
         bias_BHTT = jax.lax.dynamic_slice_in_dim(bias_BHTT, head, 1, 1)
+    if sinks_H is not None:
+        sinks_H = jax.lax.dynamic_slice_in_dim(sinks_H, head, 1)
     position_1T = jnp.arange(q_BTHD.shape[1])[None]
-    return weights(q_BT1D, k_BT1D, visible(position_1T, position_1T, window=window), bias_BHTT)[0, 0]
+    seen_1TT = visible(position_1T, position_1T, window=window)
+    return weights(q_BT1D, k_BT1D, seen_1TT, bias_BHTT, attended.softcap, sinks_H)[0, 0]
 
 
 def attention(view: View, layer: int, head: int) -> list[list[float]]:
-    """Weights of one head, a row per token: how much it takes from every token up to itself; a row's sum is 1.
+    """Weights of one head, a row per token: how much it takes from every token up to itself; a row's sum is 1, or less
+    by what a sink takes.
 
     Raises:
         UserError: there is no such layer or head, or the layer's mixer has no attention.

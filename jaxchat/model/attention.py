@@ -4,7 +4,7 @@ All backends follow the mask rule of `dense.visible`: `kernels.BACKENDS` attend 
 `decoding_kernels.DECODING` with one.
 """
 
-import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from flax import linen as nn
 from jaxchat import sharding
 from jaxchat.model import cache as kv
 from jaxchat.model.decoding_kernels import DECODING
-from jaxchat.model.dense import Bias
+from jaxchat.model.dense import Scores
 from jaxchat.model.kernels import BACKENDS
-from jaxchat.model.layers import Init, centred_uniform, initializer, look_up, uniform_between
+from jaxchat.model.layers import Init, centred_uniform, check_dropout, initializer, look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Attends, Aux, Context, Static, param
-from jaxchat.model.positions import POSITIONS, Positions, RoPE
+from jaxchat.model.positions import POSITIONS, Encoding, Positions, RoPE
 from jaxchat.model.products import product
 
 GATE_INIT = (0.0, 0.02)
@@ -47,6 +47,14 @@ class GQA:
     qk_scale: float = 1.0  # Factor of normalised queries and keys.
     value_embedding: ValueEmbedding | None = None
     init: Init = "uniform"  # Distribution of the initial matrices.
+    qk_norm_first: bool = False  # Normalise queries and keys before positions rotate them instead of after.
+    qk_norm_whole: bool = False  # Normalise over all heads at once instead of each head.
+    qkv_bias: bool = False  # Learned numbers added to queries, keys and values.
+    o_bias: bool = False  # Learned numbers added to the output.
+    scale: float | None = None  # Factor of the scores; None for 1 / sqrt(head_dim).
+    softcap: float | None = None  # Scores are softcap * tanh(scores / softcap); None leaves them.
+    sinks: bool = False  # A learned score per head that takes weight from the keys.
+    dropout: float = 0.0  # Share of the attention weights that training drops.
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -55,6 +63,10 @@ class GQA:
             raise ValueError(f"head_dim={self.head_dim} must be even and at least 2: rotary positions pair its halves")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for all earlier tokens")
+        for name in ("scale", "softcap"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be positive and finite, or None")
+        check_dropout(self.dropout)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -74,48 +86,77 @@ class GroupedQueryAttention(nn.Module):
             w_MHD = param(
                 self, name, ("embed", axis, "head"), (M, heads, D), initializer(c.init, M, heads * D), group="matrices"
             )
-            return sharding.constrain(product(x_BTM, w_MHD, self.static.matmul), ("batch", "length", axis, "head"))
+            y_BTHD = product(x_BTM, w_MHD, self.static.matmul)
+            if c.qkv_bias:
+                y_BTHD = (
+                    y_BTHD + self._vector(f"{name}_bias", (axis, "head"), (heads, D)).astype(y_BTHD.dtype)[None, None]
+                )
+            return sharding.constrain(y_BTHD, ("batch", "length", axis, "head"))
 
         q_BTHD, k_BTKD, v_BTKD = project("q", "heads", H), project("k", "kv_heads", K), project("v", "kv_heads", K)
         if c.value_embedding is not None:
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
         code = POSITIONS[type(c.positions)](c.positions, self.static, name="positions")
-        q_BTHD, k_BTKD = (self._prepare(n, code.rotate(x, context)) for n, x in (("q", q_BTHD), ("k", k_BTKD)))
-        bias = functools.partial(code.bias, H) if code.biased else None
-        o_BTHD, cache = self.attend(q_BTHD, k_BTKD, v_BTKD, bias, context, cache)
+        q_BTHD, k_BTKD = self._prepare("q", q_BTHD, code, context), self._prepare("k", k_BTKD, code, context)
+        q_BTHD = q_BTHD if c.scale is None else q_BTHD * (c.scale * D**0.5)
+        o_BTHD, cache = self.attend(q_BTHD, k_BTKD, v_BTKD, self._scores(code, context), context, cache)
         w_HDM = param(
             self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2, group="matrices"
         )
         # One contracted axis: with two, XLA may transpose the matrix again for every decoded token.
         o_BTX = o_BTHD.reshape(*o_BTHD.shape[:2], H * D)
-        return product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul), cache, Aux()
+        y_BTM = product(o_BTX, w_HDM.reshape(H * D, M), self.static.matmul)
+        if c.o_bias:
+            y_BTM = y_BTM + self._vector("o_bias", ("width",), (M,)).astype(y_BTM.dtype)[None, None]
+        return y_BTM, cache, Aux()
 
     def attend(
         self,
         q_BTHD: jax.Array,
         k_BTKD: jax.Array,
         v_BTKD: jax.Array,
-        bias: Bias | None,
+        scores: Scores | None,
         context: Context,
         cache: kv.KVCache | None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
         """The output (B, T, H, D) of every head, and the cache. `trace.trace` notes arguments and output."""
-        window, biased = self.config.window, {} if bias is None else {"bias": bias}
+        window, changed = self.config.window, {} if scores is None else {"scores": scores}
         if cache is None:
             # Tokens of a segment are in order, so differences of indices equal differences of positions.
             attend = BACKENDS[self.static.attention]
-            return attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, window, **biased), None
+            return attend(q_BTHD, k_BTKD, v_BTKD, context.segments_BT, window, **changed), None
         assert context.length_B is not None
         cache = kv.write(cache, context.positions_BT, k_BTKD, v_BTKD)
         decode = DECODING[self.static.decoding]
-        return decode(q_BTHD, cache, context.positions_BT, context.length_B, window, **biased), cache
+        return decode(q_BTHD, cache, context.positions_BT, context.length_B, window, **changed), cache
 
-    def _prepare(self, name: str, x_BTHD: jax.Array) -> jax.Array:
-        """Normalises and scales rotated queries or keys."""
+    def _scores(self, code: Encoding, context: Context) -> Scores | None:
+        """What is done to the scores, None if nothing."""
+        c, H = self.config, self.config.heads
+        sinks_H = self._vector("sinks", ("heads",), (H,)) if c.sinks else None
+        key = context.key if c.dropout else None
+        if (c.softcap, sinks_H, key) == (None, None, None) and not code.biased:
+            return None
+        return Scores(code.bias(H) if code.biased else None, c.softcap, sinks_H, c.dropout, key)
+
+    def _prepare(self, name: str, x_BTHD: jax.Array, code: Encoding, context: Context) -> jax.Array:
+        """Rotates, normalises and scales queries or keys."""
         c = self.config
-        if c.qk_norm is not None:
-            x_BTHD = NORMS[type(c.qk_norm)](c.qk_norm, self.static, name=f"{name}_norm")(x_BTHD)
+
+        def normalise(x_BTHD: jax.Array) -> jax.Array:
+            if c.qk_norm is None:
+                return x_BTHD
+            axes = ("heads" if name == "q" else "kv_heads", "head") if c.qk_norm_whole else ("head",)
+            y_BTHD: jax.Array = NORMS[type(c.qk_norm)](c.qk_norm, self.static, axes, name=f"{name}_norm")(x_BTHD)
+            return y_BTHD
+
+        steps = [lambda x_BTHD: code.rotate(x_BTHD, context), normalise]
+        for step in reversed(steps) if c.qk_norm_first else steps:
+            x_BTHD = step(x_BTHD)
         return x_BTHD if c.qk_scale == 1.0 else x_BTHD * c.qk_scale
+
+    def _vector(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+        return param(self, name, axes, shape, nn.initializers.zeros, group="scalars")
 
     def _value_embedding(self, value: ValueEmbedding, x_BTM: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         K, D, C = self.config.kv_heads, self.config.head_dim, value.gate_channels
@@ -138,8 +179,13 @@ class GroupedQueryAttention(nn.Module):
 
     @staticmethod
     def kernel(config: GQA) -> Attends:
-        biased = POSITIONS[type(config.positions)].biased
-        return Attends(config.heads, config.kv_heads, config.head_dim, config.window, biased)
+        only_dense = {
+            "add the bias of a position encoding to the scores": POSITIONS[type(config.positions)].biased,
+            f"cap the scores (softcap={config.softcap})": config.softcap is not None,
+            "attend to sinks": config.sinks,
+        }
+        dense = next((what for what, is_used in only_dense.items() if is_used), "")
+        return Attends(config.heads, config.kv_heads, config.head_dim, config.window, dense, config.dropout > 0)
 
     @staticmethod
     def keeps_all(config: GQA) -> bool:

@@ -12,11 +12,11 @@ from jaxchat import devices
 from jaxchat.data.cache import Log
 from jaxchat.errors import UserError, first_line
 from jaxchat.model import cache as kv
+from jaxchat.model.architecture import Model
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.kernels import BACKENDS, AttentionCase, unsupported
 from jaxchat.model.part import Attends
-from jaxchat.model.transformer import Model
 from jaxchat.sharding import apart
 
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
@@ -99,7 +99,8 @@ def attention_case(mixer: Attends, model: Model, dtype: Any, device: Any) -> Att
     capability = devices.capability(device) or 0.0
     present = device in jax.devices()
     isolate = model.isolate_documents
-    return AttentionCase(device.platform, dtype, mixer.head_dim, isolate, mixer.window, capability, present, mixer.bias)
+    task = (device.platform, dtype, mixer.head_dim, isolate, mixer.window)
+    return AttentionCase(*task, capability, present, mixer.dense, mixer.dropout)
 
 
 @functools.cache

@@ -5,9 +5,10 @@ import math
 
 import jax
 
+from jaxchat.model.architecture import Model
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.mlp import MLPS
-from jaxchat.model.transformer import Model, Transformer
+from jaxchat.model.transformer import Transformer
 
 
 @functools.cache

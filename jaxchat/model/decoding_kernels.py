@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxchat import sharding
 from jaxchat.model.cache import KVCache, slot_positions
-from jaxchat.model.dense import MASKED, Bias, attend, visible
+from jaxchat.model.dense import MASKED, Scores, attend, visible
 
 BLOCK_BYTES = 1 << 20  # Bytes of keys per kernel step; values take as many, and both are double-buffered.
 MOST_SLOTS = 512  # Maximum number of slots per block.
@@ -31,13 +31,13 @@ def xla(
     length_B: jax.Array,
     window: int | None,
     *,
-    bias: Bias | None = None,
+    scores: Scores | None = None,
 ) -> jax.Array:
     """Dense products with the whole cache, on any device; `length_B` is the number of positions written."""
     slot_BS = slot_positions(length_B, cache.k_BKSD.shape[2])
     seen_BTS = visible(positions_BT, slot_BS, window=window)
     k_BKSD, v_BKSD = (x_BKSD.astype(q_BTHD.dtype) for x_BKSD in cache)
-    return attend(q_BTHD, k_BKSD, v_BKSD, seen_BTS, None if bias is None else bias(positions_BT, slot_BS))
+    return attend(q_BTHD, k_BKSD, v_BKSD, seen_BTS, scores, positions_BT, slot_BS)
 
 
 def filled(

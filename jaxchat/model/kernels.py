@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
 from jaxchat import sharding
 from jaxchat.errors import UserError
-from jaxchat.model.dense import Bias, attend_row
+from jaxchat.model.dense import Scores, attend_row
 
 NAME = "attention"  # Checkpoint name of the outputs that the rematerialisation policy "attention" saves.
 LANES = 128  # Width of a TPU's vectors; splash attention's blocks are multiples of it.
@@ -30,7 +30,10 @@ Backend = Callable[..., jax.Array]
 
 
 class AttentionCase(NamedTuple):
-    """A backend's task and device; `capability` is an NVIDIA GPU's, e.g. 9.0; `present`, whether JAX has the device."""
+    """A backend's task and device; `capability` is an NVIDIA GPU's, e.g. 9.0; `present`, whether JAX has the device.
+
+    `dense` and `dropout` are those of `part.Attends`.
+    """
 
     platform: str
     dtype: Any
@@ -39,13 +42,16 @@ class AttentionCase(NamedTuple):
     window: int | None = None
     capability: float = 0.0
     present: bool = True
-    bias: bool = False
+    dense: str = ""
+    dropout: bool = False
 
 
 def unsupported(name: str, case: AttentionCase) -> str | None:
     """The reason why a backend cannot be used, as a clause for a message; None if it can."""
-    if case.bias and name in _REASONS:
-        return f"{name} cannot add the bias of a position encoding to the scores"
+    if case.dense and name in _REASONS:
+        return f"{name} cannot {case.dense}"
+    if case.dropout and name in _REASONS and name != "filled":  # Decoding drops nothing.
+        return f"{name} cannot drop attention weights"
     return _REASONS[name](name, case) if name in _REASONS else None
 
 
@@ -88,15 +94,15 @@ def xla(
     segments_BT: jax.Array | None,
     window: int | None,
     *,
-    bias: Bias | None = None,
+    scores: Scores | None = None,
     remat: bool = False,
 ) -> jax.Array:
-    """Dense products, on any device, and the only backend with a `bias` of the scores.
+    """Dense products, on any device, and the only backend that may change the `scores`.
 
     Float32 scores are saved for the gradient. With `remat` they are recomputed: memory plans use this for a fused
     kernel, which also saves no scores.
     """
-    attend = functools.partial(_dense, window=window, bias=bias)
+    attend = functools.partial(_dense, window=window, scores=scores)
     return checkpoint_name((jax.checkpoint(attend) if remat else attend)(q_BTHD, k_BTKD, v_BTKD, segments_BT), NAME)
 
 
@@ -106,10 +112,10 @@ def _dense(
     v_BTKD: jax.Array,
     segments_BT: jax.Array | None,
     window: int | None,
-    bias: Bias | None = None,
+    scores: Scores | None = None,
 ) -> jax.Array:
     index_1T = jnp.arange(q_BTHD.shape[1], dtype=jnp.int32)[None]
-    return attend_row(q_BTHD, k_BTKD, v_BTKD, index_1T, segments_BT, window=window, bias=bias)
+    return attend_row(q_BTHD, k_BTKD, v_BTKD, index_1T, segments_BT, window=window, scores=scores)
 
 
 def splash(

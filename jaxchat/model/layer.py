@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model.attention import MIXERS
+from jaxchat.model.layers import check_dropout, dropout
 from jaxchat.model.mlp import MLPS
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Aux, Context, Static, add_aux
@@ -24,7 +25,27 @@ def before(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
     return x_BTM + f(norm("norm", x_BTM))
 
 
-PLACEMENTS: Mapping[str, Callable[[jax.Array, Sublayer, Normalise], jax.Array]] = {"before": before}
+def after(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
+    """norm(x + f(x)) (arXiv:1706.03762)."""
+    return norm("norm", x_BTM + f(x_BTM))
+
+
+def inside(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
+    """x + norm(f(x)) (OLMo 2, arXiv:2501.00656)."""
+    return x_BTM + norm("norm", f(x_BTM))
+
+
+def sandwich(x_BTM: jax.Array, f: Sublayer, norm: Normalise) -> jax.Array:
+    """x + norm(f(norm(x))), with two norms (arXiv:2105.13290; Gemma 2, arXiv:2408.00118)."""
+    return x_BTM + norm("norm_after", f(norm("norm", x_BTM)))
+
+
+PLACEMENTS: Mapping[str, Callable[[jax.Array, Sublayer, Normalise], jax.Array]] = {
+    "before": before,
+    "after": after,
+    "inside": inside,
+    "sandwich": sandwich,
+}
 
 
 if TYPE_CHECKING:
@@ -44,6 +65,10 @@ class Layer:
     mlp: FeedForward
     norm: Norm = RMSNorm()
     placement: Placement = "before"  # Where the norms are applied.
+    dropout: float = 0.0  # Share of the channels that mixer and feed-forward add which training drops.
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
 
 
 class Block(nn.Module):
@@ -66,12 +91,12 @@ class Block(nn.Module):
             nonlocal cache
             y_BTM, cache, aux = mixer(x_BTM, keyed(0), cache)
             auxes.append(aux)
-            return y_BTM
+            return dropout(y_BTM, c.dropout, keyed(2).key)
 
         def feed_forward(x_BTM: jax.Array) -> jax.Array:
             y_BTM, aux = mlp(x_BTM, keyed(1))
             auxes.append(aux)
-            return y_BTM
+            return dropout(y_BTM, c.dropout, keyed(3).key)
 
         for name, sublayer in (("mixer", mix), ("mlp", feed_forward)):
             x_BTM = PLACEMENTS[c.placement](x_BTM, sublayer, functools.partial(self._norm, name))

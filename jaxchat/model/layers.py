@@ -1,4 +1,4 @@
-"""Initializers, and look-ups in embedding tables."""
+"""Initializers, look-ups in embedding tables, and dropout."""
 
 import math
 from collections.abc import Callable
@@ -69,3 +69,19 @@ def uniform_between(low: float, high: float) -> Initializer:
         return jax.random.uniform(key, shape, dtype, low, high)
 
     return init
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share `rate` of its elements zero and the others divided by 1 - rate, so that its mean is unchanged.
+
+    Without a key, which only training has, or at rate 0 it is x (arXiv:1207.0580).
+    """
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def check_dropout(rate: float) -> None:
+    """Raises ValueError unless `rate` is a share below 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout={rate} must be at least 0 and below 1")

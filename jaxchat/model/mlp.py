@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
-from jaxchat.model.layers import Init, initializer
+from jaxchat.model.layers import Init, Initializer, initializer
 from jaxchat.model.part import Aux, Context, Static, param
 from jaxchat.model.products import product
 
@@ -20,6 +20,24 @@ class ReluSquared:
     hidden: int  # Number of hidden units.
     init: Init = "uniform"  # Distribution of the initial matrices.
     init_scale: float = 0.4  # Factor of the initial input matrix.
+    bias: bool = False  # Learned numbers added to both products.
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return jnp.square(jax.nn.relu(x))
+
+
+@dataclass(frozen=True)
+class GELU:
+    """out(gelu(in(x))), gelu(x) = x * Phi(x) (arXiv:1606.08415)."""
+
+    hidden: int  # Number of hidden units.
+    init: Init = "uniform"  # Distribution of the initial matrices.
+    init_scale: float = 1.0  # Factor of the initial input matrix.
+    bias: bool = False  # Learned numbers added to both products.
+    tanh: bool = True  # Approximate Phi by a tanh, as GPT-2 does, instead of computing it.
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return jax.nn.gelu(x, approximate=self.tanh)
 
 
 @dataclass(frozen=True)
@@ -29,43 +47,73 @@ class SwiGLU:
     hidden: int  # Number of hidden units.
     init: Init = "uniform"  # Distribution of the initial matrices.
     init_scale: float = 1.0  # Factor of the initial input matrix.
+    bias: bool = False  # Learned numbers added to all products.
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(x)
 
 
-class ReluSquaredLayer(nn.Module):
-    config: ReluSquared
+@dataclass(frozen=True)
+class GeGLU:
+    """out(gelu(gate(x)) * in(x)) (arXiv:2002.05202)."""
+
+    hidden: int  # Number of hidden units.
+    init: Init = "uniform"  # Distribution of the initial matrices.
+    init_scale: float = 1.0  # Factor of the initial input matrix.
+    bias: bool = False  # Learned numbers added to all products.
+    tanh: bool = True  # Approximate Phi by a tanh, as Gemma does, instead of computing it.
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return jax.nn.gelu(x, approximate=self.tanh)
+
+
+class FeedForwardLayer(nn.Module):
+    """out(activate(in(x))), with a bias for each product if the configuration asks for them."""
+
+    config: Any
     static: Static
 
     @nn.compact
     def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
-        c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
-        w_MF = param(self, "in", ("embed", "hidden"), (M, F), initializer(c.init, M, F, c.init_scale), group="matrices")
-        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M), group="matrices")
-        h_BTF = sharding.constrain(product(x_BTM, w_MF, matmul), ("batch", "length", "hidden"))
-        return product(jnp.square(jax.nn.relu(h_BTF)), w_FM, matmul), Aux()
+        h_BTF = sharding.constrain(self._hidden(x_BTM), ("batch", "length", "hidden"))
+        F, M = self.config.hidden, self.static.width
+        return self._product("out", h_BTF, ("hidden", "embed"), initializer("zeros", F, M)), Aux()
+
+    def _hidden(self, x_BTM: jax.Array) -> jax.Array:
+        return self.config.activate(self._into("in", x_BTM))
+
+    def _into(self, name: str, x_BTM: jax.Array) -> jax.Array:
+        c, M = self.config, self.static.width
+        return self._product(name, x_BTM, ("embed", "hidden"), initializer(c.init, M, c.hidden, c.init_scale))
+
+    def _product(self, name: str, x: jax.Array, axes: tuple[str, str], init: Initializer) -> jax.Array:
+        shape = tuple(self.static.width if axis == "embed" else self.config.hidden for axis in axes)
+        y = product(x, param(self, name, axes, shape, init, group="matrices"), self.static.matmul)
+        if not self.config.bias:
+            return y
+        axis = "width" if axes[1] == "embed" else axes[1]
+        bias = param(self, f"{name}_bias", (axis,), shape[1:], nn.initializers.zeros, group="scalars")
+        return y + bias.astype(y.dtype)[None, None]
 
     @staticmethod
-    def matmul_parameters(config: ReluSquared, width: int) -> int:
+    def matmul_parameters(config: Any, width: int) -> int:
         return 2 * width * config.hidden
 
 
-class SwiGLULayer(nn.Module):
-    config: SwiGLU
-    static: Static
+class GatedLayer(FeedForwardLayer):
+    """out(activate(gate(x)) * in(x))."""
 
-    @nn.compact
-    def __call__(self, x_BTM: jax.Array, context: Context) -> tuple[jax.Array, Aux]:
-        c, M, F, matmul = self.config, self.static.width, self.config.hidden, self.static.matmul
-        init = initializer(c.init, M, F, c.init_scale)
-        g_MF = param(self, "gate", ("embed", "hidden"), (M, F), init, group="matrices")
-        w_MF = param(self, "in", ("embed", "hidden"), (M, F), init, group="matrices")
-        w_FM = param(self, "out", ("hidden", "embed"), (F, M), initializer("zeros", F, M), group="matrices")
-        h_BTF = jax.nn.silu(product(x_BTM, g_MF, matmul)) * product(x_BTM, w_MF, matmul)
-        h_BTF = sharding.constrain(h_BTF, ("batch", "length", "hidden"))
-        return product(h_BTF, w_FM, matmul), Aux()
+    def _hidden(self, x_BTM: jax.Array) -> jax.Array:
+        return self.config.activate(self._into("gate", x_BTM)) * self._into("in", x_BTM)
 
     @staticmethod
-    def matmul_parameters(config: SwiGLU, width: int) -> int:
+    def matmul_parameters(config: Any, width: int) -> int:
         return 3 * width * config.hidden
 
 
-MLPS: dict[type, Any] = {ReluSquared: ReluSquaredLayer, SwiGLU: SwiGLULayer}
+MLPS: dict[type, Any] = {
+    ReluSquared: FeedForwardLayer,
+    SwiGLU: GatedLayer,
+    GELU: FeedForwardLayer,
+    GeGLU: GatedLayer,
+}

@@ -10,7 +10,7 @@ with `param` (shape, logical axes, initializer, optimizer group) and uses no mut
                   (what its cache allows, see `GroupedQueryAttention`), `matmul_parameters` (number of parameters in
                   matrix products, for FLOPs), `attention_flops` (training FLOPs per token at a row length)
     feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters`
-    norm          (x) -> y, over the last axis
+    norm          (x) -> y, over the last axes, whose logical names are its field `axes` (by default the width)
 
 A part scales its own losses. A call with a cache may have padding at position -1, which must leave the cache as it was.
 
@@ -79,13 +79,18 @@ class Aux(NamedTuple):
 
 
 class Attends(NamedTuple):
-    """Shapes of a mixer's attention call, with which a kernel is tested on the device."""
+    """Shapes of a mixer's attention call, with which a kernel is tested on the device.
+
+    `dense` says what of the call only dense products can do, as what "cannot" is followed by; `dropout`, whether
+    training drops weights, which also only they can.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None
-    bias: bool = False
+    dense: str = ""
+    dropout: bool = False
 
 
 def add_aux(parts: "list[Aux]") -> Aux:

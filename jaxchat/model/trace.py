@@ -7,19 +7,22 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
+from jaxchat.model.dense import Scores
 from jaxchat.model.layer import Block
 from jaxchat.model.transformer import Forward, Params, Transformer
 
 
 class Attended(NamedTuple):
-    """Arguments and output of one layer's attention: q and o (B, T, H, D), k and v (B, T, K, D), and the bias of the
-    scores (B or 1, H, T, T) or None."""
+    """Arguments and output of one layer's attention: q and o (B, T, H, D), k and v (B, T, K, D), and of its `Scores`
+    the bias (B or 1, H, T, T), the softcap and the sinks (H,), each of which may be None."""
 
     q_BTHD: jax.Array
     k_BTKD: jax.Array
     v_BTKD: jax.Array
     o_BTHD: jax.Array
     bias_BHTT: jax.Array | None
+    softcap: float | None
+    sinks_H: jax.Array | None
 
 
 class Trace(NamedTuple):
@@ -42,10 +45,10 @@ def trace(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> Tra
     def note(call: Callable[..., Any], args: Any, kwargs: Any, at: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
         if at.method_name == "attend":
-            q_BTHD, k_BTKD, v_BTKD, bias, context, _ = args
-            positions_BT = context.positions_BT
-            bias_BHTT = None if bias is None else bias(positions_BT, positions_BT)
-            found.append(Attended(q_BTHD, k_BTKD, v_BTKD, result[0], bias_BHTT))
+            q_BTHD, k_BTKD, v_BTKD, scores, context, _ = args
+            scores, at_BT = scores or Scores(), context.positions_BT
+            bias_BHTT = None if scores.bias is None else scores.bias(at_BT, at_BT)
+            found.append(Attended(q_BTHD, k_BTKD, v_BTKD, result[0], bias_BHTT, scores.softcap, scores.sinks_H))
         elif isinstance(at.module, Block) and at.method_name == "__call__":
             streams.extend([result[0]] if streams else [args[0], result[0]])
             attended.append(found.pop() if found else None)

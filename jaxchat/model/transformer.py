@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,100 +12,18 @@ from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model import products
+from jaxchat.model.architecture import Model
 from jaxchat.model.attention import GATE_INIT, MIXERS
-from jaxchat.model.layer import Block, Layer
-from jaxchat.model.layers import look_up, uniform_between
-from jaxchat.model.norms import NORMS, Norm, RMSNorm, normalise
+from jaxchat.model.layer import Block
+from jaxchat.model.layers import dropout, look_up, uniform_between
+from jaxchat.model.norms import NORMS, normalise
 from jaxchat.model.part import Aux, Context, Static, Weighted, add_aux, is_boxed, param, stacked
 from jaxchat.model.positions import encodings, positions_within
 from jaxchat.model.quantized import Matmul
 
 EMBED = ("vocab", "embed")  # Logical axes of the embedding.
-VOCAB_MULTIPLE = 64  # The vocabulary is padded to a multiple of it; padded logits are never used.
 
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ResidualScales:
-    """x = resid * x + x0 * embedding before each layer; two learned scalars per layer, initially linear in depth."""
-
-    resid_first: float = 1.15  # Initial weight of the residual stream in the first layer.
-    resid_last: float = 1.05  # The same in the last layer.
-    x0_first: float = 0.20  # Initial weight of the embedding in the first layer.
-    x0_last: float = 0.05  # The same in the last layer.
-
-
-@dataclass(frozen=True)
-class Smear:
-    """Adds scale * sigmoid(x[:channels] W) times the previous token's embedding to each embedding x."""
-
-    channels: int = 24  # Channels of the embedding that the gate reads.
-
-
-@dataclass(frozen=True)
-class Backout:
-    """Subtracts scale times the residual stream after the middle layer from the one after the last layer."""
-
-    init: float = 0.2  # Initial scale.
-
-
-@dataclass(frozen=True)
-class Model:
-    """The architecture: `depth` layers, first `pattern` repeated, then `tail`; `norm` for embedding and output."""
-
-    vocab: int  # Number of token ids.
-    width: int  # Channels of the residual stream.
-    depth: int  # Number of layers.
-    pattern: tuple[Layer, ...]
-    tail: tuple[Layer, ...] = ()
-    norm: Norm = RMSNorm()
-    embed_std: float = 0.8  # Standard deviation of the initial embedding.
-    head_std: float = 0.001  # Standard deviation of the initial output matrix.
-    tied: bool = False  # Use the embedding as the output matrix.
-    softcap: float | None = 15.0  # Logits are softcap * tanh(logits / softcap); None leaves them.
-    residual_scales: ResidualScales | None = None
-    smear: Smear | None = None
-    backout: Backout | None = None
-    isolate_documents: bool = True  # Compute every document of a row as if it were alone.
-    layer_loop: Literal["scan", "unroll"] = "unroll"  # Scan over the layers, which compiles faster, or unroll them.
-    remat: Literal["none", "full", "dots", "attention"] = "none"  # What the backward pass recomputes.
-
-    def __post_init__(self) -> None:
-        if min(self.vocab, self.width, self.depth) < 1:
-            raise ValueError(f"vocab={self.vocab}, width={self.width} and depth={self.depth} must be positive")
-        if not self.pattern or self.depth < len(self.tail) or (self.depth - len(self.tail)) % len(self.pattern):
-            less = f" less the tail's {len(self.tail)}" if self.tail else ""
-            raise ValueError(f"depth={self.depth}{less} is not a multiple of the pattern's {len(self.pattern)} layers")
-        if self.smear is not None and self.smear.channels > self.width:
-            raise ValueError(f"smear.channels={self.smear.channels} is more than width={self.width}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap={self.softcap} must be positive, or None")
-
-    @property
-    def repeats(self) -> int:
-        """How often the pattern is repeated."""
-        return (self.depth - len(self.tail)) // len(self.pattern)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """All layers, in their order."""
-        return self.pattern * self.repeats + self.tail
-
-    @property
-    def stacks(self) -> tuple[range, ...]:
-        """The layers whose parameters are stacked, by position of the pattern; a layer of the tail is its own stack."""
-        P, end = len(self.pattern), self.depth - len(self.tail)
-        return (*(range(j, end, P) for j in range(P)), *(range(i, i + 1) for i in range(end, self.depth)))
-
-    @property
-    def mixers(self) -> tuple[Any, ...]:
-        return tuple(layer.mixer for layer in self.layers)
-
-    @property
-    def padded_vocab(self) -> int:
-        """`vocab` rounded up to a multiple of VOCAB_MULTIPLE, the size of embedding and head."""
-        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Cache(NamedTuple):
@@ -153,7 +71,8 @@ class Ends(nn.Module):
         for code in encodings(c.mixers, self.static):
             code.embed(jnp.zeros((1, 1, M)), jnp.zeros((1, 1), jnp.int32))
         for name in ("embed_norm", "final_norm"):
-            NORMS[type(c.norm)](c.norm, self.static, name=name)(jnp.zeros((1, 1, M)))
+            if getattr(c, name):
+                NORMS[type(c.norm)](c.norm, self.static, name=name)(jnp.zeros((1, 1, M)))
 
 
 def _line(first: float, last: float) -> Callable[..., jax.Array]:
@@ -235,6 +154,7 @@ class Transformer:
         padding, which is neither written nor attended to. `key` is the random key for training.
         """
         c, ends = self.config, params["ends"]
+        c.check_length(tokens_BT.shape[1])
         if not c.isolate_documents:
             segments_BT = None
         if positions_BT is None:
@@ -273,6 +193,7 @@ class Transformer:
 
     def empty_cache(self, batch: int, length: int, *, write: int) -> Cache:
         """An empty cache for `length` positions per row; one call of `apply` may add up to `write` tokens."""
+        self.config.check_length(length)
         layers = tuple(
             MIXERS[type(m)].empty(m, batch, length, write=write, dtype=self.dtype) for m in self.config.mixers
         )
@@ -297,13 +218,18 @@ class Transformer:
         return layers
 
     def _normalise(self, ends: Params, name: str, x_BTM: jax.Array) -> jax.Array:
+        if not getattr(self.config, name):
+            return x_BTM
         return normalise(self.config.norm, self.static, ends.get(name, {}), x_BTM)
 
     def _embed(self, ends: Params, context: Context, last_B: jax.Array | None) -> jax.Array:
         def embed(tokens_BT: jax.Array) -> jax.Array:
-            return self._normalise(ends, "embed_norm", look_up(ends["embed"], tokens_BT, EMBED, self.dtype))
+            e_BTM = look_up(ends["embed"], tokens_BT, EMBED, self.dtype)
+            e_BTM = e_BTM if c.embed_scale == 1 else e_BTM * jnp.asarray(c.embed_scale, self.dtype)
+            return self._normalise(ends, "embed_norm", e_BTM)
 
-        c, x_BTM = self.config, embed(context.tokens_BT)
+        c = self.config
+        x_BTM = embed(context.tokens_BT)
         if c.smear is not None:
             first_B1M = jnp.zeros_like(x_BTM[:, :1]) if last_B is None else embed(last_B[:, None])
             previous_BTM = jnp.concatenate([first_B1M, x_BTM[:, :-1]], axis=1)
@@ -314,7 +240,7 @@ class Transformer:
             params = {"params": ends.get(str(code.name), {})}
             encoded: Any = code.apply(params, x_BTM, context.positions_BT, method="embed")
             x_BTM = encoded
-        return x_BTM
+        return dropout(x_BTM, c.dropout, None if context.key is None else jax.random.fold_in(context.key, c.depth))
 
     def _share(self, context: Context) -> Context:
         """Adds the values that equal layers compute once to the context."""

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxchat.model.architecture import Model
 from jaxchat.model.part import Weighted
-from jaxchat.model.transformer import Model, Params, Transformer
+from jaxchat.model.transformer import Params, Transformer
 
 Column = tuple[tuple[int, ...], Any]  # Shape after the axes (micro-batches, rows), and type.
 Batch = Mapping[str, jax.Array]
@@ -27,9 +28,13 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss. If `ragged`, a batch may end with empty micro-batches; its entry `count` is the number of others."""
+    """A loss. If `ragged`, a batch may end with empty micro-batches; its entry `count` is the number of others.
+
+    `drops`: the model's parts get their random key, so that dropout takes place.
+    """
 
     ragged: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
 
     def columns(self, model: Model, length: int) -> dict[str, Column]:
         """The columns of a batch of rows of `length` tokens: tokens, targets, segments, and weights of the targets."""
@@ -42,6 +47,7 @@ class Objective:
 
     def __call__(self, transformer: Transformer, params: Params, batch: Batch, key: jax.Array | None = None) -> Sum:
         """Adds the mean of each loss that the model's parts return to `loss`; `key` is the random key of the model."""
+        key = key if self.drops else None
         forward = transformer.apply(params, batch["tokens"], segments_BT=batch["segments"], key=key)
         total, weight, statistics = self.loss(transformer, params, forward.hidden, batch)
         for part_total, part_weight in forward.losses.values():

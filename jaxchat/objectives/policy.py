@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxchat.model.transformer import Model, Params, Transformer
+from jaxchat.model.architecture import Model
+from jaxchat.model.transformer import Params, Transformer
 from jaxchat.objectives.advantages import Aggregate, Baseline
 from jaxchat.objectives.logprobs import token_logprobs
 from jaxchat.objectives.objective import Batch, Column, Objective, Sum
@@ -78,6 +79,7 @@ class PolicyGradient(Objective):
     temperature: float = 1.0
     truncated: bool = False
     ragged: ClassVar[bool] = True
+    drops: ClassVar[bool] = False  # The model that is trained is the one that was sampled.
 
     def columns(self, model: Model, length: int) -> dict[str, Column]:
         columns = super().columns(model, length)
