@@ -59,8 +59,8 @@ class Example(NamedTuple):
     """A model, and the sizes of a mesh of eight devices that splits everything that it has.
 
     `flops` is a count by hand of the training FLOPs per token in rows of LENGTH, for parts that compute more than their
-    share; None counts the products of the compiled program. `losses`: the model has losses of its own, which are no sum
-    over micro-batches.
+    share; None counts the products of the compiled program. `losses`: the model has losses of its own, whose
+    gradient reaches every document.
     """
 
     model: Model

@@ -20,7 +20,7 @@ from jaxchat.model import GQA, ALiBi, Learned, Model, Transformer
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.backends import choose_attention, choose_decoding
 from jaxchat.model.mlp import MLPS
-from jaxchat.model.part import Aux, param
+from jaxchat.model.part import Aux, Context, param
 from jaxchat.objectives.likelihood import Likelihood
 
 pytestmark = pytest.mark.quick
@@ -66,6 +66,16 @@ def test_a_row_longer_than_the_learned_positions_is_refused() -> None:
         transformer.apply(params, np.zeros((1, 9), np.int32))
     with pytest.raises(ValueError, match="9 tokens are more than the 8 positions that the model learns"):
         transformer.empty_cache(1, 9, write=1)
+
+
+def test_the_scale_of_the_embedding_is_rounded_to_the_compute_type() -> None:
+    """As Gemma's: sqrt(width) in bfloat16 is another number, with which its models were trained."""
+    config = small.october2025(embed_scale=15**0.5, embed_norm=False)
+    params, tokens_11 = small.parameters(config), jnp.zeros((1, 1), jnp.int32)
+    found = Transformer(config, jnp.bfloat16)._embed(params["ends"], Context(tokens_11, tokens_11, None), None)
+    wanted = params["ends"]["embed"][0].astype(jnp.bfloat16) * np.asarray(15**0.5, jnp.bfloat16)
+    np.testing.assert_array_equal(found[0, 0], wanted)
+    assert float(np.asarray(15**0.5, jnp.bfloat16)) != 15**0.5
 
 
 @functools.cache

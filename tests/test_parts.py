@@ -6,6 +6,7 @@ beside the program that it is compared with.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from parts import EXAMPLES, LENGTH, ROWS, TABLES
 
 from jaxchat.model import Layer, Transformer
 from jaxchat.model.counts import flops_per_token
+from jaxchat.objectives.likelihood import Likelihood
+from jaxchat.objectives.policy import PolicyGradient
 from jaxchat.optimizer import Optimizer
 
 FLOOR = 1e-6  # Without rotation the bias of keys has a gradient of rounding errors, for it moves all scores alike.
@@ -71,8 +74,10 @@ SIZES = (5, 4, 7)  # Of the documents in a row.
 
 
 def packed(vocab: int) -> dict[str, np.ndarray]:
-    """Documents that share no token: in the first row all three, then each of them alone, with others behind it. Only
-    the last document of the first row has weights."""
+    """Documents without a common token: in the first row all three, then each of them alone, with others behind it.
+
+    Only the last document of the first row has weights.
+    """
     generator, batch = np.random.default_rng(2), parts.batch(ROWS, vocab)
     ids = np.split(generator.permutation(vocab), 4)
     documents = [generator.choice(own, size, replace=False) for own, size in zip(ids, SIZES)]
@@ -91,7 +96,7 @@ def packed(vocab: int) -> dict[str, np.ndarray]:
 def test_documents_are_isolated(name: str) -> None:
     """A document has the logits that it has alone, and no token of another one has a gradient."""
     config = EXAMPLES[name].model
-    assert config.isolate_documents and not config.tied, "an example shows isolation, and its embedding is no head"
+    assert config.isolate_documents and not config.tied, "an example shows isolation, and its embedding is not the head"
     batch = packed(config.vocab)
     found = parts.result(config, batch)
     alone = np.concatenate([found.logits[row, :size] for row, size in enumerate(SIZES, start=1)])
@@ -124,12 +129,18 @@ def test_flops_equal_a_count(name: str) -> None:
 
 @every_example
 def test_a_part_says_what_others_ask_of_it(name: str) -> None:
-    """Its cache has axes for every array and fits any size; its parameters name groups of the optimizer."""
+    """Its cache has axes for every array and fits any size; its parameters name groups of the optimizer; it keeps the
+    compute type, in training with every backend that computes densely."""
     config, rows = EXAMPLES[name].model, 3
     transformer = Transformer(config)
     groups = {field.name for field in dataclasses.fields(Optimizer)} | {"matrices"}
     for spec in jax.tree.leaves(transformer.specs()):
         assert spec.group in groups and 1 <= spec.inputs < max(len(spec.axes), 2)
+    for attention in ("xla", "xla_remat"):
+        half = Transformer(config, jnp.bfloat16, attention=attention)
+        call = functools.partial(half.apply, tokens_BT=np.zeros((2, 8), np.int32), key=jax.random.key(0))
+        shapes = jax.eval_shape(lambda p: jax.vjp(lambda p: call(p).hidden, p), transformer.shapes())  # noqa: B023
+        assert shapes[0].dtype == jnp.bfloat16
     long, short = (transformer.empty_cache(rows, length, write=2).layers for length in (12, 8))
     for layer, cache, like in zip(config.layers, long, short, strict=True):
         assert [leaf.ndim for leaf in cache] == [len(axes) for axes in cache.axes]
@@ -188,3 +199,17 @@ def test_dropout_needs_a_key_and_keeps_the_mean_of_linear_parts(name: str) -> No
         assert np.std(drawn, axis=0).max() > 0.01, f"{part} is not dropped"
         error = (drawn.mean(axis=0) - hidden(plain)) / (drawn.std(axis=0) / len(drawn) ** 0.5 + 1e-5)
         assert np.abs(error).max() < 5, part
+
+
+def test_an_objective_that_drops_nothing_gives_no_key() -> None:
+    class Plain(Likelihood):
+        drops = False
+
+    config = EXAMPLES[DROPPING[0]].model
+    model, params, batch = Transformer(config), small.parameters(config), parts.batch(2, config.vocab)
+    plain, *keyed = (
+        float(objective(model, params, batch, key).total)
+        for objective, key in ((Plain(), None), (Plain(), jax.random.key(0)), (Likelihood(), jax.random.key(0)))
+    )
+    assert keyed[0] == plain != keyed[1]
+    assert not PolicyGradient.drops, "in RL the model that is trained is the one that was sampled"

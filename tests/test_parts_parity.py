@@ -283,3 +283,5 @@ def test_pairs_of_neighbours_turn_like_halves() -> None:
     np.testing.assert_array_equal(halves[..., 8:], x_BTHD[..., 8:])
     full = turned(RoPE(), x_BTHD)
     assert not np.allclose(full[..., 8:], x_BTHD[..., 8:])
+    longer = turned(RoPE(scaling=YaRN(4.0, 8)), x_BTHD)
+    np.testing.assert_allclose(np.linalg.norm(longer), (0.1 * np.log(4) + 1) * np.linalg.norm(x_BTHD), rtol=1e-6)

@@ -98,7 +98,8 @@ class GroupedQueryAttention(nn.Module):
             v_BTKD = v_BTKD + self._value_embedding(c.value_embedding, x_BTM, context.tokens_BT)
         code = POSITIONS[type(c.positions)](c.positions, self.static, name="positions")
         q_BTHD, k_BTKD = self._prepare("q", q_BTHD, code, context), self._prepare("k", k_BTKD, code, context)
-        q_BTHD = q_BTHD if c.scale is None else q_BTHD * (c.scale * D**0.5)
+        factor = code.score_factor * (1.0 if c.scale is None else c.scale * D**0.5)
+        q_BTHD = q_BTHD if factor == 1.0 else q_BTHD * factor
         o_BTHD, cache = self.attend(q_BTHD, k_BTKD, v_BTKD, self._scores(code, context), context, cache)
         w_HDM = param(
             self, "o", ("heads", "head", "embed"), (H, D, M), initializer("zeros", H * D, M), inputs=2, group="matrices"

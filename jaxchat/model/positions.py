@@ -41,6 +41,11 @@ class Encoding(nn.Module):
         may be 1. Positions are -1 where there is no token."""
         raise NotImplementedError
 
+    @property
+    def score_factor(self) -> float:
+        """Factor of the scores, besides 1 / sqrt(head size)."""
+        return 1.0
+
     @staticmethod
     def share(config: Any, head_dim: int, context: Context, dtype: Any) -> dict[Any, Any]:
         """Values for `Context.shared`, which equal layers compute once."""
@@ -57,7 +62,7 @@ class Linear:
     """All positions divided by a factor (arXiv:2306.15595)."""
 
     factor: float  # Number of times that the context is longer than in training.
-    amplitude = 1.0
+    amplitude = scores = 1.0
 
     def scaled(self, frequency: jax.Array, base: float) -> jax.Array:
         return frequency / self.factor
@@ -71,7 +76,7 @@ class Llama3:
     low: float = 1.0  # Wavelengths longer than length / low are divided.
     high: float = 4.0  # Wavelengths shorter than length / high are kept.
     length: int = 8192  # Context in training.
-    amplitude = 1.0
+    amplitude = scores = 1.0
 
     def scaled(self, frequency: jax.Array, base: float) -> jax.Array:
         turns = self.length * frequency / (2 * math.pi)
@@ -89,6 +94,7 @@ class YaRN:
     slow: float = 1.0  # Channels of fewer turns are divided.
     attention: float | None = None  # Factor of cosine and sine; None for 0.1 ln(factor) + 1.
     whole: bool = True  # Round the ends of the ramp to whole channels.
+    scores: float = 1.0  # Factor of the scores; DeepSeek's is (0.1 mscale_all_dim ln(factor) + 1)^2.
 
     @property
     def amplitude(self) -> float:
@@ -128,6 +134,11 @@ class RoPE:
 
 
 class Rotary(Encoding):
+    @property
+    def score_factor(self) -> float:
+        """That of the scaling."""
+        return 1.0 if self.config.scaling is None else self.config.scaling.scores
+
     def rotate(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
         """Rotates each pair (x[i], x[i + D/2]) by its angle."""
         c, D = self.config, x_BTHD.shape[-1]
