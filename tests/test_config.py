@@ -28,6 +28,7 @@ import launch.train
 from jaxchat import checkpoint, command_line, serialization
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
+from jaxchat.model import Learned
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ("tiny", "d4", "d12", "d20", "d24", "d32")
@@ -58,6 +59,16 @@ def test_json_reads_back_what_was_written(name):
     text = json.dumps(serialization.to_json(experiment))
     assert serialization.from_json(Experiment, json.loads(text)) == experiment
     assert '"window": 5' in text
+
+
+def test_rows_longer_than_the_learned_positions_are_refused():
+    experiment = load()
+    layer = experiment.model.pattern[0]
+    layer = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, positions=Learned(100)))
+    model = dataclasses.replace(experiment.model, pattern=(layer, *experiment.model.pattern[1:]))
+    message = "data.row_length=256 is more than the 100 positions that the model learns: set --data.row_length=100"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(experiment, model=model)
 
 
 def test_an_unknown_key_in_json_is_named():

@@ -16,7 +16,20 @@ from flax import linen as nn
 from jax import Array
 
 from jaxchat.errors import UserError
-from jaxchat.model import GQA, ALiBi, Learned, Model, Transformer
+from jaxchat.model import (
+    GELU,
+    GQA,
+    ALiBi,
+    Layer,
+    Learned,
+    Linear,
+    Llama3,
+    Model,
+    RoPE,
+    T5Buckets,
+    Transformer,
+    YaRN,
+)
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.backends import choose_attention, choose_decoding
 from jaxchat.model.mlp import MLPS
@@ -66,6 +79,27 @@ def test_a_row_longer_than_the_learned_positions_is_refused() -> None:
         transformer.apply(params, np.zeros((1, 9), np.int32))
     with pytest.raises(ValueError, match="9 tokens are more than the 8 positions that the model learns"):
         transformer.empty_cache(1, 9, write=1)
+
+
+WRONG = {
+    "share=0.3 of head_dim=10 channels is not a number of pairs": lambda: GQA(2, 2, 10, positions=RoPE(share=0.3)),
+    "share=1.5 must be positive and at most 1": lambda: RoPE(share=1.5),
+    "factor=0.0 must be positive and finite": lambda: Linear(0.0),
+    "high=1.0 must be finite and more than low=1.0": lambda: Llama3(high=1.0),
+    "fast=1.0 must be finite and more than slow=1.0": lambda: YaRN(2.0, 16, fast=1.0),
+    "length=0 must be positive and finite": lambda: Learned(0),
+    "buckets=9 must lie between 2 and longest=8": lambda: T5Buckets(9, 8),
+    "dropout=1.0 must be at least 0 and below 1": lambda: GQA(2, 2, 8, dropout=1.0),
+    "dropout=-0.1 must be at least 0 and below 1": lambda: Layer(GQA(2, 2, 8), GELU(8), dropout=-0.1),
+    "scale=0.0 must be positive and finite, or None": lambda: GQA(2, 2, 8, scale=0.0),
+    "softcap=-1.0 must be positive and finite, or None": lambda: GQA(2, 2, 8, softcap=-1.0),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_number_of_a_part_is_refused(message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WRONG[message]()
 
 
 def test_the_scale_of_the_embedding_is_rounded_to_the_compute_type() -> None:

@@ -96,7 +96,8 @@ class Model:
     def most_positions(self) -> int | None:
         """The longest row that the position encodings know; None for any."""
         codes = {getattr(mixer, "positions", None) for mixer in self.mixers}
-        return min((most for code in codes if (most := POSITIONS[type(code)].most(code)) is not None), default=None)
+        limits = [POSITIONS[type(code)].most_positions(code) for code in codes]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if rows of `length` tokens have more positions than there are."""

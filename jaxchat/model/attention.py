@@ -66,6 +66,7 @@ class GQA:
         for name in ("scale", "softcap"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be positive and finite, or None")
+        POSITIONS[type(self.positions)].check(self.positions, self.head_dim)
         check_dropout(self.dropout)
 
 

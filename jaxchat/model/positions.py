@@ -52,9 +52,20 @@ class Encoding(nn.Module):
         return {}
 
     @staticmethod
-    def most(config: Any) -> int | None:
+    def most_positions(config: Any) -> int | None:
         """The number of positions that there are; None for any number."""
         return None
+
+    @staticmethod
+    def check(config: Any, head_dim: int) -> None:
+        """Raises ValueError if the encoding does not suit heads of this size."""
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is not positive and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,9 @@ class Linear:
 
     factor: float  # Number of times that the context is longer than in training.
     amplitude = scores = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor")
 
     def scaled(self, frequency: jax.Array, base: float) -> jax.Array:
         return frequency / self.factor
@@ -77,6 +91,11 @@ class Llama3:
     high: float = 4.0  # Wavelengths shorter than length / high are kept.
     length: int = 8192  # Context in training.
     amplitude = scores = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor", "low", "length")
+        if not self.low < self.high < math.inf:
+            raise ValueError(f"high={self.high} must be finite and more than low={self.low}")
 
     def scaled(self, frequency: jax.Array, base: float) -> jax.Array:
         turns = self.length * frequency / (2 * math.pi)
@@ -95,6 +114,11 @@ class YaRN:
     attention: float | None = None  # Factor of cosine and sine; None for 0.1 ln(factor) + 1.
     whole: bool = True  # Round the ends of the ramp to whole channels.
     scores: float = 1.0  # Factor of the scores; DeepSeek's is (0.1 mscale_all_dim ln(factor) + 1)^2.
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "factor", "length", "slow", "scores")
+        if not self.slow < self.fast < math.inf:
+            raise ValueError(f"fast={self.fast} must be finite and more than slow={self.slow}")
 
     @property
     def amplitude(self) -> float:
@@ -129,6 +153,7 @@ class RoPE:
     interleaved: bool = False  # Pair channels 2i and 2i + 1 instead, as GPT-J does.
 
     def __post_init__(self) -> None:
+        _check_positive(self, "base")
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be positive and at most 1")
 
@@ -140,7 +165,7 @@ class Rotary(Encoding):
         return 1.0 if self.config.scaling is None else self.config.scaling.scores
 
     def rotate(self, x_BTHD: jax.Array, context: Context) -> jax.Array:
-        """Rotates each pair (x[i], x[i + D/2]) by its angle."""
+        """Rotates each pair of the first channels by its angle: (x[i], x[i + D/2]), or (x[2i], x[2i + 1])."""
         c, D = self.config, x_BTHD.shape[-1]
         cos, sin = context.shared[self.key(c, D)]
         rest = x_BTHD[..., 2 * cos.shape[-1] :]
@@ -164,11 +189,15 @@ class Rotary(Encoding):
         return {cls.key(config, head_dim): (cos.astype(dtype), sin.astype(dtype))}
 
     @staticmethod
+    def check(config: RoPE, head_dim: int) -> None:
+        """The share that is rotated has to be pairs."""
+        if int(head_dim * config.share) % 2 or int(head_dim * config.share) < 2:
+            raise ValueError(f"share={config.share} of head_dim={head_dim} channels is not a number of pairs")
+
+    @staticmethod
     def frequencies(config: RoPE, head_dim: int, dtype: Any) -> jax.Array:
         """The angle of each pair per position, (D/2,): base^(-2i/D) before scaling, where D counts rotated channels."""
-        half, odd = divmod(int(head_dim * config.share), 2)
-        if odd or not half:
-            raise ValueError(f"positions.share={config.share} of head_dim={head_dim} channels is not an even number")
+        half = int(head_dim * config.share) // 2
         frequency = config.base ** (-jnp.arange(half, dtype=dtype) / half)
         return frequency if config.scaling is None else config.scaling.scaled(frequency, config.base)
 
@@ -185,6 +214,9 @@ class Learned:
     length: int  # Number of positions.
     std: float = 0.02  # Standard deviation of the initial vectors.
 
+    def __post_init__(self) -> None:
+        _check_positive(self, "length")
+
 
 class LearnedPositions(Encoding):
     @nn.compact
@@ -194,7 +226,7 @@ class LearnedPositions(Encoding):
         return x_BTM + look_up(table_SM, jnp.maximum(positions_BT, 0), axes, x_BTM.dtype)
 
     @staticmethod
-    def most(config: Learned) -> int | None:
+    def most_positions(config: Learned) -> int | None:
         return config.length
 
 
@@ -218,21 +250,21 @@ class SinusoidalPositions(Encoding):
 
 @dataclass(frozen=True)
 class ALiBi:
-    """Scores less a slope per head times the distance (arXiv:2108.12409); of H heads, head i has 2^(-most i / H).
+    """Scores less a slope per head times the distance (arXiv:2108.12409); of H heads, head i has 2^(-bias_max i / H).
 
     If H is not a power of two, `order` chooses among the slopes of the next powers, as Bloom or as MPT does.
     """
 
-    most: float = 8.0  # Negative logarithm, base 2, of the least slope.
+    bias_max: float = 8.0  # Negative logarithm, base 2, of the least slope.
     order: Literal["bloom", "mpt"] = "bloom"  # Slopes where the number of heads is not a power of two.
 
     def slopes(self, heads: int) -> np.ndarray:
         """The slope of each head, (H,)."""
         below, above = (2 ** round_(math.log2(heads)) for round_ in (math.floor, math.ceil))
-        more = 2.0 ** (-self.most / above * np.arange(1, above + 1))
+        more = 2.0 ** (-self.bias_max / above * np.arange(1, above + 1))
         if self.order == "mpt":
             return (more if above == heads else np.concatenate([more[1::2], more[::2]]))[:heads]
-        return np.concatenate([2.0 ** (-self.most / below * np.arange(1, below + 1)), more[::2]])[:heads]
+        return np.concatenate([2.0 ** (-self.bias_max / below * np.arange(1, below + 1)), more[::2]])[:heads]
 
 
 class LinearBias(Encoding):
