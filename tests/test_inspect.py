@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import small
 from documents import texts
+from parts import EXAMPLES
 
 from jaxchat.decode import explain
 from jaxchat.decode.engine import Engine, EngineConfig
@@ -23,6 +24,7 @@ from jaxchat.model.trace import lens, trace
 from jaxchat.tokenizer import TokenizerConfig, train_tokenizer
 
 MODELS = {"july2026": small.july2026(layer_loop="scan"), "october2025": small.october2025(), "mixed": small.mixed()}
+MODELS |= {name: EXAMPLES[name].model for name in ("gemma", "after")}  # Scores with a softcap, sinks and a bias.
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -44,8 +46,11 @@ def test_the_trace_is_the_forward_pass(config: Any) -> None:
     for layer, attended in zip(config.layers, traced.attended):
         mixer = layer.mixer
         seen_BTS = visible(position_BT, position_BT, window=mixer.window)
-        w_BHTS = weights(attended.q_BTHD, attended.k_BTKD, seen_BTS)
-        np.testing.assert_allclose(w_BHTS.sum(axis=-1), 1, atol=1e-6)
+        changed = attended.bias_BHTT, attended.softcap, attended.sinks_H
+        assert (changed[1] is not None, changed[2] is not None) == (mixer.softcap is not None, mixer.sinks)
+        w_BHTS = weights(attended.q_BTHD, attended.k_BTKD, seen_BTS, *changed)
+        sums_BHT = w_BHTS.sum(axis=-1)
+        assert np.all(sums_BHT < 0.999) if mixer.sinks else np.allclose(sums_BHT, 1, atol=1e-6)
         assert not w_BHTS[:, :, ~seen_BTS[0]].any()
         v_BTHD = np.repeat(attended.v_BTKD, mixer.heads // mixer.kv_heads, axis=2)
         np.testing.assert_allclose(np.einsum("BHTS,BSHD->BTHD", w_BHTS, v_BTHD), attended.o_BTHD, atol=1e-5, rtol=1e-5)
