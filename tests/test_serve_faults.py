@@ -255,7 +255,9 @@ class Scripted(Engine):
             for sample in samples:
                 tokens = iter(type(self).script(sample.prompt))
                 while not sample.finish_reason:
-                    sample.give(0 if sample.forced else next(tokens), -0.5, -0.5)
+                    sample.read_output()
+                    if sample.output is None:
+                        sample.give(0 if sample.forced else next(tokens), -0.5, -0.5)
         self._waiting.clear()
         return False
 

@@ -1,6 +1,9 @@
 """The calculator's answers, what gets none, and tool calls in the middle of a batch."""
 
 import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +154,42 @@ def sequential(machine: Engine, prompt: list[int], asked: SamplingParams) -> lis
         elif call is not None:
             call.append(token)
     return said
+
+
+def test_others_are_decoded_while_a_tool_runs(model: tuple[Transformer, Any]) -> None:
+    entered, done = threading.Event(), threading.Event()
+
+    class Slow(Echo):
+        def __call__(self, call: str) -> str | None:
+            entered.set()
+            assert done.wait(20)
+            return super().__call__(call)
+
+    calls = SamplingParams(1.0, logit_bias={BEGIN: 3.0, END: 3.0}, max_tokens=70, ignore_end=True)
+    plain = SamplingParams(1.0, max_tokens=60, seed=1, ignore_end=True)
+    expected = [one.tokens for (one,) in engine(model).generate([Request([1, 2], calls, tools=(Echo(),))] * 2)]
+    with ThreadPoolExecutor(1) as pool:
+        machine = engine(model, tool_pool=pool)
+        asked, left = (machine.submit(Request([1, 2], calls, tools=(Slow(),)))[0] for _ in range(2))
+        while not (asked.output and left.output):
+            machine.step()
+        assert entered.wait(20)
+        left.cancel()
+        (other,) = machine.submit(Request([3, 4], plain))
+        while not other.finish_reason:
+            machine.step()
+        assert asked.output and not asked.finish_reason and machine.slots.free == 1
+        begun, used = time.perf_counter(), time.process_time()
+        while time.perf_counter() - begun < 0.2:
+            assert machine.step(), "it waits for the tool"
+        assert time.process_time() - used < 0.1
+        done.set()
+        while machine.step():
+            pass
+    assert [asked.completion().tokens, other.completion().tokens] == [
+        expected[0],
+        engine(model).generate([Request([3, 4], plain)])[0][0].tokens,
+    ]
 
 
 class Broken(Calculator):

@@ -23,7 +23,8 @@ class Typing(Engine):
                 if not hasattr(sample, "script"):
                     sample.script = said(type(self).script(tokenizer().decode(sample.prompt, keep_specials=True)))
                 for _ in range(self.per_step):
-                    if not sample.finish_reason:
+                    sample.read_output()
+                    if not sample.finish_reason and sample.output is None:
                         sample.give(0 if sample.forced else next(sample.script), -0.5, -0.5)
         waiting = [samples for samples in self._waiting if not all(sample.finish_reason for sample in samples)]
         self._waiting.clear()

@@ -8,6 +8,7 @@ import dataclasses
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ from jaxchat.model.backends import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
+TOOL_SECONDS = 0.01  # How long a step waits for a tool if there is nothing else to do.
 LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searched for prompts of the same plan.
 
 
@@ -58,6 +60,7 @@ class Engine:
         speculation: settings of speculative decoding, which does not change the tokens. Guesses are looked up in the
             text, or come from `draft`, a smaller model of the same vocabulary and its parameters.
         decoding: decoding backend, a row of `DECODING`; "auto" selects one for the device.
+        tool_pool: runs tools while other samples are decoded; None runs each when it is called.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Engine:
         speculation: Speculation | None = None,
         draft: tuple[Transformer, Params] | None = None,
         decoding: str = "auto",
+        tool_pool: Executor | None = None,
     ) -> None:
         if draft is not None and (draft[0].config.vocab != transformer.config.vocab or shape.adapt or not speculation):
             raise UserError("a draft model needs the vocabulary of the model, `speculation`, and adapt=False")
@@ -92,7 +96,7 @@ class Engine:
                 small = with_decoding(draft[0])
                 draft = small, programs.unstack(small, draft[1])
             self.slots = Slots(transformer, shape, speculation=speculation, draft=draft)
-        self.ends = {tokenizer.bos, tokenizer.end}
+        self.ends, self._tool_pool = {tokenizer.bos, tokenizer.end}, tool_pool
         self.prompt_stats = PromptStats()
         self._unfinished: list[Sample] = []
         self._waiting: deque[deque[Sample]] = deque()  # The samples of each request.
@@ -145,10 +149,8 @@ class Engine:
             if missing := {tool.call_part, tool.output_part} - set(self.tokenizer.chat_format.parts):
                 name = type(tool).__name__
                 raise UserError(f"the tool {name} needs parts of the kind {min(missing)}, which the chat format lacks")
-        samples = [
-            Sample(self.tokenizer, request, prompt, index, context=self.shape.length, ends=self.ends)
-            for index in range(request.n)
-        ]
+        about: dict[str, Any] = {"context": self.shape.length, "ends": self.ends, "tool_pool": self._tool_pool}
+        samples = [Sample(self.tokenizer, request, prompt, index, **about) for index in range(request.n)]
         self._waiting.append(deque(samples))
         self._unfinished += samples
         return samples
@@ -248,12 +250,17 @@ class Engine:
         signals.check()
         try:
             with self.on_mesh():
+                for sample in self.slots.active:
+                    sample.read_output()
                 self._leave()
                 self._enter(interleave)
-                if self.slots.active:
+                outputs = [sample.output for sample in self.slots.active if sample.output is not None]
+                if len(outputs) < len(self.slots.active):
                     self.slots.fit()
                     self.slots.decode(self.params)
                     self._leave()
+                elif outputs:
+                    wait(outputs, TOOL_SECONDS, FIRST_COMPLETED)
         except BaseException as error:  # A signal, too, may have left the caches donated. It is raised again.
             self.reset(f"the engine stopped: {first_line(error)}")
             raise

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import deque
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,12 @@ class Sample:
         *,
         context: int,
         ends: set[int],
+        tool_pool: Executor | None = None,
     ) -> None:
         self.request, self.prompt, self.index = request, prompt, index
+        self._run = _run if tool_pool is None else tool_pool.submit
+        self.output: Future[str | None] | None = None
+        """Of a tool that was called and whose output was not read yet; the sample is not decoded meanwhile."""
         sampling = request.sampling
         self.finish_reason = ""
         self.error: str | None = None
@@ -44,6 +49,7 @@ class Sample:
         self._parts = tokenizer.chat_format.parts
         self._tools = {tokenizer.specials[self._parts[tool.call_part].begin]: tool for tool in request.tools}
         self._call: tuple[Tool, list[int]] | None = None
+        """The call that is being written, or whose output is awaited."""
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, sampling.stop)
         self._unread: list[str] = []
@@ -120,24 +126,31 @@ class Sample:
             self._follow_call(token)
 
     def _follow_call(self, token: int) -> None:
-        """Collects a tool call from its begin token to its end token, then runs the tool and queues its output."""
+        """Collects a tool call from its begin token to its end token, then runs the tool."""
         if token in self._tools:
             self._call = self._tools[token], []
         elif self._call is not None:
-            specials, (tool, call) = self._tokenizer.specials, self._call
-            if token != specials[self._parts[tool.call_part].end]:
+            tool, call = self._call
+            if token != self._tokenizer.specials[self._parts[tool.call_part].end]:
                 call.append(token)
                 return
-            self._call = None
-            try:
-                output = tool(self._tokenizer.decode(call))
-                output_tokens = None if output is None else self._tokenizer.encode(output)
-            except AnswerEnds:
-                self._finish("call")
-                return
-            except Exception as error:  # Tools are user code; an error ends this sample only.
-                self.fail(f"the tool {type(tool).__name__} failed: {error}")
-                return
+            self.output = self._run(tool, self._tokenizer.decode(call))
+            self.read_output()
+
+    def read_output(self) -> None:
+        """Queues the output of a tool that has ended, if there is one."""
+        if self.output is None or not self.output.done() or self._call is None:
+            return
+        specials, (tool, _), future = self._tokenizer.specials, self._call, self.output
+        self.output = self._call = None
+        try:
+            output = future.result()
+            output_tokens = None if output is None else self._tokenizer.encode(output)
+        except AnswerEnds:
+            self._finish("call")
+        except Exception as error:  # Tools are user code; an error ends this sample only.
+            self.fail(f"the tool {type(tool).__name__} failed: {error}")
+        else:
             if output_tokens is not None:
                 marks = self._parts[tool.output_part]
                 self.forced.extend([specials[marks.begin], *output_tokens, specials[marks.end]])
@@ -168,6 +181,9 @@ class Sample:
         self._end = time.perf_counter()
         self._unread.append(self._stream.finish())
         self.finish_reason = reason
+        if self.output is not None:
+            self.output.cancel()
+            self.output = None
 
     def completion(self) -> Completion:
         """The answer as far as it is decoded."""
@@ -184,6 +200,16 @@ class Sample:
             error=self.error,
             support=np.stack(self._support) if self._support else None,
         )
+
+
+def _run(tool: Tool, call: str) -> Future[str | None]:
+    """Runs a tool at once."""
+    output: Future[str | None] = Future()
+    try:
+        output.set_result(tool(call))
+    except Exception as error:  # It is raised where the output is read.
+        output.set_exception(error)
+    return output
 
 
 def refused(error: UserError) -> Completion:

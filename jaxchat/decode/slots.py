@@ -138,7 +138,7 @@ class Slots:
         stops = np.full((B, max(programs.STOPS, *map(len, pauses))), -1, np.int32)
         forced = np.full((K, B), -1, np.int32)
         for slot, sample in enumerate(self.samples):
-            if sample is not None:
+            if sample is not None and sample.output is None:
                 position[slot], token[slot], limit[slot] = sample.position, sample.tokens[-1], sample.limit
                 stops[slot, : len(pauses[slot])] = pauses[slot]
                 queued = list(sample.forced)[:K]
@@ -182,7 +182,8 @@ class Slots:
         steps = jax.device_get(choice)
         count_RB = (steps.token_B >= 0).sum(axis=2)
         if self._draft is not None:
-            self._drafted = np.maximum(running.position_B + count_RB.sum(axis=0), 0).tolist()
+            after_B = running.position_B + count_RB.sum(axis=0)
+            self._drafted = np.where(running.position_B < 0, self._drafted, after_B).tolist()
         self._acceptance.note(float((count_RB - 1)[count_RB > 0].mean()))
         return Choice(*(np.moveaxis(x, 2, 1).reshape(-1, B) for x in steps[:3]))
 

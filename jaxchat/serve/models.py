@@ -9,6 +9,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from jaxchat.serve.warming import warm, warm_views
 from jaxchat.serve.worker import Worker
 
 LOG = logging.getLogger(__name__)
+TOOL_THREADS = 4  # Tools that run at the same time, of all models.
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Models:
             raise UserError(f"there is no model {self.default}: there are {', '.join(entries)}")
         self.loaded: OrderedDict[str, Model] = OrderedDict()
         self._make_engine, self._lock, self._warmed = make_engine, asyncio.Lock(), set[Any]()
+        self._tool_pool = ThreadPoolExecutor(TOOL_THREADS, "tool")
 
     def entry(self, name: str | None) -> Entry:
         """The entry of a name, or the default one; raises `ApiError` 404 if there is none."""
@@ -159,7 +162,8 @@ class Models:
         return Model(entry, loaded, worker, fingerprint, size)
 
     def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:
-        engine = self._make_engine(loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
+        parts = (loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
+        engine = self._make_engine(*parts, tool_pool=self._tool_pool)
         if self.options.warm and (engine.transformer, shape) not in self._warmed:
             warm(engine)
             if self.options.inspect:
@@ -186,6 +190,7 @@ class Models:
             model.worker.close()
         while self.loaded:
             await asyncio.to_thread(self.loaded.popitem()[1].worker.join)
+        self._tool_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def model_bytes(loaded: Loaded, shape: EngineConfig) -> int:
