@@ -10,10 +10,9 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 from exports import model, write_run
 
-from jaxchat.serve.app import create_app
+from jaxchat.serve.app import create_app, create_server
 from jaxchat.serve.models import find_models
 from launch.serve import Serve
 
@@ -53,12 +52,19 @@ class Live:
 
 @contextlib.contextmanager
 def serving(path: str, *, wait: bool = True, make_engine: Any = None, **changes: Any) -> Iterator[Live]:
-    settings = {"slots": 4, "model_bytes": 1 << 30, "prefix_bytes": 1 << 24, "warm": False} | changes
+    settings = {
+        "slots": 4,
+        "model_bytes": 1 << 30,
+        "prefix_bytes": 1 << 24,
+        "warm": False,
+        "drain_seconds": 1.0,
+    } | changes
     options = Serve(checkpoint=(path,), **settings)
     more = {} if make_engine is None else {"make_engine": make_engine}
     app = create_app(options, find_models(options.checkpoint), **more)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws_max_size=options.body_bytes))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # A client that does not read is soon noticed.
+    server = create_server(app, log_level="warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

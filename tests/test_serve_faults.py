@@ -1,13 +1,16 @@
 """Clients that leave, requests that are poison, engines that raise, keys and origins, models that take turns."""
 
+import base64
 import dataclasses
 import json
+import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -16,7 +19,7 @@ from exports import model, tokenizer, write_run
 from serving import LENGTH, Live, checkpoint, serving
 
 from jaxchat.decode.engine import Engine
-from jaxchat.serve import limits
+from jaxchat.serve import completions, connections, limits
 from jaxchat.serve.errors import ApiError
 from jaxchat.tokenizer import chat
 
@@ -47,6 +50,13 @@ class Breakable(Engine):
         return more
 
 
+def wait_for(happens: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happens()
+
+
 def answers(live: Live) -> int:
     """Number of samples in slots and queues."""
     engine = live.engine
@@ -61,11 +71,8 @@ def test_a_client_that_leaves_frees_its_slot(live: Live, stream: bool, monkeypat
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
-        end = time.monotonic() + 5
-        while not live.engine.slots.active and time.monotonic() < end:
-            time.sleep(0.01)
-        assert live.engine.slots.active
-    assert live.idle(1.0), "within a chunk or two; the whole answer takes 3 seconds"
+        assert wait_for(lambda: bool(live.engine.slots.active))
+    assert live.idle(2.0), "within a chunk or two; the whole answer takes 3 seconds"
 
 
 def test_a_client_that_leaves_before_its_turn_is_forgotten(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +93,54 @@ def test_a_slow_reader_delays_nobody(live: Live) -> None:
         assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
         assert time.monotonic() - start < 5
         assert sum(line == "data: [DONE]" for line in lines) == 1
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_a_client_that_never_reads_is_cut(live: Live, upgrade: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
+    body: dict[str, Any] = {"messages": ASKED, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20, **LONG}
+    text = json.dumps({"type": "chat", **body} if upgrade else body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}\r\n"
+    if upgrade:
+        head = "GET /ws/chat HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        head += f"sec-websocket-version: 13\r\nsec-websocket-key: {'A' * 22}==\r\n"
+        text = b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text  # One frame, masked with zeros.
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode())
+        assert not upgrade or connection.recv(4096).startswith(b"HTTP/1.1 101")
+        connection.sendall(text)
+        assert wait_for(lambda: bool(live.model.users)), "the request has begun"
+        assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
+        assert live.idle(10.0)
+
+
+def test_a_tool_that_takes_long_delays_nobody(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, done = threading.Event(), threading.Event()
+
+    def slow(self: Any, call: str) -> str | None:
+        entered.set()
+        done.wait(20)
+        return "42"
+
+    monkeypatch.setattr(completions.Functions, "__call__", slow)
+    specials = tokenizer().specials
+    bias = {str(specials[name]): 50 for name in ("<|python_start|>", "<|python_end|>")}
+    body = {"messages": ASKED, "logit_bias": bias, "max_tokens": 40, "seed": 1, **LONG}
+    found: list[Any] = []
+    calling = threading.Thread(target=lambda: found.append(live.http.post("/v1/chat/completions", json=body)))
+    calling.start()
+    try:
+        assert entered.wait(20)
+        with httpx.Client(base_url=live.url, timeout=10) as http:
+            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
+        assert not found, "its tool is still running"
+    finally:
+        done.set()
+        calling.join()
+    assert {"type": "python_output", "text": "42"} in found[0].json()["choices"][0]["message"]["parts"]
 
 
 def test_an_engine_that_raises_fails_the_culprit_alone(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +242,21 @@ def test_rates_are_kept_for_each_client() -> None:
     rates.take("b")
 
 
-def test_without_the_key_only_health_answers(tmp_path: Path) -> None:
+def test_a_key_may_have_any_letters() -> None:
+    guard = limits.Guard(Mock(), Mock(options=Mock(api_key="ключ")))
+    bearer, basic = "ключ".encode().decode("latin-1"), base64.b64encode("x:ключ".encode()).decode()
+    assert guard._knows_key(f"Bearer {bearer}") and guard._knows_key(f"basic {basic}")
+    assert not guard._knows_key("Bearer x") and not guard._knows_key(bearer)
+
+
+def test_without_the_key_only_health_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from websockets.exceptions import InvalidStatus
     from websockets.sync.client import connect
 
     with serving(checkpoint(tmp_path), api_key="geheim", allow_origins=("https://ours.example",)) as server:
+        monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
         paths = [("GET", path) for path in ("/", "/ready", "/metrics", "/openapi.json", "/v1/models", "/nowhere")]
         paths += [("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize")]
         for method, path in paths:
@@ -217,6 +282,7 @@ def test_without_the_key_only_health_answers(tmp_path: Path) -> None:
         for origin in ("https://ours.example", server.url):
             with connect(url, additional_headers=key, origin=origin):  # type: ignore[arg-type]
                 pass
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "a refusal is no error"
 
 
 def test_three_models_take_turns_in_room_for_two(tmp_path: Path) -> None:

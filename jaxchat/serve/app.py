@@ -27,6 +27,7 @@ from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
 from jaxchat.serve import completions, information, inspect
+from jaxchat.serve.connections import ImpatientHttp, ImpatientWebSocket
 from jaxchat.serve.errors import ApiError, as_api_error
 from jaxchat.serve.limits import Guard, JsonLines, Rates, is_loopback
 from jaxchat.serve.metrics import Metrics
@@ -107,6 +108,14 @@ class Server(uvicorn.Server):
         return any(model.users for model in self._app.state.models.loaded.values())
 
 
+def create_server(app: FastAPI, **settings: Any) -> Server:
+    """The server of an application."""
+    options = app.state.options
+    protocols: dict[str, Any] = {"http": ImpatientHttp, "ws": ImpatientWebSocket, "ws_max_size": options.body_bytes}
+    about: dict[str, Any] = {"access_log": False, "server_header": False, "timeout_graceful_shutdown": 2}
+    return Server(uvicorn.Config(app, **protocols, **about, **settings), app, options.drain_seconds)
+
+
 def run(options: Any) -> dict[str, object]:
     """Runs launch.serve until a signal; returns the result for the last line of output.
 
@@ -127,11 +136,7 @@ def run(options: Any) -> dict[str, object]:
     app.state.models.sized()  # A wrong checkpoint must fail the start.
     listening = _bind(options.host, options.port)
     _log_lines()
-    logs: dict[str, Any] = {"log_config": None, "access_log": False}
-    config = uvicorn.Config(
-        app, **logs, timeout_graceful_shutdown=2, ws_max_size=options.body_bytes, server_header=False
-    )
-    server = Server(config, app, options.drain_seconds)
+    server = create_server(app, log_config=None)
     host, port = listening.getsockname()[:2]
     log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(models)}; Ctrl-C ends")
     start = time.time()
