@@ -244,7 +244,7 @@ def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
         return f"unknown field --{name}" + (f": did you mean --{guess}?" if alike(guess) >= 0.5 else "; see --help")
     if unknown:
         return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"
-    missing = re.search(r"^Missing from \S+ (--\S+) (\S+)", text)
+    missing = re.search(r"^Missing from \S+ (--\S+) \[?(\S+)", text)
     if missing:
         flag, kind = missing.groups()
         near = difflib.get_close_matches(flag, [word.partition("=")[0] for word in argv], n=1)

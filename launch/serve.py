@@ -4,6 +4,7 @@ The API is that of /v1/chat/completions and /v1/completions; docs/serving.md has
 stage and kept step as tiny/sft, tiny/sft@300; several checkpoints are separated by spaces.
 """
 
+import re
 from dataclasses import dataclass
 
 from jaxchat import command_line, launcher
@@ -15,7 +16,7 @@ class Serve:
     """Options of launch.serve."""
 
     checkpoint: tuple[str, ...]  # Runs such as runs/tiny, stages such as runs/tiny/rl, or runs/tiny/rl@20.
-    default_model: str = ""  # Model of requests that name none; empty is the last one trained.
+    default_model: str = ""  # Model of requests that name none; empty is the last stage.
     host: str = "127.0.0.1"  # Other addresses need --api_key or --allow_anyone.
     port: int = 8000  # 0 takes any free one.
     api_key: str = ""  # Clients must send it; the environment variable JAXCHAT_API_KEY sets it too.
@@ -34,6 +35,15 @@ class Serve:
     inspect: bool = True  # Serve the microscope: /inspect/..., and its half of the page.
     drain_seconds: float = 30.0  # How long a signal waits for answers under way.
     tools: tuple[str, ...] = ("calculator",)  # Tools that run in the server; none with --tools and no name.
+
+    def __post_init__(self) -> None:
+        least = {"slots": 1, "steps": 1, "body_bytes": 1}
+        for name in (*least, "length", "queue", "requests_per_minute", "prefix_bytes", "drain_seconds"):
+            if not getattr(self, name) >= least.get(name, 0):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least.get(name, 0)}")
+        for origin in self.allow_origins:
+            if not re.fullmatch(r"\*|https?://[^/?#]+", origin):
+                raise ValueError(f"allow_origins={origin} must be an origin such as https://example.com")
 
 
 def main(argv: list[str]) -> dict[str, object]:

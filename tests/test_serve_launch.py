@@ -60,9 +60,13 @@ def test_a_bad_start_is_one_sentence(run: str, tmp_path: Path, monkeypatch: pyte
     assert "set --api_key, or --allow_anyone" in refusal(f"--checkpoint={run}", "--host=0.0.0.0")
     assert "there is no model x: there are" in refusal(f"--checkpoint={run}", "--default_model=x")
     assert "unknown tool 'x'" in refusal(f"--checkpoint={run}", "--tools", "x")
+    assert "--checkpoint is missing: give it as --checkpoint=STR;" in refusal()
+    for wrong in ("--slots=0", "--steps=0", "--queue=-1", "--drain_seconds=nan", "--allow_origins=a.b"):
+        assert f"{wrong[2:]} must be" in refusal(f"--checkpoint={run}", wrong)
     shutil.copytree(Path(run).parent, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/tokenizer")
     assert "no tokenizer in" in refusal(f"--checkpoint={tmp_path}/run/sft")
+    assert "two checkpoints would be named run/sft@0" in refusal("--checkpoint", run, f"{tmp_path}/run/sft")
     monkeypatch.delattr("jaxchat.serve.app")
     monkeypatch.setitem(sys.modules, "jaxchat.serve.app", None)
     assert "pip install -e '.[serve]'" in refusal(f"--checkpoint={run}")

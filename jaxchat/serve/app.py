@@ -123,7 +123,8 @@ def run(options: Any) -> dict[str, object]:
         UserError: a checkpoint cannot be served, the port is in use, or the address would be open to others.
     """
     named_tools(options.tools)
-    options = dataclasses.replace(options, api_key=options.api_key or os.environ.get("JAXCHAT_API_KEY", ""))
+    key = (options.api_key or os.environ.get("JAXCHAT_API_KEY", "")).strip()
+    options = dataclasses.replace(options, api_key=key)
     if not options.api_key and not options.allow_anyone and not is_loopback(options.host):
         raise UserError(
             f"--host={options.host} lets other machines use this server: set --api_key, or --allow_anyone=True"

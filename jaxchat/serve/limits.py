@@ -124,17 +124,17 @@ class Guard:
         if not self._options.api_key:
             return True
         scheme, _, value = authorization.partition(" ")
-        if scheme.lower() not in ("basic", "bearer"):
-            return False
+        given = value.strip().encode("latin-1")  # The bytes of the header.
         if scheme.lower() == "basic":
             with contextlib.suppress(ValueError):  # It is not base64, and no key.
-                value = base64.b64decode(value, validate=True).decode("utf-8", "replace").partition(":")[2]
-        return secrets.compare_digest(value.strip().encode(), self._options.api_key.encode())
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+        return scheme.lower() in ("basic", "bearer") and secrets.compare_digest(given, self._options.api_key.encode())
 
     def _same_origin(self, headers: dict[str, str]) -> bool:
         """Whether a WebSocket comes from our own page, a program, or an origin of the allow-list."""
         origin = headers.get("origin")
-        return origin is None or origin in self._options.allow_origins or _split(origin).netloc == headers.get("host")
+        allowed = self._options.allow_origins
+        return origin is None or bool({origin, "*"} & {*allowed}) or _split(origin).netloc == headers.get("host")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` that raises 413 once a body is too large, whatever its header says."""

@@ -20,6 +20,7 @@ import jax
 from jaxchat import checkpoint
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
+from jaxchat.experiment import STAGES
 from jaxchat.inspection.text import View
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.paths import user_path
@@ -46,28 +47,34 @@ class Entry:
 
 
 def find_models(paths: Sequence[str]) -> dict[str, Entry]:
-    """The models of checkpoints by name, in the order in which they were trained; the last is the default.
+    """The models of checkpoints by name, stages in the order of the pipeline; the last is the default.
 
     Raises:
-        UserError: a path has no checkpoint.
+        UserError: a path has no checkpoint, or two have the same name.
     """
     entries: dict[str, Entry] = {}
+
+    def add(name: str, directory: Path, step: int) -> None:
+        entry = Entry(name, directory, step)
+        if entries.setdefault(name, entry).directory.resolve() != directory.resolve():
+            raise UserError(f"two checkpoints would be named {name}: rename the directory of one of the runs")
+
     for path in paths:
         root = user_path(path)
-        stages = [file.parent for file in root.glob(f"*/{checkpoint.EXPERIMENT}")] if root.is_dir() else []
+        stages = [root / name for name in STAGES if (root / name / checkpoint.EXPERIMENT).is_file()]
         stages = [stage for stage in stages if checkpoint.readable_steps(stage)]
-        stages.sort(key=lambda stage: ((stage / checkpoint.EXPERIMENT).stat().st_mtime, stage.name))
         if (root / checkpoint.EXPERIMENT).is_file() or not stages:
             directory, step = checkpoint.locate(path)
             stages = [directory]
             if "@" in root.name:
                 stages, name = [], f"{directory.resolve().parent.name}/{directory.name}@{step}"
-                entries[name] = Entry(name, directory, step)
+                add(name, directory, step)
         for directory in stages:
             name = f"{directory.resolve().parent.name}/{directory.name}"
             steps = checkpoint.readable_steps(directory)
-            entries |= {f"{name}@{step}": Entry(f"{name}@{step}", directory, step) for step in steps}
-            entries[name] = Entry(name, directory, (checkpoint.finished_steps(directory) or steps)[-1])
+            for step in steps:
+                add(f"{name}@{step}", directory, step)
+            add(name, directory, (checkpoint.finished_steps(directory) or steps)[-1])
     return entries
 
 
