@@ -244,6 +244,9 @@ def test_calls_are_marked_and_the_export_is_what_training_reads(page: Any, monke
 def test_controls_reach_the_request(page: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, "Fine.")
     frames = sent(page)
+    for name in ("run/pretrain", "run/sft"):
+        page.select_option("#model", name)
+        assert (" has not learned to answer" in page.locator(".empty").inner_text()) == (name == "run/pretrain")
     for name, preset in PRESETS.items():
         page.click(f"#presets button[value={name}]")
         send(page, name)

@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from jaxchat.decode.sampling import PRESETS
+from jaxchat.experiment import STAGES
 from jaxchat.serve import protocol
 from jaxchat.serve.errors import ApiError
 from jaxchat.serve.inspect import VIEWS
 from jaxchat.serve.models import Entry, Models
-from jaxchat.tokenizer import Tokenizer, chat
+from jaxchat.tokenizer import chat
 
 router = APIRouter()
 
@@ -41,7 +42,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """All models that can be asked for, in the order of their training; `default` is that of requests without one,
+    """All models that can be asked for, in the order of the pipeline; `default` is that of requests without one,
     `presets` are settings of sampling, `views` are those of the microscope."""
     all_models: Models = request.app.state.models
     data = [_described(entry, all_models) for entry in all_models.entries.values()]
@@ -59,16 +60,18 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 def _described(entry: Entry, all_models: Models) -> dict[str, Any]:
     created = int((entry.directory / "experiment.json").stat().st_mtime)
     about = {"id": entry.name, "object": "model", "created": created, "owned_by": "jaxchat"}
-    return about | {"step": entry.step, "stage": entry.directory.name, "loaded": entry.key in all_models.loaded}
+    stage = entry.directory.name
+    chats = stage not in STAGES or STAGES[stage].chats
+    return about | {"step": entry.step, "stage": stage, "chats": chats, "loaded": entry.key in all_models.loaded}
 
 
 @router.post("/tokenize")
-async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
+async def tokenize(body: protocol.Tokenize, request: Request) -> JSONResponse:
     """Token ids of a text or of a conversation. The name of a special token alone is that token."""
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
 
-    def ids(tokenizer: Tokenizer) -> list[int]:
+    def ids() -> list[int]:
         if body.messages is not None:
             return protocol.Chat(messages=body.messages).prompt(tokenizer)
         text = body.prompt or ""
@@ -76,12 +79,15 @@ async def tokenize(body: protocol.Tokenize, request: Request) -> dict[str, Any]:
             return [tokenizer.specials[text]]
         return chat.encode(text, tokenizer, begin=body.add_special_tokens is not False)
 
+    def answer() -> JSONResponse:
+        tokens, length = ids(), model.engine.shape.length
+        named = [tokenizer.decode([token], keep_specials=True) for token in tokens] if body.return_token_strs else None
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": length, "token_strs": named})
+
     with ExitStack() as stack:
         model = await request.app.state.models.use(body.model, stack)
-        tokenizer, length = model.loaded.tokenizer, model.engine.shape.length
-        tokens = await asyncio.to_thread(ids, tokenizer)
-    named = [tokenizer.decode([token], keep_specials=True) for token in tokens] if body.return_token_strs else None
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": length, "token_strs": named}
+        tokenizer = model.loaded.tokenizer
+        return await asyncio.to_thread(answer)
 
 
 @router.post("/detokenize")
@@ -91,7 +97,7 @@ async def detokenize(body: protocol.Detokenize, request: Request) -> dict[str, s
         tokenizer = (await request.app.state.models.use(body.model, stack)).loaded.tokenizer
     if unknown := [token for token in body.tokens if token >= tokenizer.vocab_size]:
         raise ApiError(400, f"token id {unknown[0]} is not in 0..{tokenizer.vocab_size - 1}", param="tokens")
-    return {"prompt": tokenizer.decode(body.tokens, keep_specials=True)}
+    return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, keep_specials=True)}
 
 
 @router.get("/tokenizer_info")

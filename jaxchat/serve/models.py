@@ -160,12 +160,13 @@ class Models:
         try:
             loaded, shape, size = await asyncio.to_thread(self.sized, entry.name)
             await self._make_room(size, entry.name)
+            fingerprint = await asyncio.to_thread(checkpoint.params_hash, entry.directory, entry.step)
             engine = await asyncio.to_thread(self._engine, loaded, shape)
         except UserError as error:
             raise ApiError(503, f"the model {entry.name} cannot be loaded: {error}", code="model_unavailable") from None
-        worker = Worker(engine, most_waiting=self.options.queue, name=f"engine {entry.name}")
-        fingerprint = await asyncio.to_thread(checkpoint.params_hash, entry.directory, entry.step)
         LOG.info("loaded %s, %d bytes", entry.name, size)
+        # Its thread starts last: a client that leaves before ends this task, and nobody would end the thread.
+        worker = Worker(engine, most_waiting=self.options.queue, name=f"engine {entry.name}")
         return Model(entry, loaded, worker, fingerprint, size)
 
     def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:

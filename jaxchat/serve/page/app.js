@@ -12,7 +12,7 @@ const THEMES = { "": "dark", dark: "light", light: "" };
 /** The sides, and whether each is open at first. */
 const SIDES = { list: () => !PHONE.matches, settings: () => WIDE.matches };
 
-/** All models of the server, in the order of their training: {id, stage, step, loaded}. */
+/** All models of the server, in the order of the pipeline: {id, stage, step, chats, loaded}. */
 let models = [];
 
 function openSide(name, open, chosen = true) {

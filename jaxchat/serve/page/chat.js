@@ -10,6 +10,8 @@ let shown = listed()[0] ?? create();
 const running = new Map();
 /** Why the last answer of a conversation failed, by its id. */
 const failures = new Map();
+/** Names of models that have not learned to chat. */
+let untaught = new Set();
 /** Called with a message and its conversation to look into it, if a panel can. */
 let look = null;
 
@@ -45,7 +47,8 @@ function show() {
   $("messages").replaceChildren(...messages.map((one) => article(one, busy && one === last, actions(one))));
   $("messages").ariaBusy = busy;
   const heading = el("h1", {}, "What do you want to say?");
-  if (!messages.length) $("messages").append(el("div", { className: "empty" }, heading, el("p", {}, settings.model)));
+  const about = settings.model + (untaught.has(settings.model) ? " continues texts: it has not learned to answer." : "");
+  if (!messages.length) $("messages").append(el("div", { className: "empty" }, heading, el("p", {}, about)));
   const failure = failures.get(id) ?? last?.incomplete ?? (last?.role === "user" && "This message has no answer yet.");
   const retry = el("button", { type: "button", onclick: () => again(last) }, "Try again");
   if (failure && !busy) $("messages").append(el("div", { className: "failure", role: "alert" }, failure, retry));
@@ -183,6 +186,9 @@ export function openChat() {
   bus.addEventListener("notice", ({ detail }) => {
     $("notice").hidden = !detail;
     $("notice").textContent = detail && sentence(detail, " …");
+  });
+  bus.addEventListener("models", ({ detail: { data } }) => {
+    untaught = new Set(data.filter(({ chats }) => !chats).map(({ id }) => id));
   });
   for (const name of ["models", "settings"]) bus.addEventListener(name, () => shown.messages.length || show());
   show();
