@@ -15,7 +15,7 @@ export const scope = {
 };
 export const ids = () => scope.tokens.map(({ id }) => id);
 export const mean = (losses) => losses.reduce((sum, { loss }) => sum + loss, 0) / losses.length;
-export const hex = (bytes) => bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+export const hex = (bytes) => bytes.map((byte) => byte.toString(16).padStart(2, "0")).join("\u00a0"); // In one line.
 export const note = (text) => el("p", { className: "note" }, text);
 
 const known = new Map();

@@ -48,9 +48,9 @@ async function tokens() {
   const rows = scope.tokens.map(({ id, name, bytes }, i) => {
     const loss = scope.losses[i - 1]?.loss;
     const lossBar = loss === undefined ? "" : bar(loss / MOST_LOSS, loss.toFixed(3));
-    return [String(i), label(name, 40), String(id), hex(bytes), lossBar];
+    return [String(i), label(name, 40), String(id), lossBar, hex(bytes)];
   });
-  const heads = ["Place", "Token", "Id", "Bytes", "Loss (nats)"];
+  const heads = ["Place", "Token", "Id", "Loss (nats)", "Bytes"];
   return table("Tokens with ids, bytes and losses", heads, rows, (i) => i === scope.at);
 }
 
@@ -215,7 +215,7 @@ async function checkpoints({ paint }) {
     for (const i of kept.keys()) {
       const { said, loss } = await at(i).catch((error) => ({ said: error.message, loss: NaN }));
       if (source !== scope.source || !list.isConnected) return;
-      rows.push([String(kept[i].step), bar(loss / MOST_LOSS || 0, loss >= 0 ? loss.toFixed(3) : "–"), said]);
+      rows.push([String(kept[i].step), bar(loss / MOST_LOSS || 0, loss >= 0 ? loss.toFixed(3) : "–"), said || "(nothing)"]);
       list.replaceChildren(table("Checkpoints", ["Step", "Mean loss", "Answer"], rows));
     }
   };
