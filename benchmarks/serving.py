@@ -16,16 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import options, report, timing
+from jaxchat.decode.engine import Engine
+from jaxchat.decode.prompts import common
 from jaxchat.decode.requests import Request
-from jaxchat.decode.sampling import SamplingParams
+from jaxchat.decode.sampling import SamplingParams, noise, pack
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
 from jaxchat.loading import load_engine
 
 STREAMS, SEEDED, LEAVING = 32, 200, 1000
+ANSWER = 32  # Tokens of a seeded answer.
+EXACT = {"add_special_tokens": False}  # The prompt as it is.
 
 
 def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     with _serving(bench.checkpoint, f"--slots={STREAMS}", "--adapt", "--queue=2000", "--warm=False") as (port, pid, _):
         for count in (1, STREAMS):
-            bodies = [body | {"prompt": prompt, "add_special_tokens": False} for prompt in prompts[:count]]
+            bodies = [body | EXACT | {"prompt": prompt} for prompt in prompts[:count]]
             requests = [Request(prompt, params) for prompt in prompts[:count]]
             sides: dict[str, Callable[[], Any]] = {
                 "engine": partial(engine.generate, requests),
@@ -55,12 +60,12 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
                 {name: [x for one in found["server"] for x in one[name]] for name in found["server"][0]}
             )
             log(f"{count} streams: {row[f'streams_{count}']}")
-        row["seeded_with_adapt"] = asyncio.run(_seeded(port, prompts))
+        row["seeded_with_adapt"] = asyncio.run(_seeded(port, prompts, engine))
         row["leaving"] = asyncio.run(_leaving(port, prompts, pid))
         log(f"{row['seeded_with_adapt']} {row['leaving']}")
     for name in ("first_ready_seconds", "ready_seconds"):  # The second start finds its programs compiled.
         with _serving(bench.checkpoint, "--queue=2000") as (port, _, row[name]):
-            row["seeded"] = asyncio.run(_seeded(port, prompts)) if name == "ready_seconds" else None
+            row["seeded"] = asyncio.run(_seeded(port, prompts, engine)) if name == "ready_seconds" else None
     return row | report.surroundings(bench)
 
 
@@ -129,13 +134,35 @@ async def _watched(port: int, bodies: Sequence[Any]) -> dict[str, list[float]]:
     return {"first_token_seconds": [seconds for seconds, _ in answers], "health_seconds": health}
 
 
-async def _seeded(port: int, prompts: Sequence[Any]) -> dict[str, int]:
-    """How many of the seeded answers differ alone and among others."""
-    bodies = [{"prompt": prompt, "seed": i, "max_tokens": 32} for i, prompt in enumerate(prompts)]
-    text = lambda answer: json.loads(answer[1][answer[1].index(b"{") : answer[1].rindex(b"}") + 1])["choices"]  # noqa: E731
-    together = await asyncio.gather(*(_ask(port, "/v1/completions", body) for body in bodies))
-    alone = [await _ask(port, "/v1/completions", body) for body in bodies]
-    return {"count": len(bodies), "different": sum(text(a) != text(b) for a, b in zip(together, alone))}
+async def _seeded(port: int, prompts: Sequence[Any], engine: Engine) -> dict[str, Any]:
+    """How many of the seeded answers differ alone and among others, and how close the tokens were between which the
+    first difference chose: the largest gap of two logits, with the noise that the token was drawn with."""
+    bodies = [{"prompt": prompt, "seed": i, "max_tokens": ANSWER} | EXACT for i, prompt in enumerate(prompts)]
+
+    def text(answer: tuple[float, bytes]) -> str:
+        return json.loads(answer[1][answer[1].index(b"{") : answer[1].rindex(b"}") + 1])["choices"][0]["text"]
+
+    together = [text(one) for one in await asyncio.gather(*(_ask(port, "/v1/completions", body) for body in bodies))]
+    alone = [text(await _ask(port, "/v1/completions", body)) for body in bodies]
+    gaps = [
+        _gap(engine, prompts[seed], seed, one[: common(one, other)])
+        for seed, (one, other) in enumerate(zip(together, alone))
+        if one != other
+    ]
+    return {"count": len(bodies), "different": len(gaps), "largest_gap": max(gaps, default=0.0)}
+
+
+def _gap(engine: Engine, prompt: Sequence[int], seed: int, same: str) -> float:
+    """By how much the best token was ahead of the second at the first one that is not within the text `same`."""
+    params = SamplingParams(1.0, max_tokens=ANSWER, seed=seed)
+    tokens = engine.generate([Request(prompt, params)])[0][0].tokens
+    texts = [engine.tokenizer.decode_bytes(tokens[: n + 1]) for n in range(len(tokens))]
+    count = next((n for n, text in enumerate(texts) if not same.encode().startswith(text)), 0)
+    ids = [*prompt, *tokens[:count]]
+    logits_V = engine.forward(ids)[-1]
+    uniform_V = np.asarray(noise(pack([(params, 0)]), jnp.array([len(ids) - 1]), len(logits_V)))[0]
+    second, first = np.sort(logits_V - np.log(-np.log(uniform_V)))[-2:]
+    return float(first - second)
 
 
 async def _leaving(port: int, prompts: Sequence[Any], pid: int) -> dict[str, Any]:

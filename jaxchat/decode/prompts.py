@@ -112,7 +112,7 @@ class Prefixes:
         return best[0], self._held[best[1]]
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Length of the common prefix of two texts."""
     most = min(len(one), len(other))
     return next((i for i in range(most) if one[i] != other[i]), most)

@@ -41,9 +41,9 @@ def printable(text: str) -> str:
     return "".join(c if ord(c) in _characters() and c.isprintable() else f"<{ord(c):x}>" for c in text)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    figure, axes = drawing().subplots(rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False)
-    return figure, axes
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **ratios: Any) -> tuple[Any, Any]:
+    about = {"figsize": (width, height), "constrained_layout": True, "squeeze": False}
+    return drawing().subplots(rows, columns, **about, **ratios)
 
 
 def _label(name: str, most: int = 14) -> str:
@@ -83,14 +83,12 @@ def draw_losses(value: Mapping[str, Any]) -> Any:
     tokens = value["tokens"]
     pieces, losses = [value["first"], *(_plain(one["name"]) for one in tokens)], [one["loss"] for one in tokens]
     height = 0.2 * _line_count(pieces)
-    figure, axes = drawing().subplots(
-        2, 1, figsize=(8.4, height + 3.4), height_ratios=(height, 3), constrained_layout=True
-    )
-    _coloured(axes[0], pieces, [None, *losses])
-    axes[0].set_title(f"mean loss {np.mean(losses):.3f} nats per token (yellow: expected, red: surprising)", fontsize=9)
-    axes[1].bar(range(len(losses)), losses, color="C3")
-    axes[1].set(ylabel="loss (nats)", xlim=(-0.7, len(losses) - 0.3))
-    axes[1].set_xticks(range(len(losses)), [_label(one["name"]) for one in tokens], rotation=90, fontsize=_size(losses))
+    figure, ((text,), (bars,)) = _figure(8.4, height + 3.4, 2, height_ratios=(height, 3))
+    _coloured(text, pieces, [None, *losses])
+    text.set_title(f"mean loss {np.mean(losses):.3f} nats per token (yellow: expected, red: surprising)", fontsize=9)
+    bars.bar(range(len(losses)), losses, color="C3")
+    bars.set(ylabel="loss (nats)", xlim=(-0.7, len(losses) - 0.3))
+    bars.set_xticks(range(len(losses)), [_label(one["name"]) for one in tokens], rotation=90, fontsize=_size(losses))
     return figure
 
 
@@ -216,7 +214,7 @@ def draw_cache(value: Mapping[str, Any]) -> Any:
 def draw_merges(value: Sequence[Mapping[str, Any]]) -> Any:
     """For the parts with the most merges, the pieces after every merge; the newest piece is marked."""
     longest = sorted(value, key=lambda part: -len(part["steps"]))[:4]
-    shown = [part for part in {part["text"]: part for part in longest}.values()]
+    shown = list({part["text"]: part for part in longest}.values())
     lines = sum(len(part["steps"]) + 1 for part in shown)
     width = max((len(part["text"]) * 2.2 + 12 for part in shown), default=20)
     figure, axes = _figure(max(4.0, 0.11 * width), 0.24 * lines + 0.3)
@@ -243,24 +241,22 @@ def draw_checkpoints(value: Sequence[Mapping[str, Any]]) -> Any:
     """By step: the loss of every token as a heat map, and the greedy answer."""
     names = [one["name"] for one in value[0]["losses"]]
     width = max(5.0, 0.2 * len(names) + 1.5)
-    figure, axes = drawing().subplots(
-        1, 2, figsize=(width + 7, 0.34 * len(value) + 1.7), width_ratios=(width, 7), constrained_layout=True
-    )
+    figure, ((heat, said),) = _figure(width + 7, 0.34 * len(value) + 1.7, 1, 2, width_ratios=(width, 7))
     steps = range(len(value))
     if names:
         losses = [[one["loss"] for one in row["losses"]] for row in value]
-        shown = axes[0].imshow(losses, cmap="YlOrRd", vmin=0, vmax=min(LOSS_LIMIT, np.max(losses)), aspect="auto")
-        figure.colorbar(shown, ax=axes[0], label="loss (nats)")
-    axes[0].set_yticks(steps, [f"step {row['step']}" for row in value], fontsize=8)
-    axes[0].set_xticks(range(len(names)), [_label(name) for name in names], rotation=90, fontsize=7)
+        shown = heat.imshow(losses, cmap="YlOrRd", vmin=0, vmax=min(LOSS_LIMIT, np.max(losses)), aspect="auto")
+        figure.colorbar(shown, ax=heat, label="loss (nats)")
+    heat.set_yticks(steps, [f"step {row['step']}" for row in value], fontsize=8)
+    heat.set_xticks(range(len(names)), [_label(name) for name in names], rotation=90, fontsize=7)
     for y, row in enumerate(value):
         mean = "" if row["loss"] is None else f"{row['loss']:.2f}  "
         shown_text = row["error"] or row["text"]
         shown_text = printable(shown_text if len(shown_text) <= 92 else shown_text[:91] + "\u2026")
-        axes[1].text(0, y, mean + shown_text, va="center", fontsize=7.5, family="DejaVu Sans Mono")
-    axes[1].set(xlim=(0, 1), ylim=(len(value) - 0.5, -0.5), xticks=[], yticks=[])
-    axes[1].set_title("mean loss, and the greedy answer", fontsize=9, loc="left")
-    axes[1].axis("off")
+        said.text(0, y, mean + shown_text, va="center", fontsize=7.5, family="DejaVu Sans Mono")
+    said.set(xlim=(0, 1), ylim=(len(value) - 0.5, -0.5), xticks=[], yticks=[])
+    said.set_title("mean loss, and the greedy answer", fontsize=9, loc="left")
+    said.axis("off")
     return figure
 
 
@@ -270,18 +266,18 @@ def draw_step(value: Mapping[str, Any]) -> Any:
     pieces = [_plain(name) for name in found[0]["names"]]
     lines = min(MOST_LINES, _line_count(pieces))
     sizes = (0.24 * len(found) + 1, 0.2 * lines + 0.4)
-    figure, axes = drawing().subplots(2, 1, figsize=(8.4, sum(sizes)), height_ratios=sizes, constrained_layout=True)
-    axes[0].barh(range(len(found)), [one["share"] for one in found], color="#f2a1a1")
+    figure, ((bars,), (text,)) = _figure(8.4, sum(sizes), 2, height_ratios=sizes)
+    bars.barh(range(len(found)), [one["share"] for one in found], color="#f2a1a1")
     for i, one in enumerate(found):  # Not beside the axis, because the text below needs the whole width.
         label = f" row {one['row']}, token {one['start']}, loss {one['loss'] or 0:.2f}"
-        axes[0].text(0, i, label, va="center", fontsize=7)
+        bars.text(0, i, label, va="center", fontsize=7)
     same = "equal to" if value["equal"] else "not equal to"
     recorded = value["replayed"][-1]["recorded_loss"]
     title = f"step {value['step']}: loss {value['loss']}, {same} the recorded {recorded}"
-    axes[0].set(ylim=(len(found) - 0.5, -0.5), yticks=[], xlabel="share of the batch's loss")
-    axes[0].set_title(title, fontsize=9)
-    _coloured(axes[1], pieces, found[0]["losses"], MOST_LINES)
-    axes[1].set_title("the document with the largest share", fontsize=9)
+    bars.set(ylim=(len(found) - 0.5, -0.5), yticks=[], xlabel="share of the batch's loss")
+    bars.set_title(title, fontsize=9)
+    _coloured(text, pieces, found[0]["losses"], MOST_LINES)
+    text.set_title("the document with the largest share", fontsize=9)
     return figure
 
 

@@ -70,11 +70,6 @@ def candidates(
     return named
 
 
-def logits(engine: Engine, ids: Sequence[int]) -> list[float]:
-    """The logit of every id of the vocabulary after a text; all that a page needs to apply sampling by itself."""
-    return [float(z) for z in engine.forward(ids)[-1]]
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _weights(attended: Attended, head: int, window: int | None) -> jax.Array:
     """Weights of one head, (T, T). The head is not a static argument, so all heads of a layer share a program."""
