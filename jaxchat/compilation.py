@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxchat import checkpoint, devices, optim, processes, sharding, signals, xla
+from jaxchat import checkpoint, devices, machine, optim, processes, sharding, signals, xla
 from jaxchat.data.cache import Log
 from jaxchat.errors import UserError
 from jaxchat.experiment import Experiment
@@ -38,6 +38,8 @@ class Setup:
     abstract: State
     loss: Loss
     """The objective, bound to the transformer for training, the only one with `matmul`."""
+    processors: int
+    """Of this process at its start, among which XLA divides the work on a CPU."""
 
 
 class Compiled(NamedTuple):
@@ -103,14 +105,16 @@ def make_setup(experiment: Experiment, log: Log, targets: Sequence[Any] | None =
     except ValueError as error:
         raise UserError(str(error)) from None
     loss = functools.partial(experiment.objective, dataclasses.replace(transformer, matmul=experiment.matmul))
-    return Setup(experiment, mesh, transformer, tx, abstract, loss)
+    return Setup(experiment, mesh, transformer, tx, abstract, loss, machine.cores())
 
 
 def environment(setup: Setup) -> dict[str, Any]:
-    """What the last bits of a step depend on besides its experiment: mesh, kind of device, and versions."""
-    kind = setup.mesh.devices.flat[0].device_kind
+    """What the last bits of a step depend on besides its experiment: mesh, kind of device, the number of processors if
+    it is a CPU, and versions."""
+    device = setup.mesh.devices.flat[0]
+    cores = {"processors": setup.processors} if device.platform == "cpu" else {}
     versions = {"jax": jax.__version__, "jaxlib": importlib.metadata.version("jaxlib")}
-    return {"mesh": dict(setup.mesh.shape), "device": kind, **versions}
+    return {"mesh": dict(setup.mesh.shape), "device": device.device_kind, **cores, **versions}
 
 
 def compile_step(setup: Setup, log: Log) -> Compiled:

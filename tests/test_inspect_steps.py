@@ -128,7 +128,10 @@ def test_what_cannot_be_looked_at_is_refused_in_a_sentence(run: Path, tmp_path: 
         steps.look_at_step(tmp_path / "rl", 1, most=9, log=silent)
 
 
-def test_a_moved_run_with_other_records_is_seen_to_differ(run: Path, tmp_path: Path) -> None:
+def test_a_moved_run_with_other_records_is_seen_to_differ(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxchat.machine.cores", lambda: 77)
     moved = tmp_path / "elsewhere/moved"
     shutil.copytree(run, moved)
     path = moved / "pretrain/metrics.jsonl"
@@ -137,6 +140,7 @@ def test_a_moved_run_with_other_records_is_seen_to_differ(run: Path, tmp_path: P
     path.write_text("".join(json.dumps(record) + "\n" for record in wrong))
     found = steps.look_at_step(moved / "pretrain", 6, most=2, log=silent)
     assert [one["equal"] for one in found["replayed"]] == [False, True] and found["equal"] is False
+    assert list(found["changed"]) == ["processors"] and found["changed"]["processors"][1] == 77
 
 
 def test_the_same_prompt_is_answered_at_every_kept_step(run: Path) -> None:
