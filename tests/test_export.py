@@ -28,6 +28,7 @@ from jaxchat.export import huggingface, nanochat, stablehlo
 from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, ReluSquared, RMSNorm, RoPE, SwiGLU, Transformer
+from jaxchat.model.positions import POSITIONS
 from jaxchat.tokenizer import TokenizerConfig, chat, train_tokenizer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
@@ -154,13 +155,14 @@ def test_what_transformers_lacks_is_refused_by_name(words: str, tmp_path: Path) 
     assert "launch.harness" in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_parts_that_resemble_those_of_a_family_are_lacking_in_it() -> None:
+def test_parts_that_resemble_those_of_a_family_are_lacking_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class OtherNorm(RMSNorm):
         pass
 
     class OtherRoPE(RoPE):
         pass
 
+    monkeypatch.setitem(POSITIONS, OtherRoPE, POSITIONS[RoPE])
     norm = OtherNorm()
     mixer = GQA(heads=4, kv_heads=4, head_dim=4, positions=OtherRoPE(), qk_norm=norm)
     config = model(pattern=(mixer,), norm=norm)
