@@ -34,6 +34,7 @@ TRAIN_RULES: Rules = {
     "head": None,
     "gate": None,
     "buckets": None,
+    "latent": None,
     "layers": None,
     # activations
     "batch": BATCH,

@@ -8,6 +8,7 @@ Arrays are named by their shape:
 
 from jaxchat.model.architecture import Backout, Model, ResidualScales, Smear
 from jaxchat.model.attention import GQA, ValueEmbedding
+from jaxchat.model.latent import MLA
 from jaxchat.model.layer import Layer
 from jaxchat.model.mlp import GELU, GeGLU, ReluSquared, SwiGLU
 from jaxchat.model.norms import LayerNorm, RMSNorm
@@ -18,6 +19,7 @@ from jaxchat.model.transformer import Transformer
 __all__ = [
     "GELU",
     "GQA",
+    "MLA",
     "ALiBi",
     "Backout",
     "Float8",

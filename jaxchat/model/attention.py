@@ -17,6 +17,7 @@ from jaxchat.model import cache as kv
 from jaxchat.model.decoding_kernels import DECODING
 from jaxchat.model.dense import Scores
 from jaxchat.model.kernels import BACKENDS
+from jaxchat.model.latent import MLA, LatentAttention
 from jaxchat.model.layers import Init, centred_uniform, check_dropout, initializer, look_up, uniform_between
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
 from jaxchat.model.part import Attends, Aux, Context, Static, param
@@ -211,4 +212,4 @@ class GroupedQueryAttention(nn.Module):
         return 12 * config.heads * config.head_dim * seen
 
 
-MIXERS = {GQA: GroupedQueryAttention}
+MIXERS: dict[type, Any] = {GQA: GroupedQueryAttention, MLA: LatentAttention}
