@@ -19,8 +19,9 @@ from jaxchat import sharding
 from jaxchat.model.part import Spec
 from jaxchat.optimizer import AdamW, Muon, Optimizer, peak_factor
 
+OPTIONAL = ("router", "selection_bias")
 Schedule = Callable[[Any], jax.Array]  # A function of the step, which may be traced.
-Sides = tuple[str, str]
+Sides = tuple[str | None, str, str]
 Triples = tuple[tuple[float, float, float], ...]
 
 # Five steps of degree five; safety factor 2e-2, cushion 2 (arXiv:2505.16932, section 3).
@@ -84,15 +85,31 @@ def make(config: Optimizer, specs: Any, *, steps: int, dtype: Any = jnp.float32)
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     groups = {name: adamw(group) for name, group in own.items() if isinstance(group, AdamW)}
     groups["matrices"] = adamw(config.head) if config.muon is None else muon(config, specs, steps=steps, dtype=dtype)
+    groups["selection_bias"] = balance(lambda step: config.selection_bias * factor(step))
     labels = jax.tree.map(lambda spec: spec.group, specs)
-    if unknown := set(jax.tree.leaves(labels)) - groups.keys():
+    used = set(jax.tree.leaves(labels))
+    # A group that few models have has no state in the others, whose checkpoints are older.
+    groups = {name: group for name, group in groups.items() if name in used or name not in OPTIONAL}
+    if unknown := used - groups.keys():
         raise ValueError(f"unknown optimizer group {sorted(unknown)[0]!r}: add it as a field of Optimizer")
     parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
     return optax.chain(*parts, optax.partition(groups, labels))
 
 
+def balance(rate: Schedule) -> optax.GradientTransformation:
+    """Steps of equal size against the sign of the gradient, less their mean over the last axis: for the selection
+    biases of experts, whose gradient is by how much an expert's tokens exceed the mean (`model.experts`)."""
+
+    def update(grads: Any, params: Any) -> Any:
+        signs = jax.tree.map(jnp.sign, grads)
+        return jax.tree.map(lambda s: s - jnp.mean(s, axis=-1, keepdims=True), signs)
+
+    return optax.chain(optax.stateless(update), optax.scale_by_learning_rate(rate))
+
+
 class MuonState(NamedTuple):
-    """Number of steps; momentum in the parameters' shapes; mean squares over the shorter side of each matrix."""
+    """Number of steps; momentum in the parameters' shapes; mean squares over the shorter side of each matrix (stacked
+    by expert first, then by layer)."""
 
     count: jax.Array  # type: ignore[assignment]  # Hides tuple.count, as in optax's own states.
     momentum: Any
@@ -125,7 +142,7 @@ def muon(config: Optimizer, specs: Any, *, steps: int, dtype: Any) -> optax.Grad
         updates: list[Any] = [None] * len(leaves)
         rate, wd = c.learning_rate * factor(state.count), decay(state.count)
         weights = jax.tree.leaves(params)
-        for (shape, sides), members in _by_shape(views, ahead).items():
+        for (shape, sides, _), members in _by_shape(views, ahead).items():
             stack = _orthogonal_stack(c, triples, [ahead[i] for i in members], sides, dtype)
             if c.variance:
                 second = jnp.concatenate([seconds[i] for i in members])
@@ -187,12 +204,12 @@ def normalise_variance(x_NRC: jax.Array, second: jax.Array, b2: float) -> tuple[
 def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: Sides, dtype: Any) -> jax.Array:
     """Orthogonalises matrices of equal shape as one stack, spread over all devices; Newton-Schulz runs in `dtype`.
 
-    Inputs and results are placed like their parameters, by the logical axes of the two `sides` of a matrix.
+    Inputs and results are placed like their parameters, by the logical axes in `sides`.
     """
     stack = jnp.concatenate(parts)
     wide, count, devices = stack.dtype, stack.shape[0], sharding.device_count()
     stack = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    for axes in ((None, *sides), ("gathered_stack", None, None), ("stack", None, None)):
+    for axes in (sides, ("gathered_stack", None, None), ("stack", None, None)):
         stack = sharding.constrain(stack, axes)
     if c.equilibrate:
         stack = equilibrate(stack)
@@ -203,36 +220,44 @@ def _orthogonal_stack(c: Muon, triples: Triples, parts: list[jax.Array], sides: 
         norm = jnp.linalg.norm(stack, axis=(-2, -1), keepdims=True)
         stack = stack * (math.sqrt(min(stack.shape[-2:])) / jnp.maximum(norm, 1e-6))
     stack = sharding.constrain(stack, ("gathered_stack", None, None))
-    return sharding.constrain(stack, (None, *sides))[:count]
+    return sharding.constrain(stack, sides)[:count]
 
 
 @dataclass(frozen=True)
 class _View:
-    """Converts a stacked parameter to matrices (N, out, in) and back."""
+    """Converts a parameter, which is stacked over layers, to matrices (N, out, in) and back. N counts layers; for a
+    parameter with a stack of its own, such as experts, it counts these first, because a mesh may split them."""
 
     spec: Spec
 
     @property
-    def split(self) -> int:
-        """Index of the first output axis, after the stack axis and the input axes."""
-        return 1 + self.spec.inputs
-
-    @property
     def sides(self) -> Sides:
-        """The first logical axis of each side of a matrix: output, input."""
-        return self.spec.axes[self.split], self.spec.axes[1]
+        """The first logical axis of the stack (None for layers) and of each side of a matrix: output, input."""
+        axes = self.spec.axes[1:]
+        return (
+            (axes[0], axes[1 + self.spec.inputs], axes[1])
+            if self.spec.stack
+            else (None, axes[self.spec.inputs], axes[0])
+        )
 
     def matrices(self, w: jax.Array) -> jax.Array:
-        rows = math.prod(w.shape[1 : self.split])
+        if self.spec.stack:
+            w = w.swapaxes(0, 1).reshape(-1, *w.shape[2:])
+        rows = math.prod(w.shape[1 : 1 + self.spec.inputs])
         return jnp.swapaxes(w.reshape(w.shape[0], rows, -1), -1, -2)
 
     def restore(self, x_NRC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.swapaxes(x_NRC, -1, -2).reshape(shape)
+        x_NCR = jnp.swapaxes(x_NRC, -1, -2)
+        if self.spec.stack:
+            return x_NCR.reshape(shape[1], shape[0], *shape[2:]).swapaxes(0, 1)
+        return x_NCR.reshape(shape)
 
 
-def _by_shape(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[tuple[tuple[int, int], Sides], list[int]]:
-    """Groups the indices of the matrices by shape and placement."""
-    groups: dict[tuple[tuple[int, int], Sides], list[int]] = {}
+def _by_shape(views: "Sequence[_View]", stacks: list[jax.Array]) -> dict[Any, list[int]]:
+    """Groups the indices of the matrices by shape and placement, the keys; a parameter of experts is a group of its
+    own, because a mesh may split its stack."""
+    groups: dict[Any, list[int]] = {}
     for i, (view, x_NRC) in enumerate(zip(views, stacks, strict=True)):
-        groups.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides), []).append(i)
+        own = i if view.spec.stack else None
+        groups.setdefault(((x_NRC.shape[1], x_NRC.shape[2]), view.sides, own), []).append(i)
     return groups

@@ -9,6 +9,15 @@ REFERENCE_STEPS = 2520  # Steps of nanochat at depth 12.
 LEAST_STEPS = 40  # A shorter run would get higher learning rates than were ever tested.
 
 
+def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str]) -> None:
+    """Raises ValueError for a field that is negative or not finite, and for a share that is not in [0, 1)."""
+    for name, most in (*((name, math.inf) for name in finite), *((name, 1) for name in shares)):
+        value = getattr(config, name)
+        if not 0 <= value < most:
+            limit = "finite" if most == math.inf else "below 1"
+            raise ValueError(f"{name}={value} must be at least 0 and {limit}")
+
+
 @dataclass(frozen=True)
 class AdamW:
     """One AdamW group (arXiv:1711.05101)."""
@@ -67,6 +76,8 @@ class Optimizer:
     clip: float | None = None  # Largest norm of the gradient; None does not clip.
     scale: float = 1.0  # Factor of every learning rate.
     steps_exponent: float = 0.0  # Exponent of (2520 / steps) in a factor of every learning rate.
+    router: AdamW = AdamW(0.005)  # Of the routers of experts.
+    selection_bias: float = 0.003  # Step of the selection biases of experts, a learning rate.
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmdown_fraction <= 1:
@@ -75,18 +86,9 @@ class Optimizer:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip={self.clip} must be positive and finite, or None")
-        _check_numbers(self, finite=("final_fraction", "scale", "steps_exponent"), shares=())
+        _check_numbers(self, finite=("final_fraction", "scale", "steps_exponent", "selection_bias"), shares=())
 
 
 def peak_factor(config: Optimizer, steps: int) -> float:
     """Factor of every learning rate after warm-up in a run of `steps` steps."""
     return config.scale * (REFERENCE_STEPS / max(steps, LEAST_STEPS)) ** config.steps_exponent
-
-
-def _check_numbers(config: Any, *, finite: Sequence[str], shares: Sequence[str]) -> None:
-    """Raises ValueError for a field that is negative or not finite, and for a share that is not in [0, 1)."""
-    for name, most in (*((name, math.inf) for name in finite), *((name, 1) for name in shares)):
-        value = getattr(config, name)
-        if not 0 <= value < most:
-            limit = "finite" if most == math.inf else "below 1"
-            raise ValueError(f"{name}={value} must be at least 0 and {limit}")

@@ -1,7 +1,8 @@
 """Meshes and placements: the only file that names mesh axes.
 
 Parameters and activations carry logical axes; a rule table maps each to mesh axes. `data` replicates the parameters,
-`fsdp` splits them along their width, and `tensor` splits heads, hidden units and the vocabulary.
+`fsdp` splits them along their width, `tensor` splits heads, hidden units and the vocabulary, and `expert` splits
+experts and replicates the others.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxchat.errors import UserError
 from jaxchat.machine import cores
 
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp", "expert")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -35,19 +36,22 @@ TRAIN_RULES: Rules = {
     "gate": None,
     "buckets": None,
     "latent": None,
+    "experts": "expert",
+    "routes": None,
     "layers": None,
     # activations
     "batch": BATCH,
+    "expert_batch": ("data", "fsdp"),
     "length": None,
     "width": None,
     "shards": BATCH,
     # the optimizer's stacks of matrices: each device orthogonalises its share; `data` is last, because parameters are
     # replicated along it and no device should send what another already has
-    "stack": ("fsdp", "tensor", "data"),
-    "gathered_stack": ("fsdp", "tensor"),
+    "stack": ("expert", "fsdp", "tensor", "data"),
+    "gathered_stack": ("expert", "fsdp", "tensor"),
 }
 
-ADDING: Rules = {**TRAIN_RULES, "by_data": "data", "by_fsdp": "fsdp"}
+ADDING: Rules = {**TRAIN_RULES, "by_data": "data", "by_fsdp": "fsdp", "by_expert": "expert"}
 
 # A decoding step reads every parameter: gathering their width each time would cost more than replicating it.
 DECODE_RULES: Rules = {**TRAIN_RULES, "embed": None, "tokens": None}
@@ -60,6 +64,7 @@ class Mesh:
     data: int = 0  # Devices that split the batch; 0 uses all that remain.
     fsdp: int = 1  # Devices that split the batch and the parameters.
     tensor: int = 1  # Devices that split heads, hidden units and vocabulary.
+    expert: int = 1  # Devices that split the batch and the experts.
 
     def __post_init__(self) -> None:
         if self.data < 0 or min(size for name, size in self.sizes.items() if name != "data") < 1:
@@ -146,19 +151,30 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = TRAIN_RUL
 
 
 def on_each_device(
-    call: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[Sequence[str | None]]
+    call: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[Sequence[str | None]],
+    *,
+    summed: Sequence[str] = (),
 ) -> jax.Array:
     """Runs `call` on every device of the current mesh, on the device's own shard of each array by its logical axes.
 
     For kernels that the compiler cannot partition. `call` must not need other shards, and its result is placed like the
-    first array. A dimension that its mesh axes do not divide stays whole.
+    first array. Results for shards of the `summed` logical axes are added. A dimension that its mesh axes do not divide
+    stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return call(*arrays)
     places = tuple(_fitting(mesh, x, names) for x, names in zip(arrays, axes, strict=True))
+    over = {entry: None for names, place in zip(axes, places) for name, entry in zip(names, place) if name in summed}
+    added = tuple(entry for entry in over if entry is not None)
+
+    def local(*shards: jax.Array) -> jax.Array:
+        return jax.lax.psum(call(*shards), added) if added else call(*shards)
+
     # Kernels do not declare along which mesh axes their results vary, so this cannot be checked.
-    mapped = jax.shard_map(call, mesh=mesh, in_specs=places, out_specs=places[0], check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=places[0], check_vma=False)
     return mapped(*arrays)
 
 
@@ -171,17 +187,17 @@ def _fitting(mesh: Any, x: jax.Array, axes: Sequence[str | None], rules: Rules =
 def add_shards(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Sums over the first axis, one term per batch shard; the result is placed by the logical `axes` of the others.
 
-    In two steps, one per mesh axis: the sum over `fsdp` is a reduce-scatter; the sum over `data`, which
-    replicates parameters, can be deferred until all micro-batches are added.
+    In two steps: the sum over `fsdp` is a reduce-scatter; the sum over `data` and `expert`, which replicate these
+    parameters, can be deferred until all micro-batches are added.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x.sum(axis=0)
     ways = tuple(mesh.shape[axis] for axis in BATCH)
     inside = (None,) * len(axes)
-    x = constrain(x.reshape(*ways, *x.shape[1:]), ("by_data", "by_fsdp", *inside), ADDING)
-    x = constrain(x.sum(axis=1), ("by_data", *axes), ADDING)
-    return constrain(x.sum(axis=0), axes)
+    x = constrain(x.reshape(*ways, *x.shape[1:]), ("by_data", "by_fsdp", "by_expert", *inside), ADDING)
+    x = constrain(x.sum(axis=1), ("by_data", "by_expert", *axes), ADDING)
+    return constrain(x.sum(axis=(0, 1)), axes)
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:

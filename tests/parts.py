@@ -17,6 +17,7 @@ from jaxchat import sharding
 from jaxchat.model import (
     GELU,
     GQA,
+    MLA,
     ALiBi,
     Backout,
     GeGLU,
@@ -26,6 +27,7 @@ from jaxchat.model import (
     Linear,
     Llama3,
     Model,
+    MoE,
     ReluSquared,
     ResidualScales,
     RMSNorm,
@@ -164,6 +166,22 @@ EXAMPLES = {
                 GeGLU(24, tanh=False),
             ),
         )
+    ),
+    "latent": Example(
+        model(
+            Layer(MLA(heads=4, head_dim=4, rope_dim=2, value_dim=6, kv_rank=8, q_rank=6, norm=GAIN), SwiGLU(24)),
+            Layer(MLA(heads=2, head_dim=6, rope_dim=4, value_dim=4, kv_rank=6), SwiGLU(24)),
+        )
+    ),
+    "experts": Example(
+        model(
+            Layer(gqa(), MoE(experts=8, active=3, hidden=6, shared=8, groups=4, top_groups=2, scale=2.5)),
+            Layer(gqa(), MoE(4, 2, 10, router="softmax", gated=False, gate="before", path="masked")),
+        ),
+        sharding.Mesh(1, 2, 2, 2),
+        # Head, projections of attention, then router, active and shared experts of both layers; and attention.
+        6 * (64 * 16 + 2 * 768 + (16 * 8 + 3 * 16 * (3 * 6 + 8)) + (16 * 4 + 2 * 16 * 2 * 10))
+        + 2 * 12 * 4 * 4 * LENGTH,
     ),
 }
 

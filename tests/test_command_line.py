@@ -123,9 +123,9 @@ def test_a_parquet_file_without_text_says_what_it_has(place, trained, tmp_path):
             {"data.tokenizer.path": "{place}/runs/small/tokenizer", "data.vocab": 310},
         ),
         ("--data.vocab=20 is too small", {"data.vocab": 20}),
-        ("mesh data=16 fsdp=1 tensor=1 does not fit 8 devices", {"mesh.data": 16}),
+        ("mesh data=16 fsdp=1 tensor=1 expert=1 does not fit 8 devices", {"mesh.data": 16}),
         (
-            "does not divide over data=3 x fsdp=1: set micro_rows and batch_tokens to a multiple of 3 rows",
+            "does not divide over data=3 x fsdp=1 x expert=1: set micro_rows and batch_tokens to a multiple of 3 rows",
             {"mesh.data": 3},
         ),
         ("vocab=320 of ends.embed is not a multiple of tensor=3", {"mesh.tensor": 3}),

@@ -13,7 +13,7 @@ from drawn import checksum, drawn
 
 from jaxchat.model import MLA, Layer, Model, RMSNorm, RoPE, SwiGLU, Transformer
 from jaxchat.model.attention import MIXERS
-from jaxchat.model.choice import differs, kernel_calls
+from jaxchat.model.backends import differs, kernel_calls
 from jaxchat.model.latent import LatentAttention
 from jaxchat.model.part import Context, Static
 from jaxchat.model.trace import trace

@@ -154,18 +154,18 @@ def test_two_axes_of_a_parameter_on_one_mesh_axis_are_refused_by_name() -> None:
         sharding.spec(("embed", "heads", "hidden"))
     with pytest.raises(ValueError, match="axes batch and embed are both placed on mesh axis fsdp"):
         sharding.spec(("batch", "embed"))
-    assert sharding.spec(("batch", None, "heads")) == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert sharding.spec(("batch", None, "heads")) == PartitionSpec(("data", "fsdp", "expert"), None, "tensor")
 
 
 @pytest.mark.parametrize(
     ("mesh", "rows", "message"),
     [
-        ((16, 1, 1), 16, "data=16 fsdp=1 tensor=1 does not fit 8 devices"),
-        ((0, 3, 1), 6, "data=2 fsdp=3 tensor=1 does not fit 8 devices"),
+        ((16, 1, 1), 16, "data=16 fsdp=1 tensor=1 expert=1 does not fit 8 devices"),
+        ((0, 3, 1), 6, "data=2 fsdp=3 tensor=1 expert=1 does not fit 8 devices"),
         (
             (4, 2, 1),
             12,
-            "12 rows does not divide over data=4 x fsdp=2: set micro_rows and batch_tokens to a multiple of 8 rows",
+            "12 rows does not divide over data=4 x fsdp=2 x expert=1: set micro_rows and batch_tokens to a multiple of 8 rows",
         ),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers(
 
 
 def test_the_data_axis_takes_the_devices_that_are_left() -> None:
-    assert dict(sharding.make_mesh(sharding.Mesh(0, 2, 2), rows=8).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.make_mesh(sharding.Mesh(0, 2, 2), rows=8).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
 
 
 def test_a_parameter_that_a_mesh_does_not_divide_is_refused_by_name() -> None:
@@ -234,7 +234,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_stays_whole() -> None:
         return jaxpr.eqns[0].params["sharding"].spec
 
     with jax.set_mesh(mesh_of("all")):
-        assert asked(4) == PartitionSpec(("data", "fsdp"), "tensor")
+        assert asked(4) == PartitionSpec(("data", "fsdp", "expert"), "tensor")
         assert asked(1) == PartitionSpec(None, "tensor")
 
 

@@ -76,9 +76,14 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
         "replayed": replayed,
         "equal": all(record["equal"] for record in replayed),
         "loss": replayed[-1]["loss"],
-        "changed": {name: [then[name], now[name]] for name in then if then[name] != now.get(name)},
+        "changed": {n: [then[n], now[n]] for n in then if _without_ones(then[n]) != _without_ones(now.get(n))},
         "documents": documents(columns, losses_BT, tokenizer),
     }
+
+
+def _without_ones(fact: Any) -> Any:
+    """A fact of the environment; of a mesh without the axes of one device, which an earlier version may not name."""
+    return {axis: size for axis, size in fact.items() if size != 1} if isinstance(fact, dict) else fact
 
 
 def _experiment(run: Path) -> Experiment:

@@ -8,6 +8,7 @@ Arrays are named by their shape:
 
 from jaxchat.model.architecture import Backout, Model, ResidualScales, Smear
 from jaxchat.model.attention import GQA, ValueEmbedding
+from jaxchat.model.experts import MoE
 from jaxchat.model.latent import MLA
 from jaxchat.model.layer import Layer
 from jaxchat.model.mlp import GELU, GeGLU, ReluSquared, SwiGLU
@@ -30,6 +31,7 @@ __all__ = [
     "Learned",
     "Linear",
     "Llama3",
+    "MoE",
     "Model",
     "RMSNorm",
     "ReluSquared",

@@ -5,7 +5,6 @@ Channels: C latent of keys and values   R rotary   N of a head's query and key w
 head's value.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from flax import linen as nn
 from jaxchat import sharding
 from jaxchat.model import cache as kv
 from jaxchat.model import decoding_kernels
-from jaxchat.model.dense import Bias
+from jaxchat.model.dense import Scores
 from jaxchat.model.kernels import BACKENDS
 from jaxchat.model.layers import Init, initializer
 from jaxchat.model.norms import NORMS, Norm, RMSNorm
@@ -79,7 +78,7 @@ class LatentAttention(nn.Module):
             return param(self, name, axes, shape, init, group="matrices")
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return x if c.norm is None else NORMS[type(c.norm)](c.norm, self.static, name=name)(x)
+            return x if c.norm is None else NORMS[type(c.norm)](c.norm, self.static, ("latent",), name=name)(x)
 
         code = POSITIONS[type(c.positions)](c.positions, self.static, name="positions")
         latent_BTC = norm("kv_norm", product(x_BTM, weight("kv_down", ("embed", "latent"), M, C), matmul))
@@ -96,15 +95,15 @@ class LatentAttention(nn.Module):
         q_BTHD = jnp.concatenate([q_BTHD[..., :N], code.rotate(q_BTHD[..., N:], context)], axis=-1)
         if (factor := getattr(code, "score_factor", 1.0)) != 1.0:
             q_BTHD = q_BTHD * factor
-        bias = functools.partial(code.bias, H) if code.biased else None
+        scores = Scores(code.bias(H)) if code.biased else None
         if cache is None:
             k_BTHD, v_BTHV = self._up(latent_BTC, shared_BT1R, up_CHN, up_CHV)
-            o_BTHV, _ = self.attend(q_BTHD, k_BTHD, v_BTHV, bias, context, None)
+            o_BTHV, _ = self.attend(q_BTHD, k_BTHD, v_BTHV, scores, context, None)
         else:
             cache = kv.write(
                 cache, context.positions_BT, jnp.concatenate([latent_BTC[:, :, None], shared_BT1R], axis=-1)
             )
-            o_BTHV = self._decode(q_BTHD, cache, up_CHN, up_CHV, bias, context)
+            o_BTHV = self._decode(q_BTHD, cache, up_CHN, up_CHV, scores, context)
         axes, init = ("heads", "head", "embed"), initializer("zeros", H * V, M)
         w_HVM = param(self, "o", axes, (H, V, M), init, inputs=2, group="matrices")
         o_BTX = o_BTHV.reshape(*o_BTHV.shape[:2], H * V)
@@ -125,7 +124,7 @@ class LatentAttention(nn.Module):
         q_BTHD: jax.Array,
         k_BTHD: jax.Array,
         v_BTHV: jax.Array,
-        bias: Bias | None,
+        scores: Scores | None,
         context: Context,
         cache: None,
     ) -> tuple[jax.Array, None]:
@@ -134,14 +133,14 @@ class LatentAttention(nn.Module):
         Fused kernels want heads of one size, so queries, keys and values are padded with zeros for them.
         """
         D, V, name = q_BTHD.shape[-1], v_BTHV.shape[-1], self.static.attention
-        biased, call = {} if bias is None else {"bias": bias}, BACKENDS[name]
+        changed, call = {} if scores is None else {"scores": scores}, BACKENDS[name]
         if not name.startswith("xla") and D != V:
             pad = [(0, 0)] * 3
             q_BTHD = q_BTHD * (max(D, V) / D) ** 0.5  # Backends divide by the root of the padded size.
             q_BTHD, k_BTHD, v_BTHV = (
                 jnp.pad(x, [*pad, (0, max(D, V) - x.shape[-1])]) for x in (q_BTHD, k_BTHD, v_BTHV)
             )
-        return call(q_BTHD, k_BTHD, v_BTHV, context.segments_BT, None, **biased)[..., :V], None
+        return call(q_BTHD, k_BTHD, v_BTHV, context.segments_BT, None, **changed)[..., :V], None
 
     def _decode(
         self,
@@ -149,7 +148,7 @@ class LatentAttention(nn.Module):
         cache: LatentCache,
         up_CHN: jax.Array,
         up_CHV: jax.Array,
-        bias: Bias | None,
+        scores: Scores | None,
         context: Context,
     ) -> jax.Array:
         """Attention to the cache, (B, T, H, V).
@@ -160,17 +159,17 @@ class LatentAttention(nn.Module):
         c, T = self.config, q_BTHD.shape[1]
         C, R, N, V = c.kv_rank, c.rope_dim, c.head_dim, c.value_dim
         assert context.length_B is not None
-        biased = {} if bias is None else {"bias": bias}
+        changed = {} if scores is None else {"scores": scores}
         joined_B1SC = cache.latent_B1SC.astype(q_BTHD.dtype)
         where = (context.positions_BT, context.length_B, None)
         if T * (2 * C - N - V) > C * (N + V):
             k_BSHD, v_BSHV = self._up(joined_B1SC[:, 0, :, :C], joined_B1SC[:, 0, :, None, C:], up_CHN, up_CHV)
             whole = kv.KVCache(k_BSHD.swapaxes(1, 2), v_BSHV.swapaxes(1, 2))
-            return decoding_kernels.xla(q_BTHD, whole, *where, **biased)
+            return decoding_kernels.xla(q_BTHD, whole, *where, **changed)
         up_CHN, up_CHV = up_CHN.astype(q_BTHD.dtype), up_CHV.astype(q_BTHD.dtype)
         q_BTHC = jnp.einsum("BTHN,CHN->BTHC", q_BTHD[..., :N], up_CHN)
         q_BTHX = jnp.concatenate([q_BTHC, q_BTHD[..., N:]], axis=-1) * ((C + R) / (N + R)) ** 0.5
-        o_BTHX = decoding_kernels.xla(q_BTHX, kv.KVCache(joined_B1SC, joined_B1SC), *where, **biased)
+        o_BTHX = decoding_kernels.xla(q_BTHX, kv.KVCache(joined_B1SC, joined_B1SC), *where, **changed)
         return jnp.einsum("BTHC,CHV->BTHV", o_BTHX[..., :C], up_CHV)
 
     @staticmethod
@@ -184,7 +183,8 @@ class LatentAttention(nn.Module):
     @staticmethod
     def kernel(config: MLA) -> Attends:
         size = max(config.head_dim + config.rope_dim, config.value_dim)
-        return Attends(config.heads, config.heads, size, None, POSITIONS[type(config.positions)].biased)
+        dense = "add the bias of a position encoding to the scores" if POSITIONS[type(config.positions)].biased else ""
+        return Attends(config.heads, config.heads, size, None, dense)
 
     @staticmethod
     def keeps_all(config: MLA) -> bool:

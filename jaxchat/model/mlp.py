@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
+from jaxchat.model.experts import MixtureOfExperts, MoE
 from jaxchat.model.layers import Init, Initializer, initializer
 from jaxchat.model.part import Aux, Context, Static, param
 from jaxchat.model.products import product
@@ -116,4 +117,5 @@ MLPS: dict[type, Any] = {
     SwiGLU: GatedLayer,
     GELU: FeedForwardLayer,
     GeGLU: GatedLayer,
+    MoE: MixtureOfExperts,
 }

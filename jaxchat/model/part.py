@@ -9,7 +9,8 @@ with `param` (shape, logical axes, initializer, optimizer group) and uses no mut
                   compute once), `kernel` (the shapes of its attention call, or None), `keeps_all` and `rewinds`
                   (what its cache allows, see `GroupedQueryAttention`), `matmul_parameters` (number of parameters in
                   matrix products, for FLOPs), `attention_flops` (training FLOPs per token at a row length)
-    feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters`
+    feed-forward  (x_BTM, context) -> (y_BTM, Aux); static method `matmul_parameters` (of those that a token uses), and
+                  `unused_parameters` if a token does not use all
     norm          (x) -> y, over the last axes, whose logical names are its field `axes` (by default the width)
 
 A part scales its own losses. A call with a cache may have padding at position -1, which must leave the cache as it was.
@@ -105,12 +106,15 @@ def add_aux(parts: "list[Aux]") -> Aux:
 
 @dataclass(frozen=True)
 class Spec:
-    """Metadata of a parameter: logical axes, optimizer group, and the number of leading axes that form the input side
-    of its matrix (for Muon). A leaf in trees."""
+    """Metadata of a parameter, a leaf in trees: logical axes, optimizer group, and for Muon the number of leading axes
+    that form the input side of its matrix. With `stack` the first axis numbers matrices, such as experts. `exact`:
+    decoding keeps it in float32."""
 
     axes: tuple[str, ...]
     group: str
     inputs: int = 1
+    stack: bool = False
+    exact: bool = False
 
 
 @flax.struct.dataclass
@@ -130,16 +134,19 @@ def param(
     *,
     group: str,
     inputs: int = 1,
+    stack: bool = False,
+    exact: bool = False,
 ) -> jax.Array:
     """Creates a float32 parameter with its logical `axes` (a row of `sharding.TRAIN_RULES` each) and optimizer `group`.
 
-    Muon orthogonalises a parameter of the group "matrices" as one matrix, whose input side is the first `inputs` axes.
+    Muon orthogonalises a parameter of the group "matrices" as one matrix, whose input side is the first `inputs` axes;
+    with `stack`, as one for each index of the first axis.
     """
-    if group == "matrices" and not 0 < inputs < len(axes):
+    if group == "matrices" and not 0 < inputs < len(axes) - stack:
         raise ValueError(f"parameter {name} with axes {axes} is not a matrix: it needs another optimizer group")
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} has {len(axes)} logical axes but {len(shape)} dimensions")
-    spec = Spec(axes, group, inputs)
+    spec = Spec(axes, group, inputs, stack, exact)
     value: Any = module.param(name, lambda key: Boxed(init(key, shape, jnp.float32), spec))
     return value.value if is_boxed(value) else value
 

@@ -200,8 +200,10 @@ class Transformer:
         return Cache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def unstack(self, params: Params) -> Params:
-        """Parameters by layer in the compute type, the form that decoding uses."""
-        cast = jax.tree.map(lambda w: w.astype(self.dtype) if w.ndim else w, params)
+        """Parameters by layer in the compute type, the form that decoding uses; scalars and exact ones as they are."""
+        cast = jax.tree.map(
+            lambda w, spec: w.astype(self.dtype) if w.ndim and not spec.exact else w, params, self.specs()
+        )
         return {"ends": cast["ends"], "layer": tuple(self._layers(cast))}
 
     def _layers(self, params: Params) -> list[Any]:
