@@ -117,14 +117,14 @@ def test_no_token_is_dropped(loads: str) -> None:
     """The sorted path equals the masked one where every token wants the same experts, and where some want nobody's."""
     c = MoE(experts=6, active=2, hidden=5)
     generator = np.random.default_rng(3)
-    x_NM = jnp.asarray(generator.standard_normal((40, 8)), jnp.float32)
+    x_NM = jnp.asarray(generator.standard_normal((41, 8)), jnp.float32)
     draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)  # noqa: E731
     weights = {"gate": draw(3, 8, 5), "in": draw(3, 8, 5), "out": draw(3, 5, 8)}
     own_E = jnp.arange(3) + (3 if loads == "none" else 0)  # The experts of this device; others compute the rest.
-    chosen = {"one": np.tile([1, 2], (40, 1)), "none": np.tile([0, 1], (40, 1))}.get(
-        loads, np.stack([generator.permutation(6)[:2] for _ in range(40)])
+    chosen = {"one": np.tile([1, 2], (41, 1)), "none": np.tile([0, 1], (41, 1))}.get(
+        loads, np.stack([generator.permutation(6)[:2] for _ in range(41)])
     )
-    arguments = (x_NM, jnp.asarray(chosen), draw(40, 2), own_E, weights, None)
+    arguments = (x_NM, jnp.asarray(chosen), draw(41, 2), own_E, weights, None)
     wanted, found = (jax.jit(functools.partial(path, c))(*arguments[:5], None) for path in (by_mask, by_sorting))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.any(wanted) == (loads != "none")
