@@ -89,7 +89,10 @@ def assert_most_likely(config: Any, tokens: Sequence[int], answer: Completion) -
 
 @pytest.mark.parametrize(
     ("family", "adapt"),
-    [(july2026, False), (july2026, True), (small.october2025, False), (small.mixed, True), (others, True)],
+    [
+        *((july2026, False), (july2026, True), (small.october2025, False), (small.mixed, True), (others, True)),
+        (small.latent, False),
+    ],
     ids=lambda value: getattr(value, "__name__", f"adapt={value}"),
 )
 def test_greedy_answers_are_the_full_forwards_over_256_steps(family: Any, adapt: bool) -> None:
@@ -104,7 +107,7 @@ def test_greedy_answers_are_the_full_forwards_over_256_steps(family: Any, adapt:
     assert len(set(answers[0][0].tokens)) > 3, "a text of one token tells little"
 
 
-@pytest.mark.parametrize("family", [july2026, small.october2025], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("family", [july2026, small.october2025, small.latent], ids=lambda make: make.__name__)
 def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
     config = family()
     engine, first = make(config), prompt(40)
@@ -115,7 +118,7 @@ def test_a_remembered_prefix_changes_nothing(family: Any) -> None:
     assert_most_likely(config, longer, again)
     parted = (*first[:35], 9, 9, 9)  # windowed layers have forgotten what lies before the parting
     third = ask(engine, parted)
-    assert engine.prompt_stats.reused == len(first) + 19 + (35 if family is small.october2025 else 0)
+    assert engine.prompt_stats.reused == len(first) + 19 + (0 if family is july2026 else 35)
     assert_most_likely(config, parted, third)
     assert len(engine.prefixes) == 1, "the longer text replaces what it continues"
     engine.load(jax.tree.map(jnp.asarray, small.parameters(config, seed=4)))

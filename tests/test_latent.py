@@ -1,6 +1,7 @@
 """Multi-head latent attention: equal to transformers, and its cache, which decoding reads without keys and values."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import small
 from drawn import checksum, drawn
 
-from jaxchat.model import MLA, Layer, Model, RMSNorm, RoPE, SwiGLU, Transformer
+from jaxchat.model import MLA, Layer, Model, RMSNorm, RoPE, SwiGLU, Transformer, YaRN
 from jaxchat.model.attention import MIXERS
 from jaxchat.model.backends import differs, kernel_calls
 from jaxchat.model.latent import LatentAttention
@@ -87,6 +88,12 @@ def golden(name: str, mixer: MLA, tolerance: float) -> None:
 @pytest.mark.parametrize(("name", "rank"), [("mla", 10), ("mla_plain_queries", None)])
 def test_latent_attention_equals_transformers(name: str, rank: int | None) -> None:
     golden(name, dataclasses.replace(MIXER, q_rank=rank), 1e-4)
+
+
+def test_yarn_scales_the_scores_as_in_transformers() -> None:
+    """mscale and mscale_all_dim of 1: cosines as they are, and scores times (0.1 ln 40 + 1)^2."""
+    scaling = YaRN(40.0, 128, attention=1.0, scores=(0.1 * math.log(40) + 1) ** 2)
+    golden("mla_yarn", dataclasses.replace(MIXER, positions=RoPE(10_000.0, 1, scaling)), 1e-4)
 
 
 def model(**changes: Any) -> Model:

@@ -67,8 +67,8 @@ def drafts(config: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("config", "guesser"),
-    [(JULY, "lookup"), (JULY, "itself"), (JULY, "stranger"), (small.mixed(), "lookup")],
-    ids=["july2026-lookup", "july2026-itself", "july2026-stranger", "mixed-lookup"],
+    [(JULY, "lookup"), (JULY, "itself"), (JULY, "stranger"), (small.mixed(), "lookup"), (small.latent(), "lookup")],
+    ids=["july2026-lookup", "july2026-itself", "july2026-stranger", "mixed-lookup", "latent-lookup"],
 )
 def test_speculation_changes_no_token(config: Any, guesser: str) -> None:
     expected = plain(config).generate(requests())

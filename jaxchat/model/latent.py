@@ -5,6 +5,7 @@ Channels: C latent of keys and values   R rotary   N of a head's query and key w
 head's value.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class MLA:
             raise ValueError(f"heads, head_dim, value_dim, kv_rank and q_rank of {self} must be positive")
         if self.rope_dim < 2 or self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim} must be even and at least 2: rotary positions pair its halves")
+        POSITIONS[type(self.positions)].check(self.positions, self.rope_dim)
 
 
 class LatentCache(NamedTuple):
@@ -93,8 +95,7 @@ class LatentAttention(nn.Module):
             q_BTHD = product(low, weight("q_up", ("latent", "heads", "head"), c.q_rank, H, N + R), matmul)
         q_BTHD = sharding.constrain(q_BTHD, ("batch", "length", "heads", "head"))
         q_BTHD = jnp.concatenate([q_BTHD[..., :N], code.rotate(q_BTHD[..., N:], context)], axis=-1)
-        if (factor := getattr(code, "score_factor", 1.0)) != 1.0:
-            q_BTHD = q_BTHD * factor
+        q_BTHD = q_BTHD if code.score_factor == 1.0 else q_BTHD * code.score_factor
         scores = Scores(code.bias(H)) if code.biased else None
         if cache is None:
             k_BTHD, v_BTHV = self._up(latent_BTC, shared_BT1R, up_CHN, up_CHV)
@@ -159,17 +160,17 @@ class LatentAttention(nn.Module):
         c, T = self.config, q_BTHD.shape[1]
         C, R, N, V = c.kv_rank, c.rope_dim, c.head_dim, c.value_dim
         assert context.length_B is not None
-        changed = {} if scores is None else {"scores": scores}
         joined_B1SC = cache.latent_B1SC.astype(q_BTHD.dtype)
+        decode = functools.partial(decoding_kernels.xla, scores=scores)
         where = (context.positions_BT, context.length_B, None)
         if T * (2 * C - N - V) > C * (N + V):
             k_BSHD, v_BSHV = self._up(joined_B1SC[:, 0, :, :C], joined_B1SC[:, 0, :, None, C:], up_CHN, up_CHV)
             whole = kv.KVCache(k_BSHD.swapaxes(1, 2), v_BSHV.swapaxes(1, 2))
-            return decoding_kernels.xla(q_BTHD, whole, *where, **changed)
+            return decode(q_BTHD, whole, *where)
         up_CHN, up_CHV = up_CHN.astype(q_BTHD.dtype), up_CHV.astype(q_BTHD.dtype)
         q_BTHC = jnp.einsum("BTHN,CHN->BTHC", q_BTHD[..., :N], up_CHN)
         q_BTHX = jnp.concatenate([q_BTHC, q_BTHD[..., N:]], axis=-1) * ((C + R) / (N + R)) ** 0.5
-        o_BTHX = decoding_kernels.xla(q_BTHX, kv.KVCache(joined_B1SC, joined_B1SC), *where, **changed)
+        o_BTHX = decode(q_BTHX, kv.KVCache(joined_B1SC, joined_B1SC), *where)
         return jnp.einsum("BTHC,CHV->BTHV", o_BTHX[..., :C], up_CHV)
 
     @staticmethod

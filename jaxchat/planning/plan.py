@@ -75,8 +75,10 @@ def show(plans: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints the plans of the stages to stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     first = next(iter(plans.values()))
-    parts = ", ".join(f"{name} {count:,}" for name, count in first["parameters"].items() if name != "total")
-    console.print(f"{first['parameters']['total']:,} parameters: {parts}")
+    counts = dict(first["parameters"])
+    total, active = counts.pop("total"), counts.pop("active")
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    console.print(f"{total:,} parameters{f' ({active:,} active for a token)' * (active < total)}: {parts}")
     state = ", ".join(f"{name} {size / GiB:.2f} GiB" for name, size in first["state_bytes"].items())
     console.print(f"training state: {state}, in total over all shards")
     cache = ", ".join(f"{name} {size:,}" for name, size in first["cache_bytes"].items())

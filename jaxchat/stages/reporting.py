@@ -163,7 +163,9 @@ def describe(setup: Setup, compiled: Compiled, peak: float | None, log: Log) -> 
     flops = flops_per_token(e.model, e.data.row_length)["total"]
     mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
     device = setup.mesh.devices.flat[0]
-    log(f"{counts['total']:,} parameters  {flops:.3e} FLOPs per token (6 per matrix parameter + attention, not halved)")
+    active = f", {counts['active']:,} active for a token" * (counts["active"] < counts["total"])
+    convention = "6 per matrix parameter + attention, not halved"
+    log(f"{counts['total']:,} parameters{active}  {flops:.3e} FLOPs per token ({convention})")
     each = f"{e.batch_tokens:,} tokens = {e.steps * e.batch_tokens:,} tokens"
     if e.rl is not None:
         each = f"{e.rl.update_samples:,} of {e.rl.prompts} prompts x {e.rl.samples} answers, {e.rl.objective}"
