@@ -112,22 +112,31 @@ def test_the_bias_chooses_and_does_not_weigh() -> None:
     np.testing.assert_array_equal(gates[..., 0], score_BTE[..., 6])
 
 
+@pytest.mark.parametrize("product", ["blocks", "ragged_dot"])
 @pytest.mark.parametrize("loads", ["one", "none", "some"])
-def test_no_token_is_dropped(loads: str) -> None:
-    """The sorted path equals the masked one where every token wants the same experts, and where some want nobody's."""
+def test_no_token_is_dropped(loads: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sorted path equals the masked one, with its gradients, where every token wants the same experts, and where
+    some or all want those of other devices."""
+    if product == "ragged_dot":
+        monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     c = MoE(experts=6, active=2, hidden=5)
     generator = np.random.default_rng(3)
-    x_NM = jnp.asarray(generator.standard_normal((41, 8)), jnp.float32)
     draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)  # noqa: E731
-    weights = {"gate": draw(3, 8, 5), "in": draw(3, 8, 5), "out": draw(3, 5, 8)}
+    weights, probe = {"gate": draw(3, 8, 5), "in": draw(3, 8, 5), "out": draw(3, 5, 8)}, draw(41, 8)
     own_E = jnp.arange(3) + (3 if loads == "none" else 0)  # The experts of this device; others compute the rest.
     chosen = {"one": np.tile([1, 2], (41, 1)), "none": np.tile([0, 1], (41, 1))}.get(
         loads, np.stack([generator.permutation(6)[:2] for _ in range(41)])
     )
-    arguments = (x_NM, jnp.asarray(chosen), draw(41, 2), own_E, weights, None)
-    wanted, found = (jax.jit(functools.partial(path, c))(*arguments[:5], None) for path in (by_mask, by_sorting))
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
-    assert np.any(wanted) == (loads != "none")
+
+    def result(path: Any, x_NM: Any, gates: Any, weights: Any) -> Any:
+        y_NM = path(c, x_NM, jnp.asarray(chosen), gates, own_E, weights, None)
+        return jnp.sum(y_NM * probe), y_NM
+
+    call = jax.jit(jax.grad(result, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
+    arguments = (draw(41, 8), draw(41, 2), weights)
+    wanted, found = call(by_mask, *arguments), call(by_sorting, *arguments)
+    jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, atol=1e-4), found, wanted)
+    assert np.any(wanted[1]) == (loads != "none")
 
 
 def model(moe: MoE, **fields: Any) -> Model:
