@@ -82,7 +82,7 @@ def latent(**changes: Any) -> Model:
     """Latent attention, and experts of which one layer's are chosen by a bias."""
     layers = (
         Layer(MLA(heads=4, head_dim=4, rope_dim=2, value_dim=6, kv_rank=8, norm=RMSNorm(gain="w")), MoE(4, 2, 12)),
-        Layer(MLA(heads=2, head_dim=6, rope_dim=4, value_dim=4, kv_rank=6, q_rank=8), MoE(6, 1, 8, shared=8, groups=3)),
+        Layer(MLA(heads=2, head_dim=6, rope_dim=4, value_dim=4, kv_rank=6, q_rank=8), MoE(6, 2, 8, shared=8, groups=3)),
     )
     return Model(**{"vocab": 60, "width": 16, "depth": 2, "pattern": layers} | changes)
 

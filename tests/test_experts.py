@@ -15,7 +15,7 @@ from drawn import checksum, drawn
 from configs import recipe
 from jaxchat import optim, sharding
 from jaxchat.data import tinyworld
-from jaxchat.model import GQA, Layer, Model, MoE, SwiGLU, Transformer
+from jaxchat.model import GQA, Int8, Layer, Model, MoE, SwiGLU, Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
 from jaxchat.model.experts import MixtureOfExperts, by_mask, by_sorting, choose
 from jaxchat.model.part import Context, Spec, Static
@@ -112,7 +112,7 @@ def test_the_bias_chooses_and_does_not_weigh() -> None:
     np.testing.assert_array_equal(gates[..., 0], score_BTE[..., 6])
 
 
-@pytest.mark.parametrize("product", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("product", ["blocks", "ragged_dot", "int8"])
 @pytest.mark.parametrize("loads", ["one", "none", "some"])
 def test_no_token_is_dropped(loads: str, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sorted path equals the masked one, with its gradients, where every token wants the same experts, and where
@@ -129,7 +129,7 @@ def test_no_token_is_dropped(loads: str, product: str, monkeypatch: pytest.Monke
     )
 
     def result(path: Any, x_NM: Any, gates: Any, weights: Any) -> Any:
-        y_NM = path(c, x_NM, jnp.asarray(chosen), gates, own_E, weights, None)
+        y_NM = path(c, x_NM, jnp.asarray(chosen), gates, own_E, weights, Int8() if product == "int8" else None)
         return jnp.sum(y_NM * probe), y_NM
 
     call = jax.jit(jax.grad(result, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
@@ -212,7 +212,7 @@ def test_the_selection_bias_does_not_depend_on_micro_batches_and_devices() -> No
 
 def test_muon_sees_a_matrix_per_expert() -> None:
     """The update of stacked experts is that of every expert as a parameter of its own."""
-    config = model(MoE(3, 1, 16))
+    config = model(MoE(3, 2, 16))
     names = ("gate", "in", "out")
     of = lambda tree: {name: tree["layers"][0]["mlp"][name] for name in names}  # noqa: E731
     specs, params = of(Transformer(config).specs()), jax.tree.map(jnp.asarray, of(small.parameters(config)))
@@ -281,6 +281,7 @@ def test_losses_are_means_over_rows_and_tokens() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"active": 1}, "active=1 has normalised gates of 1"),
         ({"active": 8}, "active=8 must lie between 1 and experts=8 less one"),
         ({"groups": 3}, "experts=8 is not a multiple of groups=3"),
         ({"groups": 4, "active": 3}, "top_groups=1 of 4 groups cannot hold 3 experts"),

@@ -22,6 +22,7 @@ from jaxchat.model.products import product
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
 UNIT = 2.0**-80  # Of the selection bias's gradient: exact, and too small to count in the norm of all gradients.
@@ -40,7 +41,7 @@ class MoE:
     active: int  # Routed experts per token.
     hidden: int  # Number of hidden units of a routed expert.
     shared: int = 0  # Number of hidden units of the expert that all tokens share; 0 for none.
-    activation: Literal["silu", "gelu", "relu_squared"] = "silu"  # Of the hidden units.
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu_squared"] = "silu"  # Of the hidden units.
     gated: bool = True  # Multiply the activation by a second projection of the input (SwiGLU, GeGLU).
     router: Literal["sigmoid", "softmax"] = "sigmoid"  # What makes scores of the router's logits.
     normalise: bool = True  # Divide a token's gates by their sum.
@@ -59,6 +60,10 @@ class MoE:
     def __post_init__(self) -> None:
         if not 1 <= self.active < self.experts:
             raise ValueError(f"active={self.active} must lie between 1 and experts={self.experts} less one")
+        if self.active == 1 and self.normalise:
+            raise ValueError(
+                "active=1 has normalised gates of 1, from which a router learns nothing: set normalise=False"
+            )
         if self.hidden < 1 or self.shared < 0:
             raise ValueError(f"hidden={self.hidden} must be positive and shared={self.shared} not negative")
         if self.groups < 1 or self.experts % self.groups:
@@ -74,6 +79,8 @@ class MoE:
 
 
 class MixtureOfExperts(nn.Module):
+    """The module of `MoE`; see `part` for the methods."""
+
     config: MoE
     static: Static
 

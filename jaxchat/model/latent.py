@@ -64,6 +64,8 @@ class LatentCache(NamedTuple):
 
 
 class LatentAttention(nn.Module):
+    """The module of `MLA`; see `part` for the methods."""
+
     config: MLA
     static: Static
 
