@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import exports
@@ -18,11 +19,13 @@ from core_rows import ROWS
 from letters import Letters
 from test_core import bundle
 
+import launch.evaluate
 from jaxchat.data import tinyworld
+from jaxchat.data.cache import locked
 from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.errors import UserError
+from jaxchat.evaluation import asking, multiple_choice
 from jaxchat.evaluation import evaluate as evaluation
-from jaxchat.evaluation import multiple_choice
 from jaxchat.evaluation.compare import compare
 from jaxchat.evaluation.core import CORE, CoreRows
 from jaxchat.evaluation.evaluate import Settings, evaluate, parse_tasks
@@ -350,3 +353,39 @@ def test_questions_without_examples_are_told(engine: Engine, tmp_path: Path, cap
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MMLU))
     job.questions(engine.tokenizer, 12)
     assert capsys.readouterr().err == ""
+
+
+def test_where_letters_are_no_tokens_the_texts_of_the_choices_are_scored_as_the_refusal_says(data: Path) -> None:
+    class Pairs(Letters):
+        def encode(self, text: str) -> list[int]:
+            return [i for i in super().encode(text) for _ in range(2)]
+
+    def questions(style: Any) -> Any:
+        return evaluation.read(parse_tasks([f"mmlu:{data}"], Settings(style), data), Pairs(), None)["mmlu"]
+
+    with pytest.raises(UserError, match="no single token for some answer letter: evaluate with --style=text"):
+        questions("chat")
+    assert len(questions("text")) == len(MMLU)
+
+
+def test_what_an_evaluation_advises_about_style_and_place_can_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = exports.write_run(tmp_path, exports.model(), stage="pretrain")
+    engine = SimpleNamespace(shape=SimpleNamespace(length=64))
+    monkeypatch.setattr(asking, "load_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(asking, "score_table", lambda *_: None)
+    monkeypatch.setattr(asking.jax.config, "update", lambda *_: None)
+
+    def asked(*more: str) -> str:
+        launch.evaluate.main([f"--checkpoint={run}", "--tasks=arithmetic", f"--out={tmp_path}/out", *more])
+        return capsys.readouterr().err
+
+    assert "was not trained on conversations; use --style=text" in asked("--style=chat")
+    assert "warning" not in asked("--style=text")
+    with locked(tmp_path / "out", print):
+        with pytest.raises(UserError, match=r"is writing an evaluation to .*: wait .*, or set another --out"):
+            asked()
+        asked(f"--out={tmp_path}/other")
+    asked()

@@ -161,8 +161,10 @@ def test_kv_heads_that_a_mesh_does_not_divide_are_refused() -> None:
     (q, k, v, _), _ = arrays(Case(length=BLOCK, heads=4, kv_heads=1))
     with (
         jax.set_mesh(sharding.make_mesh(sharding.Mesh(1, 1, 2), rows=1)),
-        pytest.raises(ValueError, match="1 kv heads"),
+        pytest.raises(ValueError, match=r"1 kv heads .*: set a smaller --mesh.tensor"),
     ):
+        jax.eval_shape(lambda: BACKENDS["splash_interpreted"](*map(jnp.asarray, (q, k, v)), None, None))
+    with jax.set_mesh(sharding.make_mesh(sharding.Mesh(1, 1, 1), rows=1)):
         jax.eval_shape(lambda: BACKENDS["splash_interpreted"](*map(jnp.asarray, (q, k, v)), None, None))
 
 
@@ -243,6 +245,9 @@ def test_packed_documents_are_handed_to_cudnn_as_it_counts_them(monkeypatch: pyt
         return query
 
     assert kernels._packing_problem() is None, "this JAX has the function that is called"
+    monkeypatch.setattr(kernels, "_packing_problem", lambda: "JAX lacks it")
+    with pytest.raises(UserError, match="JAX lacks it: set --attention=xla"):
+        kernels._cudnn_packed(*[jnp.zeros(())] * 5, None)
     monkeypatch.setattr(kernels, "_packing_problem", lambda: None)
     monkeypatch.setattr(private, "dot_product_attention", dot_product_attention)
     (q, k, v, _), segments = arrays(Case(length=12, heads=4, kv_heads=2, borders=(5, 7)))

@@ -256,6 +256,7 @@ def test_held_out_texts_that_are_trained_on_are_counted(tmp_path, corpus, tokeni
     data = settings(corpus, val=(str(val),))
     ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
     assert said[-1].startswith(f"warning: {val}: 3 of 4 different texts are also trained on: ")
+    assert said[-1].endswith("remove them from --data.train or --data.val")
     ensure_rows(data, tokenizer, "val", tmp_path / "cache", said.append)
     assert len([line for line in said if "trained on:" in line]) == 1
     val.write_text(json.dumps({"text": "of its own"}) + "\n")

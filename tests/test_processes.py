@@ -317,3 +317,12 @@ def test_an_error_that_comes_of_a_lost_process_is_known() -> None:
     assert not processes._broken(told) and not processes._broken(full)
     told.__cause__ = lost
     assert processes._broken(lost) and processes._broken(told)
+
+
+def test_hosts_with_other_documents_are_told_to_use_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("what --data.train names", ["a"], "give every host the same documents")
+    monkeypatch.setattr(processes, "gather", lambda value: [value, ["b"]])
+    with pytest.raises(UserError, match=r"--data.train names is not the same in every process: give every host the"):
+        processes.check_same(*given)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, ["a"]])
+    processes.check_same(*given)

@@ -1,7 +1,7 @@
 """What a message advises can be done: every remedy is followed, as far as the check that refused and to the next work.
 
 A row has a launcher's arguments, what the refusal says, and the change that this advises. The flags and values of the
-change must stand in the message. Every message of the code that names a flag is in a row, or in ELSEWHERE.
+change must stand in the message. Every message of the code that names a flag has a row, or its test in ELSEWHERE.
 """
 
 import ast
@@ -74,6 +74,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
         bench["decoding"]: ("run",),
         bench["accelerator"]: ("measure_sections",),
         importlib.import_module("benchmarks.evaluation"): ("load_checkpoint",),
+        importlib.import_module("benchmarks.serving"): ("load_engine",),
         running: ("compile_step",),
         terminal: ("load_engine",),
         asking: ("load_engine",),
@@ -199,102 +200,141 @@ def test_a_backend_that_does_not_start_is_replaced_as_the_message_says(advice: s
 
 SOURCES = sorted(path for top in ("jaxchat", "launch", "benchmarks") for path in (ROOT / top).rglob("*.py"))
 
-# Messages with a flag that no row has: where their remedy is followed, or why it is not.
+# The test that follows the remedy of each message with a flag that no row has.
 ELSEWHERE = {
-    "is read in tests/test_serve_launch.py, test_inspect.py and test_inspect_steps.py": (
-        "name a checkpoint alone: --checkpoint=runs/tiny/rl",
+    "test_inspect_steps.py::test_launch_inspect_refuses_what_it_cannot_do": (
         "name what to look at: --checkpoint with --text or --prompt, or --run with --step",
         "--step={} must be at least 1: name a step of metrics.jsonl",
         "give --text, a text to look into, or --prompt, to look into the model",
+    ),
+    "test_inspect_steps.py::test_what_cannot_be_looked_at_is_refused_in_a_sentence": (
         "step {} is {} steps from {}: allow it with --replay={}",
+    ),
+    "test_serve_launch.py::test_what_a_refusal_advises_starts_the_server": (
         "--host={} lets other machines use this server: set --api_key, or --allow_anyone=True",
         "{} port {} cannot be served ({}): set --host and --port",
         "port {} is in use: choose another with --port, or 0 for any free one",
         "but the limit is {}: set --model_bytes={} or more",
     ),
-    "is followed by tests/test_advice.py and tests/test_paths.py": (
+    "test_prepare.py::test_a_run_without_documents_names_the_option": (
         "no documents to train on: set --data.train to files, directories or tinywor",
+    ),
+    "test_advice.py::test_shares_for_other_data_name_both_remedies": (
         "{}: give one for each, or --data.{} without a value",
+    ),
+    "test_advice.py::test_what_cannot_be_divided_is_said": (
         "{}: {}; set --data.val",
+        "there is no text to train a tokenizer on",
+    ),
+    "test_advice.py::test_one_document_beside_others_cannot_be_divided": (
         "no share leaves every entry of --data.train something and holds out somethi",
+    ),
+    "test_advice.py::test_rows_that_are_trained_on_many_times_are_said": (
         "warning: --data.train makes {} rows, each trained on {} times: add data, or",
+    ),
+    "test_starting.py::test_a_stage_that_has_started_knows_its_start_whatever_becomes_of_that": (
         "{}: remove {} to start again, or give this run its own --name",
-        "--data.vocab={}, or more text",
+    ),
+    "test_tokenizer.py::test_the_vocabulary_that_a_refusal_names_works": ("--data.vocab={}, or more text",),
+    "test_advice.py::test_preparation_makes_what_the_stage_uses": (
         "stage {} samples its data, so it has no rows: leave :{} out of --config",
         "stage {} takes the tokenizer of {}: leave :{} out of --config",
     ),
-    "needs compilation; tests/test_ahead.py, test_compilation.py, test_kernels.py, test_rollouts.py": (
+    "test_plan.py::test_what_does_not_fit_is_refused_with_the_smallest_change_that_does": (
         "--micro_rows={} --model.remat={}",
         "set {}--mesh.fsdp={} {}",
         "set --depth={} {}, or use more chips",
         "no depth fits; use more chips or a smaller --data.row_length",
-        "{}: set --micro_rows={}",
+    ),
+    "test_compilation.py::test_running_out_of_memory_names_the_next_smaller_setting": ("{}: set --micro_rows={}",),
+    "test_compilation.py::test_when_nothing_fits_the_next_setting_is_named": (
         "{}: set --model.remat=full",
         "{} and remat=full: use more devices with --mesh.fsdp",
-        "{}: split it over several with --mesh.fsdp, or take a smaller --depth",
-        "{}: set --attention=xla",
-        "{} kv heads cannot be split like the heads: set a smaller --mesh.tensor",
-        "leave out --warm_optimizer",
-        "has no float8 units",
-        "leaves room for rl.max_tokens",
-        "could be rewarded",
     ),
-    "needs several processes; tests/test_processes.py": (
+    "test_compilation.py::test_a_state_that_does_not_fit_is_refused_before_anything_is_compiled": (
+        "{}: split it over several with --mesh.fsdp, or take a smaller --depth",
+    ),
+    "test_kernels.py::test_packed_documents_are_handed_to_cudnn_as_it_counts_them": ("{}: set --attention=xla",),
+    "test_kernels.py::test_kv_heads_that_a_mesh_does_not_divide_are_refused": (
+        "{} kv heads cannot be split like the heads: set a smaller --mesh.tensor",
+    ),
+    "test_starting.py::test_without_warm_moments_a_stage_starts_from_another_optimizer_as_the_refusal_says": (
+        "leave out --warm_optimizer",
+    ),
+    "test_compilation.py::test_products_in_float8_that_gain_nothing_are_told_of": ("has no float8 units",),
+    "test_rollouts.py::test_a_problem_that_leaves_no_room_for_an_answer_is_left_out": (
+        "leaves room for rl.max_tokens",
+    ),
+    "test_rollouts.py::test_a_batch_without_any_reward_is_refused_with_the_reason": ("could be rewarded",),
+    "test_compilation.py::test_a_mesh_that_leaves_out_devices_of_a_group_is_refused_with_a_remedy_that_works": (
         "the mesh uses {}, but every device must take part: leave out --mesh.data",
-        "what --data.train names",
+    ),
+    "test_processes.py::test_hosts_with_other_documents_are_told_to_use_the_same": ("what --data.train names",),
+    "test_shards.py::test_a_worker_that_ends_or_hangs_is_one_sentence": (
         "start again, with fewer --data.workers if memory is short: finished shards are kept",
     ),
-    "needs a finished run or evaluation; tests/test_command_line.py, test_compare.py, test_evaluate.py": (
+    "test_command_line.py::test_documents_that_changed_under_a_run_do_not_fit_its_tokenizer": (
         "were trained with another tokenizer",
+    ),
+    "test_command_line.py::test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on": (
         "are not those that {} was trained on",
+    ),
+    "test_compare.py::test_a_measure_that_the_stage_does_not_have_is_refused": (
         "is not a number of this stage's result",
-        "belongs to another evaluation",
+    ),
+    "test_records.py::test_a_step_that_was_trained_again_is_another_evaluation": ("belongs to another evaluation",),
+    "test_evaluate.py::test_what_an_evaluation_advises_about_style_and_place_can_be_done": (
         "another process is writing an evaluation",
         "was not trained on conversations",
+    ),
+    "test_evaluate.py::test_where_letters_are_no_tokens_the_texts_of_the_choices_are_scored_as_the_refusal_says": (
         "has no single token for some answer letter",
+    ),
+    "test_evaluate.py::test_there_is_no_likelihood_of_held_out_rows_without_a_target": (
         "the held-out rows have no text",
     ),
-    "advises to train otherwise; tests/test_stability.py, test_stages.py, test_report.py": (
-        "lower --optimizer.scale",
-        "--optimizer.clip limits its effect",
-        "steps in a row up to step",
-        "the run ended at step",
-        "More than 5 percent were lost",
-        "correct the fields of --model",
-        "No problems were asked",
+    "test_stability.py::test_a_loss_that_rises_and_stays_is_reported_once_with_step_and_rates": (
+        "probably too high: lower --optimizer.scale",
     ),
-    "needs other data; tests/test_hub.py, test_prepare.py, test_prepare_conversations.py, test_tokenizer.py": (
-        ", compared with one of {} shards of --data.train",
+    "test_stability.py::test_a_clip_limits_the_effect_of_such_a_batch": ("--optimizer.clip limits its effect",),
+    "test_train.py::test_ten_steps_in_a_row_that_are_not_finite_end_the_run": ("steps in a row up to step",),
+    "test_stages.py::test_a_run_that_ends_without_a_number_says_so": ("the run ended at step",),
+    "test_report.py::test_the_report_says_what_was_forgotten_and_why": ("More than 5 percent were lost",),
+    "test_stages.py::test_parameters_that_are_not_finite_are_never_trained": ("correct the fields of --model",),
+    "test_report.py::test_without_tasks_the_report_says_how_to_ask_some": ("No problems were asked",),
+    "test_prepare.py::test_a_comparison_of_some_shards_says_so": (", compared with one of {} shards of --data.train",),
+    "test_prepare.py::test_held_out_texts_that_are_trained_on_are_counted": (
         "losses on them say little; remove them from --data.train or --data.val",
-        "has no parquet file to validate on",
-        "only validation and test files in",
-        "there is no text to train a tokenizer on",
-        "bytes per token (below",
     ),
-    "needs files of another program; tests/test_import.py, test_export.py": (
+    "test_hub.py::test_a_data_set_of_one_file_can_be_trained_on_and_is_not_to_validate_on": (
+        "has no parquet file to validate on",
+    ),
+    "test_sources.py::test_a_directory_without_documents_is_refused": ("only validation and test files in",),
+    "test_tokenizer_training.py::test_the_launcher_trains_once_and_reports": ("bytes per token (below",),
+    "test_export.py::test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_says": (
         "{} contains another tokenizer: set --out to a new run",
         "{} already exists: set --out to a new or empty directory",
         "ids: name the tokenizer of its training with --tokenizer=DIR",
         "a jaxchat tokenizer by --tokenizer=DIR",
         "is not a sentencepiece model",
-        "this is a Unigram tokenizer",
     ),
-    "needs a package that few have; tests/test_harness.py, test_benchmarks.py": (
-        "unknown lm-eval task",
-        "a task requests answers of",
+    "test_export.py::test_a_tokenizer_that_cannot_be_the_same_elsewhere_is_refused": ("this is a Unigram tokenizer",),
+    "test_harness.py::test_bad_input_is_one_sentence": ("unknown lm-eval task", "a task requests answers of"),
+    "test_benchmarks.py::test_another_architecture_is_refused_and_a_missing_peer_named": (
         "the peer knows the October 2025 family",
         "--peer=transformers: {}",
     ),
-    "is no message about a mistake": (
-        "# A chat model as two programs",
-        "usage: --config",
-        "  --config={}  {}",
-        "--help={} ({})",
-        "The options: python -m launch.bench",
-        "--family=october2025 --data.vocab=4096",
-        "see --help",
-    ),
 }
+# Texts with a flag that are no message about a mistake.
+NO_MISTAKE = (
+    "# A chat model as two programs",
+    "usage: --config",
+    "  --config={}  {}",
+    "--help={} ({})",
+    "The options: python -m launch.bench",
+    "--family=october2025 --data.vocab=4096",
+    "see --help",
+)
 
 
 def templates(path: Path) -> list[str]:
@@ -315,7 +355,7 @@ def templates(path: Path) -> list[str]:
 def test_zz_every_message_with_a_flag_is_followed() -> None:
     if not SEEN:
         pytest.skip("runs after the tests of the rows")
-    listed = [text for texts in ELSEWHERE.values() for text in texts]
+    listed = [*NO_MISTAKE, *(text for texts in ELSEWHERE.values() for text in texts)]
     lacking = []
     for path in SOURCES:
         for text in templates(path):
@@ -326,6 +366,20 @@ def test_zz_every_message_with_a_flag_is_followed() -> None:
                 lacking.append(f"{path.relative_to(ROOT)}: {text[:110]}")
     print("\n".join(lacking))
     assert not lacking
+
+
+def test_the_tests_that_follow_the_others_exist() -> None:
+    found = {
+        f"{path.name}::{name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    told = [text for path in SOURCES for text in templates(path)]
+    assert set(ELSEWHERE) <= found, set(ELSEWHERE) - found
+    stale = [
+        one for texts in (*ELSEWHERE.values(), NO_MISTAKE) for one in texts if not any(one in text for text in told)
+    ]
+    assert not stale, "no message says it any more"
 
 
 def test_extras_that_messages_name_exist() -> None:

@@ -76,6 +76,11 @@ def test_the_report_says_what_was_forgotten_and_why() -> None:
     assert report.forgetting(progress(pretrain={"val_bpb": 2.0}))[0].endswith("not measured after the last stage.")
 
 
+def test_without_tasks_the_report_says_how_to_ask_some() -> None:
+    assert report.explained(experiments(tasks=())["sft"]) == ["No problems were asked: name some with --tasks."]
+    assert "Problems are arithmetic:" in report.explained(experiments(tasks=("arithmetic",))["sft"])[0]
+
+
 def test_costs_are_summed_over_starts_and_name_machine_and_command() -> None:
     known = progress(pretrain={"tokens_per_second": 9000.0, "mfu": 0.5, "peak_memory_bytes": 2**30}, sft={})
     known["pretrain"] |= {"starts": [START, START], "base_seconds": 30.0}

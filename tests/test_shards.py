@@ -91,13 +91,17 @@ class Then:
     ("tokenizer", "said"),
     [
         (Then(sys.exit, 3), "a worker ended with status 3 while preparing a.txt; start again, "),
+        (
+            Then(signal.raise_signal, signal.SIGKILL),
+            "ended with signal 9 (perhaps out of memory) while preparing a.txt; start again, with fewer --data.workers",
+        ),
         (Then(os._exit, 0), "a worker ended with status 0 while preparing a.txt; start again, "),
         (
             Then(time.sleep, 999),
             "a worker did nothing for 3 s while preparing a.txt; see whether its disk answers, and",
         ),
     ],
-    ids=["exits", "ends", "hangs"],
+    ids=["exits", "is killed", "ends", "hangs"],
 )
 def test_a_worker_that_ends_or_hangs_is_one_sentence(tmp_path, tokenizer, said, many_shards, monkeypatch):
     if "did nothing" in said:
@@ -105,6 +109,8 @@ def test_a_worker_that_ends_or_hangs_is_one_sentence(tmp_path, tokenizer, said, 
     jobs = [shards.ShardJob(i, ((Source("text", "a.txt", 1000), 0, 1),)) for i in range(2)]
     with pytest.raises(UserError, match=re.escape(said)):
         workers.run(jobs, tmp_path, None, tokenizer, processes=2)
+    monkeypatch.setattr(workers, "make_shard", lambda job, *_: job.shard)
+    assert workers.run(jobs, tmp_path, None, tokenizer, processes=1) == {0: 0, 1: 1}, "in this process"
 
 
 def test_worker_processes_start_without_jax():

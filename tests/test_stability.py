@@ -1,10 +1,15 @@
 """Unstable training is recognised, reported once with a reason, and a calm run reports nothing."""
 
+import dataclasses
 import math
 import random
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
+from configs import recipe
+from jaxchat import optim
 from jaxchat.stages.stability import BATCH, RATES, WINDOW, Stability
 
 
@@ -51,6 +56,17 @@ def test_a_single_unusual_batch_is_told_from_rates_that_are_too_high():
     stability, (report,) = follow(records)
     assert report.startswith("step 151: the loss rose") and BATCH in report
     assert stability.unstable_steps == 1
+
+
+@pytest.mark.parametrize(("clip", "turned"), [(None, True), (1.0, False)])
+def test_a_clip_limits_the_effect_of_such_a_batch(clip, turned):
+    config = dataclasses.replace(recipe.optimizer(recipe.Dial(depth=2, steps=20, batch_tokens=4096)), clip=clip)
+    tx = optim.make(config, {"w": SimpleNamespace(group="head")}, steps=20)
+    params = {"w": jnp.zeros(2)}
+    state = tx.init(params)
+    for gradient in (1.0, 1.0, 1.0, -1000.0):
+        updates, state = tx.update({"w": jnp.full(2, gradient)}, state, params)
+    assert bool((updates["w"] > 0).all()) == turned, "the update goes where the batches before point to"
 
 
 def test_what_looked_like_a_batch_and_was_not_is_reported_again():

@@ -22,7 +22,8 @@ from jaxchat.export.convert import Imported
 from jaxchat.model import Transformer
 from jaxchat.rl.settings import RL
 from jaxchat.stages.scores import pretrained_text
-from jaxchat.stages.stage import inherited, locate_start, not_used, record_start, reference_params
+from jaxchat.stages.stage import inherited, locate_start, not_used, record_start, reference_params, started
+from jaxchat.train import State
 
 
 def later(tmp_path: Path, start: str, **changes: Any) -> Experiment:
@@ -80,6 +81,18 @@ def begin(tmp_path: Path, start: str, **changes: Any) -> Experiment:
     checkpoint.write_experiment(e.stage_directory, e)
     record_start(e)
     return e
+
+
+def test_without_warm_moments_a_stage_starts_from_another_optimizer_as_the_refusal_says(tmp_path: Path) -> None:
+    e = dataclasses.replace(later(tmp_path, write_run(tmp_path / "there", model())), warm_optimizer=True)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = checkpoint.abstract_like((shapes := Transformer(model()).shapes()), jax.tree.map(lambda _: here, shapes))
+    fresh = State(*[None] * len(State._fields))._replace(optimizer=jax.ShapeDtypeStruct((3,), float, sharding=here))
+    setup: Any = SimpleNamespace(experiment=e, abstract=fresh._replace(params=abstract))
+    with pytest.raises(UserError, match=r"cannot be restored .*: leave out --warm_optimizer$"):
+        started(setup, fresh)
+    setup.experiment = dataclasses.replace(e, warm_optimizer=False)
+    assert started(setup, fresh)._replace(params=None) == fresh
 
 
 def train_further(start: str, step: int, scale: float) -> Any:
