@@ -324,6 +324,31 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs/x/sft").exists()
 
 
+def test_another_chat_template_is_refused_and_imported_once_it_is_gone(tmp_path: Path) -> None:
+    there = export(tmp_path / "there", model(), small.parameters(model()))
+    template, config = there / "chat_template.jinja", there / "tokenizer_config.json"
+    ours, configured = template.read_text(), json.loads(config.read_text())
+    tokenizer().save(tmp_path / "own")
+
+    def asked(name: str, *more: str) -> list[str]:
+        return [f"--checkpoint={there}", "--from=huggingface", f"--out={tmp_path / name}/sft", *more]
+
+    for number, (file, older) in enumerate(
+        [(b"edited " + ours.encode(), None), (b"\xff", None), (None, "x"), (None, 5)]
+    ):
+        template.unlink(missing_ok=True) if file is None else template.write_bytes(file)
+        config.write_text(json.dumps(configured if older is None else configured | {"chat_template": older}))
+        named = config if file is None else template
+        assert f"the chat template in {named} is none of jaxchat's" in refusal(*asked(f"{number}"))
+        launch.convert.main(asked(f"{number}", f"--tokenizer={tmp_path / 'own'}"))
+        if file is None:
+            continue
+        template.unlink()
+        launch.convert.main(asked(f"{number}-without"))
+    config.write_text(json.dumps(configured | {"chat_template": ours + "\n"}))
+    launch.convert.main(asked("older"))
+
+
 def test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_says(tmp_path: Path) -> None:
     there = export(tmp_path / "there", model(), small.parameters(model()))
 

@@ -13,12 +13,12 @@ from typing import Any
 import sentencepiece
 
 from jaxchat.errors import UserError
-from jaxchat.export.files import write_json
+from jaxchat.export.files import read_json, write_json
 from jaxchat.tokenizer import Tokenizer, chat
-from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT
+from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat
 from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK, SentencePiece
 
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 
 # A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
 # so splitting there does not change the ids, and repeated words can be cached.
@@ -40,7 +40,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> No
         "model_max_length": length,
     }
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
-    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / CONFIG_FILE, config)
     (directory / TEMPLATE_FILE).write_text(chat.template(tokenizer.chat_format), encoding="utf-8")
     (directory / MODEL_FILE).write_bytes(tokenizer.model)
 
@@ -48,7 +48,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> No
 def read_tokenizer(directory: Path) -> Tokenizer:
     """Reads the tokenizer of an export; raises `UserError` if its model is not valid.
 
-    Its chat format is the one whose template the export has; without such a template it is nanochat's.
+    Its chat format is the one whose template the export has, nanochat's if it has none; another template is refused.
     """
     path = directory / MODEL_FILE
     if not path.is_file():
@@ -56,12 +56,28 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             f"{directory} has no {MODEL_FILE}: jaxchat needs a sentencepiece model, so name a directory with a jaxchat "
             "tokenizer by --tokenizer=DIR"
         )
-    template = (directory / TEMPLATE_FILE).read_text(encoding="utf-8") if (directory / TEMPLATE_FILE).is_file() else ""
-    chat_format = next((form for form in CHAT_FORMATS.values() if chat.template(form) == template), NANOCHAT)
     try:
-        return SentencePiece(path.read_bytes(), chat_format)
+        return SentencePiece(path.read_bytes(), _chat_format(directory))
     except RuntimeError:
         raise UserError(f"{path} is not a sentencepiece model: name another tokenizer with --tokenizer=DIR") from None
+
+
+def _chat_format(directory: Path) -> ChatFormat:
+    """The chat format of the template in a directory, which may also stand in its configuration, as it once did."""
+    found, config = directory / TEMPLATE_FILE, directory / CONFIG_FILE
+    if found.is_file():
+        template: Any = found.read_text(encoding="utf-8", errors="replace")
+    else:
+        found, template = config, read_json(config).get("chat_template") if config.is_file() else None
+    if template is None:
+        return NANOCHAT
+    for form in CHAT_FORMATS.values():
+        if isinstance(template, str) and template.strip() == chat.template(form).strip():
+            return form
+    raise UserError(
+        f"the chat template in {found} is none of jaxchat's, so conversations would be written in another format than "
+        "it says: remove it to use nanochat's format, or name a tokenizer with its format by --tokenizer=DIR"
+    )
 
 
 def tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
