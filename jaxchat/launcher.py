@@ -40,6 +40,16 @@ def sentence(error: BaseException) -> str | None:
     if name and (own or text.startswith(("Unable to initialize backend", "Unknown backend"))):
         reason = "there is no such device" if own else text
         return f"JAX cannot start with JAX_PLATFORMS={name} ({reason}): unset it, or set JAX_PLATFORMS=cpu"
+    return _unread_variable(error)
+
+
+def _unread_variable(error: BaseException) -> str | None:
+    """A sentence if JAX cannot read one of its environment variables, which it says by several names or by none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and any(frame.filename.endswith("jax/_src/config.py") for frame in frames):
+        for name, value in os.environ.items():
+            if name.startswith("JAX_") and (name in str(error).upper() or repr(value) in str(error)):
+                return f"JAX does not know the value of {name}={value}: correct it, or unset {name}"
     return None
 
 

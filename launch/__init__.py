@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 if sys.platform == "win32":
     print("error: jaxchat runs on Linux and macOS; on Windows, use it in WSL: see README.md", file=sys.stderr)
@@ -23,6 +24,17 @@ def start_again_with_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def end_with_a_sentence(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ends the program where a launcher cannot be imported, as `launcher.run` does later: JAX reads variables then."""
+    from jaxchat import launcher
+
+    if (problem := launcher.sentence(error)) is None:
+        return sys.__excepthook__(kind, error, trace)
+    launcher.log(f"error: {problem}")
+    raise SystemExit(2)
+
+
 if sys.argv[:1] == ["-m"]:  # Python imports this package before it runs `python -m launch.NAME`, and nothing else yet.
     start_again_with_huge_pages()
     signals.listen()
+    sys.excepthook = end_with_a_sentence

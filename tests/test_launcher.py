@@ -108,12 +108,12 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
     assert process.returncode == 1
 
 
-def command(module, *argv, **more):
+def command(module, *argv, variables=None, **more):
     """A launcher in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *argv],
         cwd=ROOT,
-        env=environment() | {"JAX_PLATFORMS": "cpu"},
+        env=environment() | {"JAX_PLATFORMS": "cpu"} | (variables or {}),
         capture_output=True,
         text=True,
         **more,
@@ -174,3 +174,22 @@ def test_a_backend_that_cannot_start_is_a_sentence(tmp_path, platform):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform} (")
     assert done.stderr.rstrip().endswith("unset it, or set JAX_PLATFORMS=cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"), [("chat", "JAX_ENABLE_X64", "maybe"), ("train", "JAX_NUM_CPU_DEVICES", "abc")]
+)
+def test_a_variable_that_jax_cannot_read_is_named(module, name, value):
+    argv = ["--checkpoint=x"] if module == "chat" else ["--config=configs/tiny.py"]
+    done = command(module, *argv, variables={name: value})
+    assert done.returncode == 2
+    assert done.stderr == f"error: JAX does not know the value of {name}={value}: correct it, or unset {name}\n"
+
+
+def test_a_variable_that_jax_does_not_name_is_known_by_its_value(monkeypatch):
+    config = compile("int(value)", "site-packages/jax/_src/config.py", "eval")
+    monkeypatch.setenv("JAX_OF_SOME_KIND", "abc")
+    with pytest.raises(ValueError) as caught:
+        eval(config, {"value": "abc"})
+    assert launcher.sentence(caught.value).startswith("JAX does not know the value of JAX_OF_SOME_KIND=abc:")
+    assert launcher.sentence(ValueError("invalid literal 'abc'")) is None, "of another cause"
