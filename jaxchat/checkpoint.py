@@ -252,7 +252,7 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
     try:
         params = _load(directory, step, "params", abstract)
         if not jax.jit(all_finite)(params):
-            raise ValueError("its parameters are not finite (NaN or infinity)")
+            raise ValueError("its parameters are not finite (NaN, infinity or squares beyond float32)")
         return params
     except ValueError as error:
         others = [f"{directory}@{other}" for other in reversed(readable_steps(directory)) if other != step]

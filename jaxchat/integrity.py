@@ -60,8 +60,12 @@ def checksums(tree: Any) -> list[int]:
 
 
 def all_finite(params: Any) -> jax.Array:
-    """Whether all parameters are finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+    """Whether all parameters are finite, and the sum of the squares of each array is in float32.
+
+    Larger ones are infinity in a norm, which then makes zeros of everything: all tokens are equally likely.
+    """
+    sums = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params)]
+    return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
 @jax.jit

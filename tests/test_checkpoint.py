@@ -226,7 +226,7 @@ def test_parameters_are_read_though_the_optimizer_is_damaged_and_not_with_one_bi
         checkpoint.load_params(copy, 3, abstract().params)
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, 1e25])
 def test_parameters_that_are_not_finite_name_another_checkpoint(value, tmp_path):
     checkpoints = Checkpoints(tmp_path / "stage", keep=2)
     checkpoints.save(1, state(1), {})
@@ -234,7 +234,10 @@ def test_parameters_that_are_not_finite_name_another_checkpoint(value, tmp_path)
     bad.params["layers"][0]["w"] = bad.params["layers"][0]["w"].at[3, 1].set(value)
     checkpoints.save(2, bad, {})
     checkpoints.close()
-    with pytest.raises(UserError, match=r"checkpoint 2 in .* parameters are not finite \(NaN or infinity\); try .*@1"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint 2 in .* parameters are not finite \(NaN, infinity or squares beyond float32\); try .*@1",
+    ):
         checkpoint.load_params(tmp_path / "stage", 2, abstract().params)
 
 

@@ -318,6 +318,9 @@ ELSEWHERE = {
         "a jaxchat tokenizer by --tokenizer=DIR",
         "is not a sentencepiece model",
     ),
+    "test_export.py::test_another_chat_template_is_refused_and_imported_once_it_is_gone": (
+        "the chat template in {} is none of jaxchat's",
+    ),
     "test_export.py::test_a_tokenizer_that_cannot_be_the_same_elsewhere_is_refused": ("this is a Unigram tokenizer",),
     "test_harness.py::test_bad_input_is_one_sentence": ("unknown lm-eval task", "a task requests answers of"),
     "test_benchmarks.py::test_another_architecture_is_refused_and_a_missing_peer_named": (

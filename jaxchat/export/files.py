@@ -73,9 +73,13 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{directory / name} cannot be read: {first_line(error)}") from None
         if indexed is not None and (odd := sorted(indexed ^ found)):
             raise UserError(f"{directory / INDEX} does not match {name} in {odd[0]}: restore the files of one export")
-    if bad := sorted(key for key, array in arrays.items() if not np.isfinite(array).all()):
+    with np.errstate(over="ignore"):
+        bad = sorted(key for key, array in arrays.items() if not np.isfinite(np.square(array).sum()))
+    if bad:
         listed = f"{bad[0]} and {len(bad) - 1} more" if bad[1:] else bad[0]
-        raise UserError(f"{directory} has values that are not finite in float32 (NaN or infinity) in {listed}")
+        raise UserError(
+            f"{directory} has values that are not finite in float32 (NaN, infinity or squares beyond it) in {listed}"
+        )
     return arrays
 
 
