@@ -365,7 +365,11 @@ def test_only_the_columns_that_are_read_are_converted(tmp_path):
         "latin": pa.array([b"caf\xe9"], pa.binary()).view(pa.string()),
     }
     fields = {"role": pa.string(), "content": pa.string(), "at": pa.timestamp("ns")}
-    said = [{"role": "user", "content": "u", "at": 1}, {"role": "assistant", "content": "a", "at": None}]
+    fields |= {"took": pa.duration("ns"), "steps": pa.list_(pa.struct({"took": pa.duration("s")}))}
+    said = [
+        {"role": "user", "content": "u", "at": 1, "took": 10**18 + 1, "steps": [{"took": 2**60}]},
+        {"role": "assistant", "content": "a", "at": None},
+    ]
     within = pa.array([said], pa.list_(pa.struct(fields)))
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x"], "messages": within, **times}), path)

@@ -160,7 +160,7 @@ class Parquet(Kind):
                 # The text may be a field of a column.
                 is_flat = columns is not None and len(columns) == 1 and columns[0] not in names
                 unread = dict.fromkeys(_flat(file.schema_arrow) if is_flat else names)
-                leaves = None if columns is None else _leaves(file.schema, columns)
+                leaves = None if columns is None else _leaves(file, columns)
                 before = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
@@ -196,16 +196,25 @@ def _flat(fields: Any, prefix: str = "") -> Iterator[str]:
         yield from _flat(kind, f"{name}.") if str(kind).startswith("struct") and kind.num_fields else [name]
 
 
-def _leaves(schema: Any, columns: list[str]) -> list[str]:
-    """Paths of the leaves of columns of a parquet schema, without times and dates, which no text is made of."""
+def _leaves(file: Any, columns: list[str]) -> list[str]:
+    """Paths of the leaves of columns of a parquet file, without times and dates, which no text is made of."""
     within = tuple(f"{column}." for column in columns)
+    kinds = [kind for column in file.schema_arrow for kind in _kinds(column.type)]
     return [
         leaf.path
-        for leaf in schema
+        for leaf, kind in zip(file.schema, kinds, strict=True)
         if (leaf.path in columns or leaf.path.startswith(within))
-        and leaf.logical_type.type not in ("TIMESTAMP", "DATE", "TIME")
-        and leaf.physical_type != "INT96"
+        and not kind.startswith(("timestamp", "date", "time", "duration"))
     ]
+
+
+def _kinds(kind: Any) -> Iterator[str]:
+    """The types of the leaves of an Arrow type, in the order of parquet's leaves."""
+    kind = getattr(kind, "storage_type", kind)  # of an extension
+    if not kind.num_fields:
+        yield str(kind)
+    for i in range(kind.num_fields):
+        yield from _kinds(kind.field(i).type)
 
 
 def _without_nulls(value: Any) -> Any:
