@@ -41,6 +41,13 @@ from jaxchat.tasks.numbers import last_number, read_number
         ("\u20135", -5),
         ("5\u201310", 5),
         ("12,34,567", 1234567),
+        ("1.234.567", 1234567),
+        ("-12.345.678,5 Euro", Fraction(-24691357, 2)),
+        ("1.234", Fraction(617, 500)),
+        ("1.2.3", Fraction(6, 5)),
+        ("5\u00d710\u00b3", 5000),
+        ("5 \u22c5 10^\u22123", Fraction(1, 200)),
+        ("2.5 x 10\u207b\u00b9\u2070 m", Fraction(1, 4 * 10**9)),
         ("8{,}000", 8000),
         ("10,\\!000", 10_000),
         ("\\$8\\,000", 8000),
@@ -80,6 +87,7 @@ def test_the_last_number_is_the_last_however_it_ends():
     assert last_number("so 12 / 4 = 3.") == 3
     assert last_number("That is one half: 1/2.") == Fraction(1, 2)
     assert last_number("It fell to -3.") == -3 and last_number("Option 2 \u2013 it fell to \u20133.") == -3
+    assert last_number("Es sind 1.234.567.") == 1234567 and last_number("About 5\u00d710\u00b3.") == 5000
     assert last_number("1,2,3") == 3 and last_number("It is 1, 2 or 3,000.") == 3000
     assert last_number(r"\boxed{8{,}000}") == 8000 and last_number(r"Thus $-\frac{1}{2}$.") == Fraction(-1, 2)
     assert last_number("In all 2 1/2 cups.") == Fraction(5, 2) and last_number("2 and 1/2.") == Fraction(1, 2)

@@ -13,6 +13,10 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], Replacement], ...] = (
     (re.compile(r"\\(?=[$%])"), ""),
     (re.compile(r"\\times|\\cdot"), "*"),
     (re.compile(r"\\div"), "\u00f7"),
+    (  # German
+        re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3}){2,})(?:,(\d+))?(?![.,]?\d)"),
+        lambda match: match[1].replace(".", "") + (f".{match[2]}" if match[2] else ""),
+    ),
     (re.compile(r"(?<!\d)(\d{1,2}(?:,\d{2})+,\d{3})(?!\d)"), lambda match: match[1].replace(",", "")),  # Indian
     (
         re.compile(r"(?<![\d.])\d{1,3}([, '_\u00a0\u2007-\u200a\u2019\u202f])\d{3}(?:\1\d{3})*(?!\d)"),
@@ -21,7 +25,13 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], Replacement], ...] = (
     (re.compile("(?<=\\d)\\s?(?=\\\\[dt]?frac|[\u00bc-\u00be\u2150-\u215e])"), " "),  # Mixed numbers
     (re.compile(r"\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}| ?(\d) ?(\d))"), r"\1\3/\2\4"),
     (re.compile("[\u00bc-\u00be\u2150-\u215e]"), lambda match: unicodedata.normalize("NFKC", match[0])),
-    (re.compile(r"(?<=\d)\s?[x*\u00d7]\s?10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?"), r"e\1"),
+    (
+        re.compile(
+            r"(?<=\d)\s?[x*\u00b7\u00d7\u22c5]\s?10\s?"
+            r"(?:(?:\^|\*\*)\s?\{?([-+\u2212]?\d+)\}?|([\u207a\u207b]?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+))"
+        ),
+        lambda match: "e" + unicodedata.normalize("NFKC", match[1] or match[2]).replace("\u2212", "-"),
+    ),
 )
 # A minus sign after a number is a subtraction: 5-3 does not contain -3. Fractions have no spaces: 16 / 2 is a division.
 _NUMBER = re.compile(
