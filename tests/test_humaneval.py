@@ -167,6 +167,10 @@ def test_a_program_is_right_however_it_is_fenced(name, code):
         "```python\ndef f(x):\n    print('```')\n    return x + 1\n```",
         f"1. So:\n   ```python\n{SOLUTION}```\n2. Done.\n",
         f"- So:\n  ~~~\n{SOLUTION}  ~~~\n",
+        f"```python\n{SOLUTION}```python\nDone.\n",
+        f"~~~\n{SOLUTION}~~~python\nDone.\n",
+        "```python def f(x): return x + 1```",
+        "So: ```def f(x): return x + 1``` adds one.\n",
     ],
 )
 def test_a_program_is_right_with_fences_where_they_do_not_belong(text):

@@ -22,6 +22,7 @@ _FENCE_IN_LINE = re.compile(
     re.MULTILINE,
 )
 _LINES = re.compile(r"^[ \t]*(```++|~~~++).*\n((?:.*\n)*?)(?= {0,3}\1|\Z)", re.MULTILINE)  # Fences, whatever is around.
+_ONE_LINE = re.compile(r"(```+)(?:[ \t]*py(?:thon)?3?\b)?[ \t]*([^`\n]+?)[ \t]*\1", re.IGNORECASE)
 _BODY = re.compile(r"\s*?^[ \t]{2,}(?![ \t`~])", re.MULTILINE)  # A text that begins with an indented statement.
 
 
@@ -129,7 +130,9 @@ def program(prompt: str, entry_point: str, text: str) -> str:
     before = re.split(r"^(?:```|~~~)", text, maxsplit=1, flags=re.MULTILINE)[0]
     unfenced = [before] if definition.search(before) or _BODY.match(before) else []
     unlisted = (match[2] for match in _LINES.finditer(text))  # Code whose indentation ends the list of its fence.
-    defining = (block for block in (*blocks, *map(textwrap.dedent, blocks), *unlisted) if definition.search(block))
+    in_line = (match[2] for match in _ONE_LINE.finditer(text))
+    found = (*blocks, *map(textwrap.dedent, blocks), *unlisted, *in_line)
+    defining = (block for block in found if definition.search(block))
     code = next(defining, [*unfenced, *blocks, text][0])
     if not definition.search(code):
         return prompt + code
@@ -142,8 +145,9 @@ def _fenced(text: str) -> list[str]:
     text = _FENCE_IN_LINE.sub(r"\1\n\2", text)
     for rules in (["code"], []):  # Without indented code, a fence may be indented by four spaces.
         tokens = MarkdownIt("zero").enable(["fence", "list", "blockquote", *rules]).parse(text)
-        if found := [token.content for token in tokens if token.type == "fence"]:
-            return found
+        if found := [token for token in tokens if token.type == "fence"]:
+            # Markdown does not end a block at a fence with a language; people and models do.
+            return [re.split(rf"^{token.markup}[\w+#.-]+[ \t]*$", token.content, 1, re.M)[0] for token in found]
     return []
 
 
