@@ -318,6 +318,9 @@ ELSEWHERE = {
         "a jaxchat tokenizer by --tokenizer=DIR",
         "is not a sentencepiece model",
     ),
+    "test_config.py::test_rows_longer_than_the_learned_positions_are_refused": (
+        "{}: set --data.row_length={}, or more positions",
+    ),
     "test_export.py::test_another_chat_template_is_refused_and_imported_once_it_is_gone": (
         "the chat template in {} is none of jaxchat's",
     ),

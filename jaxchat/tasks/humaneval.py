@@ -147,7 +147,7 @@ def _fenced(text: str) -> list[str]:
         tokens = MarkdownIt("zero").enable(["fence", "list", "blockquote", *rules]).parse(text)
         if found := [token for token in tokens if token.type == "fence"]:
             # Markdown does not end a block at a fence with a language; people and models do.
-            return [re.split(rf"^{token.markup}[\w+#.-]+[ \t]*$", token.content, 1, re.M)[0] for token in found]
+            return [re.split(rf"(?m)^{token.markup}[\w+#.-]+[ \t]*$", token.content)[0] for token in found]
     return []
 
 
