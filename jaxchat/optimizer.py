@@ -77,7 +77,7 @@ class Optimizer:
     scale: float = 1.0  # Factor of every learning rate.
     steps_exponent: float = 0.0  # Exponent of (2520 / steps) in a factor of every learning rate.
     router: AdamW = AdamW(0.005)  # Of the routers of experts.
-    selection_bias: float = 0.003  # Step of the selection biases of experts, a learning rate.
+    selection_bias: float = 0.006  # Step of the selection biases of experts, a learning rate.
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmdown_fraction <= 1:
