@@ -7,6 +7,7 @@ and weight decay are those of `_november2026_optimizer`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,9 +54,8 @@ class Dial:
 
     Attributes:
         family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
-            original, which transformers has as NanoChatForCausalLM; "november2026" the architecture of July with
-            value embeddings in every layer, and an optimizer for small models and batches. "auto" is november2026
-            below depth 12, otherwise july2026.
+            original, which transformers has as NanoChatForCausalLM; "november2026" July's with a value embedding in
+            every layer and an optimizer for small models. "auto" is november2026 below depth 12, otherwise july2026.
         train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
             unless all entries of `train` are of the same data sets.
         ratio: training tokens per scaling parameter.
@@ -82,10 +82,9 @@ class Dial:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.ratio < math.inf:
             raise ValueError(f"ratio={self.ratio} must be positive and finite")
-        if self.steps < 0 or self.batch_tokens < 0:
-            raise ValueError(
-                f"steps={self.steps} and batch_tokens={self.batch_tokens} must be positive, or 0 to derive"
-            )
+        for name in ("steps", "batch_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 to derive")
 
 
 def width(dial: Dial) -> int:
@@ -273,21 +272,17 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
     """July's rates at its reference batch, times sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7.
 
     The law is fitted on the runs of docs/small_models.md and replaces nanochat's sqrt(batch / 2^19) below 2^18 tokens
-    per step; the two agree at 2^18 tokens and 2,520 steps. x0_scale has a tenth of July's rate and scalars a fortieth,
-    because the loss of small models jumps with more. Muon's momentum and b1 are lower, so that gradients are averaged
-    over fewer steps. The optimizer applies the factor of the steps itself, so that a run can be extended. Later stages
-    set `scale` instead.
+    per step; the two agree at 2^18 tokens and 2,520 steps. With more than a tenth of July's rate for x0_scale and a
+    fortieth for scalars the loss can jump. Lower momentum and b1 average gradients over fewer steps. The optimizer applies
+    the factor of the steps itself, so that a run can be extended. Later stages set `scale` instead.
     """
-    batch = batch_tokens(dial)
-    if batch >= SMALL_BATCH:
+    if (batch := batch_tokens(dial)) >= SMALL_BATCH:
         return _july2026_optimizer(dial)
     base = _july2026_optimizer(dataclasses.replace(dial, batch_tokens=REFERENCE_BATCH))
     return dataclasses.replace(
         base,
         muon=Muon(0.02, 0.2, momentum=0.90, momentum_warmup=50),
-        head=dataclasses.replace(base.head, b1=0.6),
-        embed=dataclasses.replace(base.embed, b1=0.6),
-        value_embeddings=dataclasses.replace(base.value_embeddings, b1=0.6),
+        **{name: dataclasses.replace(getattr(base, name), b1=0.6) for name in ("head", "embed", "value_embeddings")},
         x0_scale=AdamW(0.05, 0.96, 0.95),
         scalars=AdamW(0.005, 0.8, 0.95),
         warmup_steps=10,
@@ -330,12 +325,8 @@ def _october2025_optimizer(dial: Dial) -> Optimizer:
     )
 
 
-def _november2026(dial: Dial) -> Model:
-    """July's architecture with a value embedding in every layer, not in every other one (docs/small_models.md)."""
-    return _july2026(dial, value_embedding_every=1)
-
-
 def _july2026(dial: Dial, value_embedding_every: int = 2) -> Model:
+    """nanochat's, with a value embedding in every other layer, or as set for November (docs/small_models.md)."""
     M = width(dial)
     heads = M // dial.head_dim
     short = math.ceil(dial.row_length / 4 / 128) * 128
@@ -396,14 +387,14 @@ class Family:
 
     model: Callable[[Dial], Model]
     optimizer: Callable[[Dial], Optimizer]
-    sft_scale: float = 0.8
-    """`optimizer.scale` of SFT; the default is nanochat's."""
-    rl_scale: float = 0.05
-    """`optimizer.scale` of RL; the default is nanochat's."""
+    sft_scale: float = 0.8  # `optimizer.scale` of SFT; the default is nanochat's.
+    rl_scale: float = 0.05  # `optimizer.scale` of RL; the default is nanochat's.
 
 
 FAMILIES = {
-    "november2026": Family(_november2026, _november2026_optimizer, sft_scale=0.25, rl_scale=0.125),
+    "november2026": Family(
+        functools.partial(_july2026, value_embedding_every=1), _november2026_optimizer, sft_scale=0.25, rl_scale=0.125
+    ),
     "july2026": Family(_july2026, _july2026_optimizer),
     "october2025": Family(_october2025, _october2025_optimizer),
 }
