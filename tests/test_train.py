@@ -59,7 +59,7 @@ def test_one_micro_batch_gives_the_gradient_of_eight() -> None:
 def test_one_micro_batch_trains_as_eight_do(dtype: Any, tolerance: float) -> None:
     config = small.july2026(layer_loop="scan")
     transformer = Transformer(config)
-    dial = recipe.Dial(depth=2, steps=20, batch_tokens=4096)
+    dial = recipe.Dial(depth=2, family="july2026", steps=20, batch_tokens=4096)
     tx = optim.make(recipe.optimizer(dial), transformer.specs(), steps=20, dtype=dtype)
     loss = functools.partial(Likelihood(), transformer)
     step = jax.jit(lambda state, batch: train_step(state, batch, loss=loss, tx=tx))
