@@ -135,18 +135,20 @@ async def _watched(port: int, bodies: Sequence[Any]) -> dict[str, list[float]]:
 
 
 async def _seeded(port: int, prompts: Sequence[Any], engine: Engine) -> dict[str, Any]:
-    """How many of the seeded answers differ alone and among others, and how close the tokens were between which the
-    first difference chose: the largest gap of two logits, with the noise that the token was drawn with."""
+    """How many seeded answers differ when they are asked for one at a time and all at once.
+
+    Also the largest gap between the two tokens at which an answer first differs: of their logits plus the sampling
+    noise. A gap of rounding size shows a tie."""
     bodies = [{"prompt": prompt, "seed": i, "max_tokens": ANSWER} | EXACT for i, prompt in enumerate(prompts)]
 
     def text(answer: tuple[float, bytes]) -> str:
         return json.loads(answer[1][answer[1].index(b"{") : answer[1].rindex(b"}") + 1])["choices"][0]["text"]
 
     together = [text(one) for one in await asyncio.gather(*(_ask(port, "/v1/completions", body) for body in bodies))]
-    alone = [text(await _ask(port, "/v1/completions", body)) for body in bodies]
+    solo = [text(await _ask(port, "/v1/completions", body)) for body in bodies]
     gaps = [
         _gap(engine, prompts[seed], seed, one[: common(one, other)])
-        for seed, (one, other) in enumerate(zip(together, alone))
+        for seed, (one, other) in enumerate(zip(together, solo))
         if one != other
     ]
     return {"count": len(bodies), "different": len(gaps), "largest_gap": max(gaps, default=0.0)}

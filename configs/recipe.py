@@ -272,9 +272,9 @@ def _november2026_optimizer(dial: Dial) -> Optimizer:
     """July's rates at its reference batch, times sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7.
 
     The law is fitted on the runs of docs/small_models.md and replaces nanochat's sqrt(batch / 2^19) below 2^18 tokens
-    per step; the two agree at 2^18 tokens and 2,520 steps. With more than a tenth of July's rate for x0_scale and a
-    fortieth for scalars the loss can jump. Lower momentum and b1 average gradients over fewer steps. The optimizer applies
-    the factor of the steps itself, so that a run can be extended. Later stages set `scale` instead.
+    per step; the two agree at 2^18 tokens and 2,520 steps. With more than a tenth of July's rate for x0_scale or a
+    fortieth for scalars the loss can jump. Lower momentum and b1 average gradients over fewer steps. The optimizer
+    applies the steps' factor itself, so that a run can be extended. Later stages set `scale` instead.
     """
     if (batch := batch_tokens(dial)) >= SMALL_BATCH:
         return _july2026_optimizer(dial)

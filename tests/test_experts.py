@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from drawn import checksum, drawn
+from weights import checksum, random_weight
 
 from configs import recipe
 from jaxchat import optim, sharding
@@ -25,7 +25,7 @@ from jaxchat.train import init_state, state_placements, train_step
 pytestmark = pytest.mark.quick
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "blocks.npz")
-SEED, WIDTH, LENGTH = 17, 32, 16
+WIDTH, LENGTH = 32, 16
 TOP2 = MoE(experts=8, active=2, hidden=12, router="softmax", selection_bias=False)
 V3 = MoE(
     experts=8, active=3, hidden=12, shared=24, groups=4, top_groups=2, scale=2.5, router="sigmoid", selection_bias=True
@@ -48,7 +48,7 @@ def block_weights(name: str, c: MoE) -> dict[str, np.ndarray]:
         shapes |= {"shared_experts.down_proj.weight": (WIDTH, c.shared)}
     if c.selection_bias:
         shapes |= {"gate.e_score_correction_bias": (E,)}
-    return {key: drawn(SEED, f"{name}/{key}", shape) for key, shape in shapes.items()}
+    return {key: random_weight(f"{name}/{key}", shape) for key, shape in shapes.items()}
 
 
 def ours(c: MoE, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def block(name: str, path: Any) -> tuple[Any, Any, Any]:
     """Output, losses and statistics, and gradients of parameters and input, of a block with transformers' weights."""
     c = dataclasses.replace(BLOCKS[name], path=path)
     arrays = block_weights(name, c)
-    x_BTM, probe = (drawn(SEED, f"{name}/{key}", (2, LENGTH, WIDTH), s) for key, s in (("x", 1.0), ("probe", 0.5)))
+    x_BTM, probe = (random_weight(f"{name}/{key}", (2, LENGTH, WIDTH)) for key in ("x", "probe"))
     assert checksum({**arrays, "x": x_BTM, "probe": probe}) == GOLDEN[f"{name}/checksum"]
     tokens_BT = jnp.zeros((2, LENGTH), jnp.int32)
     module = MixtureOfExperts(c, Static(WIDTH, 64))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from drawn import checksum, drawn
+from weights import checksum, random_weight
 
 from jaxchat.model import MLA, Layer, Model, RMSNorm, RoPE, SwiGLU, Transformer, YaRN
 from jaxchat.model.attention import MIXERS
@@ -22,7 +22,7 @@ from jaxchat.model.trace import trace
 pytestmark = pytest.mark.quick
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "blocks.npz")
-SEED, WIDTH, LENGTH, FAR = 17, 32, 16, 3000
+WIDTH, LENGTH, FAR = 32, 16, 3000
 PLAIN = RoPE(base=10_000.0, direction=1)
 MIXER = MLA(heads=4, head_dim=8, rope_dim=4, value_dim=6, kv_rank=12, q_rank=10, positions=PLAIN, norm=RMSNorm(1e-6))
 
@@ -35,7 +35,7 @@ def block_weights(name: str, queries: bool) -> dict[str, np.ndarray]:
     )
     arrays = {}
     for key, shape in shapes.items():
-        arrays[f"{key}.weight"] = drawn(SEED, f"{name}/{key}.weight", shape) + ("norm" in key)
+        arrays[f"{key}.weight"] = random_weight(f"{name}/{key}.weight", shape)
     return arrays
 
 
@@ -64,8 +64,7 @@ def ours(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def golden(name: str, mixer: MLA, tolerance: float) -> None:
     arrays = block_weights(name, mixer.q_rank is not None)
-    x_BTM, probe = (drawn(SEED, f"{name}/{key}", (2, LENGTH, WIDTH), s) for key, s in (("x", 1.0), ("probe", 0.5)))
-    # transformers draws its buffers as well, of which attention has none.
+    x_BTM, probe = (random_weight(f"{name}/{key}", (2, LENGTH, WIDTH)) for key in ("x", "probe"))
     assert checksum({**arrays, "x": x_BTM, "probe": probe}) == GOLDEN[f"{name}/checksum"]
     positions_BT = jnp.arange(LENGTH, dtype=jnp.int32)[None] + jnp.array([[0], [FAR]], jnp.int32)
     context = Context(positions_BT, positions_BT, None)

@@ -195,9 +195,9 @@ def test_dropout_needs_a_key_and_keeps_the_mean_of_linear_parts(name: str) -> No
     }
     assert np.std(sampled(embedding), axis=0).min() > 0, "the embedding is not dropped"
     for part, one in cases.items():
-        drawn = sampled(one)
-        assert np.std(drawn, axis=0).max() > 0.01, f"{part} is not dropped"
-        error = (drawn.mean(axis=0) - hidden(plain)) / (drawn.std(axis=0) / len(drawn) ** 0.5 + 1e-5)
+        samples = sampled(one)
+        assert np.std(samples, axis=0).max() > 0.01, f"{part} is not dropped"
+        error = (samples.mean(axis=0) - hidden(plain)) / (samples.std(axis=0) / len(samples) ** 0.5 + 1e-5)
         assert np.abs(error).max() < 5, part
 
 

@@ -380,10 +380,10 @@ def test_the_tests_that_follow_the_others_exist() -> None:
         for path in (ROOT / "tests").glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
     }
-    told = [text for path in SOURCES for text in templates(path)]
+    messages = [text for path in SOURCES for text in templates(path)]
     assert set(ELSEWHERE) <= found, set(ELSEWHERE) - found
     stale = [
-        one for texts in (*ELSEWHERE.values(), NO_MISTAKE) for one in texts if not any(one in text for text in told)
+        one for texts in (*ELSEWHERE.values(), NO_MISTAKE) for one in texts if not any(one in text for text in messages)
     ]
     assert not stale, "no message says it any more"
 

@@ -15,16 +15,10 @@ from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model.grouped import arrange, grouped_product, move
-from jaxchat.model.layers import Init, initializer
+from jaxchat.model.layers import ACTIVATIONS, Init, initializer
 from jaxchat.model.part import Aux, Context, Static, Weighted, param
 from jaxchat.model.products import product
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-}
 UNIT = 2.0**-80  # Of the selection bias's gradient: exact, and too small to count in the norm of all gradients.
 FEW = 4  # Experts for each active one, up to which GPUs compute all experts of all tokens.
 
@@ -157,7 +151,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def choose(c: MoE, score_BTE: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The experts of every token, (B, T, K), and their gates. The bias and the groups matter for the choice alone.
+    """The experts of every token, (B, T, K), and their gates. The bias and the groups matter only for the choice.
 
     With groups (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), experts are chosen among those of the best groups.
     """

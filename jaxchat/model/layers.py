@@ -1,7 +1,8 @@
-"""Initializers, look-ups in embedding tables, and dropout."""
+"""Initializers, activations, look-ups in embedding tables, and dropout."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,12 @@ from jaxchat import sharding
 
 Initializer = Callable[..., jax.Array]
 Init = Literal["uniform", "normal", "zeros"]
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
 
 
 def look_up(table: jax.Array, tokens_BT: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:

@@ -4,72 +4,65 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxchat import sharding
 from jaxchat.model.experts import MixtureOfExperts, MoE
-from jaxchat.model.layers import Init, Initializer, initializer
+from jaxchat.model.layers import ACTIVATIONS, Init, Initializer, initializer
 from jaxchat.model.part import Aux, Context, Static, param
 from jaxchat.model.products import product
 
 
 @dataclass(frozen=True)
-class ReluSquared:
+class Dense:
+    """The fields of every dense feed-forward. `activation` names an entry of `layers.ACTIVATIONS`."""
+
+    hidden: int  # Number of hidden units.
+    init: Init = "uniform"  # Distribution of the initial matrices.
+    init_scale: float = 1.0  # Factor of the initial input matrix.
+    bias: bool = False  # Learned numbers added to every product.
+
+    @property
+    def activation(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ReluSquared(Dense):
     """out(relu(in(x))^2) (arXiv:2109.08668)."""
 
-    hidden: int  # Number of hidden units.
-    init: Init = "uniform"  # Distribution of the initial matrices.
     init_scale: float = 0.4  # Factor of the initial input matrix.
-    bias: bool = False  # Learned numbers added to both products.
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jnp.square(jax.nn.relu(x))
+    activation = "relu_squared"
 
 
 @dataclass(frozen=True)
-class GELU:
+class GELU(Dense):
     """out(gelu(in(x))), gelu(x) = x * Phi(x) (arXiv:1606.08415)."""
 
-    hidden: int  # Number of hidden units.
-    init: Init = "uniform"  # Distribution of the initial matrices.
-    init_scale: float = 1.0  # Factor of the initial input matrix.
-    bias: bool = False  # Learned numbers added to both products.
     tanh: bool = True  # Approximate Phi by a tanh, as GPT-2 does, instead of computing it.
 
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jax.nn.gelu(x, approximate=self.tanh)
+    @property
+    def activation(self) -> str:
+        return "gelu_tanh" if self.tanh else "gelu"
 
 
 @dataclass(frozen=True)
-class SwiGLU:
+class SwiGLU(Dense):
     """out(silu(gate(x)) * in(x)) (arXiv:2002.05202)."""
 
-    hidden: int  # Number of hidden units.
-    init: Init = "uniform"  # Distribution of the initial matrices.
-    init_scale: float = 1.0  # Factor of the initial input matrix.
-    bias: bool = False  # Learned numbers added to all products.
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jax.nn.silu(x)
+    activation = "silu"
 
 
 @dataclass(frozen=True)
-class GeGLU:
+class GeGLU(Dense):
     """out(gelu(gate(x)) * in(x)) (arXiv:2002.05202)."""
 
-    hidden: int  # Number of hidden units.
-    init: Init = "uniform"  # Distribution of the initial matrices.
-    init_scale: float = 1.0  # Factor of the initial input matrix.
-    bias: bool = False  # Learned numbers added to all products.
     tanh: bool = True  # Approximate Phi by a tanh, as Gemma does, instead of computing it.
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jax.nn.gelu(x, approximate=self.tanh)
+    activation = GELU.activation
 
 
 class FeedForwardLayer(nn.Module):
-    """out(activate(in(x))), with a bias for each product if the configuration asks for them."""
+    """out(activation(in(x))), with a bias for each product if the configuration asks for them."""
 
     config: Any
     static: Static
@@ -81,7 +74,7 @@ class FeedForwardLayer(nn.Module):
         return self._product("out", h_BTF, ("hidden", "embed"), initializer("zeros", F, M)), Aux()
 
     def _hidden(self, x_BTM: jax.Array) -> jax.Array:
-        return self.config.activate(self._into("in", x_BTM))
+        return ACTIVATIONS[self.config.activation](self._into("in", x_BTM))
 
     def _into(self, name: str, x_BTM: jax.Array) -> jax.Array:
         c, M = self.config, self.static.width
@@ -102,10 +95,10 @@ class FeedForwardLayer(nn.Module):
 
 
 class GatedLayer(FeedForwardLayer):
-    """out(activate(gate(x)) * in(x))."""
+    """out(activation(gate(x)) * in(x))."""
 
     def _hidden(self, x_BTM: jax.Array) -> jax.Array:
-        return self.config.activate(self._into("gate", x_BTM)) * self._into("in", x_BTM)
+        return ACTIVATIONS[self.config.activation](self._into("gate", x_BTM)) * self._into("in", x_BTM)
 
     @staticmethod
     def matmul_parameters(config: Any, width: int) -> int:

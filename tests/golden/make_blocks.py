@@ -1,7 +1,7 @@
 """Make blocks.npz: attention and mixture-of-experts blocks of transformers with random weights.
 
 Run `python tests/golden/make_blocks.py` with the extra `interop` installed. Needs no network and no checkpoint. Weights
-and inputs are not stored: `tests/drawn.py` makes them again from a seed and the name, and a checksum shows that they
+and inputs are not stored: `tests/weights.py` makes them again from a seed and the name, and a checksum shows that they
 are the same.
 """
 
@@ -20,9 +20,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from drawn import checksum, drawn  # noqa: E402
+from weights import SEED, checksum, random_weight  # noqa: E402
 
-SEED, ROWS, LENGTH, WIDTH = 17, 2, 16, 32
+ROWS, LENGTH, WIDTH = 2, 16, 32
 FAR = 3000  # First position of the second row.
 HEADS = {
     "hidden_size": WIDTH,
@@ -78,19 +78,18 @@ EXPERTS = {
 
 
 def fill(block: Any, name: str) -> dict[str, np.ndarray]:
-    """Draws every weight and buffer of a block, also norms and the selection bias, which a fresh one has at 1 and 0."""
+    """Sets every weight and buffer of a block, also norms and the selection bias, which a fresh one has at 1 and 0."""
     arrays = {}
     with torch.no_grad():
         for key, weight in (*block.named_parameters(), *block.named_buffers()):
-            value = drawn(SEED, f"{name}/{key}", tuple(weight.shape))
-            arrays[key] = value + 1 if "norm" in key else value
+            arrays[key] = random_weight(f"{name}/{key}", tuple(weight.shape))
             weight.copy_(torch.from_numpy(arrays[key]))
     return arrays
 
 
 def results(name: str, x: torch.Tensor, y: torch.Tensor, block: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The output, the gradients of a random projection of it, and the checksum of what it was made from."""
-    probe = drawn(SEED, f"{name}/probe", tuple(y.shape))
+    probe = random_weight(f"{name}/probe", tuple(y.shape))
     (y * torch.from_numpy(probe)).sum().backward()
     named = {key: weight.grad.numpy() for key, weight in block.named_parameters() if weight.grad is not None}
     kept = {f"{name}/gradients/{key}": g for key, g in named.items() if "gate.weight" in key or "kv_b" in key}
@@ -99,7 +98,7 @@ def results(name: str, x: torch.Tensor, y: torch.Tensor, block: Any, arrays: dic
 
 
 def inputs(name: str) -> torch.Tensor:
-    return torch.from_numpy(drawn(SEED, f"{name}/x", (ROWS, LENGTH, WIDTH), 1.0)).requires_grad_()
+    return torch.from_numpy(random_weight(f"{name}/x", (ROWS, LENGTH, WIDTH))).requires_grad_()
 
 
 def attention(name: str, settings: dict[str, Any]) -> dict[str, Any]:
