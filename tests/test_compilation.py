@@ -20,7 +20,7 @@ def setup(**changes):
     experiment = command_line.load(
         ["--config=configs/tiny.py", "--batch_tokens=192", "--data.row_length=16", "--micro_rows=auto"]
     )
-    shape = {"data": ways, "fsdp": 1, "tensor": 1}
+    shape = {"data": ways, "fsdp": 1, "expert": 1, "tensor": 1}
     mesh = SimpleNamespace(devices=SimpleNamespace(flat=jax.devices()), shape=shape)
     return SimpleNamespace(experiment=dataclasses.replace(experiment, **changes), mesh=mesh)
 
