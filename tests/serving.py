@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ import httpx
 import openai
 from exports import model, write_run
 
+from jaxchat.decode.engine import Engine
 from jaxchat.serve.app import create_app, create_server
 from jaxchat.serve.models import find_models
 from launch.serve import Serve
 
 LENGTH = 256
+ASKED = [{"role": "user", "content": "small birds sang"}]
+LONG: dict[str, Any] = {"ignore_eos": True, "top_k": 20}
+JSON = {"content-type": "application/json"}
 
 
 def checkpoint(directory: Path, **changes: Any) -> str:
@@ -85,3 +89,26 @@ def serving(path: str, *, wait: bool = True, make_engine: Any = None, **changes:
 
 def _key(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"} if key else {}
+
+
+class Breakable(Engine):
+    """Raises while a sample is decoded whose prompt has `poison`."""
+
+    poison = -1
+    pause = 0.0
+    count = 0  # Of steps.
+
+    def step(self, **options: Any) -> bool:
+        time.sleep(self.pause)
+        Breakable.count += 1
+        more = super().step(**options)
+        if any(self.poison in sample.prompt for sample in self.slots.active):
+            raise RuntimeError("out of memory")
+        return more
+
+
+def wait_for(happens: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happens()

@@ -6,8 +6,7 @@ import json
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,16 +15,12 @@ import httpx
 import openai
 import pytest
 from exports import model, tokenizer, write_run
-from serving import LENGTH, Live, checkpoint, serving
+from serving import ASKED, JSON, LENGTH, LONG, Breakable, Live, checkpoint, serving, wait_for
 
-from jaxchat.decode.engine import Engine
-from jaxchat.serve import completions, connections, limits
+from jaxchat.serve import limits
 from jaxchat.serve.errors import ApiError
 
 pytestmark = pytest.mark.filterwarnings("default")
-ASKED = [{"role": "user", "content": "small birds sang"}]
-LONG: dict[str, Any] = {"ignore_eos": True, "top_k": 20}
-JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -33,35 +28,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with serving(checkpoint(tmp_path_factory.mktemp("run")), make_engine=Breakable) as server:
         server.client.chat.completions.create(model="run/sft", messages=ASKED, max_tokens=20, extra_body=LONG)
         yield server
-
-
-class Breakable(Engine):
-    """Raises while a sample is decoded whose prompt has `poison`."""
-
-    poison = -1
-    pause = 0.0
-    count = 0  # Of steps.
-
-    def step(self, **options: Any) -> bool:
-        time.sleep(self.pause)
-        Breakable.count += 1
-        more = super().step(**options)
-        if any(self.poison in sample.prompt for sample in self.slots.active):
-            raise RuntimeError("out of memory")
-        return more
-
-
-def wait_for(happens: Callable[[], bool], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while not happens() and time.monotonic() < end:
-        time.sleep(0.01)
-    return happens()
-
-
-def answers(live: Live) -> int:
-    """Number of samples in slots and queues."""
-    engine = live.engine
-    return len(engine.slots.active) + len(engine._waiting) + live.model.worker.pending + live.model.users
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -86,64 +52,6 @@ def test_a_client_that_leaves_before_its_turn_is_forgotten(live: Live, monkeypat
                 http.post("/v1/chat/completions", json={"messages": ASKED, "stream": stream, **LONG}, timeout=0.02)
     assert live.idle(3.0)
     assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
-
-
-def test_a_slow_reader_delays_nobody(live: Live) -> None:
-    with live.http.stream("POST", "/v1/chat/completions", json={"messages": ASKED, "stream": True, **LONG}) as slow:
-        lines = slow.iter_lines()
-        next(lines)
-        start = time.monotonic()
-        assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
-        assert time.monotonic() - start < 5
-        assert sum(line == "data: [DONE]" for line in lines) == 1
-
-
-@pytest.mark.parametrize("upgrade", [False, True])
-def test_a_client_that_never_reads_is_cut(live: Live, upgrade: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
-    body: dict[str, Any] = {"messages": ASKED, "n": 4, "stream": True, "logprobs": True, "top_logprobs": 20, **LONG}
-    text = json.dumps({"type": "chat", **body} if upgrade else body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}\r\n"
-    if upgrade:
-        head = "GET /ws/chat HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
-        head += f"sec-websocket-version: 13\r\nsec-websocket-key: {'A' * 22}==\r\n"
-        text = b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text  # One frame, masked with zeros.
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect((host, int(port)))
-        connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode())
-        assert not upgrade or connection.recv(4096).startswith(b"HTTP/1.1 101")
-        connection.sendall(text)
-        assert wait_for(lambda: bool(live.model.users)), "the request has begun"
-        assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
-        assert live.idle(10.0)
-
-
-def test_a_tool_that_takes_long_delays_nobody(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, done = threading.Event(), threading.Event()
-
-    def slow(self: Any, call: str) -> str | None:
-        entered.set()
-        done.wait(20)
-        return "42"
-
-    monkeypatch.setattr(completions.Functions, "__call__", slow)
-    specials = tokenizer().specials
-    bias = {str(specials[name]): 50 for name in ("<|python_start|>", "<|python_end|>")}
-    body = {"messages": ASKED, "logit_bias": bias, "max_tokens": 40, "seed": 1, **LONG}
-    found: list[Any] = []
-    calling = threading.Thread(target=lambda: found.append(live.http.post("/v1/chat/completions", json=body)))
-    calling.start()
-    try:
-        assert entered.wait(20)
-        with httpx.Client(base_url=live.url, timeout=10) as http:
-            assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
-        assert not found, "its tool is still running"
-    finally:
-        done.set()
-        calling.join()
-    assert {"type": "python_output", "text": "42"} in found[0].json()["choices"][0]["message"]["parts"]
 
 
 def test_an_engine_that_raises_fails_the_culprit_alone(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

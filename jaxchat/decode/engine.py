@@ -32,7 +32,7 @@ from jaxchat.model.backends import choose_decoding
 from jaxchat.model.transformer import Cache, Params, Transformer
 from jaxchat.tokenizer import Tokenizer
 
-TOOL_SECONDS = 0.01  # How long a step waits for a tool if there is nothing else to do.
+TOOL_WAIT = 0.01  # Seconds that a step waits for tools if there is nothing else to do.
 LOOK_AHEAD = 8  # Times `prefill_batch`: number of queued prompts that are searched for prompts of the same plan.
 
 
@@ -60,7 +60,8 @@ class Engine:
         speculation: settings of speculative decoding, which does not change the tokens. Guesses are looked up in the
             text, or come from `draft`, a smaller model of the same vocabulary and its parameters.
         decoding: decoding backend, a row of `DECODING`; "auto" selects one for the device.
-        tool_pool: runs tools while other samples are decoded; None runs each when it is called.
+        tool_pool: runs tools while other samples are decoded, each for at most `sample.TOOL_SECONDS`; None runs each
+            when it is called, without a limit.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ class Engine:
                     self.slots.decode(self.params)
                     self._leave()
                 elif outputs:
-                    wait(outputs, TOOL_SECONDS, FIRST_COMPLETED)
+                    wait(outputs, TOOL_WAIT, FIRST_COMPLETED)
         except BaseException as error:  # A signal, too, may have left the caches donated. It is raised again.
             self.reset(f"the engine stopped: {first_line(error)}")
             raise

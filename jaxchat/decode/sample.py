@@ -13,6 +13,8 @@ from jaxchat.decode.requests import AnswerEnds, Completion, Request, TextStream,
 from jaxchat.errors import NOT_FINITE, UserError
 from jaxchat.tokenizer import Tokenizer
 
+TOOL_SECONDS = 30.0  # After which a tool in another thread counts as failed.
+
 
 class Sample:
     """Sample number `index` of a request. It is finished once `finish_reason` is not empty."""
@@ -50,6 +52,7 @@ class Sample:
         self._tools = {tokenizer.specials[self._parts[tool.call_part].begin]: tool for tool in request.tools}
         self._call: tuple[Tool, list[int]] | None = None
         """The call that is being written, or whose output is awaited."""
+        self._called = 0.0
         self._tokenizer = tokenizer
         self._stream = TextStream(tokenizer, sampling.stop)
         self._unread: list[str] = []
@@ -134,12 +137,16 @@ class Sample:
             if token != self._tokenizer.specials[self._parts[tool.call_part].end]:
                 call.append(token)
                 return
-            self.output = self._run(tool, self._tokenizer.decode(call))
+            self.output, self._called = self._run(tool, self._tokenizer.decode(call)), time.perf_counter()
             self.read_output()
 
     def read_output(self) -> None:
-        """Queues the output of a tool that has ended, if there is one."""
-        if self.output is None or not self.output.done() or self._call is None:
+        """Queues the output of a tool that has ended, if there is one. A tool that takes too long fails the sample."""
+        if self.output is None or self._call is None:
+            return
+        if not self.output.done():
+            if time.perf_counter() - self._called > TOOL_SECONDS:
+                self.fail(f"the tool {type(self._call[0]).__name__} gave no answer within {TOOL_SECONDS:g} s")
             return
         specials, (tool, _), future = self._tokenizer.specials, self._call, self.output
         self.output = self._call = None

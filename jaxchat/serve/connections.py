@@ -1,4 +1,4 @@
-"""Connections as uvicorn has them, but for clients that do not read: they must not hold memory for ever."""
+"""Connections as uvicorn has them, but with a limit on how long a client takes to send a request or read an answer."""
 
 import asyncio
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol
 
+READ_SECONDS = 30.0  # Within which the head of a request must have arrived, and then its body.
 WRITE_SECONDS = 30.0  # How long data may wait for the client to read.
 Http: Any = AutoHTTPProtocol
 WebSocket: Any = AutoWebSocketsProtocol
@@ -41,7 +42,30 @@ class Impatient(asyncio.Protocol):
 
 
 class ImpatientHttp(Impatient, Http):
-    """HTTP."""
+    """HTTP. Cuts a connection on which no request has begun READ_SECONDS after it was made, or after the first bytes
+    that follow an answer. `limits.Guard` limits the time of the body."""
+
+    cycle: Any = None
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect()
+        elif self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _expect(self) -> None:
+        self._late = self._late or self.loop.call_later(READ_SECONDS, self._cut_late)
+
+    def _cut_late(self) -> None:
+        if self.transport.get_protocol() is self:  # It may be a WebSocket by now.
+            self.transport.abort()
 
 
 class ImpatientWebSocket(Impatient, WebSocket):

@@ -1,5 +1,6 @@
 """What every request passes: its id, API key, rate, size and origin; headers of every answer; one line of the log."""
 
+import asyncio
 import base64
 import contextlib
 import ipaddress
@@ -15,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxchat.serve import connections
 from jaxchat.serve.errors import ApiError, shutting_down
 
 LOG = logging.getLogger(__name__)
@@ -137,12 +139,19 @@ class Guard:
         return origin is None or bool({origin, "*"} & {*allowed}) or _split(origin).netloc == headers.get("host")
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` that raises 413 once a body is too large, whatever its header says."""
+        """`receive` that raises 413 once a body is too large, whatever its header says, and 408 if it is too slow."""
         count, most = 0, self._options.body_bytes
+        end = asyncio.get_running_loop().time() + connections.READ_SECONDS if scope["type"] == "http" else None
 
         async def limited() -> Message:
-            nonlocal count
-            message = await receive()
+            nonlocal count, end
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {connections.READ_SECONDS:g} s") from None
+            if not message.get("more_body"):
+                end = None
             count += len(message.get("body", b""))
             if scope["type"] == "http" and count > most:
                 raise HTTPException(413, f"the body is larger than {most} bytes")

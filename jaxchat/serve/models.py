@@ -9,7 +9,6 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,11 @@ from jaxchat.inspection.text import View
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.paths import user_path
 from jaxchat.serve.errors import ApiError
+from jaxchat.serve.tool_threads import ToolThreads
 from jaxchat.serve.warming import warm, warm_views
 from jaxchat.serve.worker import Worker
 
 LOG = logging.getLogger(__name__)
-TOOL_THREADS = 4  # Tools that run at the same time, of all models.
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Models:
             raise UserError(f"there is no model {self.default}: there are {', '.join(entries)}")
         self.loaded: OrderedDict[str, Model] = OrderedDict()
         self._make_engine, self._lock, self._warmed = make_engine, asyncio.Lock(), set[Any]()
-        self._tool_pool = ThreadPoolExecutor(TOOL_THREADS, "tool")
+        self._tool_pool = ToolThreads()
 
     def entry(self, name: str | None) -> Entry:
         """The entry of a name, or the default one; raises `ApiError` 404 if there is none."""
@@ -198,7 +197,6 @@ class Models:
             model.worker.close()
         while self.loaded:
             await asyncio.to_thread(self.loaded.popitem()[1].worker.join)
-        self._tool_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def model_bytes(loaded: Loaded, shape: EngineConfig) -> int:
