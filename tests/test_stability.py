@@ -50,6 +50,17 @@ def test_a_loss_that_rises_and_stays_is_reported_once_with_step_and_rates():
     assert stability.unstable_steps >= 5
 
 
+def test_batches_of_another_source_are_usual_once_they_have_been_seen():
+    """A fine-tuning run with some pretraining text: one batch of eight has rows of it, and a higher loss."""
+    records, noise = calm(), random.Random(1)
+    for record in records[60:]:
+        record["loss"] = 0.1 + noise.gauss(0, 0.004) + noise.uniform(0.15, 0.3) * (noise.random() < 1 / 8)
+    stability, reports = follow(records)
+    assert reports == [] and stability.unstable_steps == 0
+    records[250]["loss"] = 1.0
+    assert follow(records)[1][0].startswith("step 251: the loss rose")
+
+
 def test_a_single_unusual_batch_is_told_from_rates_that_are_too_high():
     records = calm()
     records[150]["loss"] += 3

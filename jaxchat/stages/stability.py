@@ -10,7 +10,9 @@ from typing import Any
 WINDOW = 50  # Number of steps that define what is usual; so many usual steps end an episode.
 FIRST = 10  # Number of first steps whose loss may be up to 1.5 times that of uniform guessing.
 ENOUGH = 20  # Number of steps before spikes of loss and gradient norm are judged.
-SPIKE = 8.0  # Unusual rise of the loss, in median absolute changes between steps.
+SPIKE = 8.0  # Unusual rise of the loss above the last ten, in median absolute changes between steps,
+RISE = 2.5  # and in the largest usual rise: batches of different sources have losses of different sizes.
+RISES = 200  # Number of steps among which the largest usual rise is looked for.
 GRADIENT = 10.0  # Unusual gradient norm, in medians.
 CONFIRM = 5  # Steps after the first unusual one before the likely reason is reported.
 
@@ -38,6 +40,7 @@ class Stability:
         self._guessing = math.inf if vocab is None else math.log(vocab)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._rises: deque[float] = deque([0.0], maxlen=RISES)  # Those of usual steps.
         self._episode: list[tuple[int, str, bool]] = []  # Unusual steps: number, symptom, whether rates are blamed.
         self._reason = ""  # The reason reported for this episode, if any.
 
@@ -72,11 +75,15 @@ class Stability:
         if loss > self._guessing * (1 if step > FIRST else 1.5):
             limit = f"ln({math.exp(self._guessing):.0f}) = {self._guessing:.3f}"
             return f"the loss {loss:.3f} is above {limit}, worse than uniform guessing", True
-        if len(losses) >= ENOUGH:
-            before, usual_norm = statistics.median(losses[-10:]), max(statistics.median(norms), 1e-12)
-            change = statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
-            if self._guessing < math.inf and loss - before > SPIKE * max(change, 1e-6):
-                symptom = f"the loss rose from {before:.3f} to {loss:.3f}"
-            elif norm > GRADIENT * usual_norm:
-                symptom = f"the gradient norm {norm:.3g} is {norm / usual_norm:.0f} times its median"
+        if len(losses) < ENOUGH:
+            return "", False
+        rise = loss - (before := statistics.median(losses[-10:]))
+        usual_norm = max(statistics.median(norms), 1e-12)
+        change = statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
+        if self._guessing < math.inf and rise > max(SPIKE * change, RISE * max(self._rises), 1e-5):
+            symptom = f"the loss rose from {before:.3f} to {loss:.3f}"
+        elif norm > GRADIENT * usual_norm:
+            symptom = f"the gradient norm {norm:.3g} is {norm / usual_norm:.0f} times its median"
+        else:
+            self._rises.append(rise)
         return symptom, False
