@@ -1,49 +1,35 @@
-"""Derives width, heads, batch, horizon, learning rates and weight decay from depth.
+"""Derives width, heads, batch, horizon, learning rates and weight decay from depth, for every stage.
 
 Formulas are nanochat's (July 2026): horizon = 12 tokens per scaling parameter (matrices and head); batch after Power
-Lines (arXiv:2505.13738); learning rates grow with the square root of the batch; weight decay keeps batch / (rate *
-decay * horizon) constant (arXiv:2405.13698). The last three are relative to depth 12. Below depth 12, learning rates
-and weight decay are those of `_november2026_optimizer`.
+Lines (arXiv:2505.13738), relative to depth 12. Architectures are in `configs.families`, learning rates in
+`configs.rates`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from configs.families import FAMILIES, REFERENCE_DEPTH, Family, default
 from configs.own_data import replaced
+from configs.rates import OCTOBER2025, REFERENCE_BATCH, Budget, Rates, fitted
 from jaxchat.data.prepare import Data
 from jaxchat.experiment import Experiment
-from jaxchat.model import (
-    GQA,
-    Backout,
-    Float8,
-    Int8,
-    Layer,
-    Model,
-    ReluSquared,
-    ResidualScales,
-    RMSNorm,
-    RoPE,
-    Smear,
-    ValueEmbedding,
-)
+from jaxchat.model import Float8, Int8, Model
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.quantized import Matmul
-from jaxchat.optimizer import AdamW, Muon, Optimizer
+from jaxchat.optimizer import Optimizer
 from jaxchat.rl.settings import RL
 
-REFERENCE_DEPTH = 12
-REFERENCE_BATCH = 2**19
-REFERENCE_DECAY = 0.28
-SMALL_BATCH = 2**18  # Tokens per step; nanochat's rule for the rates was not fitted below.
-BATCH_EXPONENT = 0.1
-STEPS_EXPONENT = 0.7
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[("auto", *FAMILIES)]
 
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
 
@@ -56,16 +42,18 @@ class Dial:
         family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
             original, which transformers has as NanoChatForCausalLM; "november2026" July's with a value embedding in
             every layer and an optimizer for small models. "auto" is november2026 below depth 12, otherwise july2026.
+            The others are architectures of well-known models, trained for the same budget.
         train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
             unless all entries of `train` are of the same data sets.
         ratio: training tokens per scaling parameter.
         matmul: number format of the layers' large products in pretraining and SFT; "dtype" is the experiment's
             `dtype`, which RL always uses.
-        windows: "SSSL" gives three layers of four a window of a quarter row; "L" gives none a window.
+        aspect: channels of width per layer; more makes a model wide, less deep.
+        windows: "SSSL" gives three layers of four a window of a quarter row, "L" none, in families with a date.
     """
 
     depth: int
-    family: Literal["auto", "november2026", "july2026", "october2025"] = "auto"
+    family: FamilyName = "auto"
     steps: int = 0
     batch_tokens: int = 0
     train: Annotated[tuple[str, ...], tyro.conf.arg(name="data.train")] = ()
@@ -75,9 +63,10 @@ class Dial:
     head_dim: int = 128
     windows: Literal["SSSL", "L"] = "SSSL"
     matmul: Literal["dtype", "int8", "float8"] = "dtype"
+    aspect: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("depth", "head_dim"):
+        for name in ("depth", "head_dim", "aspect"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.ratio < math.inf:
@@ -86,16 +75,24 @@ class Dial:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 to derive")
 
+    @property
+    def width(self) -> int:
+        """`aspect` per layer, rounded up to a multiple of `head_dim`."""
+        return math.ceil(self.aspect * self.depth / self.head_dim) * self.head_dim
 
-def width(dial: Dial) -> int:
-    """64 per layer, rounded up to a multiple of `head_dim`."""
-    return math.ceil(64 * dial.depth / dial.head_dim) * dial.head_dim
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def short_window(self) -> int:
+        """A quarter of a row, rounded up to a multiple of 128."""
+        return math.ceil(self.row_length / 4 / 128) * 128
 
 
-def family(dial: Dial) -> "Family":
+def family(dial: Dial) -> Family:
     """The family that the dial names or, for "auto", the family for its depth."""
-    small = "november2026" if dial.depth < REFERENCE_DEPTH else "july2026"
-    return FAMILIES[small if dial.family == "auto" else dial.family]
+    return FAMILIES[default(dial.depth) if dial.family == "auto" else dial.family]
 
 
 def model(dial: Dial) -> Model:
@@ -103,9 +100,18 @@ def model(dial: Dial) -> Model:
     return family(dial).model(dial)
 
 
+def rates(dial: Dial) -> Rates:
+    """The family's learning rates or, without its own, those of the depth's default."""
+    own = family(dial).rates or FAMILIES[default(dial.depth)].rates
+    assert own is not None
+    return own
+
+
 def scaling_parameters(dial: Dial) -> int:
-    """Number of parameters in the matrices of the layers and the head, in which the horizon is measured."""
-    counts = parameter_counts(model(dial))
+    """Number of parameters in the matrices of the layers and the head, in which the horizon is measured; for a family
+    without its own rates, that of the depth's default."""
+    measured = dial if family(dial).rates else dataclasses.replace(dial, family="auto")
+    counts = parameter_counts(model(measured))
     return counts["matrices"] + counts["head"]
 
 
@@ -123,7 +129,9 @@ def steps(dial: Dial) -> int:
 
 def optimizer(dial: Dial) -> Optimizer:
     """Parameter groups, learning rates and schedule for a depth and batch."""
-    return family(dial).optimizer(dial)
+    parameters = scaling_parameters(dial), scaling_parameters(_reference(dial))
+    found = rates(dial).optimizer(Budget(dial.width, batch_tokens(dial), *parameters))
+    return found if family(dial).rates else fitted(found, model(dial))
 
 
 def pretrain(
@@ -214,14 +222,14 @@ def pipeline(
             dial,
             train=("hub:smoltalk", "hub:mmlu", "hub:gsm8k"),
             epochs=(1.0, 3.0, 4.0),
-            scale=family(dial).sft_scale,
+            scale=rates(dial).sft_scale,
             steps=dial.steps,
             tasks=("gsm8k",),
         ),
         rl=lambda: rl(
             base,
             RL(tasks=("gsm8k",)),
-            scale=family(dial).rl_scale,
+            scale=rates(dial).rl_scale,
             steps=dial.steps,
             tasks=("gsm8k",),
             prompts=QUESTIONS,
@@ -239,17 +247,10 @@ def dials(dial: Dial, *, sft_batch_tokens: int = 2**19, rl_steps: int = 467) -> 
 
 def imported(model: Model, length: int, stage: str) -> Experiment:
     """The experiment of imported parameters, with a context of `length` tokens; their training text is unknown."""
-    dial = Dial(
-        depth=model.depth,
-        family="october2025",
-        steps=1,
-        batch_tokens=length,
-        vocab=model.vocab,
-        row_length=length,
-        head_dim=model.pattern[0].mixer.head_dim,
-    )
+    dial = Dial(model.depth, head_dim=model.pattern[0].mixer.head_dim)
+    optimizer = OCTOBER2025.optimizer(Budget(dial.width, length))
     data = Data(train=(), vocab=model.vocab, row_length=length)
-    return Experiment(model, optimizer(dial), data, model.depth, 1, length, stage=stage, name="imported")
+    return Experiment(model, optimizer, data, model.depth, 1, length, stage=stage, name="imported")
 
 
 def chosen(stage: str, **stages: Callable[[], Experiment]) -> Experiment:
@@ -261,140 +262,3 @@ def chosen(stage: str, **stages: Callable[[], Experiment]) -> Experiment:
 
 def _reference(dial: Dial) -> Dial:
     return dataclasses.replace(dial, depth=REFERENCE_DEPTH)
-
-
-def _by_width(dial: Dial) -> float:
-    """Factor of the learning rates of embedding tables and head: (width / 768)^-0.5."""
-    return (width(dial) / 768) ** -0.5
-
-
-def _november2026_optimizer(dial: Dial) -> Optimizer:
-    """July's rates at its reference batch, times sqrt(1/2) (batch / 2^18)^0.1 (2520 / steps)^0.7.
-
-    The law is fitted on the runs of docs/small_models.md and replaces nanochat's sqrt(batch / 2^19) below 2^18 tokens
-    per step; the two agree at 2^18 tokens and 2,520 steps. With more than a tenth of July's rate for x0_scale or a
-    fortieth for scalars the loss can jump. Lower momentum and b1 average gradients over fewer steps. The optimizer
-    applies the steps' factor itself, so that a run can be extended. Later stages set `scale` instead.
-    """
-    if (batch := batch_tokens(dial)) >= SMALL_BATCH:
-        return _july2026_optimizer(dial)
-    base = _july2026_optimizer(dataclasses.replace(dial, batch_tokens=REFERENCE_BATCH))
-    return dataclasses.replace(
-        base,
-        muon=Muon(0.02, 0.2, momentum=0.90, momentum_warmup=50),
-        **{name: dataclasses.replace(getattr(base, name), b1=0.6) for name in ("head", "embed", "value_embeddings")},
-        x0_scale=AdamW(0.05, 0.96, 0.95),
-        scalars=AdamW(0.005, 0.8, 0.95),
-        warmup_steps=10,
-        scale=math.sqrt(SMALL_BATCH / REFERENCE_BATCH) * (batch / SMALL_BATCH) ** BATCH_EXPONENT,
-        steps_exponent=STEPS_EXPONENT,
-    )
-
-
-def _july2026_optimizer(dial: Dial) -> Optimizer:
-    """nanochat's rates: proportional to sqrt(batch); those of tables and head also to 1 / sqrt(width)."""
-    by_batch, by_width = math.sqrt(batch_tokens(dial) / REFERENCE_BATCH), _by_width(dial)
-    decay = REFERENCE_DECAY * by_batch * scaling_parameters(_reference(dial)) / scaling_parameters(dial)
-    return Optimizer(
-        muon=Muon(0.02 * by_batch, decay),
-        head=AdamW(0.008 * by_width * by_batch, 0.8, 0.96, 0.01),
-        embed=AdamW(0.3 * by_width * by_batch, 0.8, 0.995, 0.001),
-        value_embeddings=AdamW(0.15 * by_width * by_batch, 0.8, 0.995, 0.01),
-        resid_scale=AdamW(0.005 * by_batch, 0.8, 0.95, 0.05),
-        x0_scale=AdamW(0.5 * by_batch, 0.96, 0.95),
-        scalars=AdamW(0.2, 0.8, 0.95),
-    )
-
-
-def _october2025_optimizer(dial: Dial) -> Optimizer:
-    by_width = _by_width(dial)
-    table = AdamW(0.2 * by_width, 0.8, 0.95)
-    plain = AdamW(0.005)
-    return Optimizer(
-        muon=Muon(0.02, 0.0, 0.85, 0.95, 0.95, 300, 0.9, False, False, False, False),
-        head=AdamW(0.004 * by_width, 0.8, 0.95),
-        embed=table,
-        value_embeddings=table,
-        resid_scale=plain,
-        x0_scale=plain,
-        scalars=plain,
-        warmup_steps=0,
-        warmdown_fraction=0.2,
-        final_fraction=0.0,
-        clip=1.0,
-    )
-
-
-def _july2026(dial: Dial, value_embedding_every: int = 2) -> Model:
-    """nanochat's, with a value embedding in every other layer, or as set for November (docs/small_models.md)."""
-    M = width(dial)
-    heads = M // dial.head_dim
-    short = math.ceil(dial.row_length / 4 / 128) * 128
-
-    def mixer(layer: int) -> GQA:
-        local = dial.windows == "SSSL" and layer % 4 != 3 and layer != dial.depth - 1
-        return GQA(
-            heads=heads,
-            kv_heads=heads,
-            head_dim=dial.head_dim,
-            window=short if local else None,
-            positions=RoPE(100_000.0),
-            qk_norm=RMSNorm(),
-            qk_scale=1.2,
-            value_embedding=ValueEmbedding() if (dial.depth - 1 - layer) % value_embedding_every == 0 else None,
-        )
-
-    # A scan needs equal repeats; shallower models, which are unrolled, keep parameters of one stack per layer.
-    period = 4 if dial.depth % 4 == 0 or _loop(dial) == "scan" else dial.depth
-    layers = [Layer(mixer(i), ReluSquared(4 * M)) for i in range(dial.depth)]
-    return Model(
-        vocab=dial.vocab,
-        width=M,
-        depth=dial.depth,
-        pattern=tuple(layers[:period]),
-        tail=tuple(layers[dial.depth - dial.depth % period :]),
-        residual_scales=ResidualScales(),
-        smear=Smear(),
-        backout=Backout(),
-        layer_loop=_loop(dial),
-    )
-
-
-def _october2025(dial: Dial) -> Model:
-    M = width(dial)
-    heads = M // dial.head_dim
-    mixer = GQA(heads=heads, kv_heads=heads, head_dim=dial.head_dim, init="normal")
-    return Model(
-        vocab=dial.vocab,
-        width=M,
-        depth=dial.depth,
-        pattern=(Layer(mixer, ReluSquared(4 * M, init="normal", init_scale=1.0)),),
-        embed_std=1.0,
-        head_std=0.0,
-        isolate_documents=False,
-        layer_loop=_loop(dial),
-    )
-
-
-def _loop(dial: Dial) -> Literal["scan", "unroll"]:
-    """Deep models scan over the layers, which compiles much faster."""
-    return "scan" if dial.depth >= 12 else "unroll"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Functions from a dial to an architecture and an optimizer."""
-
-    model: Callable[[Dial], Model]
-    optimizer: Callable[[Dial], Optimizer]
-    sft_scale: float = 0.8  # `optimizer.scale` of SFT; the default is nanochat's.
-    rl_scale: float = 0.05  # `optimizer.scale` of RL; the default is nanochat's.
-
-
-FAMILIES = {
-    "november2026": Family(
-        functools.partial(_july2026, value_embedding_every=1), _november2026_optimizer, sft_scale=0.25, rl_scale=0.125
-    ),
-    "july2026": Family(_july2026, _july2026_optimizer),
-    "october2025": Family(_october2025, _october2025_optimizer),
-}

@@ -11,7 +11,7 @@ calculator, mixed with some pretraining text. RL trains on sums with new numbers
     python -m launch.chat --checkpoint=runs/tiny/rl --prompt="What is 7 + 5?"
 """
 
-from configs.recipe import Dial, chosen, dials, family, pretrain, rl, sft
+from configs.recipe import Dial, chosen, dials, pretrain, rates, rl, sft
 from jaxchat.experiment import Experiment
 from jaxchat.rl.settings import RL
 
@@ -42,7 +42,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
             train=("tinyworld:chat", "text:tinyworld:train"),
             epochs=(1.0, 0.04),
             val=("tinyworld:chat",),
-            scale=family(dial).sft_scale,
+            scale=rates(dial).sft_scale,
             eval_every=0,
             steps=dial.steps,
             prompts=QUESTIONS,
@@ -53,7 +53,7 @@ def get_config(stage: str = "pretrain", dial: Dial = DIAL) -> Experiment:
         rl=lambda: rl(
             base,
             RL(tasks=("arithmetic",), prompts=16, samples=16, max_tokens=48),
-            scale=family(dial).rl_scale,
+            scale=rates(dial).rl_scale,
             steps=dial.steps,
             prompts=QUESTIONS,
             tasks=("arithmetic",),

@@ -25,6 +25,7 @@ from typing import Any
 
 import tyro
 
+from jaxchat import switching
 from jaxchat.errors import UserError, first_line
 from jaxchat.paths import user_path
 from jaxchat.serialization import flags
@@ -105,6 +106,7 @@ def load(argv: Sequence[str], *, description: str | None = None) -> Any:
         default = module.get_config(**known)
     except ValueError as error:
         raise UserError(str(error)) from None
+    default, rest = switching.apply(default, rest)
     if asked := [word for word in rest if word.partition("=")[0] in ("-h", "--help")]:
         _print_fields(default, asked[0].partition("=")[2], about)
     return parse(type(default), rest, default=default, description=about, more=list(dial))
@@ -169,6 +171,8 @@ def _print_fields(default: Any, part: str, about: str) -> None:
     if not part:
         listed = ", ".join(f"--help={name} ({len(own)})" for name, own in parts.items())
         about += f"\n\nFurther fields, and how many: {listed}"
+    if switched := switching.listed(default, part):
+        about += "\n\nParts, switched by name: " + ", ".join(switched)
     parse(made, ["--help"], default=made(), description=about)
 
 

@@ -1,5 +1,6 @@
 """The configuration of a run: one field per part, and the checks across parts."""
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
@@ -196,6 +197,11 @@ class Experiment:
             numbers = [x for x in (value if isinstance(value, tuple) else [value]) if isinstance(x, float) and x]
             if not all(TINY <= abs(x) <= HUGE for x in numbers):
                 raise ValueError(f"{name}={value} must be 0, or from {TINY:.2g} to {HUGE:.2g} in size, as in float32")
+
+    def sizes_of(self, kind: Any, old: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields `given` for a part of another `kind` in place of `old`; a length that it needs is that of rows."""
+        known = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        return {**({"length": self.data.row_length} if "length" in known else {}), **given}
 
     @property
     def objective(self) -> Objective:

@@ -173,7 +173,7 @@ def test_steps_of_the_dial_reach_the_experiment():
             "unknown field --model.pattern.0.mixer.windw: did you mean --model.pattern.0.mixer.window?",
         ),
         (["--data.vocb=3"], "unknown field --data.vocb: did you mean --data.vocab?"),
-        (["--model.mlp.hidden=3"], "unknown field --model.mlp.hidden: did you mean --model.pattern.0.mlp.hidden?"),
+        (["--model.mlp.hiden=3"], "unknown field --model.mlp.hiden: did you mean --model.pattern.0.mlp.hidden?"),
         (["--xyzzy=3"], "unknown field --xyzzy; see --help"),
         (["--save_every=3", "hello"], "unexpected argument 'hello': write --field=value; see --help"),
         (["--save_every=often"], "--save_every takes INT, not 'often'"),

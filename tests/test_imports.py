@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("errors", "paths", "serialization", "upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
+    ("errors", "paths", "serialization", "upgrades", "optimizer", "launcher", "command_line", "switching"),
+    ("signals", "machine"),
     ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "devices", "sharding", "processes", "unnamed_owners", "integrity"),
@@ -25,7 +26,7 @@ LEVELS = (
     ("launch",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-WITHOUT_JAX = (*LEVELS[0], *LEVELS[1], *LEVELS[2])
+WITHOUT_JAX = tuple(room for level in LEVELS[:4] for room in level)
 TOPS = ("launch", "benchmarks", "configs")
 FILES = sorted(path.relative_to(ROOT) for top in ("jaxchat", *TOPS) for path in (ROOT / top).rglob("*.py"))
 

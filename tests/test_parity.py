@@ -328,7 +328,7 @@ def test_dial_puts_windows_and_value_embeddings_where_nanochat_does(
 def test_dial_gives_nanochats_horizon(row: reference.Horizon) -> None:
     dial = Dial(depth=row.depth, ratio=row.ratio, family="july2026")
     assert (recipe.batch_tokens(dial), recipe.steps(dial)) == (row.batch_tokens, row.steps)
-    ours, width = recipe.optimizer(dial), recipe.width(dial)
+    ours, width = recipe.optimizer(dial), dial.width
     expected = head_optimizer(reference.horizon(row.depth, row.ratio).rate_factor, width, row.decay)
     np.testing.assert_allclose(ours.muon.weight_decay, row.decay, rtol=1e-4)
     ours = dataclasses.replace(ours, muon=dataclasses.replace(ours.muon, weight_decay=row.decay))

@@ -1,10 +1,12 @@
 """The configuration of a whole model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxchat.model.layer import Layer
 from jaxchat.model.layers import check_dropout
+from jaxchat.model.mlp import MLPS
 from jaxchat.model.norms import Norm, RMSNorm
 from jaxchat.model.positions import POSITIONS
 
@@ -103,6 +105,19 @@ class Model:
         """Raises ValueError if rows of `length` tokens have more positions than there are."""
         if self.most_positions is not None and length > self.most_positions:
             raise ValueError(f"{length} tokens are more than the {self.most_positions} positions that the model learns")
+
+    def sizes_of(self, kind: Any, old: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields `given` for a part of another `kind` in place of `old`, and the sizes that it needs besides.
+
+        A kind may name them in `beside(old, width)`. A feed-forward gets as many hidden units as give a token the FLOPs
+        of the old one, rounded to a multiple of 8.
+        """
+        fields = (kind.beside(old, self.width) if hasattr(kind, "beside") else {}) | dict(given)
+        if kind in MLPS and type(old) in MLPS and "hidden" not in fields:
+            wanted = MLPS[type(old)].matmul_parameters(old, self.width)
+            one, two = (MLPS[kind].matmul_parameters(kind(**fields, hidden=h), self.width) for h in (8, 16))
+            fields["hidden"] = 8 * max(1, 1 + round((wanted - one) / (two - one)))
+        return fields
 
     @property
     def padded_vocab(self) -> int:

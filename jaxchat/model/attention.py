@@ -70,6 +70,11 @@ class GQA:
         POSITIONS[type(self.positions)].check(self.positions, self.head_dim)
         check_dropout(self.dropout)
 
+    @staticmethod
+    def beside(old: Any, width: int) -> dict[str, Any]:
+        """Sizes in place of another attention: as many key and value heads as queries (see `Model.sizes_of`)."""
+        return {"kv_heads": old.heads, "positions": old.positions, "init": old.init}
+
 
 class GroupedQueryAttention(nn.Module):
     """The module of `GQA`; see `part` for the methods."""

@@ -71,6 +71,11 @@ class MoE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
 
+    @staticmethod
+    def beside(old: Any, width: int) -> dict[str, Any]:
+        """Sizes in place of another feed-forward, see `Model.sizes_of`."""
+        return {"experts": 8, "active": 2}
+
 
 class MixtureOfExperts(nn.Module):
     """The module of `MoE`; see `part` for the methods."""

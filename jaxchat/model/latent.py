@@ -47,6 +47,12 @@ class MLA:
             raise ValueError(f"rope_dim={self.rope_dim} must be even and at least 2: rotary positions pair its halves")
         POSITIONS[type(self.positions)].check(self.positions, self.rope_dim)
 
+    @staticmethod
+    def beside(old: Any, width: int) -> dict[str, Any]:
+        """Sizes in place of another attention, with the proportions of DeepSeek-V2-Lite (see `Model.sizes_of`)."""
+        sizes = {"rope_dim": old.head_dim // 4 * 2, "value_dim": old.head_dim, "kv_rank": width // 4}
+        return {**sizes, "positions": old.positions, "init": old.init}
+
 
 class LatentCache(NamedTuple):
     """The normalised latent and the rotated shared key of every token, joined (B, 1, S, C + R)."""
