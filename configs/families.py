@@ -211,7 +211,7 @@ def _matched(
     return build(max(unit * (1 + round((wanted - none) / (one - none))), M // unit * unit))
 
 
-def _repeated(layers: Sequence[Layer], period: int) -> dict[str, tuple[Layer, ...]]:
+def _repeated(layers: Sequence[Layer], period: int) -> dict[str, Any]:
     """Pattern and tail of the layers. A scan needs equal repeats; shallower models, which are unrolled, keep parameters
     of one stack per layer unless the period divides their depth."""
     depth = len(layers)

@@ -1,4 +1,7 @@
-"""Compares variants of an experiment: trains them with the same seeds on the same rows and tabulates differences."""
+"""Compares variants of an experiment: trains them with the same seeds on the same rows and tabulates differences.
+
+With a ladder, every variant is trained at several depths, and compared at equal FLOPs too (`jaxchat.ladder`).
+"""
 
 import dataclasses
 import functools
@@ -6,18 +9,20 @@ import itertools
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from jaxchat import checkpoint, processes, signals, stages
+from jaxchat import checkpoint, ladder, processes, signals, stages
 from jaxchat.data.cache import Log, read_json, write_json
 from jaxchat.errors import UserError
 from jaxchat.evaluation.curves import draw_groups, read_run
 from jaxchat.evaluation.statistics import paired_means
 from jaxchat.experiment import RESUMABLE, Experiment
+from jaxchat.model.counts import flops_per_token, parameter_counts
+from jaxchat.planning.plan import cache_bytes
 from jaxchat.stages.running import run_lock
 from jaxchat.stages.stage import inherited
 from jaxchat.train import Diverged
@@ -45,8 +50,9 @@ class Row(NamedTuple):
     verdict: str
 
 
-def read_variants(given: Sequence[str], load: Load) -> dict[str, list[str]]:
-    """Parses variants "NAME: --field=value ..." to flags by name; raises `UserError` for flags that `load` refuses."""
+def read_variants(given: Sequence[str], load: Load, depths: Sequence[int] = ()) -> dict[str, list[str]]:
+    """Parses variants "NAME: --field=value ..." to flags by name; raises `UserError` for flags that `load` refuses, at
+    any of the `depths` of a ladder."""
     if len(given) < 2:
         raise UserError('give at least two variants: --variants "base:" "fast: --optimizer.muon.learning_rate=0.04"')
     load([])  # So that a mistake outside the variants is not reported as the first variant's.
@@ -60,9 +66,12 @@ def read_variants(given: Sequence[str], load: Load) -> dict[str, list[str]]:
         try:
             variants[name] = shlex.split(flags)
             for flag in variants[name]:
-                if flag.removeprefix("--").partition("=")[0] in (*OWN, "help") or flag == "-h":
+                own = (*OWN, "depth") if depths else OWN
+                if flag.removeprefix("--").partition("=")[0] in (*own, "help") or flag == "-h":
                     raise UserError(f"{flag} cannot differ between variants: leave it out")
             load(variants[name])
+            for depth in depths:
+                _at(depth, load)(variants[name])
         except (UserError, ValueError) as error:
             raise UserError(f"variant {name!r}: {error}") from None
     return variants
@@ -76,8 +85,11 @@ def run(
     equal: Literal["tokens", "time"],
     measure: str,
     log: Log,
+    depths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Trains every variant with every seed, unless compare.json has the result; writes compare.md and compare.png.
+
+    `depths` are those of a ladder; without, variants are trained at the depth that they have.
 
     Raises:
         UserError: a stage cannot be run, or the measure is unknown. A run that diverges is a row of the table instead.
@@ -96,18 +108,51 @@ def run(
     with run_lock(place, "compares", log):
         if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
             raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
-        planned = _planned(variants, load, equal, trained)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
-        for seed, name in itertools.product(seeds, variants):  # Seed by seed, so that an early end leaves whole pairs.
-            results[name].append(trained(f"{name}/seed{seed}", dataclasses.replace(planned[name], seed=seed)))
-            _value(results[name][-1], measure)
+        rungs = {f"/depth{depth}": _at(depth, load) for depth in depths} or {"": load}
+        planned = {rung: _planned(variants, at, equal, trained, rung) for rung, at in rungs.items()}
+        results: dict[str, dict[str, list[dict[str, Any]]]] = {rung: {name: [] for name in variants} for rung in rungs}
+        # Seed by seed, so that an early end leaves whole pairs.
+        for seed, rung, name in itertools.product(seeds, rungs, variants):
+            e = dataclasses.replace(planned[rung][name], seed=seed)
+            results[rung][name].append(trained(f"{name}{rung}/seed{seed}", e))
+            _value(results[rung][name][-1], measure)
         if jax.process_index():
             return {}
-        values = {name: [_value(result, measure) for result in own] for name, own in results.items()}
-        table = {row.name: row._asdict() | _run_facts(results[row.name]) for row in rows(values, lower=lower)}
-        report = _write(place, table, variants, seeds, f"{measure}, {'lower' if lower else 'higher'} is better", log)
-    by_variant = {name: {key: part for key, part in row.items() if key != "name"} for name, row in table.items()}
+        tables = {rung: _rows(own, measure, lower=lower) for rung, own in results.items()}
+        direction = f"{measure}, {'lower' if lower else 'higher'} is better"
+        if depths:
+            facts = [{name: _model_facts(e) for name, e in own.items()} for own in planned.values()]
+            tables_at, facts_at = dict(zip(depths, tables.values())), dict(zip(depths, facts))
+            by_variant: Mapping[str, Any] = ladder.joined(tables_at, facts_at, lower=lower)
+            lines = [*ladder.table(by_variant, seeds), "", *ladder.notes(by_variant)]
+            draw = functools.partial(ladder.draw, by_variant, measure)
+        else:
+            by_variant = tables[""]
+            lines, draw = _table(by_variant, seeds), functools.partial(_draw_curves, place, seeds, by_variant)
+        report = _write(place, lines, variants, direction, draw, log)
     return {"measure": measure, "seeds": list(seeds), "variants": by_variant, "report": str(report)}
+
+
+def _at(depth: int, load: Load) -> Load:
+    """Loads experiments at a depth of the dial, trained from scratch."""
+
+    def loaded(flags: Sequence[str]) -> Experiment:
+        e = load([*flags, f"--depth={depth}"])
+        if e.model.depth != depth or e.start_from:
+            problem = "the configuration has no dial" if not e.start_from else "the model is that of a checkpoint"
+            raise UserError(
+                f"--ladder trains models of several depths, but {problem}: choose one such as configs/d4.py"
+            )
+        return e
+
+    return loaded
+
+
+def _rows(results: Mapping[str, list[dict[str, Any]]], measure: str, *, lower: bool) -> dict[str, dict[str, Any]]:
+    """The rows of the variants by name, with what else is known of their runs."""
+    values = {name: [_value(result, measure) for result in runs] for name, runs in results.items()}
+    found = {row.name: row._asdict() | _run_facts(results[row.name]) for row in rows(values, lower=lower)}
+    return {name: {key: part for key, part in row.items() if key != "name"} for name, row in found.items()}
 
 
 def lower_is_better(measure: str) -> bool:
@@ -153,8 +198,10 @@ def _planned(
     load: Load,
     equal: Literal["tokens", "time"],
     trained: Callable[[str, Experiment], dict[str, Any]],
+    rung: str,
 ) -> dict[str, Experiment]:
-    """The variants' experiments, with steps set so that tokens or time equal those of the first."""
+    """The variants' experiments, with steps set so that tokens or time equal those of the first. `rung` names the depth
+    of a ladder."""
     planned = {name: load(flags) for name, flags in variants.items()}
     speeds = dict.fromkeys(variants, 1.0)
     if equal == "time":
@@ -162,7 +209,7 @@ def _planned(
             raise UserError("--equal=time needs a fixed number of steps: give --steps; stage rl is not supported")
         for name, e in planned.items():  # A variant that diverges in the trial is given the speed of the first.
             trial = dataclasses.replace(e, steps=TIMED_STEPS, eval_every=0, eval_rows=1)
-            speeds[name] = trained(f"speed/{name}", trial).get("tokens_per_second") or next(iter(speeds.values()))
+            speeds[name] = trained(f"speed/{name}{rung}", trial).get("tokens_per_second") or next(iter(speeds.values()))
     first = next(iter(variants))
     seconds = planned[first].steps * planned[first].batch_tokens / speeds[first]
     for name, e in planned.items():
@@ -223,39 +270,51 @@ def _run_facts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(
-    place: Path,
-    rows_by_name: Mapping[str, Mapping[str, Any]],
-    variants: Mapping[str, list[str]],
-    seeds: Sequence[int],
-    measure: str,
-    log: Log,
-) -> Path:
-    """Writes compare.md and compare.png; returns the path of compare.md."""
-    first = next(iter(variants))
+def _model_facts(e: Experiment) -> dict[str, Any]:
+    """Training FLOPs, parameters, and bytes of the cache in bfloat16 per token of a row."""
+    length = e.data.row_length
+    return {
+        "flops": flops_per_token(e.model, length)["total"] * e.steps * e.batch_tokens,
+        "parameters": parameter_counts(e.model)["total"],
+        "cache_bytes_per_token": round(cache_bytes(e.model, length)["total"] / length),
+    }
+
+
+def _table(rows_by_name: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:
+    """The lines of the table of variants, and why any diverged."""
     columns = (*(f"seed {seed}" for seed in seeds), "mean", "difference", "95% interval", "verdict")
     columns = ("variant", *columns, "steps", "tokens", "tokens per second", "unstable steps")
     table = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, row in rows_by_name.items():
-        cells = ["diverged" if x is None else f"{x:.4f}" for x in row["values"]]
-        cells.append("" if row["mean"] is None else f"{row['mean']:.4f}")
-        cells.append("" if row["difference"] is None else f"{row['difference']:+.4f}")
-        cells.append("" if row["interval"] is None else "{:+.4f} to {:+.4f}".format(*row["interval"]))
         numbers = (row[key] for key in ("steps", "tokens", "tokens_per_second", "unstable_steps"))
-        cells += [row["verdict"], *("" if number is None else f"{number:,}" for number in numbers)]
+        cells = [*ladder.cells(row), row["verdict"], *("" if n is None else f"{n:,}" for n in numbers)]
         table.append(f"| {name} | {' | '.join(cells)} |")
+    diverged = [f"- {name} diverged: {row['diverged']}" for name, row in rows_by_name.items() if row["diverged"]]
+    return [*table, *(["", *diverged] if diverged else [])]
+
+
+def _draw_curves(place: Path, seeds: Sequence[int], names: Iterable[str], out: Path) -> None:
+    """The training curves of all runs, a colour per variant."""
+    files = {name: [f for s in seeds for f in place.glob(f"{name}/seed{s}/*/metrics.jsonl")] for name in names}
+    draw_groups({name: [read_run(file.parent) for file in own] for name, own in files.items()}, out)
+
+
+def _write(
+    place: Path,
+    table: Sequence[str],
+    variants: Mapping[str, list[str]],
+    measure: str,
+    draw: Callable[[Path], None],
+    log: Log,
+) -> Path:
+    """Writes compare.md and compare.png; returns the path of compare.md."""
     notes = [f"- {name}: `{shlex.join(flags)}`" if flags else f"- {name}: no flags" for name, flags in variants.items()]
-    notes += [f"- {name} diverged: {row['diverged']}" for name, row in rows_by_name.items() if row["diverged"]]
-    heading = f"{measure}. Differences are to {first}, seed by seed."
+    heading = f"{measure}. Differences are to {next(iter(variants))}, seed by seed."
     lines = [f"# {place.name}", "", heading, "", *table, "", *notes, ""]
     log("\n".join(lines))
-    curves = {
-        name: [read_run(file.parent) for seed in seeds for file in place.glob(f"{name}/seed{seed}/*/metrics.jsonl")]
-        for name in variants
-    }
     try:
-        draw_groups(curves, place / "compare.png")
-        lines.append("![curves of the variants](compare.png)")
+        draw(place / "compare.png")
+        lines.append("![the variants](compare.png)")
     except UserError as error:
         log(f"no picture: {error}")
         lines.append(f"No picture: {error}.")

@@ -1,8 +1,9 @@
 """Compares variants: python -m launch.compare --config=configs/tiny.py --variants "base:" "deep: --depth=4"
 
 Trains every variant with every seed, on the same rows, for as many tokens as the first one (or as long, with
---equal=time). Writes a table of paired differences with 95 percent intervals and curves to runs/NAME/compare.md. Other
-options are those of launch.train and apply to every variant. Run the same command again to resume.
+--equal=time), with --ladder at several depths, to compare them at equal FLOPs too. Writes a table of paired differences
+with 95 percent intervals and curves to runs/NAME/compare.md. Other options are those of launch.train and apply to every
+variant. Run the same command again to resume.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,22 +24,29 @@ class Compare:
     equal: Literal["tokens", "time"] = "tokens"
     """Give each variant as many tokens, or as much time, as the first; not to one with its own --steps."""
     measure: str = "val_bpb"  # Name of the number to compare, from the last line of launch.train.
+    ladder: tuple[int, ...] = ()
+    """Depths of the dial at which each variant is trained; its compute multiplier is read off the first one's curve."""
+
+    def __post_init__(self) -> None:
+        if self.ladder and (min(self.ladder) < 1 or len(set(self.ladder)) < max(len(self.ladder), 2)):
+            raise ValueError(f"ladder={self.ladder} must have at least two different depths, each at least 1")
 
 
 def main(argv: list[str]) -> Mapping[str, object] | None:
     options, rest = command_line.parse_known(Compare, argv, description=__doc__)
-    if any(word.partition("=")[0] == "--seed" for word in rest):
-        raise errors.UserError("every variant is trained with each of --seeds; leave --seed out")
+    for name, many in (("--seed", "--seeds"), *([("--depth", "--ladder")] if options.ladder else [])):
+        if any(word.partition("=")[0] == name for word in rest):
+            raise errors.UserError(f"every variant is trained with each of {many}; leave {name} out")
 
     def load(flags: Sequence[str]) -> Experiment:
         return command_line.load(["--name=compare", *rest, *flags])
 
     from jaxchat import comparison, compilation, processes
 
-    variants = comparison.read_variants(options.variants, load)
+    variants = comparison.read_variants(options.variants, load, options.ladder)
     with processes.joined():
         compilation.prepare_backend(load([]))
-        how = {"seeds": options.seeds, "equal": options.equal, "measure": options.measure}
+        how = {"seeds": options.seeds, "equal": options.equal, "measure": options.measure, "depths": options.ladder}
         result = comparison.run(variants, load, **how, log=launcher.log)
         return processes.from_first(result)
 

@@ -111,13 +111,18 @@ def draw_groups(groups: Mapping[str, Sequence[Run]], out: Path, *, title: str = 
     if len(groups) > 1:
         figure.legend(handles.values(), handles, loc="outside lower center", fontsize="small")
     figure.suptitle(title or (next(iter(groups)) if len(groups) == 1 else ""))
+    save(figure, out)
+
+
+def save(figure: Any, out: Path) -> None:
+    """Writes a figure of pyplot to a file and closes it; raises `UserError` if the file cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): set another --out") from None
     finally:
-        pyplot.close(figure)
+        drawing().close(figure)
 
 
 def _panel(axis: Any, groups: Mapping[str, Sequence[Run]], stage: str, name: str) -> None:
