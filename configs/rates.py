@@ -104,12 +104,14 @@ def fitted(base: Optimizer, model: Model) -> Optimizer:
     """The optimizer of the depth's default for the architecture of another family.
 
     Gains and biases get the rate of nanochat's factors of the residual stream, which are numbers around 1 as gains are:
-    its rate of scalars, 0.2 in July, is for two numbers and would double a gain in five steps. They do not decay. A
-    tied embedding begins small, so that logits do, and gets a tenth of the head's rates, about GPT-2's own at depth 12.
+    its rate of scalars, 0.2 in July, is for two numbers and would double a gain in five steps. They do not decay.
+    Without a softcap, which bounds what a step does to the logits, the head gets a tenth of its rate, which is about
+    GPT-2's at depth 12. A tied embedding has the head's.
     """
     gains = dataclasses.replace(base.resid_scale, weight_decay=0.0)
-    tied = dataclasses.replace(base.head, learning_rate=base.head.learning_rate / 10)
-    return dataclasses.replace(base, scalars=gains, embed=tied if model.tied else base.embed)
+    slow = dataclasses.replace(base.head, learning_rate=base.head.learning_rate / 10)
+    head = slow if model.softcap is None else base.head
+    return dataclasses.replace(base, scalars=gains, head=head, embed=head if model.tied else base.embed)
 
 
 JULY2026 = Rates(_july2026)

@@ -55,11 +55,12 @@ def test_gains_move_as_slowly_as_nanochats_factors_of_the_residual_stream(name):
     for config in (tiny, d12):
         default, own = (experiment(config, family).optimizer for family in ("auto", name))
         assert own.scalars == dataclasses.replace(default.resid_scale, weight_decay=0.0)
-        tied = experiment(config, name).model.tied
+        model = experiment(config, name).model
         changed = {field for field, value in vars(own).items() if value != getattr(default, field)}
-        assert changed <= {"scalars", "embed"}
-        slow = dataclasses.replace(default.head, learning_rate=default.head.learning_rate / 10)
-        assert own.embed == (slow if tied else default.embed)
+        assert changed <= {"scalars", "head", "embed"}
+        assert model.softcap is None  # So the head is slow.
+        assert own.head == dataclasses.replace(default.head, learning_rate=default.head.learning_rate / 10)
+        assert own.embed == (own.head if model.tied else default.embed)
 
 
 def test_gpt2_has_its_parts():

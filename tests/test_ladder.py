@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from test_compare import flags, trained
 
 import launch.compare
-from jaxchat import ladder, serialization, stages
+from jaxchat import comparison, ladder, serialization, stages
 from jaxchat.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -85,10 +86,8 @@ def test_a_ladder_is_trained_seed_by_seed_resumed_and_reported(tmp_path, monkeyp
     def run(e):
         ran.append(e.name.removeprefix("compare/"))
         result = trained(e)
-        flops = ladder_facts(e)["flops"] * (2 if "half" in e.name else 1)
+        flops = comparison._model_facts(e)["flops"] * (2 if "half" in e.name else 1)
         return result | {"val_bpb": law(flops) * (1 + 0.01 * e.seed)}
-
-    from jaxchat.comparison import _model_facts as ladder_facts
 
     monkeypatch.setattr(stages, "run", run)
     argv = ladder_flags(tmp_path, "base:", "half: --model.mlp=swiglu")
@@ -136,3 +135,13 @@ def test_a_ladder_is_really_trained(tmp_path, monkeypatch):
     base, fast = (found["variants"][name] for name in ("base", "fast"))
     assert base[2]["flops"] > base[1]["flops"] == fast[1]["flops"]
     assert base[1]["values"] != fast[1]["values"] and fast[1]["interval"] is None
+
+
+@pytest.mark.slow
+def test_the_variants_of_the_documented_comparison_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = (ROOT / "docs/architectures.md").read_text().split("```")[1]
+    words = shlex.split(command.replace("\\\n", " "))
+    monkeypatch.setattr(comparison, "run", lambda variants, load, **how: {"variants": variants, "how": how})
+    found = launch.compare.main(words[words.index("-m") + 2 :])
+    assert found["how"]["depths"] == (2, 3, 4) and len(found["variants"]) > 20

@@ -33,7 +33,7 @@ def paths_in_tree() -> set[str]:
 
 
 def test_every_configuration_is_in_the_table():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "recipe", "own_data"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text()}
     assert {name for name, _ in TABLE} == files
 
 
