@@ -69,9 +69,8 @@ def read_variants(given: Sequence[str], load: Load, depths: Sequence[int] = ()) 
                 own = (*OWN, "depth") if depths else OWN
                 if flag.removeprefix("--").partition("=")[0] in (*own, "help") or flag == "-h":
                     raise UserError(f"{flag} cannot differ between variants: leave it out")
-            load(variants[name])
-            for depth in depths:
-                _at(depth, load)(variants[name])
+            for at in [_at(depth, load) for depth in depths] or [load]:
+                at(variants[name])
         except (UserError, ValueError) as error:
             raise UserError(f"variant {name!r}: {error}") from None
     return variants

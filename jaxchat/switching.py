@@ -183,7 +183,7 @@ def _words(argv: Sequence[str]) -> tuple[list[str], list[Word]]:
         if text.startswith("--"):
             name, equals, value = text[2:].partition("=")
             words.append(Word(name.replace("-", "_"), value if equals else None, ()))
-        elif words:
+        elif words and text != "-h":
             words[-1] = words[-1]._replace(following=(*words[-1].following, text))
         else:
             before.append(text)
