@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a room imports from its own level and from those before.
 LEVELS = (
-    ("errors", "paths", "serialization", "upgrades", "optimizer", "launcher", "command_line", "switching"),
-    ("signals", "machine"),
+    ("errors", "paths", "serialization", "switching"),
+    ("upgrades", "optimizer", "launcher", "command_line", "signals", "machine"),
     ("sandbox", "tokenizer", "xla"),
     ("data", "tasks"),
     ("model", "optim", "metrics", "devices", "sharding", "processes", "unnamed_owners", "integrity"),
