@@ -102,12 +102,12 @@ def joined(
     def row(depth: int, name: str) -> dict[str, Any]:
         own = {**tables[depth][name], **facts[depth][name]}
         found = None if name == base else multiplier(curves, own["flops"], own["values"], lower=lower)
-        verdict = own["verdict"] if name == base or None in own["values"] else "undecided"
+        verdict = "undecided" if found is None else found.verdict
         return own | {
             "multiplier": None if found is None else found.factor,
             "multiplier_interval": None if found is None else found.interval,
             "extrapolated": found is not None and found.extrapolated,
-            "verdict_at_equal_flops": verdict if found is None else found.verdict,
+            "verdict_at_equal_flops": own["verdict"] if name == base or None in own["values"] else verdict,
             "noise": noise(curves, own["values"], lower=lower) if name == base else None,
         }
 
