@@ -35,6 +35,7 @@ class Bench:
     samples: int = 16  # rl, gpu, tpu: answers to each problem.
     slots: int = 64  # rl, evaluate, gpu, tpu: answers decoded at once.
     checkpoint: str = ""  # evaluate, serve: such as runs/d4/pretrain.
+    quick: bool = False  # serve: few requests, once each, to see that everything runs.
     tasks: tuple[str, ...] = ()  # evaluate: as for launch.evaluate, except bits per byte.
     limit: int = 50  # evaluate: questions or problems of each task.
     max_tokens: int = 64  # evaluate: longest answer to a problem.

@@ -1,7 +1,8 @@
 """launch.serve under load, beside the engine alone in the same run; the server and its clients are two processes.
 
-Speed: streams of one client and of many, which decode greedily to their length. Meanwhile /health is asked. Answers:
-seeded requests together and alone. Leaving: many requests, a tenth of whose clients leave at random.
+Streams: greedy answers to one client and to many at once, with the seconds to the first token of each and those of
+/health meanwhile. Seeded: the same requests all at once and one at a time. Leaving: many requests, a tenth of whose
+clients leave at random moments, and what the server holds afterwards.
 """
 
 import asyncio
@@ -29,43 +30,51 @@ from jaxchat.launcher import log
 from jaxchat.loading import load_engine
 
 STREAMS, SEEDED, LEAVING = 32, 200, 1000
+QUICK = 4, 8, 40  # The same with --quick.
 ANSWER = 32  # Tokens of a seeded answer.
 EXACT = {"add_special_tokens": False}  # The prompt as it is.
 
 
 def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
-    """Tokens per second of server and engine with one and with many streams, and what else is to be shown."""
+    """Tokens per second of server and engine with one and with many streams, and the other measurements.
+
+    The result has a row per number of streams (`ratio` is server to engine; quantiles of `first_token_seconds` and
+    `health_seconds`), `seeded` (one compiled shape) and `seeded_with_adapt`, `leaving`, and the seconds from the start
+    of the process until it is ready, with and without compilation."""
     if not bench.checkpoint or arguments:
         raise UserError("name a checkpoint alone: --checkpoint=runs/tiny/rl")
-    engine = load_engine(bench.checkpoint, slots=STREAMS, adapt=True)
+    streams, seeded, leaving = QUICK if bench.quick else (STREAMS, SEEDED, LEAVING)
+    engine = load_engine(bench.checkpoint, slots=streams, adapt=True)
     length = engine.shape.length // 2
     generator = np.random.default_rng(0)
-    prompts = generator.integers(10, engine.transformer.config.vocab, (SEEDED, 32)).tolist()
+    prompts = generator.integers(10, engine.transformer.config.vocab, (seeded, 32)).tolist()
     params = SamplingParams(0.0, max_tokens=length, ignore_end=True)
     body = {"temperature": 0, "max_tokens": length, "ignore_eos": True, "stream": True}
     row: dict[str, Any] = {}
-    with _serving(bench.checkpoint, f"--slots={STREAMS}", "--adapt", "--queue=2000", "--warm=False") as (port, pid, _):
-        for count in (1, STREAMS):
+    with _serving(bench.checkpoint, f"--slots={streams}", "--adapt", "--queue=2000", "--warm=False") as (port, pid, _):
+        for count in (1, streams):
             bodies = [body | EXACT | {"prompt": prompt} for prompt in prompts[:count]]
             requests = [Request(prompt, params) for prompt in prompts[:count]]
             sides: dict[str, Callable[[], Any]] = {
                 "engine": partial(engine.generate, requests),
                 "server": lambda bodies=bodies: asyncio.run(_watched(port, bodies)),  # type: ignore[misc]
             }
-            for side in sides.values():
+            for side in [*sides.values()] * 2:  # The second call meets caches that the first one left.
                 side()
-            seconds, found = timing.alternate(sides, bench.repeats, 0.2)
+            seconds, found = timing.alternate(sides, 1 if bench.quick else bench.repeats, 0.2)
             speeds = {name: count * length / value for name, value in seconds.items()}
             row[f"streams_{count}"] = {"ratio": speeds["server"] / speeds["engine"], **speeds} | _quantiles(
                 {name: [x for one in found["server"] for x in one[name]] for name in found["server"][0]}
             )
             log(f"{count} streams: {row[f'streams_{count}']}")
         row["seeded_with_adapt"] = asyncio.run(_seeded(port, prompts, engine))
-        row["leaving"] = asyncio.run(_leaving(port, prompts, pid))
+        row["leaving"] = asyncio.run(_leaving(port, prompts, pid, leaving, engine.shape.length))
         log(f"{row['seeded_with_adapt']} {row['leaving']}")
     for name in ("first_ready_seconds", "ready_seconds"):  # The second start finds its programs compiled.
         with _serving(bench.checkpoint, "--queue=2000") as (port, _, row[name]):
-            row["seeded"] = asyncio.run(_seeded(port, prompts, engine)) if name == "ready_seconds" else None
+            if name == "ready_seconds":
+                row["seeded"] = asyncio.run(_seeded(port, prompts, engine))
+        log(f"{name}: {row[name]:.1f}")
     return row | report.surroundings(bench)
 
 
@@ -137,53 +146,60 @@ async def _watched(port: int, bodies: Sequence[Any]) -> dict[str, list[float]]:
 async def _seeded(port: int, prompts: Sequence[Any], engine: Engine) -> dict[str, Any]:
     """How many seeded answers differ when they are asked for one at a time and all at once.
 
-    Also the largest gap between the two tokens at which an answer first differs: of their logits plus the sampling
-    noise. A gap of rounding size shows a tie."""
-    bodies = [{"prompt": prompt, "seed": i, "max_tokens": ANSWER} | EXACT for i, prompt in enumerate(prompts)]
+    Also the largest `gap` of those that differ. One of rounding size shows a tie of floats."""
+    bodies = [
+        {"prompt": prompt, "seed": i, "max_tokens": ANSWER, "logprobs": 0} | EXACT for i, prompt in enumerate(prompts)
+    ]
 
-    def text(answer: tuple[float, bytes]) -> str:
-        return json.loads(answer[1][answer[1].index(b"{") : answer[1].rindex(b"}") + 1])["choices"][0]["text"]
+    def tokens(answer: tuple[float, bytes]) -> list[str]:
+        """Their texts, or bytes where they are no text. The token that ends an answer is not among them."""
+        body = json.loads(answer[1][answer[1].index(b"{") : answer[1].rindex(b"}") + 1])
+        return list(body["choices"][0]["logprobs"]["tokens"])
 
-    together = [text(one) for one in await asyncio.gather(*(_ask(port, "/v1/completions", body) for body in bodies))]
-    solo = [text(await _ask(port, "/v1/completions", body)) for body in bodies]
+    together = [tokens(one) for one in await asyncio.gather(*(_ask(port, "/v1/completions", body) for body in bodies))]
+    solo = [tokens(await _ask(port, "/v1/completions", body)) for body in bodies]
     gaps = [
-        _gap(engine, prompts[seed], seed, one[: common(one, other)])
+        gap(engine, prompts[seed], seed, common(one, other))
         for seed, (one, other) in enumerate(zip(together, solo))
         if one != other
     ]
     return {"count": len(bodies), "different": len(gaps), "largest_gap": max(gaps, default=0.0)}
 
 
-def _gap(engine: Engine, prompt: Sequence[int], seed: int, same: str) -> float:
-    """By how much the best token was ahead of the second at the first one that is not within the text `same`."""
+def gap(engine: Engine, prompt: Sequence[int], seed: int, place: int) -> float:
+    """By how much token number `place` of a seeded answer was ahead of the next best one when it was sampled: in nats,
+    logits plus Gumbel noise."""
     params = SamplingParams(1.0, max_tokens=ANSWER, seed=seed)
     tokens = engine.generate([Request(prompt, params)])[0][0].tokens
-    texts = [engine.tokenizer.decode_bytes(tokens[: n + 1]) for n in range(len(tokens))]
-    count = next((n for n, text in enumerate(texts) if not same.encode().startswith(text)), 0)
-    ids = [*prompt, *tokens[:count]]
+    place = min(place, len(tokens) - 1)  # Of an answer that ended where the other went on.
+    ids = [*prompt, *tokens[:place]]
     logits_V = engine.forward(ids)[-1]
     uniform_V = np.asarray(noise(pack([(params, 0)]), jnp.array([len(ids) - 1]), len(logits_V)))[0]
-    second, first = np.sort(logits_V - np.log(-np.log(uniform_V)))[-2:]
-    return float(first - second)
+    noisy_V = logits_V - np.log(-np.log(uniform_V))
+    return float(noisy_V[tokens[place]] - np.delete(noisy_V, tokens[place]).max())
 
 
-async def _leaving(port: int, prompts: Sequence[Any], pid: int) -> dict[str, Any]:
-    """Many requests, streamed and not, a tenth of which are left; what the server still holds afterwards."""
+async def _leaving(port: int, prompts: Sequence[Any], pid: int, count: int, context: int) -> dict[str, Any]:
+    """Requests with short and long prompts, streamed and not; the clients of a tenth leave, while they wait, while
+    their prompt is read, or later. What the server holds before, afterwards, and after as many again."""
     chance, gate = random.Random(0), asyncio.Semaphore(2 * STREAMS)
+    longest, left = (context - ANSWER) // 32, 0
 
     async def one(number: int) -> None:
+        nonlocal left
         leave = chance.uniform(0, 0.5) if chance.random() < 0.1 else None
-        body = {"prompt": prompts[number % len(prompts)], "max_tokens": 32, "stream": bool(number % 2)}
+        prompt = prompts[number % len(prompts)] * chance.choice((1, longest))
         async with gate:
-            await _ask(port, "/v1/completions", body, leave)
+            body = {"prompt": prompt, "max_tokens": ANSWER, "stream": bool(number % 2)} | EXACT
+            _, answer = await _ask(port, "/v1/completions", body, leave)
+            left += not answer
 
-    before = await _held(port, pid)
-    await asyncio.gather(*map(one, range(LEAVING)))
-    await asyncio.sleep(1)
-    middle = await _held(port, pid)
-    await asyncio.gather(*map(one, range(LEAVING)))
-    await asyncio.sleep(1)
-    return {"requests": LEAVING, "before": before, "after": middle, "after_as_many_again": await _held(port, pid)}
+    held = {"before": await _held(port, pid)}
+    for name in ("after", "after_as_many_again"):
+        await asyncio.gather(*map(one, range(count)))
+        await asyncio.sleep(1)
+        held[name] = await _held(port, pid)
+    return {"requests": 2 * count, "left": left, **held}
 
 
 async def _held(port: int, pid: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 train, decode and rl take the October 2025 family with random weights, unless the command names another --family.
 decode: --batch_sizes, with and without the cache, speculation. rl: rollouts together, a prompt and a sample at a time.
 evaluate: --checkpoint=runs/d4/pretrain --tasks core:DIRECTORY, all questions and problems together and one at a time.
-serve: --checkpoint=runs/tiny/rl, the server under load from another process.
+serve: --checkpoint=runs/tiny/rl, the server under load from another process; --quick with few requests.
 gpu, tpu: everything worth measuring there within --budget_s=540, into --out=bench_gpu.json: train, attention, loss,
 decode, rl, peer, sweep; or some of it with --only=train,decode
 """
