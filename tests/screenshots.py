@@ -73,7 +73,7 @@ def draw(browser: Any, url: str, name: str, directory: Path) -> None:
     size = {"width": width, "height": height}
     context = browser.new_context(viewport=size, color_scheme=scheme, device_scale_factor=1.25)
     page = context.new_page()
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(600_000)
     page.goto(url)
     page.locator("#presets button").first.wait_for(state="attached")
     play(page)

@@ -274,7 +274,7 @@ def test_failures_are_sentences_with_a_retry(page: Any, live: Live, monkeypatch:
     monkeypatch.setitem(state, "rates", Rates(1))
     live.app.state.rates.take("127.0.0.1")
     send(page, "Hello?")
-    assert failure.inner_text().startswith("Too fast: more than 1 requests a minute.")
+    assert failure.inner_text().startswith("Too fast: more than 1 requests per minute from one client.")
     monkeypatch.setitem(state, "rates", Rates(0))
     monkeypatch.setitem(state, "draining", True)
     page.get_by_role("button", name="Try again").click()

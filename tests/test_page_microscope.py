@@ -200,6 +200,17 @@ def test_attention_lens_embedding_merges_and_cache(page: Any, live: Live) -> Non
     assert sizes == pytest.approx([size / 1024 for size in grown["bytes"]], abs=0.051)
 
 
+def test_the_lens_of_the_last_token_is_in_view_on_a_phone(page: Any) -> None:
+    from playwright.sync_api import expect
+
+    page.set_viewport_size({"width": 390, "height": 1400})
+    first = show(page, "lens", len(ids()) - 1).locator("tbody tr").first
+    expect(first.locator("td").last).to_be_in_viewport(ratio=0.9)
+    expect(first.locator("th")).to_be_in_viewport(ratio=0.9)
+    expect(first.locator("td").first).not_to_be_in_viewport()
+    page.set_viewport_size({"width": 1300, "height": 900})
+
+
 def test_the_slider_over_checkpoints_shows_each_ones_answer_and_losses(page: Any, run: str) -> None:
     place = show(page, "checkpoints", len(ids()))
     place.locator("tbody th").get_by_text("20", exact=True).wait_for()

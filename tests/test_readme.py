@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from attacks import ATTACKS
 
+from jaxchat import command_line
 from jaxchat.experiment import RESUMABLE
 from jaxchat.model.counts import parameter_counts
+from launch import serve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,6 +61,17 @@ def test_commands_name_what_exists():
     configs = set(re.findall(r"--config=(configs/\w+\.py)", README))
     assert modules and configs
     assert [path for path in [*(f"launch/{name}.py" for name in modules), *configs] if not (ROOT / path).exists()] == []
+
+
+def test_two_commands_lead_to_a_page_in_the_browser():
+    """The second serves the run that the first trains, at the address that the text names."""
+    first, second, address = re.search(
+        r"```\n(pip install .*?launch\.speedrun.*)\n(python -m launch\.serve.*)\n```\n\n.*?(http://[\d.:]+)", README
+    ).groups()
+    config = command_line.load(first.split("launch.speedrun")[1].split())
+    asked = command_line.parse(serve.Serve, second.split("launch.serve")[1].split())
+    assert asked.checkpoint == (f"{config.directory}/{config.name}",)
+    assert address == f"http://{asked.host}:{asked.port}"
 
 
 def test_every_field_that_may_differ_is_listed_and_no_other():

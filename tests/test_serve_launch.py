@@ -120,7 +120,7 @@ def test_sigterm_loses_no_answer_under_way_and_refuses_what_comes(run: str) -> N
             assert reasons[-1] == "length"
         out, err = finish(process)
         assert json.loads(out.splitlines()[-1])["answers"] == 1
-        assert "finishing what is under way" in err
+        assert "finishing the answers under way" in err
     finally:
         process.kill()
 

@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
         self.should_exit, self.force_exit = True, self.should_exit
         self._app.state.draining = True
         if not self.force_exit:
-            log(f"{signal.Signals(sig).name}: finishing what is under way, for {self._drain_seconds:g} s at most")
+            log(f"{signal.Signals(sig).name}: finishing the answers under way, for at most {self._drain_seconds:g} s")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = time.monotonic() + self._drain_seconds
@@ -139,7 +139,8 @@ def run(options: Any) -> dict[str, object]:
     _log_lines()
     server = create_server(app, log_config=None)
     host, port = listening.getsockname()[:2]
-    log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {', '.join(models)}; Ctrl-C ends")
+    named = f"{app.state.models.default} by default, one of {len(models)} models"
+    log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {named}; Ctrl-C stops the server")
     start = time.time()
     server.run(sockets=[listening])
     return {"answers": app.state.metrics.ended, "seconds": round(time.time() - start, 1)}

@@ -98,7 +98,7 @@ async def start_chat(state: Any, stack: ExitStack, body: protocol.Chat) -> Runni
     length = engine.shape.length
     most = min(body.max_completion_tokens or body.max_tokens or length, length) - len(begun)
     if most < 1:
-        raise ApiError(400, f"max_tokens must be more than the {len(begun)} that begin the call", param="max_tokens")
+        raise ApiError(400, f"max_tokens must be more than the {len(begun)} that begin a call", param="max_tokens")
     request = decode.Request(
         prompt + begun,
         body.params(seed=reply.seed, max_tokens=most),
@@ -117,7 +117,7 @@ async def start_completion(state: Any, stack: ExitStack, body: protocol.Completi
     """Submits the prompts, and scores them if they are to be echoed with log-probabilities."""
     body.check()
     model = await state.models.use(body.model, stack)
-    n, engine = body.n or 1, model.engine
+    n, engine, bos = body.n or 1, model.engine, model.engine.tokenizer.bos
     most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     prompts = await asyncio.to_thread(body.prompts, engine.tokenizer)
     if len(prompts) * n > protocol.MOST_PROMPTS:
@@ -127,7 +127,8 @@ async def start_completion(state: Any, stack: ExitStack, body: protocol.Completi
     params = body.params(seed=reply.seed, max_tokens=max(1, min(most, engine.shape.length)))
     running = Running(state, stack, model, reply)
     for number, prompt in enumerate(prompts):
-        ids = engine.check(body.first_tokens(prompt, engine.tokenizer) + prompt, room=min(1, most))
+        added = [] if body.add_special_tokens is False or prompt[:1] == [bos] else [bos]
+        ids = engine.check(added + prompt, room=min(1, most))
         scores: list[decode.Token] = []
         if body.echo and body.logprobs is not None:
             scored = await model.worker.call(lambda ids=ids: engine.score(ids))

@@ -162,12 +162,16 @@ VIEWS: Mapping[str, Callable[..., Any]] = {
 ASKING = (losses, candidates, attention, lens)  # Those that run the model, in the thread of its engine.
 
 
-def _add(router: APIRouter, name: str, view: Callable[..., Any], running: set[Request]) -> None:
-    """Adds the route of a view; `running` holds the requests under way, of all views."""
+router = APIRouter()
+running: set[Request] = set()  # Requests under way, of all views.
+
+
+def _add(name: str, view: Callable[..., Any]) -> None:
+    """Adds the route of a view."""
 
     async def answer(body: Any, request: Request) -> Response:
         if len(running) >= MOST_RUNNING:
-            raise ApiError(429, f"{len(running)} looks are under way already", code="queue_full", retry_after=1)
+            raise ApiError(429, f"{len(running)} requests to /inspect are under way", code="queue_full", retry_after=1)
         running.add(request)
         try:
             with ExitStack() as stack:
@@ -188,11 +192,5 @@ def _add(router: APIRouter, name: str, view: Callable[..., Any], running: set[Re
     router.post(f"/inspect/{name}", name=f"inspect_{name}")(answer)
 
 
-def _routes() -> APIRouter:
-    router, running = APIRouter(), set[Request]()
-    for name, view in VIEWS.items():
-        _add(router, name, view, running)
-    return router
-
-
-router = _routes()
+for _name, _view_of in VIEWS.items():
+    _add(_name, _view_of)

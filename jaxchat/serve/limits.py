@@ -69,7 +69,7 @@ class Rates:
         while len(self._buckets) > MOST_CLIENTS:
             self._buckets.popitem(last=False)
         if left < 1:
-            message = f"more than {self._per_minute} requests a minute"
+            message = f"more than {self._per_minute} requests per minute from one client"
             wait = 1 + int((1 - left) * 60 / self._per_minute)
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
 
@@ -108,11 +108,12 @@ class Guard:
         path, host = scope["path"], _split(f"//{headers.get('host', '')}").hostname or ""
         if is_loopback(self._options.host) and not self._options.api_key and not is_loopback(host):
             # The name of another page may have been pointed at this machine.
-            raise ApiError(403, f"the host {host} is not allowed: open http://127.0.0.1", code="host_not_allowed")
+            raise ApiError(403, f"the host {host} is refused without a key: open 127.0.0.1", code="host_not_allowed")
         if path not in OPEN and not self._knows_key(headers.get("authorization", "")):
-            raise ApiError(401, "this server needs its API key: Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(401, "this server needs a key: send Authorization: Bearer KEY", code="invalid_api_key")
         if scope["type"] == "websocket" and not self._same_origin(headers):
-            raise ApiError(403, f"a WebSocket of {headers.get('origin')} is not allowed", code="origin_not_allowed")
+            message = f"pages of {headers.get('origin')} may not open a WebSocket: set --allow_origins"
+            raise ApiError(403, message, code="origin_not_allowed")
         if path in UNLIMITED:
             return
         if self._state.draining:
@@ -168,7 +169,7 @@ class Guard:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, message, and the fields of a request."""
+    """One JSON object per line: time, level, message, and the fields of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}

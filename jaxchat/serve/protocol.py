@@ -5,7 +5,6 @@ but that mean nothing here are listed, and may only have the value that changes 
 """
 
 import json
-import secrets
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal
 
@@ -102,11 +101,6 @@ class Sampling(Filters):
             raise ApiError(400, "stream_options needs stream to be true", param="stream_options")
 
     @property
-    def chosen_seed(self) -> int:
-        """The seed, or a fresh one of 32 bits, which every JSON reader keeps exact."""
-        return secrets.randbits(32) if self.seed is None else self.seed
-
-    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -136,10 +130,6 @@ class Completion(Sampling):
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
         return [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in given]
-
-    def first_tokens(self, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
-        """What is put before a prompt."""
-        return [] if self.add_special_tokens is False or prompt[:1] == [tokenizer.bos] else [tokenizer.bos]
 
 
 class Function(Body):

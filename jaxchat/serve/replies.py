@@ -100,7 +100,9 @@ class Reply:
     kind, prefix, split = "", "", False
 
     def __init__(self, model: Model, body: Any, *, count: int, prompt_tokens: int = 0) -> None:
-        self.tokenizer, self.body, self.seed = model.loaded.tokenizer, body, body.chosen_seed
+        self.tokenizer, self.body = model.loaded.tokenizer, body
+        # 32 bits, because not every JSON reader keeps more than 53 exact.
+        self.seed = secrets.randbits(32) if body.seed is None else body.seed
         self.logprobs = body.logprobs is not None and body.logprobs is not False  # 0 is a number of top ones.
         parts = [Parts(self.tokenizer, body.stops, split=self.split) for _ in range(count)]
         self.choices = [Choice(i, pieces, prompt_tokens) for i, pieces in enumerate(parts)]

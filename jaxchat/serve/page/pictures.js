@@ -110,7 +110,7 @@ export function scatter(name, points, marked, tell) {
   };
   const word = ({ at: [left, top], name: said }, style = "word") => svg("text", {
     x: left + (left > width - 90 ? -7 : 7), y: top + 4, "text-anchor": left > width - 90 ? "end" : "start",
-    "font-size": 12, class: style,
+    "font-size": 16, class: style,
   }, label(said, 14));
   const [named, near] = [placed.filter(marked), svg("g")];
   const words = named.slice(0, 60).map((one) => word(one));

@@ -113,7 +113,9 @@ async function lens() {
   const heads = rows[0].map((_, i) => `${start + i} ${label(scope.tokens[start + i].name, 10)}`);
   const shown = rows.map((cells, n) => [`${n} layer${n === 1 ? "" : "s"}`, ...cells.map(cell)]);
   const what = "What the model would say after each token if it ended after so many layers. The top row is the model.";
-  return [note(what), ...notes, table("Logit lens", ["After", ...heads], shown.reverse())];
+  const box = table("Logit lens", ["After", ...heads], shown.reverse()), chosen = shown[0][row - start + 1];
+  setTimeout(() => (box.scrollLeft = chosen.offsetLeft - box.clientWidth / 2)); // Once it is in the page.
+  return [note(what), ...notes, box];
 }
 
 async function embedding() {
@@ -166,7 +168,7 @@ async function cache() {
   const { lengths, layers, bytes } = await ask("cache"), most = bytes.at(-1), mine = scope.tokens.length;
   const size = (n) => `${(n / 1024).toLocaleString("en", { maximumFractionDigits: 1 })} KiB`;
   const windows = [...new Set(layers.map(({ window }) => window))];
-  const kinds = windows.map((window) => layers.filter((layer) => layer.window === window));
+  const kinds = windows.length > 1 ? windows.map((window) => layers.filter((layer) => layer.window === window)) : [];
   const heads = kinds.map(({ length }, i) => {
     const window = windows[i] === null ? "without a window" : `with a window of ${windows[i]}`;
     return `${length} layer${length === 1 ? "" : "s"} ${window}`;
@@ -177,8 +179,8 @@ async function cache() {
   });
   const fits = lengths.findIndex((length) => length >= mine);
   return [
-    note(`Keys and values of one answer by its number of tokens. This text has ${mine}. A layer with a window stops ` +
-      "growing once the window is full."),
+    note(`Keys and values of one answer by its number of tokens. This text has ${mine}. ` +
+      "The cache of a layer with a window stops growing once the window is full."),
     table("Bytes of the cache", ["Tokens", "All layers", ...heads], rows, (i) => i === fits),
   ];
 }
