@@ -27,7 +27,11 @@ from jaxchat.tokenizer.chat_format import NANOCHAT
 FEW, MANY = 64, 256  # Stored prefixes.
 # Random ids have no text.
 TOKENIZER: Any = SimpleNamespace(
-    bos=0, end=0, specials=dict.fromkeys(NANOCHAT.specials, -1), chat_format=NANOCHAT, decode_bytes=lambda ids: b""
+    bos=0,
+    ends={0},
+    specials=dict.fromkeys(NANOCHAT.specials, -1),
+    chat_format=NANOCHAT,
+    decode_bytes=lambda ids: b"",
 )
 
 

@@ -45,6 +45,10 @@ class Text:
         """Token ids of a document without BOS, and no loss mask, because every token is a target."""
         return Rendered(tokenizer.encode(text), [])
 
+    def answers(self, text: str) -> int:
+        """Number of answers in what `encode` takes."""
+        return 0
+
     def pack(self, block: Sequence[Any], row_length: int, rule: Rule, *, bos: int, dtype: np.dtype) -> Packed:
         """Rows (R, row_length + 1) of a block of (ids, loss mask) pairs that `encode` made."""
         return pack([ids for ids, _ in block], row_length, rule, bos=bos, dtype=dtype)
@@ -65,6 +69,9 @@ class Chat:
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer, everything: bool = False) -> Rendered:
         """Token ids and loss mask of messages that `read` returned; `everything`: of the user's too."""
         return chat.render(messages, tokenizer, everything=everything)
+
+    def answers(self, messages: Sequence[Message]) -> int:
+        return sum(message["role"] == "assistant" for message in messages)
 
     def examples(self, source: Source, reading: Reading, skip: Skip) -> Iterator[Example]:
         """Yields the conversations of one part of a source in a fixed order; calls `skip` for malformed ones."""

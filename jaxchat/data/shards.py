@@ -200,7 +200,6 @@ def _blocks(job: ShardJob, recipe: Recipe, tokenizer: Tokenizer, counts: Counts,
     """Yields blocks of (ids, loss mask) of documents or conversations to be packed together; updates `counts`."""
     data_format, dtype = FORMATS[recipe.form], token_dtype(tokenizer.vocab_size)
     everything = recipe.train_on == "everything"
-    answer = tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]
     block: list[Any] = []
     tokens = reported_bytes = 0
     reported = time.monotonic()
@@ -230,7 +229,7 @@ def _blocks(job: ShardJob, recipe: Recipe, tokenizer: Tokenizer, counts: Counts,
             for note in notes:
                 counts.notes[note] = counts.notes.get(note, 0) + 1
             counts.longest = max(counts.longest, len(ids))
-            counts.several += ids.count(answer) > 1
+            counts.several += data_format.answers(value) > 1
             block.append((np.array(ids, dtype), np.array(mask) if mask else None))
             tokens += len(ids)
             if tokens >= PACKED_TOKENS:

@@ -97,7 +97,7 @@ class Engine:
                 small = with_decoding(draft[0])
                 draft = small, programs.unstack(small, draft[1])
             self.slots = Slots(transformer, shape, speculation=speculation, draft=draft)
-        self.ends, self._tool_pool = {tokenizer.bos, tokenizer.end}, tool_pool
+        self.ends, self._tool_pool = set(tokenizer.ends), tool_pool
         self.prompt_stats = PromptStats()
         self._unfinished: list[Sample] = []
         self._waiting: deque[deque[Sample]] = deque()  # The samples of each request.

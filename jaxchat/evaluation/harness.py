@@ -99,14 +99,9 @@ class Adapter:
         Raises:
             UserError: the order of turns does not occur in training.
         """
-        import jinja2  # Comes with lm-eval.
-
-        def refuse(reason: str) -> None:
-            raise UserError(f"the chat template cannot render this conversation: {reason}")
-
-        template = jinja2.Environment().from_string(chat.template(self._format), {"raise_exception": refuse})
-        text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else text.removesuffix(self._format.end)
+        text = chat.written(self._format).text(chat_history, prompt=add_generation_prompt)
+        head, end, after = text.rpartition(self._format.end)
+        return text if add_generation_prompt or not end or after.strip() else head
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of a context without the spaces at its end, and of these and the continuation.

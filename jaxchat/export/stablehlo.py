@@ -66,7 +66,7 @@ def write(
             "vocab": transformer.config.vocab,
             "cache": [[list(leaf.shape), leaf.dtype.name] for leaf in leaves],
             "platforms": list(PLATFORMS),
-            "end_tokens": [tokenizer.bos, tokenizer.end],
+            "end_tokens": sorted(tokenizer.ends),
         }
         write_json(place / "signature.json", signature)
         tokenizer.save(place / "tokenizer")

@@ -7,6 +7,7 @@ are ordinary text, as always in `Tokenizer.encode`. `add_special_tokens=True`, t
 every document. These files are for other programs; `read_tokenizer` reads the sentencepiece model beside them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +15,77 @@ import sentencepiece
 
 from jaxchat.errors import UserError
 from jaxchat.export.files import read_json, write_json
+from jaxchat.export.read_tokens import CONFIG_FILE, TEMPLATE_FILE, read_outside
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat
-from jaxchat.tokenizer.sentencepiece import MODEL_FILE, SPACE_MARK, SentencePiece
-
-TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+from jaxchat.tokenizer.outside import Outside
+from jaxchat.tokenizer.saved import MODEL_FILE
+from jaxchat.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
+from jaxchat.tokenizer.template import JinjaFormat
 
 # A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
 # so splitting there does not change the ids, and repeated words can be cached.
 WORDS = " *[^ ]+| +"
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and the sentencepiece model."""
-    if not isinstance(tokenizer, SentencePiece):
-        raise UserError(f"{type(tokenizer).__name__} cannot be exported to transformers: only SentencePiece can")
-    bos = tokenizer.chat_format.bos
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int | None = None) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, and our sentencepiece model.
+
+    `length` is the maximum number of positions of the model.
+
+    Raises:
+        UserError: the `tokenizers` library would give other ids.
+    """
+    form = tokenizer.chat_format
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": tokenizer.chat_format.end,
-        "pad_token": bos,
+        "bos_token": form.bos,
+        "eos_token": form.end,
+        "pad_token": form.bos,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
-        "model_max_length": length,
     }
-    write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
-    write_json(directory / CONFIG_FILE, config)
-    (directory / TEMPLATE_FILE).write_text(chat.template(tokenizer.chat_format), encoding="utf-8")
-    (directory / MODEL_FILE).write_bytes(tokenizer.model)
+    if isinstance(tokenizer, Outside):
+        if tokenizer.about.kind != "tokenizers":
+            raise UserError("this model has only a sentencepiece model, which tokenizer.json cannot reproduce")
+        (directory / "tokenizer.json").write_bytes(tokenizer.model)
+        config |= tokenizer.about.names
+    elif isinstance(tokenizer, SentencePiece):
+        write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
+        (directory / MODEL_FILE).write_bytes(tokenizer.model)
+    else:
+        raise UserError(f"{type(tokenizer).__name__} cannot be exported to transformers: only SentencePiece can")
+    write_json(directory / CONFIG_FILE, config | ({} if length is None else {"model_max_length": length}))
+    if not isinstance(form, JinjaFormat) or form.source is not None:
+        (directory / TEMPLATE_FILE).write_text(chat.template(form), encoding="utf-8")
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Reads the tokenizer of an export; raises `UserError` if its model is not valid.
+    """Reads the tokenizer of an export: ours, or another project's with its chat template.
 
-    Its chat format is the one whose template the export has, nanochat's if it has none; another template is refused.
+    Ours has one of our chat formats as its template, or no template: then nanochat's.
+
+    Raises:
+        UserError: there is none, or it is not valid.
     """
     path = directory / MODEL_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{directory} has no {MODEL_FILE}: jaxchat needs a sentencepiece model, so name a directory with a jaxchat "
-            "tokenizer by --tokenizer=DIR"
-        )
-    try:
-        return SentencePiece(path.read_bytes(), _chat_format(directory))
-    except RuntimeError:
-        raise UserError(f"{path} is not a sentencepiece model: name another tokenizer with --tokenizer=DIR") from None
+    if path.is_file() and (form := _chat_format(directory)):
+        with suppress(UserError, RuntimeError):  # It is not one of ours.
+            return SentencePiece(path.read_bytes(), form)
+    return read_outside(directory)
 
 
-def _chat_format(directory: Path) -> ChatFormat:
-    """The chat format of the template in a directory, which may also stand in its configuration, as it once did."""
+def _chat_format(directory: Path) -> ChatFormat | None:
+    """Our chat format of the template in a directory, which may also stand in its configuration, as it once did."""
     found, config = directory / TEMPLATE_FILE, directory / CONFIG_FILE
     if found.is_file():
         template: Any = found.read_text(encoding="utf-8", errors="replace")
     else:
-        found, template = config, read_json(config).get("chat_template") if config.is_file() else None
+        template = read_json(config).get("chat_template") if config.is_file() else None
     if template is None:
         return NANOCHAT
-    for form in CHAT_FORMATS.values():
-        if isinstance(template, str) and template.strip() == chat.template(form).strip():
-            return form
-    raise UserError(
-        f"the chat template in {found} is none of jaxchat's, so conversations would be written in another format than "
-        "it says: remove it to use nanochat's format, or name a tokenizer with its format by --tokenizer=DIR"
-    )
+    forms = CHAT_FORMATS.values()
+    return next((form for form in forms if str(template).strip() == chat.template(form).strip()), None)
 
 
 def tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:

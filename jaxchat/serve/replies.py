@@ -120,7 +120,7 @@ class Reply:
         choice = self.choices[delta.choice]
         first = len(choice.entries)
         pieces, texts = choice.add(delta)
-        ends = {self.tokenizer.bos, self.tokenizer.end, *(self.body.stop_token_ids or ())}
+        ends = {*self.tokenizer.ends, *(self.body.stop_token_ids or ())}
         if delta.finish_reason == "stop" and texts and texts[-1].id in ends:
             texts.pop()
         if self.logprobs:

@@ -9,26 +9,13 @@ tool result.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxchat.errors import UserError
-from jaxchat.tokenizer.chat_format import PARTS, ChatFormat
+from jaxchat.tokenizer.chat_format import PARTS, ChatFormat, Malformed, Rendered
+from jaxchat.tokenizer.outside import Outside
 from jaxchat.tokenizer.protocol import Tokenizer
-
-
-class Rendered(NamedTuple):
-    """Token ids of a conversation, and its loss mask, true for training targets."""
-
-    ids: list[int]
-    loss_mask: list[bool]
-
-
-class Malformed(UserError):
-    """Messages that do not form a conversation; `reason` is the category under which it is counted."""
-
-    def __init__(self, reason: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.reason = reason
+from jaxchat.tokenizer.template import JinjaFormat
 
 
 Message = Mapping[str, Any]
@@ -78,7 +65,13 @@ _NO_PARTS = "{%- if false -%}\n"
 
 
 def template(chat_format: ChatFormat) -> str:
-    """What `render` does as a Jinja template with special tokens spelled out, for other programs."""
+    """What `render` does as a Jinja template with special tokens spelled out, for other programs.
+
+    Raises:
+        UserError: the model has no chat template.
+    """
+    if isinstance(chat_format, JinjaFormat):
+        return chat_format.required
     parts = [_PART.substitute(kind=kind, begin=part.begin, end=part.end) for kind, part in chat_format.parts.items()]
     names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1) or _NO_PARTS}
     for role, turn in chat_format.turns.items():
@@ -86,12 +79,20 @@ def template(chat_format: ChatFormat) -> str:
     return _TEMPLATE.substitute(names)
 
 
+def written(chat_format: ChatFormat) -> JinjaFormat:
+    """A chat format as its template, which writes conversations as text."""
+    if isinstance(chat_format, JinjaFormat):
+        return chat_format
+    bos, end = chat_format.bos, chat_format.end
+    return JinjaFormat(bos, {}, {}, template(chat_format), end, {"bos_token": bos, "eos_token": end})
+
+
 def render(
     messages: Sequence[Message], tokenizer: Tokenizer, *, complete: bool = False, everything: bool = False
 ) -> Rendered:
     """Renders messages {"role": "system" | "user" | "assistant", "content": ...} as one document.
 
-    The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
+    An imported model's chat template does this in its own way, also with a system message. Otherwise: the assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
     nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
     begins the assistant's next turn. With `everything`, all tokens are targets except BOS and those of messages or
     parts with {"in_loss": False}.
@@ -101,12 +102,14 @@ def render(
         UserError: with `complete`, the last message is not the user's.
     """
     turns = check(messages, tokenizer.chat_format.parts)
+    if complete and turns[-1][0] != "user":
+        raise UserError("the assistant can only answer a conversation that ends with a user message")
+    if isinstance(tokenizer, Outside):
+        return tokenizer.render(list(map(_plain, messages)), complete=complete, everything=everything)
     segments = [([tokenizer.bos], False)]
     for role, parts in turns:
         segments += _turn(role, parts, tokenizer, everything)
     if complete:
-        if turns[-1][0] != "user":
-            raise UserError("the assistant can only answer a conversation that ends with a user message")
         segments.append(([tokenizer.specials[tokenizer.chat_format.turns["assistant"].begin]], False))
     return _joined(segments)
 
@@ -120,8 +123,11 @@ def asked(text: str, tokenizer: Tokenizer, *, in_turns: bool) -> list[int]:
 
 def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
     """Token ids of a text, with BOS in front if `begin`; names of special tokens are letters. In a text that begins
-    with the name of BOS, as a conversation rendered by `template` does, they are special tokens.
+    with the name of BOS, as a conversation rendered by `template` does, they are special tokens; with an imported
+    model's tokenizer, in a text that begins with any.
     """
+    if isinstance(tokenizer, Outside) and text.startswith(tuple(tokenizer.specials)):
+        return [token.id for token in tokenizer.encode_named(text)]
     if not text.startswith(tokenizer.chat_format.bos):
         return [tokenizer.bos] * begin + tokenizer.encode(text)
     parts = re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text)
@@ -132,7 +138,10 @@ def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
 def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:
     """Renders a user message and its answer without turns; the answer ends as the assistant's turn does."""
     (_, ((_, prompt, in_loss),)), (_, parts) = check(messages, tokenizer.chat_format.parts)
-    _, *answer = _turn("assistant", parts, tokenizer, everything)
+    if isinstance(tokenizer, Outside):
+        answer = [(tokenizer.encode(text), target) for _, text, target in parts] + [([tokenizer.end], parts[-1][2])]
+    else:
+        _, *answer = _turn("assistant", parts, tokenizer, everything)
     return _joined([([tokenizer.bos], False), (tokenizer.encode(prompt), everything and in_loss), *answer])
 
 
@@ -191,6 +200,15 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     end_part()
     simple = lambda parts: len(parts) == 1 and parts[0]["type"] == "text"  # noqa: E731
     return [{"role": role, "content": parts[0]["text"] if simple(parts) else parts} for role, parts in turns if parts]
+
+
+def _plain(message: Message) -> Message:
+    """A message of text parts with their text as its content; it is a target if all of them are."""
+    content, in_loss = message["content"], message.get("in_loss", True)
+    if not isinstance(content, str):
+        in_loss = in_loss and all(part.get("in_loss", True) for part in content)
+        content = "".join(part["text"] for part in content)
+    return {"role": message["role"], "content": content, "in_loss": in_loss}
 
 
 def _turn(role: str, parts: Sequence[Part], tokenizer: Tokenizer, everything: bool) -> Iterator[tuple[list[int], bool]]:

@@ -2,7 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jaxchat.errors import UserError
+
+
+class Rendered(NamedTuple):
+    """Token ids of a conversation, and its loss mask, true for training targets."""
+
+    ids: list[int]
+    loss_mask: list[bool]
+
+
+class Malformed(UserError):
+    """Messages that do not form a conversation; `reason` is the category under which it is counted."""
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from jaxchat.tokenizer.chat_format import ChatFormat
 class Tokenizer(Protocol):
     """An immutable, picklable tokenizer; `decode(encode(text)) == text` for every Unicode text.
 
+    Tokenizers of other projects may change texts: `Outside.losses` says how.
+
     Attributes:
         vocab_size: number of ids, special tokens included.
         specials: id of each special token by name; encoding text never produces one.
         chat_format: the meaning of the special tokens.
         bos: id of the special token that starts every document.
-        end: id of the special token that ends the assistant's turn. An answer ends with it, or with `bos`.
+        end: id of the special token that ends the assistant's turn.
         bytes_per_token: int32 (vocab_size,), number of UTF-8 bytes of each id's text; 0 for special tokens.
         hash: hexadecimal SHA-256 of everything that the ids depend on, those of rendered conversations included.
     """
@@ -29,6 +31,11 @@ class Tokenizer(Protocol):
     end: int
     bytes_per_token: np.ndarray
     hash: str
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids of all tokens with which an answer or a text may end."""
+        return frozenset({self.bos, self.end})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens; a lone surrogate is encoded as U+FFFD."""

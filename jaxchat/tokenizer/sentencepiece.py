@@ -12,24 +12,20 @@ import json
 import os
 import random
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
 
 from jaxchat.errors import UserError
-from jaxchat.paths import user_path
+from jaxchat.tokenizer import saved
 from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat, FormatName
 from jaxchat.tokenizer.protocol import Tokenizer
 
 FORMAT = "jaxchat-tokenizer-1"
-MODEL_FILE, METADATA_FILE = "tokenizer.model", "tokenizer.json"
 
 SPACE_MARK = "\u2581"  # sentencepiece's symbol for a space
 _RUN_OF_SPACES = re.compile(r"(?<! ) ")
@@ -38,7 +34,7 @@ _PART = re.compile(r" *+(?:[A-Za-z]++(?![^\0-\x7f])|[\0-\x1f!-@\[-`{-\x7f]++(?![
 _CROSSING = re.compile(r"[^\u2581]\u2581|[A-Za-z][\0-\x1f!-@\[-`{-\x7f]|[\0-\x1f!-@\[-`{-\x7f][A-Za-z]")
 _UNTRAINABLE = re.compile("[\u2581\u2585\0]")  # sentencepiece skips or misreads sentences with one of these
 # ASCII, and what programs cut, join, normalize or read in their own way.
-_PROBES = [*map(chr, range(128)), *"\xa0\xad\u2581\u2585\ufeff\u0301\u212b\ufb01\uff21\u3000\U0001f9f6", "  "]
+PROBES = [*map(chr, range(128)), *"\xa0\xad\u2581\u2585\ufeff\u0301\u212b\ufb01\uff21\u3000\U0001f9f6", "  "]
 _BLOCK_CHARACTERS = 2000
 _COVERAGE = 0.9995
 _CACHED_CHARACTERS, _CACHED_ENTRIES = 64, 1 << 18
@@ -93,6 +89,8 @@ class _Cache(dict[str, tuple[int, ...]]):
 class SentencePiece(Tokenizer):
     """A tokenizer around a serialized sentencepiece model, `model`."""
 
+    FORMAT = FORMAT
+
     def __init__(self, model: bytes, chat_format: ChatFormat = NANOCHAT) -> None:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = range(processor.get_piece_size())
@@ -108,7 +106,7 @@ class SentencePiece(Tokenizer):
         self.bos, self.end = self.specials[chat_format.bos], self.specials[chat_format.end]
         self.hash = _hash(model, chat_format)
         self._names = {i: name.encode() for name, i in self.specials.items()}
-        self._bytes = [_piece_bytes(processor, i, pieces[i]) for i in ids]
+        self._bytes = [piece_bytes(processor, i, pieces[i]) for i in ids]
         self.bytes_per_token = np.array([len(piece) for piece in self._bytes], np.int32)
         self.bytes_per_token.flags.writeable = False
         self._space_mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -119,7 +117,7 @@ class SentencePiece(Tokenizer):
     def _check_lossless(self) -> None:
         """Raises `UserError` if a byte, a probe or a random text of probes does not come back with all its bytes."""
         drawn = random.Random(0)
-        texts = [*_PROBES, *("".join(drawn.choices(_PROBES, k=20)) for _ in range(100))]
+        texts = [*PROBES, *("".join(drawn.choices(PROBES, k=20)) for _ in range(100))]
         for text in texts:
             ids = self.encode(text)
             if (found := self.decode(ids)) != text or self.bytes_per_token[ids].sum() != len(text.encode()):
@@ -149,29 +147,16 @@ class SentencePiece(Tokenizer):
         return b"".join(map(self._bytes.__getitem__, ids))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        directory = Path(directory)
-        with suppress(UserError):
-            if load_tokenizer(directory).hash == self.hash:
-                return
         metadata = {"format": FORMAT, "hash": self.hash, "vocab_size": self.vocab_size, "specials": self.specials}
-        metadata["chat_format"] = asdict(self.chat_format)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            new.mkdir()
-            (new / MODEL_FILE).write_bytes(self.model)
-            (new / METADATA_FILE).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-            if directory.exists():
-                others = sorted({path.name for path in directory.iterdir()} - {MODEL_FILE, METADATA_FILE})
-                if others:
-                    raise UserError(f"{directory} holds other files ({others[0]}); save the tokenizer elsewhere")
-                directory.rename(old)
-            try:  # Killed here, it leaves no tokenizer, never half of one.
-                new.rename(directory)
-            except BaseException:
-                if old.exists():
-                    old.rename(directory)
-                raise
+        saved.write(directory, self.model, metadata | {"chat_format": asdict(self.chat_format)})
+
+    @classmethod
+    def from_saved(cls, model: bytes, metadata: Mapping[str, Any]) -> "SentencePiece":
+        """Inverts `save`; raises ValueError, LookupError or TypeError if the metadata are others."""
+        chat_format = ChatFormat.from_json(upgraded(metadata)["chat_format"])
+        if metadata["hash"] != _hash(model, chat_format):
+            raise ValueError("the hash is that of another model")
+        return cls(model, chat_format)
 
 
 def parts(text: str) -> list[str]:
@@ -184,32 +169,9 @@ def parts(text: str) -> list[str]:
     return pieces
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a saved tokenizer; raises `UserError` if it is missing or damaged."""
-    directory = user_path(directory)
-    for name in (MODEL_FILE, METADATA_FILE):
-        if not (directory / name).is_file():
-            raise UserError(f"no tokenizer in {directory} ({name} is missing); train one with launch.tokenizer")
-    model = (directory / MODEL_FILE).read_bytes()
-    try:
-        metadata = upgraded(json.loads((directory / METADATA_FILE).read_bytes()))
-        chat_format = ChatFormat.from_json(metadata["chat_format"])
-        if (metadata["format"], metadata["hash"]) != (FORMAT, _hash(model, chat_format)):
-            raise ValueError("the hash is that of another model")
-    except (ValueError, LookupError, TypeError):
-        message = f"the tokenizer in {directory} is damaged or of another format; delete it and train again"
-        raise UserError(message) from None
-    try:
-        return SentencePiece(model, chat_format)
-    except UserError as error:
-        problem = str(error).removeprefix("the tokenizer ").removesuffix(": train it again")
-        message = f"the tokenizer in {directory} {problem}: delete that directory and train again"
-        raise UserError(message) from None
-
-
-def upgraded(metadata: dict[str, Any]) -> dict[str, Any]:
+def upgraded(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Adds the chat format to the metadata of an earlier version, which had no other than nanochat's."""
-    return {"chat_format": asdict(NANOCHAT)} | metadata
+    return {"chat_format": asdict(NANOCHAT), **metadata}
 
 
 def _hash(model: bytes, chat_format: ChatFormat) -> str:
@@ -332,7 +294,8 @@ def _common_characters(blocks: Sequence[str], *, most: int) -> Iterator[str]:
     return (block.translate(rare) for block in blocks) if rare else iter(blocks)
 
 
-def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, piece: str) -> bytes:
+def piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int, piece: str) -> bytes:
+    """UTF-8 bytes of a piece; none for control symbols and the unknown."""
     if processor.is_control(index) or processor.is_unknown(index):
         return b""
     if processor.is_byte(index):
