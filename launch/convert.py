@@ -2,6 +2,7 @@
 
     python -m launch.convert --checkpoint=runs/tiny/sft --to=huggingface --out=exported
     python -m launch.convert --checkpoint=runs/tiny/sft --to=stablehlo --out=programs
+    python -m launch.convert --checkpoint=runs/tiny/sft --to=tokenizer --out=tokenizer
     python -m launch.convert --checkpoint=exported --from=huggingface --out=runs/imported/sft
 
 Hugging Face transformers supports the family october2025 only; other families can be scored by launch.harness and
@@ -24,7 +25,8 @@ class Convert:
     checkpoint: str
     """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300; with --from, the directory to import."""
     out: str  # Directory to create; with --from, a stage such as runs/imported/pretrain.
-    to: Literal["huggingface", "stablehlo"] | None = None  # Format to export to.
+    to: Literal["huggingface", "stablehlo", "tokenizer"] | None = None
+    """Format to export to; tokenizer: tokenizer.json and chat template alone."""
     source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None  # Format to import from.
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights; with --to=stablehlo also of the matrix products."""

@@ -1,6 +1,6 @@
 """Implements launch.convert: exports a checkpoint to another format, or imports one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from jaxchat.errors import UserError, require
 from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo
 from jaxchat.export.files import DTYPES, whole
+from jaxchat.export.tokens import write_tokenizer
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.architecture import Model
 from jaxchat.model.counts import parameter_counts
@@ -20,6 +21,12 @@ from jaxchat.model.transformer import Params, Transformer
 from jaxchat.paths import user_path
 from jaxchat.tokenizer import load_tokenizer
 
+NEEDED: Mapping[str | None, tuple[str, ...]] = {  # The packages that each direction needs; None: import.
+    "huggingface": ("safetensors",),
+    "stablehlo": ("safetensors", "flatbuffers"),
+    "tokenizer": (),
+    None: ("safetensors",),
+}
 STAGES = ("pretrain", "sft")  # Stages of imported checkpoints; files of other programs lack the settings of RL.
 
 
@@ -37,18 +44,25 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     """
     out = user_path(options.out)
     if (options.to is None) == (options.source is None):
-        raise UserError("set exactly one of --to=huggingface, --to=stablehlo and --from=huggingface")
+        raise UserError("set exactly one of --to=huggingface, --to=stablehlo, --to=tokenizer and --from=huggingface")
     if options.tokenizer is not None and options.source is None:
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
-    for module in ("safetensors", "flatbuffers")[: 1 + (options.to == "stablehlo")]:
-        require(module, f"launch.convert needs {module}", "export")
+    for module in NEEDED[options.to]:
+        require(module, f"launch.convert needs {module}", "export" if options.to == "stablehlo" else "convert")
     if options.source is not None:
         return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "prefill_chunk")}
-    if options.to == "huggingface" and (unused := [name for name, value in sizes.items() if value]):
+    if options.to != "stablehlo" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
+    if options.to == "tokenizer" and options.dtype != "float32":
+        raise UserError("--dtype is the type of weights, which --to=tokenizer does not write: remove it")
     loaded = load_checkpoint(options.checkpoint)
     e = loaded.experiment
+    place = f"{loaded.directory}@{loaded.step}"
+    if options.to == "tokenizer":
+        with whole(out) as directory:
+            write_tokenizer(directory, loaded.tokenizer, length=e.data.row_length)
+        return {"out": str(out), "vocab": loaded.tokenizer.vocab_size, "checkpoint": place, "to": options.to}
     if options.to == "huggingface":
         huggingface.family_of(e.model)  # Refuses before the parameters are loaded.
         length = e.data.row_length
@@ -58,7 +72,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     return {
         "out": str(out),
         "parameters": parameter_counts(e.model)["total"],
-        "checkpoint": f"{loaded.directory}@{loaded.step}",
+        "checkpoint": place,
         "to": options.to,
         "dtype": options.dtype,
     }

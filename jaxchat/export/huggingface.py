@@ -43,8 +43,8 @@ def write(
     places = family_of(model).places
     with whole(directory) as place:
         write_json(place / "config.json", config_json(model, tokenizer, length=length, dtype=dtype))
-        bos = tokenizer.bos  # A stop token, too, because it begins another document.
-        generation = {"bos_token_id": bos, "eos_token_id": [tokenizer.end, bos], "pad_token_id": bos}
+        bos, ends = tokenizer.bos, sorted(tokenizer.ends - {tokenizer.end})  # BOS too: it begins another document.
+        generation = {"bos_token_id": bos, "eos_token_id": [tokenizer.end, *ends], "pad_token_id": bos}
         write_json(place / "generation_config.json", generation)
         write_tokenizer(place, tokenizer, length=length)
         return write_weights(place, {name: np.asarray(w, DTYPES[dtype]) for name, w in to_state(model, params, places)})

@@ -9,6 +9,7 @@ from typing import Any
 from jaxchat.errors import UserError, first_line
 from jaxchat.export.files import read_json
 from jaxchat.launcher import log
+from jaxchat.tokenizer.chat_format import Malformed
 from jaxchat.tokenizer.outside import CORES, About, Outside
 from jaxchat.tokenizer.template import JinjaFormat
 
@@ -130,8 +131,8 @@ def _end_of_turn(form: JinjaFormat, specials: Mapping[str, int]) -> str:
     remedy = f"correct {TEMPLATE_FILE}, or remove the template and import a model that continues texts"
     try:
         text = form.text([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
-    except UserError as error:
-        raise UserError(f"{str(error).removesuffix('.')}; {remedy}") from None
+    except Malformed as error:
+        raise UserError(f"{error}; {remedy}") from None
     question, _, rest = text.partition(_ANSWER)
     if _QUESTION not in question or _ANSWER not in text:
         raise UserError(f"the chat template does not write a question and its answer: {remedy}")

@@ -7,6 +7,8 @@ are ordinary text, as always in `Tokenizer.encode`. `add_special_tokens=True`, t
 every document. These files are for other programs; `read_tokenizer` reads the sentencepiece model beside them.
 """
 
+import importlib.util
+import random
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ import sentencepiece
 from jaxchat.errors import UserError
 from jaxchat.export.files import read_json, write_json
 from jaxchat.export.read_tokens import CONFIG_FILE, TEMPLATE_FILE, read_outside
+from jaxchat.launcher import log
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat
-from jaxchat.tokenizer.outside import Outside
+from jaxchat.tokenizer.outside import CORES, Outside
 from jaxchat.tokenizer.saved import MODEL_FILE
-from jaxchat.tokenizer.sentencepiece import SPACE_MARK, SentencePiece
+from jaxchat.tokenizer.sentencepiece import PROBES, SPACE_MARK, SentencePiece
 from jaxchat.tokenizer.template import JinjaFormat
 
 # A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
@@ -52,12 +55,28 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int | None
         config |= tokenizer.about.names
     elif isinstance(tokenizer, SentencePiece):
         write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
+        _check_ids(directory / "tokenizer.json", tokenizer)
         (directory / MODEL_FILE).write_bytes(tokenizer.model)
     else:
         raise UserError(f"{type(tokenizer).__name__} cannot be exported to transformers: only SentencePiece can")
     write_json(directory / CONFIG_FILE, config | ({} if length is None else {"model_max_length": length}))
     if not isinstance(form, JinjaFormat) or form.source is not None:
         (directory / TEMPLATE_FILE).write_text(chat.template(form), encoding="utf-8")
+
+
+def _check_ids(path: Path, tokenizer: Tokenizer) -> None:
+    """Reads a tokenizer.json again where it will be used; raises `UserError` if it gives other ids."""
+    if importlib.util.find_spec("tokenizers") is None:
+        log(f"{path.name} was not compared with its original, which needs tokenizers: pip install -e '.[convert]'")
+        return
+    theirs = CORES["tokenizers"](path.read_bytes())
+    if dict(theirs.specials) != tokenizer.specials:
+        raise UserError(f"{path.name} has other special tokens than the tokenizer: this cannot be exported")
+    drawn = random.Random(0)
+    texts = [*PROBES, *tokenizer.specials, *("".join(drawn.choices(PROBES, k=20)) for _ in range(100))]
+    for text in texts:
+        if list(theirs.encode(text, first=True)[0]) != tokenizer.encode(text):
+            raise UserError(f"{path.name} gives other ids for {text!r} than the tokenizer: this cannot be exported")
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:

@@ -153,6 +153,10 @@ class Outside(Tokenizer):
         self.bytes_per_token.flags.writeable = False
         longest = sorted(self.specials, key=len, reverse=True)
         self._named = re.compile("|".join(map(re.escape, longest)))
+        # Names that the library itself would read as these tokens are cut after their first letter.
+        loose = [name for name in longest if name not in core.specials]
+        cuts = (f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in loose)
+        self._cuts = re.compile("|".join(cuts)) if loose else None
         self._special = re.compile("|".join(core.patterns.get(name, re.escape(name)) for name in longest))
         self.hash = _hash(model, about)
 
@@ -164,7 +168,7 @@ class Outside(Tokenizer):
         return frozenset({self.bos, self.end, *(self.specials[name] for name in self.about.ends)})
 
     def encode(self, text: str) -> list[int]:
-        return list(self._core.encode(scalar_values(text), first=True)[0])
+        return [token.id for token in self._letters(scalar_values(text), first=True)]
 
     def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
         ids = [int(i) for i in ids]
@@ -186,10 +190,16 @@ class Outside(Tokenizer):
 
     def _plain(self, text: str, at: int) -> Iterator[Id]:
         """Ids of a text between special tokens, which begins at character `at`."""
-        for part in text.split(GUARD):
-            if part:
-                yield from (Id(i, at + start) for i, start in zip(*self._core.encode(part, first=at == 0)))
-            at += len(part) + 1
+        kept = [i for i, letter in enumerate(text) if letter != GUARD]
+        for i, start in self._letters(text.replace(GUARD, ""), first=at == 0):
+            yield Id(i, at + kept[start])
+
+    def _letters(self, text: str, *, first: bool) -> Iterator[Id]:
+        """Ids of a text in which names of special tokens are letters."""
+        at = 0
+        for part in [text] if self._cuts is None else self._cuts.split(text):
+            yield from (Id(i, at + start) for i, start in zip(*self._core.encode(part, first=first and not at)))
+            at += len(part)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, complete: bool, everything: bool) -> Rendered:
         """Ids and loss mask of messages of role, content (a text) and in_loss, as the chat template writes them.
@@ -265,7 +275,8 @@ def _decoder(value: Any) -> Any:
     parts = (value or {}).get("decoders") or [value or {}]
     kinds = {part.get("type") for part in parts}
     if unknown := kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
-        raise ValueError(f"the decoder {min(map(str, unknown))} is not supported")
+        kind = min(map(str, unknown))
+        raise UserError(f"tokenizer.json has the decoder {kind}, which is not supported: import its sentencepiece model")
     if "ByteLevel" in kinds:
         letters = _byte_letters()
         return lambda name: bytes(letters[one] for one in name) if letters.keys() >= set(name) else name.encode()

@@ -113,7 +113,7 @@ class JinjaFormat(ChatFormat):
             sentence = f"the chat template is not valid in line {error.lineno}: {first_line(error)}"
             raise UserError(f"{sentence}; correct it, or remove it and import the model again") from None
         except (jinja2.TemplateError, *jinja.RAISED) as error:
-            sentence = f"the model's chat template refuses this conversation: {first_line(error)}"
+            sentence = f"the model's chat template refuses this conversation: {first_line(error).rstrip('.')}"
             raise Malformed("refused by the chat template", sentence) from None
 
 
