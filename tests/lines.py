@@ -3,8 +3,8 @@
 import random
 from collections.abc import Iterator
 
-WORDS = "the model's weather isn't Über naïve café we'LL I'd GPT-4 don't x1 tokenizer e\u0301 ﬁ Ａ straße".split()
-HANGUL = "나는 학교에 갔다 친구를 만났어요 한국어 한국어 값이 뷁".split()
+WORDS = ["the", "model's", "isn't", "Über", "naïve", "we'LL", "I'd", "GPT-4", "x1", "e\u0301", "ﬁ", "Ａ", "straße"]
+HANGUL = ["나는", "학교에", "갔다", "만났어요", "한국어", "\u1112\u1161\u11ab\u1100\u116e\u11a8", "값이", "뷁"]
 EMOJI = ["🙂", "👩‍👩‍👧", "🇰🇷", "👍🏽", "☃️", "🧶🧶"]
 CODE = [
     "def f(x):\n    return x**2",

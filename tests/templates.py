@@ -101,7 +101,7 @@ TALKS: dict[str, list[dict[str, Any]]] = {
     "asked": [QUESTION],
     "answered": [QUESTION, ANSWER],
     "several": [QUESTION, ANSWER, {"role": "user", "content": "And 'é'?"}, {"role": "assistant", "content": "\tNo. "}],
-    "system": [{"role": "system", "content": "Speak \"plainly\"."}, QUESTION, ANSWER],
+    "system": [{"role": "system", "content": 'Speak "plainly".'}, QUESTION, ANSWER],
 }
 
 

@@ -29,7 +29,7 @@ from jaxchat.export.places import to_params, to_state
 from jaxchat.export.tokens import tokenizer_json
 from jaxchat.model import GQA, Model, ReluSquared, RMSNorm, RoPE, SwiGLU, Transformer
 from jaxchat.model.positions import POSITIONS
-from jaxchat.tokenizer import TokenizerConfig, chat, train_tokenizer
+from jaxchat.tokenizer import TokenizerConfig, chat, load_tokenizer, train_tokenizer
 from jaxchat.tokenizer.chat_format import NANOCHAT
 
 KINDS = {
@@ -324,7 +324,8 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs/x/sft").exists()
 
 
-def test_another_chat_template_is_refused_and_imported_once_it_is_gone(tmp_path: Path) -> None:
+def test_another_chat_template_is_that_of_the_model_unless_it_writes_no_conversations(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     there = export(tmp_path / "there", model(), small.parameters(model()))
     template, config = there / "chat_template.jinja", there / "tokenizer_config.json"
     ours, configured = template.read_text(), json.loads(config.read_text())
@@ -333,20 +334,25 @@ def test_another_chat_template_is_refused_and_imported_once_it_is_gone(tmp_path:
     def asked(name: str, *more: str) -> list[str]:
         return [f"--checkpoint={there}", "--from=huggingface", f"--out={tmp_path / name}/sft", *more]
 
-    for number, (file, older) in enumerate(
-        [(b"edited " + ours.encode(), None), (b"\xff", None), (None, "x"), (None, 5)]
+    for number, (file, older, words) in enumerate(
+        [
+            (b"\xff", None, f"{template} is not text"),
+            (None, "x", "does not write a question and its answer: correct chat_template.jinja, or remove"),
+            (None, 5, f"{config} has a chat_template that is no text: put it in chat_template.jinja"),
+        ]
     ):
         template.unlink(missing_ok=True) if file is None else template.write_bytes(file)
         config.write_text(json.dumps(configured if older is None else configured | {"chat_template": older}))
-        named = config if file is None else template
-        assert f"the chat template in {named} is none of jaxchat's" in refusal(*asked(f"{number}"))
+        assert words in refusal(*asked(f"{number}"))
         launch.convert.main(asked(f"{number}", f"--tokenizer={tmp_path / 'own'}"))
-        if file is None:
-            continue
-        template.unlink()
-        launch.convert.main(asked(f"{number}-without"))
     config.write_text(json.dumps(configured | {"chat_template": ours + "\n"}))
     launch.convert.main(asked("older"))
+    assert load_tokenizer(tmp_path / "older/tokenizer").hash == tokenizer().hash
+    template.write_text("edited " + ours)
+    launch.convert.main(asked("edited"))
+    edited, talk = load_tokenizer(tmp_path / "edited/tokenizer"), [{"role": "user", "content": "the fox"}]
+    ids = chat.render(talk, edited, complete=True).ids
+    assert ids == [*tokenizer().encode("edited "), *chat.render(talk, tokenizer(), complete=True).ids]
 
 
 def test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_says(tmp_path: Path) -> None:

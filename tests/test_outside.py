@@ -2,6 +2,7 @@
 
 import codecs
 import importlib.util
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_named_special_tokens_are_those_of_the_library_but_in_texts_they_are_let
         text = f"{names[i % 5]}{line}{names[1 + i % 2]}\n a{line} {names[2]}{names[i % 3]}{line}"
         found = list(ours.encode_named(text))
         assert [token.id for token in found] == theirs.encode(text, add_special_tokens=False).ids, text
-        assert all(a.start <= b.start for a, b in zip(found, found[1:]))
+        assert all(a.start <= b.start for a, b in itertools.pairwise(found))
         assert not set(ours.encode(text)) & set(ours.specials.values())
     guarded = list(ours.encode_named(f"a<{GUARD}/s>"))
     assert not {token.id for token in guarded} & set(ours.specials.values())
@@ -138,7 +139,7 @@ def test_what_the_library_of_others_would_read_otherwise_is_not_exported(
 ) -> None:
     ours = train_tokenizer(lines(100, seed=1), vocab=500, config=TokenizerConfig())
     monkeypatch.setattr("jaxchat.export.tokens._merges", lambda scores: [])
-    with pytest.raises(UserError, match="tokenizer.json gives other ids for '.*' than the tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json gives other ids for '.*' than the tokenizer"):
         write_tokenizer(tmp_path, ours)
 
 

@@ -87,9 +87,7 @@ def test_everything_leaves_out_messages_of_no_weight(tmp_path: Path) -> None:
     tokenizer = made(tmp_path, TEMPLATES["headers"])
     talk = [SEVERAL[0] | {"in_loss": False}, *SEVERAL[1:3], SEVERAL[3] | {"in_loss": False}]
     found = text_of(tokenizer, chat.render(talk, tokenizer, everything=True), targets=True)
-    assert found == (
-        "<|start|>assistant<|stop|>\n\nIt is <b>12</b> 🙂<|eot|><|start|>user<|stop|>\n\nAnd 'é'?<|eot|>"
-    )
+    assert found == ("<|start|>assistant<|stop|>\n\nIt is <b>12</b> 🙂<|eot|><|start|>user<|stop|>\n\nAnd 'é'?<|eot|>")
 
 
 def test_a_template_whose_prefixes_are_no_prefixes_cannot_be_trained_on_but_answers(tmp_path: Path) -> None:
@@ -168,7 +166,9 @@ def test_a_hostile_template_is_one_sentence(words: str, tmp_path: Path, monkeypa
 
 
 def test_templates_have_json_dates_and_loop_controls(tmp_path: Path) -> None:
-    source = "{{ strftime_now('%Y') }}{{ [1, 'é<'] | tojson }}{% for m in messages %}{{ m.content }}{% break %}{% endfor %}"
+    source = (
+        "{{ strftime_now('%Y') }}{{ [1, 'é<'] | tojson }}{% for m in messages %}{{ m.content }}{% break %}{% endfor %}"
+    )
     tokenizer = made(tmp_path, source + "{{ messages[-1].content }}")
     text = chat.written(tokenizer.chat_format).text([QUESTION, ANSWER])
     assert text == f'{datetime.now():%Y}[1, "é<"]{QUESTION["content"]}{ANSWER["content"]}'

@@ -93,9 +93,7 @@ def _completed(path: Path, model: bytes, added: Sequence[Mapping[str, Any]]) -> 
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def _chosen(
-    name: str | None, configs: Sequence[Mapping[str, Any]], key: str, specials: Mapping[str, int]
-) -> list[str]:
+def _chosen(name: str | None, configs: Sequence[Mapping[str, Any]], key: str, specials: Mapping[str, int]) -> list[str]:
     """The names of special tokens that a name, or ids in `configs`, stand for; the first one is the name's."""
     by_id = {i: name for name, i in specials.items()}
     numbers: list[Any] = []

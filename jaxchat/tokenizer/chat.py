@@ -17,7 +17,6 @@ from jaxchat.tokenizer.outside import Outside
 from jaxchat.tokenizer.protocol import Tokenizer
 from jaxchat.tokenizer.template import JinjaFormat
 
-
 Message = Mapping[str, Any]
 Part = tuple[str, str, bool]  # Kind, text, and whether it may be a training target.
 
@@ -92,10 +91,10 @@ def render(
 ) -> Rendered:
     """Renders messages {"role": "system" | "user" | "assistant", "content": ...} as one document.
 
-    An imported model's chat template does this in its own way, also with a system message. Otherwise: the assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
+    The assistant's content is a string or a list of {"type": "text" | "python" | "python_output", "text": ...}. A
     nonempty system message is prepended to the first user message. With `complete`, the ids end with the token that
     begins the assistant's next turn. With `everything`, all tokens are targets except BOS and those of messages or
-    parts with {"in_loss": False}.
+    parts with {"in_loss": False}. The chat template of an imported model writes conversations in its own way.
 
     Raises:
         Malformed: roles do not alternate from user to assistant, a role or part is unknown, or a message is empty.

@@ -55,9 +55,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 @lru_cache(maxsize=16)
 def compiled(source: str) -> jinja2.Template:
     """The template of a text, as transformers would read it; raises `jinja2.TemplateError` if it is none."""
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _json
     for name in ("center", "format"):  # They make texts of any width.
         del environment.filters[name]

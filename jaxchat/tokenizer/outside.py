@@ -18,8 +18,8 @@ from jaxchat.errors import UserError, first_line, require
 from jaxchat.tokenizer import saved
 from jaxchat.tokenizer.chat_format import Malformed, Rendered
 from jaxchat.tokenizer.protocol import Tokenizer
-from jaxchat.tokenizer.template import JinjaFormat
 from jaxchat.tokenizer.sentencepiece import PROBES, SPACE_MARK, piece_bytes, scalar_values
+from jaxchat.tokenizer.template import JinjaFormat
 
 GUARD = "\ufdd0"  # A noncharacter of Unicode, put into names of special tokens that a message contains.
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
@@ -47,7 +47,7 @@ class Core(Protocol):
         """Ids of a text without special tokens, and the character at which each begins; `first`: nothing is before."""
 
 
-class Fast:
+class Fast(Core):
     """tokenizer.json of the `tokenizers` library."""
 
     def __init__(self, model: bytes) -> None:
@@ -84,7 +84,7 @@ class Fast:
         return found.ids, [start for start, _ in found.offsets]
 
 
-class Pieces:
+class Pieces(Core):
     """A sentencepiece model, with what it normalizes and puts in front of every text."""
 
     patterns: Mapping[str, str] = {}
@@ -276,7 +276,9 @@ def _decoder(value: Any) -> Any:
     kinds = {part.get("type") for part in parts}
     if unknown := kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
         kind = min(map(str, unknown))
-        raise UserError(f"tokenizer.json has the decoder {kind}, which is not supported: import its sentencepiece model")
+        raise UserError(
+            f"tokenizer.json has the decoder {kind}, which is not supported: import its sentencepiece model"
+        )
     if "ByteLevel" in kinds:
         letters = _byte_letters()
         return lambda name: bytes(letters[one] for one in name) if letters.keys() >= set(name) else name.encode()

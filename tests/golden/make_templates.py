@@ -1,6 +1,6 @@
 """Makes templates.json: conversations in chat templates as transformers 5.24 renders and encodes them.
 
-    python tests/golden/make_templates.py      needs transformers >= 5.24; from the root of the repository
+python tests/golden/make_templates.py      needs transformers >= 5.24; from the root of the repository
 """
 
 import json
