@@ -300,7 +300,8 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     assert "no directory" in refusal(f"--checkpoint={tmp_path}/none", source, stage)
     assert "config.json cannot be read" in refusal(f"--checkpoint={tmp_path}", source, stage)
     broken = shutil.copytree(there, tmp_path / "broken")
-    (broken / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (broken / name).unlink()
     assert "--tokenizer=DIR" in refusal(f"--checkpoint={broken}", source, stage)
     shutil.copy(there / "tokenizer.model", broken)
     weights = (broken / "model.safetensors").read_bytes()
@@ -352,7 +353,7 @@ def test_another_chat_template_is_that_of_the_model_unless_it_writes_no_conversa
     launch.convert.main(asked("edited"))
     edited, talk = load_tokenizer(tmp_path / "edited/tokenizer"), [{"role": "user", "content": "the fox"}]
     ids = chat.render(talk, edited, complete=True).ids
-    assert ids == [*tokenizer().encode("edited "), *chat.render(talk, tokenizer(), complete=True).ids]
+    assert ids == [*tokenizer().encode("edited"), *chat.render(talk, tokenizer(), complete=True).ids]
 
 
 def test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_says(tmp_path: Path) -> None:
@@ -370,6 +371,7 @@ def test_an_import_succeeds_once_its_place_or_tokenizer_is_set_as_the_message_sa
     assert "contains another tokenizer: set --out to a new run" in refusal(*asked(there, "a/sft"))
     launch.convert.main(asked(there, "new/sft"))
     tokenizer().save(tmp_path / "own")
+    (there / "tokenizer.json").unlink()
     for number, content in enumerate((other.model, b"x", None)):
         place = there / "tokenizer.model"
         place.unlink() if content is None else place.write_bytes(content)

@@ -93,7 +93,8 @@ class Pieces(Core):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise UserError("tokenizer.model is not a sentencepiece model") from None
+            sentence = "tokenizer.model is not a sentencepiece model: restore it, or name another by --tokenizer=DIR"
+            raise UserError(sentence) from None
         names = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         self.specials = {name: i for i, name in enumerate(names) if self._processor.is_control(i)}
         self.pieces = {i: piece_bytes(self._processor, i, name) for i, name in enumerate(names)}
