@@ -251,6 +251,10 @@ def test_a_checkpoint_goes_out_and_comes_back_by_the_command_line(run: str, tmp_
     out, back = tmp_path / "out", tmp_path / "runs/back/sft"
     told = launch.convert.main([f"--checkpoint={run}", "--to=huggingface", f"--out={out}"])
     assert told["out"] == str(out) and told["parameters"] > 0
+    alone = launch.convert.main([f"--checkpoint={run}", "--to=tokenizer", f"--out={tmp_path / 'alone'}"])
+    assert (alone["vocab"], alone["to"]) == (VOCAB, "tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"):
+        assert (tmp_path / "alone" / name).read_bytes() == (out / name).read_bytes()
     told = launch.convert.main([f"--checkpoint={out}", "--from=huggingface", f"--out={back}"])
     assert told["checkpoint"] == f"{back}@0"
     asked = ["--prompt=the fox", "--temperature=0", "--max_tokens=8"]
@@ -295,6 +299,8 @@ def test_bad_input_is_one_sentence(run: str, tmp_path: Path) -> None:
     assert "no checkpoint in" in refusal(f"--checkpoint={tmp_path}/none", out, "--to=huggingface")
     assert "already exists" in refusal(f"--checkpoint={run}", f"--out={there}", "--to=huggingface")
     assert "--rows is only for" in refusal(f"--checkpoint={run}", out, "--to=huggingface", "--rows=2")
+    assert "--rows is only for" in refusal(f"--checkpoint={run}", out, "--to=tokenizer", "--rows=2")
+    assert "--dtype is the type of" in refusal(f"--checkpoint={run}", out, "--to=tokenizer", "--dtype=bfloat16")
     assert "must be at least 1" in refusal(f"--checkpoint={run}", out, "--to=stablehlo", "--rows=-2")
     assert "must end in a stage" in refusal(f"--checkpoint={there}", source, out)
     assert "no directory" in refusal(f"--checkpoint={tmp_path}/none", source, stage)

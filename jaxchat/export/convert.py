@@ -48,7 +48,9 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     if options.tokenizer is not None and options.source is None:
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
     for module in NEEDED[options.to]:
-        require(module, f"launch.convert needs {module}", "export" if options.to == "stablehlo" else "convert")
+        if options.to == "stablehlo":
+            require(module, f"launch.convert --to=stablehlo needs {module}", "export")
+        require(module, f"launch.convert needs {module}", "convert")
     if options.source is not None:
         return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "prefill_chunk")}

@@ -15,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 
-from jaxchat.errors import UserError
+from jaxchat.errors import UserError, missing
 from jaxchat.export.files import read_json, write_json
 from jaxchat.export.read_tokens import CONFIG_FILE, TEMPLATE_FILE, read_outside
 from jaxchat.launcher import log
@@ -67,7 +67,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, length: int | None
 def _check_ids(path: Path, tokenizer: Tokenizer) -> None:
     """Reads a tokenizer.json again where it will be used; raises `UserError` if it gives other ids."""
     if importlib.util.find_spec("tokenizers") is None:
-        log(f"{path.name} was not compared with its original, which needs tokenizers: pip install -e '.[convert]'")
+        log(str(missing(f"{path.name} was not compared with its original, for want of tokenizers", "convert")))
         return
     theirs = CORES["tokenizers"](path.read_bytes())
     if dict(theirs.specials) != tokenizer.specials:
