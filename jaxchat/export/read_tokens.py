@@ -10,7 +10,8 @@ from jaxchat.errors import UserError, first_line
 from jaxchat.export.files import read_json
 from jaxchat.launcher import log
 from jaxchat.tokenizer.chat_format import Malformed
-from jaxchat.tokenizer.outside import CORES, About, Outside
+from jaxchat.tokenizer.libraries import CORES
+from jaxchat.tokenizer.outside import About, Outside
 from jaxchat.tokenizer.template import JinjaFormat
 
 FILES = {"tokenizer.json": "tokenizers", "tokenizer.model": "sentencepiece"}  # The kind of each; the first one counts.

@@ -21,7 +21,8 @@ from jaxchat.export.read_tokens import CONFIG_FILE, TEMPLATE_FILE, read_outside
 from jaxchat.launcher import log
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat
-from jaxchat.tokenizer.outside import CORES, Outside
+from jaxchat.tokenizer.libraries import CORES
+from jaxchat.tokenizer.outside import Outside
 from jaxchat.tokenizer.saved import MODEL_FILE
 from jaxchat.tokenizer.sentencepiece import PROBES, SPACE_MARK, SentencePiece
 from jaxchat.tokenizer.template import JinjaFormat

@@ -57,6 +57,7 @@ def report(tokenizer: Tokenizer, texts: Iterable[str]) -> Report:
     shares: dict[str, Share] = {}
     for text in texts:
         ids = np.asarray(tokenizer.encode(text), np.int64)
+        ids = ids[tokenizer.bytes_per_token[ids] > 0]  # An imported tokenizer has one for what it does not know.
         lengths = tokenizer.bytes_per_token[ids]
         points = np.frombuffer(tokenizer.decode(ids.tolist()).encode("utf-32-le"), np.uint32)
         widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)  # Bytes in UTF-8.
