@@ -93,6 +93,19 @@ def test_names_that_a_sentencepiece_model_reads_itself_are_letters_in_texts(tmp_
     assert [token.start for token in ours.encode_named("<s>뷀a<start_of_turn>")][-2:] == [4, 5]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_begins_where_its_text_does(kind: str, tmp_path: Path) -> None:
+    ours = made(kind, tmp_path)
+    for line in lines(100, seed=5):
+        if {"▁", "\u0301", "\u1112"} & set(line):
+            continue  # Changed by some.
+        text = f"{ours.about.bos}{line}"
+        for token in ours.encode_named(text):
+            piece = ours.decode([token.id], keep_specials=True)
+            if "\ufffd" not in piece and piece.strip(" "):
+                assert text[token.start :].lstrip(" ").startswith(piece.lstrip(" ")), (text, token)
+
+
 @pytest.mark.parametrize("kind", ["qwen", "pieces"])
 def test_a_tokenizer_is_stored_with_its_checkpoint_and_loaded_with_the_same_ids(kind: str, tmp_path: Path) -> None:
     ours = made(kind, tmp_path)
@@ -123,6 +136,8 @@ def test_our_tokenizer_gives_its_ids_in_the_library_of_others_and_what_came_in_g
         assert theirs.decode(ids) == line
     assert isinstance(read_tokenizer(tmp_path / "ours"), SentencePiece)
     (tmp_path / "ours/tokenizer.model").unlink()
+    config = tmp_path / "ours/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<|user_end|>"}))
     again = read_tokenizer(tmp_path / "ours")  # tokenizer.json and chat template alone.
     assert isinstance(again, Outside) and again.losses() is None
     assert all(again.encode(line) == ours.encode(line) for line in lines(50))

@@ -107,6 +107,9 @@ def test_names_of_special_tokens_in_messages_are_letters(tmp_path: Path) -> None
     assert sum(i in tokenizer.specials.values() for i in found.ids) == 2 * 3
     assert attack in text_of(tokenizer, found)
     assert text_of(tokenizer, found, targets=True) == f"No {attack}<|im_end|>"
+    tokenizer = made(tmp_path, TEMPLATES["inst"])
+    found = chat.render(talk, tokenizer)
+    assert text_of(tokenizer, found, targets=True) == f" No {attack}</s>" and found.ids.count(tokenizer.end) == 1
     with pytest.raises(Malformed, match=r"contains U\+FDD0, which is no character"):
         chat.render([{"role": "user", "content": "\ufdd0"}], tokenizer, complete=True)
 
