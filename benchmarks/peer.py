@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.timing import timed
 from jaxchat.errors import UserError, missing
 from jaxchat.export import huggingface
-from jaxchat.export.places import to_state
+from jaxchat.export.places import State
 from jaxchat.model import Model
 
 RATE, BETAS, EPS, WEIGHT_DECAY = 3e-4, (0.9, 0.95), 1e-8, 0.1
@@ -50,7 +50,7 @@ class Peer:
         no_ends: Any = SimpleNamespace(bos=None, end=None)
         config = huggingface.config_json(model, no_ends, length=4096, dtype="float32")
         theirs = self._model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(device)
-        weights = to_state(model, jax.device_get(params), places)
+        weights = State(model, jax.device_get(params), places).items()
         theirs.load_state_dict({name: torch.from_numpy(np.array(weight)) for name, weight in weights})
         self._optimizer = torch.optim.AdamW(theirs.parameters(), RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self._batches, self._rows = itertools.cycle(torch.from_numpy(ids).long().to(device)), ids.shape[1]

@@ -17,7 +17,7 @@ from jaxchat.decode.engine import Engine, EngineConfig
 from jaxchat.decode.requests import Request
 from jaxchat.decode.sampling import SamplingParams
 from jaxchat.errors import UserError
-from jaxchat.export import huggingface, nanochat
+from jaxchat.export import families
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 
@@ -75,11 +75,14 @@ def test_one_beam_is_greedy(engine: Engine) -> None:
     assert beam.tokens == answer.tokens
 
 
+PLACES = families.FAMILIES["nanochat"].places
+
+
 @pytest.fixture(scope="module")
 def transformers_engine() -> Engine:
     golden = read("nanochat_v1_gqa")
-    config, _ = huggingface.read_config(golden.config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
+    config, _ = families.read_config(golden.config)
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, PLACES))
     return Engine(Transformer(config), params, Letters(), EngineConfig(length=32))  # type: ignore[arg-type]
 
 

@@ -20,7 +20,8 @@ from exports import VOCAB, model, tokenizer
 from safetensors.numpy import load_file, save_file
 
 from jaxchat.errors import UserError
-from jaxchat.export import huggingface, nanochat
+from jaxchat.export import families, huggingface
+from jaxchat.export.families.keys import NEUTRAL
 from jaxchat.model import GQA, Model, RMSNorm, Transformer
 
 GROUPED = model(width=32, pattern=(GQA(heads=4, kv_heads=2, head_dim=8, init="normal"),))
@@ -120,7 +121,7 @@ def imported_mutations(source: Path, config: dict[str, Any], place: Path) -> Ite
     for key, how, mutated in mutations(config):
         (directory / "config.json").write_text(json.dumps(mutated))
         try:
-            found, _ = huggingface.read_config(mutated)
+            found, _ = families.read_config(mutated)
             if found != original:
                 read(directory)  # The weights may not match.
         except UserError as error:
@@ -171,17 +172,19 @@ JUNK = (None, 0, -1, 1, 2**31 - 1, 2**64, 0.5, 1e-300, 1e300, math.nan, math.inf
 def test_junk_in_any_known_key_is_a_model_or_refused_by_name(exported: Path) -> None:
     config = config_of(exported)
     rope = config["rope_parameters"]
-    changes = [(key, value, {key: value}) for key in (*nanochat.KEYS, *nanochat.NEUTRAL, "other") for value in JUNK]
-    changes += [(key, value, {"rope_parameters": rope | {key: value}}) for key in nanochat.ROPE for value in JUNK]
+    known = (*families.FAMILIES["nanochat"].keys, *NEUTRAL, "other")
+    changes = [(key, value, {key: value}) for key in known for value in JUNK]
+    within = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    changes += [(key, value, {"rope_parameters": rope | {key: value}}) for key in within for value in JUNK]
     for key, value, change in changes:
         try:
-            _, length = huggingface.read_config(config | change)
+            _, length = families.read_config(config | change)
         except UserError as error:
             assert f"{key}=" in str(error), f"{key}={value}: {error}"
         else:
             assert length > 1 and key != "other"
     with pytest.raises(UserError, match="num_hidden_layers=2147483647"):  # Its layers would be listed one by one.
-        huggingface.read_config(config | {"num_hidden_layers": 2**31 - 1})
+        families.read_config(config | {"num_hidden_layers": 2**31 - 1})
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "hidden_size"])

@@ -20,7 +20,7 @@ from outside import (
 from configs import recipe
 from configs.recipe import Dial
 from jaxchat import optim
-from jaxchat.export import huggingface, nanochat
+from jaxchat.export import families
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -30,6 +30,7 @@ from jaxchat.objectives.logprobs import weighted_nll
 
 pytestmark = pytest.mark.quick
 
+PLACES = families.FAMILIES["nanochat"].places
 WARMUP = 2  # of the whole optimizer step: at nanochat's 40 the first updates are too small to tell apart
 
 
@@ -65,21 +66,21 @@ def assert_tree_close(ours: Any, theirs: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(("variant", "loop"), [("mha", "unroll"), ("gqa", "scan")])
 def test_october_family_equals_transformers(variant: str, loop: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config, _ = huggingface.read_config(golden.config)
+    config, _ = families.read_config(golden.config)
     model = Transformer(dataclasses.replace(config, layer_loop=loop))
-    params = to_params(config, golden.weights, nanochat.FAMILY.places)
+    params = to_params(config, golden.weights, PLACES)
     ours = run(model, params, golden)
     assert np.abs(ours.logits - golden.arrays["logits"]).max() < 1e-4
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-6)
-    assert_tree_close(ours.gradients, to_params(config, golden.gradients, nanochat.FAMILY.places), 1e-4)
+    assert_tree_close(ours.gradients, to_params(config, golden.gradients, PLACES), 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 def test_greedy_decoding_through_the_cache_equals_transformers_generate(variant: str) -> None:
     golden = read(f"nanochat_v1_{variant}")
-    config, _ = huggingface.read_config(golden.config)
+    config, _ = families.read_config(golden.config)
     model = Transformer(config)
-    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, nanochat.FAMILY.places))
+    params = jax.tree.map(jnp.asarray, to_params(config, golden.weights, PLACES))
     params = model.unstack(params)
     expected = golden.arrays["generated"]
     prompt = len(expected) - 32

@@ -1,21 +1,26 @@
 """Files of an export: safetensors, JSON, and directories that are created atomically."""
 
 import contextlib
+import functools
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jaxchat import signals
-from jaxchat.errors import UserError, first_line
+from jaxchat.errors import UserError, first_line, missing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; integers and eight-bit floats need scales.
+# safetensors' names of types; integers and eight-bit floats need scales.
+FLOATS: Mapping[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
 DTYPES: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -41,68 +46,174 @@ def whole(directory: Path) -> Iterator[Path]:
 
 
 def write_weights(directory: Path, arrays: Mapping[str, np.ndarray]) -> int:
-    """Writes a safetensors file with the mode of its directory; returns the number of values written."""
-    from safetensors.numpy import save_file
+    """Writes a safetensors file, one array at a time; returns the number of values written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    shapes = {name: (array.shape, array.dtype) for name, array in ((name, arrays[name]) for name in arrays)}
+    names, end = sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name)), 0  # So that all are aligned.
+    for name in names:
+        shape, dtype = shapes[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with (directory / WEIGHTS).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            np.ascontiguousarray(arrays[name]).tofile(file)
+    return sum(math.prod(shape) for shape, _ in shapes.values())
 
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / WEIGHTS).chmod(directory.stat().st_mode & 0o666)  # safetensors makes it 0600.
-    return sum(array.size for array in contiguous.values())
 
+class Weights(Mapping[str, np.ndarray]):
+    """The arrays of a directory's weight files, one or several with an index, read each when it is asked for.
 
-def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a directory's safetensors files, one or several with an index, as float32.
+    Arrays are float32, or with a `dtype` of that type.
 
     Raises:
         UserError: a file is missing, damaged or not what the index says, or an array is not finite or not of floats.
     """
+
+    def __init__(self, directory: Path, dtype: Any = np.float32) -> None:
+        self._directory, self._dtype = directory, dtype
+        self._readers: dict[str, Callable[[], np.ndarray]] = {}
+        form, files = _weight_files(directory)
+        for name, indexed in files.items():
+            found = form.open(directory / name)
+            if indexed is not None and (odd := sorted(indexed ^ found.keys())):
+                raise UserError(
+                    f"{directory / form.listed} does not match {name} in {odd[0]}: restore the files of one export"
+                )
+            self._readers |= found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self.read(name)
+        with np.errstate(over="ignore"):
+            wide = array.astype(np.float32, copy=False).reshape(-1)
+            if not np.isfinite(np.vdot(wide, wide)):
+                raise UserError(
+                    f"{self._directory} has values that are not finite in float32 (NaN, infinity or squares beyond it) "
+                    f"in {name}"
+                )
+        return array.astype(self._dtype, copy=False)
+
+    def read(self, name: str) -> np.ndarray:
+        """An array as it is stored."""
+        try:
+            return self._readers[name]()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} in {self._directory} cannot be read: {first_line(error)}") from None
+
+    def add_prefix(self, prefix: str) -> None:
+        """Gives all names a prefix if none has it: files that were saved without the head lack it."""
+        if not any(name.startswith(prefix) for name in self._readers):
+            self._readers = {prefix + name: reader for name, reader in self._readers.items()}
+
+    def drop(self, pattern: str) -> list[str]:
+        """Leaves out the arrays whose whole names match a regular expression; returns their names."""
+        dropped = [name for name in self._readers if re.fullmatch(pattern, name)]
+        for name in dropped:
+            del self._readers[name]
+        return dropped
+
+
+Readers = dict[str, Callable[[], np.ndarray]]
+
+
+def _open_safetensors(path: Path) -> Readers:
+    """Checks the header with the library; reads without mapping the file, whose pages would count as memory."""
     import safetensors
 
-    arrays: dict[str, np.ndarray] = {}
-    for name, indexed in _weight_files(directory).items():
-        try:
-            with safetensors.safe_open(directory / name, "numpy") as file:
-                found = set(file.keys())
-                kinds = {key: file.get_slice(key).get_dtype() for key in found}
-                if integer := sorted(key for key in found if kinds[key] not in FLOATS):
-                    kind = f"{integer[0]} of type {kinds[integer[0]]}"
-                    raise UserError(f"{directory / name} has {kind}: only unquantized weights can be imported")
-                with np.errstate(over="ignore"):
-                    arrays |= {key: np.asarray(file.get_tensor(key), np.float32) for key in found}
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{directory / name} cannot be read: {first_line(error)}") from None
-        if indexed is not None and (odd := sorted(indexed ^ found)):
-            raise UserError(f"{directory / INDEX} does not match {name} in {odd[0]}: restore the files of one export")
-    with np.errstate(over="ignore"):
-        bad = sorted(key for key, array in arrays.items() if not np.isfinite(np.square(array).sum()))
-    if bad:
-        listed = f"{bad[0]} and {len(bad) - 1} more" if bad[1:] else bad[0]
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            names = list(file.keys())
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+    def read(name: str) -> np.ndarray:
+        entry = header[name]
+        if (kind := entry["dtype"]) not in FLOATS:
+            raise UserError(f"{path} has {name} of type {kind}: only unquantized weights can be imported")
+        start, count = 8 + size + entry["data_offsets"][0], math.prod(entry["shape"])
+        return np.fromfile(path, FLOATS[kind], count, offset=start).reshape(entry["shape"])
+
+    return {name: functools.partial(read, name) for name in names}
+
+
+def _open_torch(path: Path) -> Readers:
+    """Files of torch.save, which are pickles: only torch can read them without executing what they contain."""
+    try:
+        import torch
+    except ImportError:
+        raise missing(f"{path} is a file of PyTorch, which only torch can read safely", "interop") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # Also what the unpickler and zip files raise.
         raise UserError(
-            f"{directory} has values that are not finite in float32 (NaN, infinity or squares beyond it) in {listed}"
-        )
-    return arrays
+            f"{path} cannot be read without executing code that it may contain ({first_line(error)}): save the model "
+            "as safetensors where you trust it"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
+        raise UserError(f"{path} is not a state dict of tensors")
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise UserError(f"{path} has {name} of type {tensor.dtype}: only unquantized weights can be imported")
+        if tensor.dtype == torch.bfloat16:
+            return np.array(tensor.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+        return np.array(tensor.numpy())
+
+    return {name: functools.partial(read, name) for name in tensors}
 
 
-def _weight_files(directory: Path) -> dict[str, set[str] | None]:
+class Form(NamedTuple):
+    """A format of weight files: names of a whole file and of its index, the end of shards' names, and the reader."""
+
+    whole: str
+    listed: str
+    ending: str
+    open: Callable[[Path], Readers]
+
+
+FORMS = (
+    Form(WEIGHTS, INDEX, "*.safetensors", _open_safetensors),
+    Form("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin", _open_torch),
+)
+
+
+def _weight_files(directory: Path) -> tuple[Form, dict[str, set[str] | None]]:
     """The weight files of a directory, each with the names that its index lists; None without an index."""
-    index, whole_file = directory / INDEX, (directory / WEIGHTS).is_file()
+    there = [form for form in FORMS if any(directory.glob(form.ending)) or (directory / form.listed).is_file()]
+    if not there:
+        raise UserError(f"no {WEIGHTS} in {directory}: only safetensors files and pytorch_model.bin can be imported")
+    form = there[0]
+    index, whole_file = directory / form.listed, (directory / form.whole).is_file()
     if not index.is_file():
         if not whole_file:
-            shards = sorted(path.name for path in directory.glob("*.safetensors"))
-            found = f"{shards[0]} needs its {INDEX}" if shards else "only safetensors files can be imported"
-            raise UserError(f"no {WEIGHTS} in {directory}: {found}")
-        return {WEIGHTS: None}
+            shard = min(path.name for path in directory.glob(form.ending))
+            raise UserError(f"no {form.whole} in {directory}: {shard} needs its {form.listed}")
+        return form, {form.whole: None}
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
-        raise UserError(f"{index} has no weight_map of names to files: restore it, or import one {WEIGHTS} without it")
+        raise UserError(
+            f"{index} has no weight_map of names to files: restore it, or import one {form.whole} without it"
+        )
     files: dict[str, set[str] | None] = {
         name: {key for key, place in places.items() if place == name} for name in sorted(set(places.values()))
     }
-    if whole_file and WEIGHTS not in files:
-        raise UserError(f"{directory} has both {WEIGHTS} and {INDEX}: remove the one that is out of date")
+    if whole_file and form.whole not in files:
+        raise UserError(f"{directory} has both {form.whole} and {form.listed}: remove the one that is out of date")
     if missing := [name for name in files if Path(name).name != name or not (directory / name).is_file()]:
-        raise UserError(f"no {missing[0]} in {directory}, which {INDEX} names: restore the files of one export")
-    return files
+        raise UserError(f"no {missing[0]} in {directory}, which {form.listed} names: restore the files of one export")
+    return form, files
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,33 +1,21 @@
-"""Exports models to transformers, and imports them; `FAMILIES` lists the families of models that both sides have."""
+"""Exports models to transformers, and imports them, by the families of `families.FAMILIES`."""
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxchat.errors import UserError, first_line
-from jaxchat.export import nanochat
-from jaxchat.export.files import DTYPES, read_json, read_weights, whole, write_json, write_weights
-from jaxchat.export.places import Family, to_params, to_state
+from jaxchat.export.families import family_of, named
+from jaxchat.export.families.family import Family
+from jaxchat.export.files import DTYPES, Weights, read_json, whole, write_json, write_weights
+from jaxchat.export.places import State, to_params
 from jaxchat.export.tokens import read_tokenizer, write_tokenizer
+from jaxchat.launcher import log
 from jaxchat.model import Model
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
-
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (nanochat.FAMILY,)}
-
-
-def family_of(model: Model) -> Family:
-    """The family of a model; raises `UserError` with all features that the closest family lacks."""
-    family = min(FAMILIES.values(), key=lambda family: len(family.lacking(model)))
-    if used := family.lacking(model):
-        listed = ", ".join(used[:-1]) + " and " * (len(used) > 1) + used[-1]
-        raise UserError(
-            f"transformers' {family.architecture} does not support {listed}, which this model uses: evaluate the "
-            "checkpoint with python -m launch.harness, or export it with --to=stablehlo"
-        )
-    return family
 
 
 def write(
@@ -40,41 +28,61 @@ def write(
     Raises:
         UserError: the model has a feature that transformers lacks, or the directory is not empty.
     """
-    places = family_of(model).places
+    family = family_of(model)
     with whole(directory) as place:
         write_json(place / "config.json", config_json(model, tokenizer, length=length, dtype=dtype))
         bos, ends = tokenizer.bos, sorted(tokenizer.ends - {tokenizer.end})  # BOS too: it begins another document.
         generation = {"bos_token_id": bos, "eos_token_id": [tokenizer.end, *ends], "pad_token_id": bos}
         write_json(place / "generation_config.json", generation)
         write_tokenizer(place, tokenizer, length=length)
-        return write_weights(place, {name: np.asarray(w, DTYPES[dtype]) for name, w in to_state(model, params, places)})
+        return write_weights(place, State(model, params, family.places, DTYPES[dtype]))
 
 
-def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
-    """Reads a model of transformers: the model, maximum number of positions, float32 parameters and tokenizer.
+class Source(NamedTuple):
+    """A model of transformers: our model, its maximum number of positions, its parameters and its tokenizer."""
+
+    model: Model
+    length: int
+    params: Params
+    tokenizer: Tokenizer
+
+
+def read(directory: Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> Source:
+    """Reads a model of transformers with parameters of `dtype`, one tensor at a time.
 
     Raises:
         UserError: files are missing, describe another architecture or do not match each other.
     """
     config = read_json(directory / "config.json")
-    model, length = read_config(config)
-    places = FAMILIES[config["model_type"]].places
+    family = named(config)
+    model, length = family.read_config(config)
     tokenizer = tokenizer or read_tokenizer(directory)
     if tokenizer.vocab_size != model.vocab:
         raise UserError(
             f"{directory} has vocab_size={model.vocab} in config.json but its tokenizer has {tokenizer.vocab_size} "
             "ids: name the tokenizer of its training with --tokenizer=DIR"
         )
-    weights = read_weights(directory)
-    if model.tied:
-        embed, head = (places[(name,)].name for name in ("embed", "head"))
-        if head in weights and not np.array_equal(weights.pop(head), weights.get(embed, ())):
-            raise UserError(f"{directory} has tie_word_embeddings=true in config.json, but {head} differs from {embed}")
+    weights = read_weights(directory, model, family, dtype)
     try:
-        params = to_params(model, weights, places)
+        params = to_params(model, weights, family.places, DTYPES[dtype])
     except ValueError as error:
         raise UserError(f"the weights in {directory} do not match its config.json: {first_line(error)}") from None
-    return model, length, params, tokenizer
+    return Source(model, length, params, tokenizer)
+
+
+def read_weights(directory: Path, model: Model, family: Family, dtype: str) -> Weights:
+    """The weights of a directory by the names of `family`, without those that hold nothing of the model."""
+    weights = Weights(directory, DTYPES[dtype])
+    embed, head = (family.places[(name,)].name for name in ("embed", "head"))
+    weights.add_prefix(embed.partition(".")[0] + ".")
+    for pattern in family.dropped:
+        if dropped := weights.drop(pattern):
+            log(f"left out {len(dropped)} tensors that are no parameters, such as {dropped[0]}")
+    if model.tied and head in weights:
+        if embed in weights and not np.array_equal(weights[head], weights[embed]):
+            raise UserError(f"{directory} has tie_word_embeddings=true in config.json, but {head} differs from {embed}")
+        weights.drop(re.escape(head))
+    return weights
 
 
 def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) -> dict[str, Any]:
@@ -83,24 +91,10 @@ def config_json(model: Model, tokenizer: Tokenizer, *, length: int, dtype: str) 
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **family.write_config(model),
-        "max_position_embeddings": length,
+        **family.write(model, length),
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.end,
         "pad_token_id": None,
         "use_cache": True,
         "dtype": dtype,
     }
-
-
-def read_config(config: Mapping[str, Any]) -> tuple[Model, int]:
-    """The model of a config.json and its maximum number of positions.
-
-    Raises:
-        UserError: the family is unknown, or a key is not one that the family reads or ignores; the message names it.
-    """
-    name = config.get("model_type")
-    if not isinstance(name, str) or (family := FAMILIES.get(name)) is None:
-        known = ", ".join(f"{name!r} ({family.architecture})" for name, family in FAMILIES.items())
-        raise UserError(f"config.json has model_type={name!r}: only {known} can be imported")
-    return family.read_config(config)

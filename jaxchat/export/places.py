@@ -1,184 +1,178 @@
-"""Maps parameter trees to state dicts of other projects: the name of each parameter, and its layout; reads config.json.
+"""Maps parameter trees to state dicts of other projects: the name of each tensor, its layout, and what it joins.
 
 State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inputs, outputs), with an axis each for
-heads and their channels.
+heads and their channels, and stacked by layer and expert.
 """
 
-import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxchat.errors import UserError
 from jaxchat.model import Model, Transformer
-from jaxchat.model.part import HUGE, TINY, Spec
+from jaxchat.model.part import Spec
 from jaxchat.model.transformer import Params
 
 Array = np.ndarray
 
 
 class Place(NamedTuple):
-    """Name of a parameter in a state dict, with `{}` for the layer index.
+    """Name of the tensor that has a parameter, with `{}` for the index of the layer, and then of the expert.
 
-    `linear` is false for parameters that are stored as they are, such as embedding tables and scalars. `keys` are the
-    keys of config.json that determine the shape, for error messages.
+    Attributes:
+        linear: a matrix is stored as (outputs, inputs). False for what is stored as it is, such as embedding tables
+            and scalars, and for matrices stored as (inputs, outputs).
+        keys: the keys of config.json that determine the shape, for error messages.
+        joined: how the parameters of a tensor that has several follow each other, in the order of the places: "whole",
+            or within each head.
     """
 
     name: str
     linear: bool = True
     keys: str = "its keys"
+    joined: Literal["whole", "heads"] = "whole"
 
 
-Places = Mapping[tuple[str, ...], Place]  # By path: ("embed",) outside the layers, ("mixer", "q") in each layer.
+# By path: ("embed",) outside the layers, ("mixer", "q") in each layer, ("experts", "in") for each expert.
+Places = Mapping[tuple[str, ...], Place]
 
 
-class Key(NamedTuple):
-    """A key of config.json: the test of its value, the valid values in words, and the value if the key is missing."""
+class Part(NamedTuple):
+    """A parameter of one layer and expert as a view of the tree without vocabulary padding."""
 
-    valid: Callable[[Any], bool]
-    meaning: str
-    default: Any = ...  # The key must be there.
+    view: Array
+    place: Place
+    spec: Spec
 
-    def or_null(self) -> "Key":
-        """The same key, which may be null or missing."""
-        return Key(lambda value: value is None or self.valid(value), f"{self.meaning}, or null", None)
+    def matrix(self, value: Array) -> Array:
+        """A view of `value`, of this part's shape, with the last axis that parts are joined along, and inputs first."""
+        if "matrices" not in self.kind:
+            return value.reshape(len(value), -1) if self.kind == "table" else value.reshape(-1)
+        inputs, last = math.prod(value.shape[: self.spec.inputs]), value.shape[-1]
+        return value.reshape((inputs, -1, last) if self.place.joined == "heads" else (inputs, -1))
 
-
-def only(*values: Any) -> Key:
-    """A key that must have one of these values; if it is missing, it has the first."""
-    return Key(lambda value: value in values, " or ".join(map(json.dumps, values)), values[0])
-
-
-def whole(least: int = 1, most: int = 2**31 - 1) -> Key:
-    """A key that must be a whole number in this range."""
-    return Key(lambda value: type(value) is int and least <= value <= most, f"a whole number from {least} to {most}")
-
-
-WHOLE = whole()
-POSITIVE = Key(
-    lambda value: type(value) in (int, float) and TINY <= value <= HUGE, f"a number from {TINY:.2g} to {HUGE:.2g}"
-)
+    @property
+    def kind(self) -> str:
+        """matrices, table (an embedding), or vector, in which any shape of as many numbers is the same."""
+        if self.spec.group in ("matrices", "head", "router") and self.view.ndim > 1:
+            return "matrices"
+        return "table" if self.view.ndim > 1 and self.spec.group != "scalars" else "vector"
 
 
-def read_keys(
-    config: Mapping[str, Any], keys: Mapping[str, Key], place: str, neutral: frozenset[str]
-) -> dict[str, Any]:
-    """The values of `keys` in a JSON object, which may also have `neutral` keys; `place` names the object.
+class State(Mapping[str, Array]):
+    """The tensors of a state dict that are made of a parameter tree, or that it is made of, each when it is asked for.
 
-    Raises:
-        UserError: a key is unknown, missing or has a value that our model does not have; the message names it.
-    """
-    values = {name: config.get(name, key.default) for name, key in keys.items()}
-    if missing := [name for name, value in values.items() if value is ...]:
-        raise UserError(f"{place} has no {missing[0]}: check that the file is complete")
-    for name, key in keys.items():
-        if name in config and not key.valid(config[name]):
-            raise UserError(f"{place} has {name}={config[name]!r}, but jaxchat supports only {key.meaning}")
-    if unknown := sorted(set(config) - set(keys) - neutral):
-        name = unknown[0]
-        raise UserError(
-            f"{place} has {name}={config[name]!r}, which jaxchat does not know: remove {name} if the model has the "
-            "same logits without it"
-        )
-    return values
-
-
-class Family(NamedTuple):
-    """A family of models in transformers: the name of its class, its model type, and how it relates to our models.
-
-    Attributes:
-        lacking: lists the features of a model that the family does not have.
-        write_config: the entries of config.json that describe a model without lacking features.
-        read_config: the model of a config.json, and its maximum number of positions. Raises UserError for an invalid
-            one, naming a key.
-        places: names and layouts of the parameters.
+    With a `dtype`, floats are cast to it, except those that routing needs in float32.
     """
 
-    architecture: str
-    model_type: str
-    lacking: Callable[[Model], list[str]]
-    write_config: Callable[[Model], dict[str, Any]]
-    read_config: Callable[[Mapping[str, Any]], tuple[Model, int]]
-    places: Places
+    def __init__(self, config: Model, params: Params, places: Places, dtype: Any = None) -> None:
+        self._parts: dict[str, list[Part]] = {}
+        self._dtype, order = dtype, {key: index for index, key in enumerate(places)}
+        found = []
+        leaves, specs = jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(Transformer(config).specs())
+        for (path, leaf), spec in zip(leaves, specs, strict=True):
+            key = _key(path, spec)
+            layers = config.stacks[path[1].idx] if path[0].key == "layers" else None
+            found.append((order[key], places[key], layers, leaf, spec))
+        for _, place, layers, leaf, spec in sorted(found, key=lambda one: one[0]):
+            for name, view in _views(place.name, layers, np.asarray(leaf), spec):
+                sizes = (config.vocab if axis in ("vocab", "tokens") else size for axis, size in _axes(view, spec))
+                index: Any = (*(slice(size) for size in sizes), ...)
+                view = view[index]
+                self._parts.setdefault(name, []).append(Part(view, place, spec))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def keys_of(self, name: str) -> str:
+        """The keys of config.json that determine the shape of a tensor."""
+        return self._parts[name][0].place.keys
+
+    def __getitem__(self, name: str) -> Array:
+        parts = self._parts[name]
+        pieces = [part.matrix(part.view) for part in parts]
+        value = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
+        value = value.reshape(len(value), -1) if parts[0].kind == "matrices" else value
+        value = value.T if parts[0].kind == "matrices" and parts[0].place.linear else value
+        return value if self._dtype is None or parts[0].spec.exact else value.astype(self._dtype, copy=False)
+
+    def put(self, name: str, value: Array) -> None:
+        """Copies a tensor into the parameters that it has; raises ValueError if its shape is another."""
+        parts = self._parts[name]
+        place, wanted = parts[0].place, self._shape(parts)
+        if value.shape != wanted and (parts[0].kind != "vector" or value.size != math.prod(wanted)):
+            raise ValueError(f"{name} has shape {value.shape}, expected {wanted}: check {place.keys}")
+        if parts[0].kind == "matrices":
+            value = value.T if place.linear else value
+        elif parts[0].kind == "vector":
+            value = value.reshape(-1)
+        start = 0
+        if place.joined == "heads":
+            value = value.reshape(len(value), *parts[0].matrix(parts[0].view).shape[1:-1], -1)
+        for part in parts:
+            size = part.matrix(part.view).shape[-1]
+            part.view[...] = value[..., start : start + size].reshape(part.view.shape)
+            start += size
+
+    def _shape(self, parts: list[Part]) -> tuple[int, ...]:
+        """Shape of a tensor in the state dict."""
+        total = sum(part.view.size for part in parts)
+        if parts[0].kind == "vector":
+            return (total,)
+        first = len(parts[0].matrix(parts[0].view))
+        shape = (first, total // first)
+        return shape[::-1] if parts[0].kind == "matrices" and parts[0].place.linear else shape
 
 
-def to_params(config: Model, state: Mapping[str, Array], places: Places) -> Params:
-    """Converts a state dict (of weights or gradients) to our parameter tree; vocabulary padding is zero.
+def to_params(config: Model, state: Mapping[str, Array], places: Places, dtype: Any = None) -> Params:
+    """Converts a state dict (of weights or gradients), tensor by tensor, to our parameter tree.
+
+    Vocabulary padding is zero. The parameters are of `dtype`, except those that routing needs in float32; without it
+    of the type of the first tensor.
 
     Raises:
         ValueError: a parameter is missing, has a wrong shape, or is unknown to the model.
     """
-    used = set()
-
-    def take(place: Place, layer: int, shape: tuple[int, ...], spec: Spec) -> Array:
-        name, linear = place.name.format(layer), place.linear
-        used.add(name)
-        if name not in state:
-            raise ValueError(f"{name} is missing: check {place.keys}")
-        value, sizes = np.asarray(state[name]), _sizes(config, shape, spec)
-        stored = _matrix(sizes, spec)[::-1] if linear else sizes
-        if value.shape != stored if linear else value.size != math.prod(sizes):
-            raise ValueError(f"{name} has shape {value.shape}, expected {stored}: check {place.keys}")
-        padded = np.zeros(shape, value.dtype)
-        padded[tuple(map(slice, sizes))] = (value.T if linear else value).reshape(sizes)
-        return padded
-
-    def read(path: Any, leaf: Any, spec: Spec) -> Array:
-        place, position = places[_key(path)], _position(path)
-        if position is None:
-            return take(place, 0, leaf.shape, spec)
-        return np.stack([take(place, i, leaf.shape[1:], _own(spec)) for i in config.stacks[position]])
-
     transformer = Transformer(config)
-    params: Params = jax.tree_util.tree_map_with_path(read, transformer.shapes(), transformer.specs())
-    if left := sorted(set(state) - used):
+    names = sorted(state)
+    dtype = state[names[0]].dtype if dtype is None and names else dtype
+
+    def empty(leaf: Any, spec: Spec) -> Array:
+        return np.zeros(leaf.shape, np.float32 if spec.exact and np.dtype(dtype).itemsize < 4 else dtype)
+
+    params: Params = jax.tree.map(empty, transformer.shapes(), transformer.specs())
+    wanted = State(config, params, places)
+    if missing := [name for name in wanted if name not in state]:
+        raise ValueError(f"{missing[0]} is missing: check {wanted.keys_of(missing[0])}")
+    if left := sorted(set(names) - set(wanted)):
         others = f" and {len(left) - 1} more" * (left[1:] != [])
         raise ValueError(f"unexpected parameters: {left[0]}{others}")
+    for name in wanted:
+        wanted.put(name, np.asarray(state[name]))
     return params
 
 
-def to_state(config: Model, params: Params, places: Places) -> Iterator[tuple[str, Array]]:
-    """Yields the entries of a state dict, without vocabulary padding."""
-
-    def put(value: Array, linear: bool, spec: Spec) -> Array:
-        sizes = _sizes(config, value.shape, spec)
-        value = value[tuple(map(slice, sizes))]
-        return value.reshape(_matrix(sizes, spec)).T if linear else value
-
-    specs = jax.tree.leaves(Transformer(config).specs())
-    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
-        (name, linear, _), position, value = places[_key(path)], _position(path), np.asarray(leaf)
-        if position is None:
-            yield name, put(value, linear, spec)
-        else:
-            for layer, own in zip(config.stacks[position], value, strict=True):
-                yield name.format(layer), put(own, linear, _own(spec))
-
-
-def _key(path: Any) -> tuple[str, ...]:
+def _key(path: Any, spec: Spec) -> tuple[str, ...]:
     """The names in a path of the parameter tree, after "ends" or "layers" and the position in the pattern."""
-    return tuple(step.key for step in path[1:] if hasattr(step, "key"))
+    names = tuple(step.key for step in path[1:] if hasattr(step, "key"))
+    return ("experts", *names[1:]) if spec.stack else names
 
 
-def _position(path: Any) -> int | None:
-    """The position in the pattern of a layer's parameter; None outside the layers."""
-    return path[1].idx if path[0].key == "layers" else None
+def _views(name: str, layers: range | None, leaf: Array, spec: Spec) -> Iterator[tuple[str, Array]]:
+    """Name and view of a parameter for each layer, and for each expert if it is of experts."""
+    for at, layer in [((), ())] if layers is None else [((i,), (layer,)) for i, layer in enumerate(layers)]:
+        own = leaf[(*at, ...)]
+        if spec.stack:
+            yield from ((name.format(*layer, expert), view) for expert, view in enumerate(own))
+        else:
+            yield name.format(*layer), own
 
 
-def _own(spec: Spec) -> Spec:
-    """The Spec of one layer's parameter, without the stack axis."""
-    return dataclasses.replace(spec, axes=spec.axes[1:])
-
-
-def _sizes(config: Model, shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:
-    """A shape without vocabulary padding."""
-    return tuple(config.vocab if axis in ("vocab", "tokens") else size for axis, size in zip(spec.axes, shape))
-
-
-def _matrix(sizes: tuple[int, ...], spec: Spec) -> tuple[int, int]:
-    """The two sides of a matrix: inputs, outputs."""
-    return math.prod(sizes[: spec.inputs]), math.prod(sizes[spec.inputs :])
+def _axes(view: Array, spec: Spec) -> list[tuple[str, int]]:
+    """Logical names and sizes of the axes of a view, which lacks the first axes of the parameter."""
+    return list(zip(spec.axes[len(spec.axes) - view.ndim :], view.shape, strict=True))
