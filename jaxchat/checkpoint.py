@@ -34,6 +34,7 @@ EXPERIMENT = "experiment.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 SNAPSHOTS = "snapshots"
+DTYPES = "dtypes"  # Entry of a checkpoint's facts: the types of its parameters, if not all are float32.
 
 
 class Checkpoints:
@@ -260,6 +261,15 @@ def load_params(directory: Path, step: int, abstract: Any) -> Any:
         raise UserError(f"checkpoint {step} in {directory} cannot be read: {error}{hint}") from error
 
 
+def as_stored(directory: Path, step: int, abstract: Any) -> Any:
+    """`abstract` parameters with the types in which a checkpoint stores them: float32, unless its facts list others."""
+    types = read_facts(directory, step).get(DTYPES)
+    if types is None:
+        return abstract
+    leaves, tree = jax.tree.flatten(abstract)
+    return jax.tree.unflatten(tree, [leaf.update(dtype=dtype) for leaf, dtype in zip(leaves, types, strict=True)])
+
+
 def load_state(directory: Path, step: int, abstract: Any) -> Any:
     """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
     rest = load_rest(directory, step, abstract, "remove that checkpoint to use an earlier one")
@@ -284,9 +294,10 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     with ocp.StandardCheckpointer() as reader:
         try:
             integrity.check_files(checkpoints, step, part=f"{part}/")
-            tree = reader.restore(checkpoints / str(step) / part, abstract)
+            stored = as_stored(directory, step, abstract) if part == "params" else abstract
+            tree = reader.restore(checkpoints / str(step) / part, stored)
             integrity.verify(read_facts(directory, step), **{part: tree})
-            return tree
+            return tree if stored is abstract else jax.tree.map(lambda x, like: x.astype(like.dtype), tree, abstract)
         except Exception as error:  # Orbax raises plain Exception if bytes of an array are missing or shapes differ.
             raise _unreadable(error, checkpoints, step) from error
 

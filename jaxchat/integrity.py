@@ -16,6 +16,7 @@ from jaxchat.data.cache import read_json, write_text
 
 SIZES = "sizes.json"
 CHECKSUMS = "checksums"  # Entry of a checkpoint's facts: those of the arrays of params and rest.
+LARGE_TREE = 1 << 30  # Bytes of arrays from which checksums are computed one by one.
 LARGE = 1 << 20  # Bytes from which a file is not hashed, because it holds arrays, which have checksums.
 
 Files = dict[str, tuple[int, str | None]]  # Size and hash of a checkpoint's files, by relative name.
@@ -55,8 +56,14 @@ def measure(directory: Path) -> Files:
 
 
 def checksums(tree: Any) -> list[int]:
-    """A checksum of the bits of each array of a tree; it does not depend on the sharding."""
-    return [int(one) for one in np.asarray(_checksums(jax.tree.leaves(tree)))]
+    """A checksum of the bits of each array of a tree; it does not depend on the sharding.
+
+    Those of large trees are computed one at a time, because each takes as much memory as its array.
+    """
+    leaves = jax.tree.leaves(tree)
+    if sum(leaf.nbytes for leaf in leaves) < LARGE_TREE:
+        return [int(one) for one in np.asarray(_checksums(leaves))]
+    return [int(np.asarray(_checksums([leaf]))[0]) for leaf in leaves]
 
 
 def all_finite(params: Any) -> jax.Array:

@@ -30,7 +30,8 @@ class Loaded(NamedTuple):
         return Transformer(self.experiment.model, compute_dtype(self.experiment.dtype, jax.devices()[0]))
 
     def params(self, mesh: jax.sharding.Mesh | None = None) -> Params:
-        """Loads the parameters in float32, on the first local device or sharded over a mesh for decoding.
+        """Loads the parameters in the types of the checkpoint, which are float32 unless it was imported in another,
+        on the first local device or sharded over a mesh for decoding.
 
         Raises:
             UserError: an axis of the mesh does not divide a dimension of the model.
@@ -45,7 +46,9 @@ class Loaded(NamedTuple):
                 placed = sharding.placements(mesh, shapes, transformer.axes(), sharding.DECODE_RULES)
             except ValueError as error:
                 raise UserError(str(error)) from None
-        return checkpoint.load_params(self.directory, self.step, checkpoint.abstract_like(shapes, placed))
+        abstract = checkpoint.abstract_like(shapes, placed)
+        abstract = checkpoint.as_stored(self.directory, self.step, abstract)
+        return checkpoint.load_params(self.directory, self.step, abstract)
 
 
 def load_checkpoint(path: str) -> Loaded:

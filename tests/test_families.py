@@ -1,6 +1,8 @@
 """Families of weights against transformers: models of random weights whose results are in tests/golden/families.npz."""
 
+import dataclasses
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -12,10 +14,10 @@ from outside import read_arrays
 from weights import checksum, random_weight
 
 from jaxchat.errors import UserError
-from jaxchat.export import families, huggingface
+from jaxchat.export import families, huggingface, verify
 from jaxchat.export.families.keys import NEUTRAL
 from jaxchat.export.places import State, to_params
-from jaxchat.model import Model, Transformer
+from jaxchat.model import Layer, Model, Transformer
 
 pytestmark = pytest.mark.quick
 
@@ -242,3 +244,48 @@ def test_a_family_that_is_exported_as_another_has_the_same_model() -> None:
     assert family.model_type == "llama"
     assert families.read_config({"model_type": "llama", **family.write(model, length)})[0] == model
     assert huggingface.family_of is families.family_of
+
+
+def test_a_wrong_weight_in_any_tensor_is_found_and_named() -> None:
+    for name in ("gpt2", "deepseek_v3"):
+        _, weights = source(name)
+        family, model, _ = imported(name)
+        for key, value in weights.items():
+            wrong = value.copy()
+            wrong.flat[-1] += 1 / 64
+            params = to_params(model, weights | {key: wrong}, family.places)
+            with pytest.raises(UserError, match=re.escape(f"{key} differs from the one in here")):
+                verify.same_tensors(State(model, params, family.places), weights, "here")
+        verify.same_tensors(State(model, imported(name)[2], family.places), weights, "here")
+
+
+def test_the_first_layer_that_differs_is_named() -> None:
+    _, model, params = imported("gemma3")
+    right = verify.run_ours(model, params, 8192)
+    at = verify.positions(8192)
+    assert len(at) == 48 and at.max() == 4111 and len(right.streams) == model.depth == 3
+    verify.same_logits(right, right._replace(logits=right.logits * (1 + 1e-5)), "transformers")
+
+    def wrong(change: Any) -> Any:
+        return verify.run_ours(model, jax.tree_util.tree_map_with_path(change, params), 8192)
+
+    def at_path(wanted: str) -> Any:
+        return lambda path, leaf: leaf + np.resize((0, 0.05), leaf.shape) * (wanted in jax.tree_util.keystr(path))
+
+    for path, words in {
+        "['embed']": "the embedding computes",
+        "['layers'][0]['mixer']['v']": "layer 0 computes",
+        "['layers'][1]['mlp']['out']": "layer 1 computes",
+        "['layers'][2]['mlp']['out']": "layer 2, the final norm or the head computes",
+        "['final_norm']": "layer 2, the final norm or the head computes",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(words)):
+            verify.same_logits(wrong(at_path(path)), right, "transformers")
+    other = dataclasses.replace(model, pattern=tuple(map(without_scaling, model.pattern)))
+    with pytest.raises(UserError, match="layer 1 computes"):
+        verify.same_logits(verify.run_ours(other, params, 8192), right, "transformers")
+
+
+def without_scaling(layer: Layer) -> Layer:
+    rope = dataclasses.replace(layer.mixer.positions, scaling=None)
+    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, positions=rope))

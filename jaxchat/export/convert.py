@@ -1,5 +1,6 @@
 """Implements launch.convert: exports a checkpoint to another format, or imports one."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import numpy as np
 from jaxchat import checkpoint
 from jaxchat.errors import UserError, require
 from jaxchat.experiment import Experiment
-from jaxchat.export import huggingface, stablehlo
+from jaxchat.export import huggingface, stablehlo, verify
 from jaxchat.export.files import DTYPES, whole
+from jaxchat.export.places import State
+from jaxchat.launcher import log
 from jaxchat.export.tokens import write_tokenizer
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.architecture import Model
@@ -52,7 +55,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
             require(module, f"launch.convert --to=stablehlo needs {module}", "export")
         require(module, f"launch.convert needs {module}", "convert")
     if options.source is not None:
-        return _import(user_path(options.checkpoint), out, options.tokenizer, make_experiment)
+        return _import(user_path(options.checkpoint), out, options, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "prefill_chunk")}
     if options.to != "stablehlo" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
@@ -93,30 +96,55 @@ def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: i
 
 
 def _import(
-    source: Path, out: Path, tokenizer: str | None, make_experiment: Callable[[Model, int, str], Experiment]
+    source: Path, out: Path, options: Any, make_experiment: Callable[[Model, int, str], Experiment]
 ) -> dict[str, object]:
     if out.name not in STAGES:
         raise UserError(f"--out={out} must end in a stage, such as runs/imported/pretrain, or .../sft for a chat model")
     if not source.is_dir():
-        raise UserError(f"no directory {source}: --checkpoint must name one with config.json and *.safetensors")
-    own = None if tokenizer is None else load_tokenizer(tokenizer)
-    model, length, params, model_tokenizer = huggingface.read(source, own)
+        raise UserError(f"no directory {source}: --checkpoint must name one with config.json and weights")
+    own = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    found = huggingface.open_source(source, own, options.dtype)
     try:
-        experiment = make_experiment(model, length, out.name)
+        experiment = make_experiment(found.model, found.length, out.name)
     except ValueError as error:
         raise UserError(f"the model in {source} cannot be trained: {error}") from None
     place = out.parent / "tokenizer"
-    if place.exists() and load_tokenizer(place).hash != model_tokenizer.hash:
+    if place.exists() and load_tokenizer(place).hash != found.tokenizer.hash:
         raise UserError(f"{place} contains another tokenizer: set --out to a new run")
+    if options.dtype != "float32":
+        experiment = dataclasses.replace(experiment, dtype=options.dtype)  # Without a float32 copy in decoding either.
+    theirs = _run_theirs(found)
     with whole(out) as directory:
-        write_checkpoint(directory, experiment, params)
-        model_tokenizer.save(place)
+        write_checkpoint(directory, experiment, found.params())
+        _check(directory, found, theirs)
+        found.tokenizer.save(place)
     return {
         "out": str(out),
-        "parameters": parameter_counts(model)["total"],
+        "parameters": parameter_counts(found.model)["total"],
         "checkpoint": f"{out}@0",
         "from": "huggingface",
     }
+
+
+def _run_theirs(found: huggingface.Source) -> verify.Run | None:
+    """Of the source, before its parameters take memory here; None where transformers cannot read it."""
+    try:
+        return verify.run_theirs(found.directory, found.model, found.length)
+    except UserError as error:
+        log(f"logits were not compared: {error}")
+        return None
+
+
+def _check(directory: Path, found: huggingface.Source, theirs: verify.Run | None) -> None:
+    """Loads a written checkpoint; raises `UserError` if it has other weights or logits than its source."""
+    shapes = checkpoint.as_stored(directory, 0, Transformer(found.model).shapes())
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.tree.map(lambda _: first, shapes)
+    params = checkpoint.load_params(directory, 0, checkpoint.abstract_like(shapes, placed))
+    ours = State(found.model, params, found.family.places)
+    verify.same_tensors(ours, found.weights, str(found.directory))
+    if theirs is not None:
+        verify.same_logits(verify.run_ours(found.model, params, found.length), theirs, "transformers")
 
 
 def write_checkpoint(directory: Path, experiment: Experiment, params: Params) -> None:
@@ -124,7 +152,9 @@ def write_checkpoint(directory: Path, experiment: Experiment, params: Params) ->
     checkpoint.write_experiment(directory, experiment)
     checkpoints = checkpoint.Checkpoints(directory, keep=1)
     try:
-        state = Imported(jax.tree.map(jnp.asarray, params), np.zeros((), np.int32))
-        checkpoints.save(0, state, {})
+        arrays = jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params)
+        types = [leaf.dtype.name for leaf in jax.tree.leaves(arrays)]
+        facts = {} if set(types) == {"float32"} else {checkpoint.DTYPES: types}
+        checkpoints.save(0, Imported(arrays, np.zeros((), np.int32)), facts)
     finally:
         checkpoints.close()

@@ -4,16 +4,18 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxchat.errors import UserError, first_line
+from jaxchat.export import verify
 from jaxchat.export.families import family_of, named
 from jaxchat.export.families.family import Family
 from jaxchat.export.files import DTYPES, Weights, read_json, whole, write_json, write_weights
 from jaxchat.export.places import State, to_params
 from jaxchat.export.tokens import read_tokenizer, write_tokenizer
 from jaxchat.launcher import log
-from jaxchat.model import Model
+from jaxchat.model import Model, Transformer
 from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer
 
@@ -26,7 +28,8 @@ def write(
     `length` is the row length of training, `dtype` the type of the weights.
 
     Raises:
-        UserError: the model has a feature that transformers lacks, or the directory is not empty.
+        UserError: the model has a feature that transformers lacks, the directory is not empty, or what was written has
+            other weights or other logits.
     """
     family = family_of(model)
     with whole(directory) as place:
@@ -35,20 +38,43 @@ def write(
         generation = {"bos_token_id": bos, "eos_token_id": [tokenizer.end, *ends], "pad_token_id": bos}
         write_json(place / "generation_config.json", generation)
         write_tokenizer(place, tokenizer, length=length)
-        return write_weights(place, State(model, params, family.places, DTYPES[dtype]))
+        state = State(model, params, family.places, DTYPES[dtype])
+        count = write_weights(place, state)
+        verify.same_tensors(state, Weights(place), str(directory))
+        if (theirs := verify.run_theirs(place, model, length)) is not None:
+            verify.same_logits(verify.run_ours(model, _rounded(model, params, dtype), length), theirs, "transformers")
+        return count
+
+
+def _rounded(model: Model, params: Params, dtype: str) -> Params:
+    """Parameters as they are written."""
+    specs = Transformer(model).specs()
+    return jax.tree.map(lambda w, spec: w if spec.exact else np.asarray(w, DTYPES[dtype]), params, specs)
 
 
 class Source(NamedTuple):
-    """A model of transformers: our model, its maximum number of positions, its parameters and its tokenizer."""
+    """A model of transformers: our model, its maximum number of positions, its tokenizer, and its unread weights."""
 
+    directory: Path
     model: Model
     length: int
-    params: Params
     tokenizer: Tokenizer
+    family: Family
+    weights: Weights
+    dtype: Any
+
+    def params(self) -> Params:
+        """Reads the parameters one tensor at a time; raises `UserError` if they do not match the model."""
+        try:
+            return to_params(self.model, self.weights, self.family.places, self.dtype)
+        except ValueError as error:
+            raise UserError(
+                f"the weights in {self.directory} do not match its config.json: {first_line(error)}"
+            ) from None
 
 
-def read(directory: Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> Source:
-    """Reads a model of transformers with parameters of `dtype`, one tensor at a time.
+def open_source(directory: Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> Source:
+    """Reads configuration and tokenizer of a model of transformers, whose parameters will be of `dtype`.
 
     Raises:
         UserError: files are missing, describe another architecture or do not match each other.
@@ -63,11 +89,13 @@ def read(directory: Path, tokenizer: Tokenizer | None = None, dtype: str = "floa
             "ids: name the tokenizer of its training with --tokenizer=DIR"
         )
     weights = read_weights(directory, model, family, dtype)
-    try:
-        params = to_params(model, weights, family.places, DTYPES[dtype])
-    except ValueError as error:
-        raise UserError(f"the weights in {directory} do not match its config.json: {first_line(error)}") from None
-    return Source(model, length, params, tokenizer)
+    return Source(directory, model, length, tokenizer, family, weights, DTYPES[dtype])
+
+
+def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
+    """Reads a model of transformers: the model, maximum number of positions, float32 parameters and tokenizer."""
+    source = open_source(directory, tokenizer)
+    return source.model, source.length, source.params(), source.tokenizer
 
 
 def read_weights(directory: Path, model: Model, family: Family, dtype: str) -> Weights:

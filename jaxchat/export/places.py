@@ -4,6 +4,7 @@ State dicts hold matrices like torch's Linear, (outputs, inputs); ours are (inpu
 heads and their channels, and stacked by layer and expert.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -71,7 +72,7 @@ class State(Mapping[str, Array]):
         self._parts: dict[str, list[Part]] = {}
         self._dtype, order = dtype, {key: index for index, key in enumerate(places)}
         found = []
-        leaves, specs = jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(Transformer(config).specs())
+        leaves, specs = jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(_described(config)[1])
         for (path, leaf), spec in zip(leaves, specs, strict=True):
             key = _key(path, spec)
             layers = config.stacks[path[1].idx] if path[0].key == "layers" else None
@@ -138,14 +139,13 @@ def to_params(config: Model, state: Mapping[str, Array], places: Places, dtype: 
     Raises:
         ValueError: a parameter is missing, has a wrong shape, or is unknown to the model.
     """
-    transformer = Transformer(config)
     names = sorted(state)
     dtype = state[names[0]].dtype if dtype is None and names else dtype
 
     def empty(leaf: Any, spec: Spec) -> Array:
-        return np.zeros(leaf.shape, np.float32 if spec.exact and np.dtype(dtype).itemsize < 4 else dtype)
+        return aligned(leaf.shape, np.dtype(np.float32 if spec.exact and np.dtype(dtype).itemsize < 4 else dtype))
 
-    params: Params = jax.tree.map(empty, transformer.shapes(), transformer.specs())
+    params: Params = jax.tree.map(empty, *_described(config))
     wanted = State(config, params, places)
     if missing := [name for name in wanted if name not in state]:
         raise ValueError(f"{missing[0]} is missing: check {wanted.keys_of(missing[0])}")
@@ -155,6 +155,21 @@ def to_params(config: Model, state: Mapping[str, Array], places: Places, dtype: 
     for name in wanted:
         wanted.put(name, np.asarray(state[name]))
     return params
+
+
+@functools.lru_cache(8)
+def _described(config: Model) -> tuple[Any, Any]:
+    """Shapes and specs of a model's parameters."""
+    transformer = Transformer(config)
+    return transformer.shapes(), transformer.specs()
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros at an address that `jax.device_put(..., may_alias=True)` can use without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _key(path: Any, spec: Spec) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     attended: tuple[Attended | None, ...]
 
 
-def trace(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> Trace:
+def trace(transformer: Transformer, params: Params, tokens_BT: jax.Array, positions_BT: Any = None) -> Trace:
     """`Transformer.apply` without a cache; notes the calls of the layers and of their attention."""
     plain = dataclasses.replace(transformer.config, layer_loop="unroll", remat="none")
     streams, attended, found = list[jax.Array](), list[Attended | None](), list[Attended]()
@@ -55,7 +55,7 @@ def trace(transformer: Transformer, params: Params, tokens_BT: jax.Array) -> Tra
         return result
 
     with nn.intercept_methods(note):
-        forward = dataclasses.replace(transformer, config=plain).apply(params, tokens_BT)
+        forward = dataclasses.replace(transformer, config=plain).apply(params, tokens_BT, positions_BT=positions_BT)
     return Trace(forward, tuple(streams), tuple(attended))
 
 
