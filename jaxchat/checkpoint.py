@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat import integrity, processes, unnamed_owners
@@ -270,6 +271,25 @@ def as_stored(directory: Path, step: int, abstract: Any) -> Any:
     return jax.tree.unflatten(tree, [leaf.update(dtype=dtype) for leaf, dtype in zip(leaves, types, strict=True)])
 
 
+def load_arrays(directory: Path, step: int, shapes: Any) -> Any:
+    """The parameters of a checkpoint as NumPy arrays in the stored types, with little more memory than they take.
+
+    They are not compared with their checksums, for what reads them so compares them with what they should be.
+    """
+    stored = as_stored(directory, step, shapes)
+    stand_ins = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    limit: Any = max(1.01 * largest / 1e9, 0.25)  # Gigabytes that are read at once; it must exceed the largest.
+    path = (_home(directory, step) / CHECKPOINTS / str(step) / "params").absolute()
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(restore_concurrent_gb=limit)) as reader:
+            return reader.restore(path, args=ocp.args.StandardRestore(stand_ins))
+    except Exception as error:  # As in `_load`.
+        raise UserError(
+            f"{path} cannot be read again ({first_line(error)}): free some space, and try once more"
+        ) from None
+
+
 def load_state(directory: Path, step: int, abstract: Any) -> Any:
     """The whole state of one checkpoint, in the shapes and shardings of the named tuple `abstract`."""
     rest = load_rest(directory, step, abstract, "remove that checkpoint to use an earlier one")
@@ -291,10 +311,10 @@ def _load(directory: Path, step: int, part: str, abstract: Any) -> Any:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     checkpoints = (_home(directory, step) / CHECKPOINTS).absolute()
     unnamed_owners.allow()
+    stored = as_stored(directory, step, abstract) if part == "params" else abstract
     with ocp.StandardCheckpointer() as reader:
         try:
             integrity.check_files(checkpoints, step, part=f"{part}/")
-            stored = as_stored(directory, step, abstract) if part == "params" else abstract
             tree = reader.restore(checkpoints / str(step) / part, stored)
             integrity.verify(read_facts(directory, step), **{part: tree})
             return tree if stored is abstract else jax.tree.map(lambda x, like: x.astype(like.dtype), tree, abstract)

@@ -5,8 +5,8 @@
     python -m launch.convert --checkpoint=runs/tiny/sft --to=tokenizer --out=tokenizer
     python -m launch.convert --checkpoint=exported --from=huggingface --out=runs/imported/sft
 
-Hugging Face transformers supports the family october2025 only; other families can be scored by launch.harness and
-exported as StableHLO. To train an imported model: launch.train --start_from=runs/imported/sft.
+docs/export.md lists the families of transformers that are imported and exported; other models can be scored by
+launch.harness and exported as StableHLO. To train an imported model: launch.train --start_from=runs/imported/sft.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Convert:
     """Format to export to; tokenizer: tokenizer.json and chat template alone."""
     source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None  # Format to import from.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights; with --to=stablehlo also of the matrix products."""
+    """Dtype of the weights; with --to=stablehlo also of the matrix products, with --from also of decoding."""
     tokenizer: str | None = None  # With --from: directory of a jaxchat tokenizer, if the imported directory has none.
     rows: int = 0  # With --to=stablehlo: batch size; 0 is 1.
     length: int = 0  # With --to=stablehlo: context length; 0 is the row length of training.

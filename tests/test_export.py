@@ -135,7 +135,7 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
 REFUSED = {
     "residual_scales=ResidualScales, smear=Smear, backout=Backout, .*mixer.window=3": small.july2026(),
     "Chat.* does not support mixer.window=3, which": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, window=3),)),
-    "mlp=SwiGLU": model(mlp=SwiGLU(24)),
+    "norm.gain=none, embed_norm=True, softcap=15.0, .*direction=-1": model(mlp=SwiGLU(24)),
     "mixer.qk_scale=1.2": model(pattern=(GQA(heads=4, kv_heads=4, head_dim=4, qk_scale=1.2),)),
     "mixer.qk_norm.eps=1e-06": model(norm=RMSNorm(1e-5)),
     "norm.gain=w": model(norm=RMSNorm(gain="w")),

@@ -1,6 +1,7 @@
 """Implements launch.convert: exports a checkpoint to another format, or imports one."""
 
 import dataclasses
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +117,7 @@ def _import(
     theirs = _run_theirs(found)
     with whole(out) as directory:
         write_checkpoint(directory, experiment, found.params())
+        gc.collect()  # Orbax leaves the arrays in a cycle of references.
         _check(directory, found, theirs)
         found.tokenizer.save(place)
     return {
@@ -137,10 +139,7 @@ def _run_theirs(found: huggingface.Source) -> verify.Run | None:
 
 def _check(directory: Path, found: huggingface.Source, theirs: verify.Run | None) -> None:
     """Loads a written checkpoint; raises `UserError` if it has other weights or logits than its source."""
-    shapes = checkpoint.as_stored(directory, 0, Transformer(found.model).shapes())
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(lambda _: first, shapes)
-    params = checkpoint.load_params(directory, 0, checkpoint.abstract_like(shapes, placed))
+    params = checkpoint.load_arrays(directory, 0, Transformer(found.model).shapes())
     ours = State(found.model, params, found.family.places)
     verify.same_tensors(ours, found.weights, str(found.directory))
     if theirs is not None:

@@ -14,8 +14,8 @@ from jaxchat.export.families.nanochat import NanoChat
 from jaxchat.model import Model
 
 # A model that several families have is exported as the first.
-ROWS: tuple[type[Family], ...] = (NanoChat, Llama, GPT2, Mistral, Qwen2, Qwen3, OLMo2, Gemma3, Mixtral, Qwen3MoE)
-ROWS += (DeepSeekV3, DeepSeekV2)
+DENSE = (NanoChat, Llama, GPT2, Mistral, Qwen2, Qwen3, OLMo2, Gemma3)
+ROWS: tuple[type[Family], ...] = (*DENSE, Mixtral, Qwen3MoE, DeepSeekV3, DeepSeekV2)
 FAMILIES: Mapping[str, Family] = {row.model_type: row() for row in ROWS}
 
 

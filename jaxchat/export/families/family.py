@@ -11,8 +11,14 @@ from jaxchat.export.places import Places
 from jaxchat.model import Layer, Model
 
 # Fields that matter only in training; pattern and tail are compared layer by layer.
-TRAINING: tuple[str, ...] = ("pattern", "tail", "init", "init_scale", "embed_std", "head_std", "std", "dropout")
-TRAINING += ("isolate_documents", "layer_loop", "remat", "balance_loss", "z_loss", "path")
+TRAINING = tuple(
+    name
+    for line in (
+        "pattern tail init init_scale embed_std head_std std dropout",
+        "isolate_documents layer_loop remat balance_loss z_loss path",
+    )
+    for name in line.split()
+)
 
 
 class Family:

@@ -101,10 +101,8 @@ class Qwen3MoE(Llama):
 
     def write_mlps(self, model: Model) -> dict[str, Any]:
         mlps = [layer.mlp for layer in model.layers]
-        moe = next((mlp for mlp in mlps if isinstance(mlp, MoE)), None)
+        moe = next((mlp for mlp in mlps if isinstance(mlp, MoE)), MoE(2, 1, 1, normalise=False))
         dense = [i for i, mlp in enumerate(mlps) if isinstance(mlp, SwiGLU)]
-        if moe is None:
-            return super().write_mlps(model)  # Which lacks the number of experts.
         return {
             "intermediate_size": mlps[dense[0]].hidden if dense else 1,
             "num_experts": moe.experts,
