@@ -16,8 +16,8 @@ from jaxchat.experiment import Experiment
 from jaxchat.export import huggingface, stablehlo, verify
 from jaxchat.export.files import DTYPES, whole
 from jaxchat.export.places import State
-from jaxchat.launcher import log
 from jaxchat.export.tokens import write_tokenizer
+from jaxchat.launcher import log
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.architecture import Model
 from jaxchat.model.counts import parameter_counts
