@@ -147,7 +147,10 @@ def test_a_part_says_what_others_ask_of_it(name: str) -> None:
         assert [axes[0] for axes in cache.axes] == ["batch"] * len(cache)
         smaller = cache.resize(jnp.full(rows, 5), like)
         assert jax.tree.map(jnp.shape, smaller) == jax.tree.map(jnp.shape, like)
-        assert parts.MIXERS[type(layer.mixer)].matmul_parameters(layer.mixer, config.width) > 0
+        module = parts.MIXERS[type(layer.mixer)]
+        assert module.matmul_parameters(layer.mixer, config.width) > 0
+        # A ring forgets what its window has passed; a cache that keeps all grows with the row.
+        assert module.keeps_all(layer.mixer) == any(a.shape != b.shape for a, b in zip(cache, like))
 
 
 DROPPING = [name for name, example in EXAMPLES.items() if example.model.dropout]
