@@ -47,6 +47,22 @@ def test_the_learning_rate_that_is_told_is_the_one_that_was_applied(experiment):
     assert [r["learning_rate_factor"] for r in kept.records] == [float(factor(jnp.int32(t))) for t in (0, 1, 1, 1, 2)]
 
 
+def test_a_restart_on_another_device_reports_the_utilisation_of_the_steps_that_were_taken(experiment):
+    def log_of(peak, writer):
+        return reporting.StepLog(SimpleNamespace(experiment=experiment, mesh=SimpleNamespace(size=1)), peak, [writer])
+
+    kept = Kept()
+    log = log_of(1e12, kept)
+    for number, seconds in enumerate((9.0, 0.5, 0.25, 1.0), 1):
+        log(number, {"loss": 1.0, "grad_norm": 1.0, "skipped_in_row": 0, "skipped": 0}, seconds)
+    again, unknown = log_of(1e9, Kept()), log_of(None, Kept())
+    for other in (again, unknown):
+        other.replay(kept.records)
+        assert (other.mfu, other.tokens_per_second) == (log.mfu, log.tokens_per_second)
+    assert log.mfu == round(kept.records[1]["mfu"], 4) > 0  # That of the median step, without the first.
+    assert log_of(1e12, Kept()).mfu is None
+
+
 def test_a_run_that_is_given_more_steps_says_what_becomes_of_its_learning_rates(experiment):
     again = dataclasses.replace(experiment, steps=40)
     assert running._other_schedule(again, 10) == ""

@@ -45,6 +45,7 @@ class StepLog:
         self._flops = flops_per_token(e.model, e.data.row_length)["total"]
         self._peak = None if peak is None else peak * setup.mesh.size
         self._speeds: list[float] = []
+        self._utilisations: list[float] = []
         self.loss: float | None = None
 
     def __call__(self, number: int, values: dict[str, float], seconds: float) -> None:
@@ -70,8 +71,7 @@ class StepLog:
         if report := self.stability(record):
             self._log(f"warning: {report}")
         record["unstable_steps"] = self.stability.unstable_steps
-        self.loss = values["loss"]
-        self._speeds.append(self._tokens(record) / record["seconds"])
+        self._add(record)
         for writer in self._writers:
             writer.write(record)
 
@@ -80,8 +80,13 @@ class StepLog:
         for record in records:
             if "grad_norm" in record:
                 self.stability(record)
-                self.loss = record["loss"]
-                self._speeds.append(self._tokens(record) / record["seconds"])
+                self._add(record)
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        self.loss = record["loss"]
+        self._speeds.append(self._tokens(record) / record["seconds"])
+        if (mfu := record.get("mfu")) is not None:  # By the peak of that time: a restart may measure another.
+            self._utilisations.append(mfu)
 
     def finish(self) -> None:
         """Logs an instability of the last steps that has not been reported yet."""
@@ -95,9 +100,9 @@ class StepLog:
 
     @property
     def mfu(self) -> float | None:
-        """Utilisation at that speed; None where the peak is unknown, and in RL, which decodes as well."""
-        speed = self.tokens_per_second if self._more is None else None
-        return None if speed is None or self._peak is None else round(speed * self._flops / self._peak, 4)
+        """Utilisation of the median step; None where the peak is unknown, and in RL, which decodes as well."""
+        values = self._utilisations[1:] or self._utilisations
+        return round(float(np.median(values)), 4) if values else None
 
     def _tokens(self, record: Mapping[str, Any]) -> float:
         """Trained tokens of a step: those of a batch, or in RL those of the record."""
