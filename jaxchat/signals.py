@@ -6,6 +6,7 @@ in the main thread only, which may be busy in XLA for a minute; so a thread ackn
 the C handler through a pipe (`signal.set_wakeup_fd`), and ends the process on a second one.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -38,9 +39,11 @@ def listen() -> Callable[[], None]:
     before = {number: signal.signal(number, _receive) for number in STOPPING}
     thread = threading.Thread(target=_acknowledge, args=(reading,), name="signals", daemon=True)
     thread.start()
+    atexit.register(_ignore)
     _mode.update(listening=True, ended=False)
 
     def end() -> None:
+        atexit.unregister(_ignore)
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(fd)
@@ -66,6 +69,12 @@ def handled() -> Iterator[None]:
         yield
     finally:
         end()
+
+
+def _ignore() -> None:
+    """Ignores signals while the interpreter ends: Python gives its handlers up then, and the exit status is decided."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _receive(number: int, frame: Any) -> None:

@@ -7,6 +7,8 @@ import itertools
 import os
 import pydoc
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -201,6 +203,18 @@ def test_a_signal_after_the_result_is_not_acknowledged(notes, monkeypatch):
         send(signal.SIGTERM)
         notes.wait()
     assert notes.statuses == [143] and "again" in notes.texts[0]
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_a_signal_while_the_interpreter_ends_changes_no_status(number):
+    code = f"""import os, signal
+from jaxchat import signals
+class Late:  # Python has given its handlers up when the names of a module go.
+    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {int(number)})
+late = Late()
+signals.listen()
+raise SystemExit(75)"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 75
 
 
 def test_a_user_error_after_a_signal_is_still_a_user_error(capfd):
