@@ -188,6 +188,7 @@ def test_schemathesis_finds_no_5xx(live: Live, mode: str) -> None:
         pytest.skip("schemathesis is not installed")
     options = ["--phases=coverage,fuzzing", "--checks=not_a_server_error", "--max-examples=20", "--seed=1"]
     options += ["--generation-allow-x00=true", f"--mode={mode}", "--no-color", "--suppress-health-check=all"]
+    options += ["--request-timeout=200"]  # A program may be compiled meanwhile.
     command_line = [program, "run", f"{live.url}/openapi.json", *options]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
