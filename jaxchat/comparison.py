@@ -313,7 +313,7 @@ def _write(
     log("\n".join(lines))
     try:
         draw(place / "compare.png")
-        lines.append("![the variants](compare.png)")
+        lines.append("![curves of the variants](compare.png)")
     except UserError as error:
         log(f"no picture: {error}")
         lines.append(f"No picture: {error}.")
