@@ -268,7 +268,7 @@ LAUNCHERS = {
     "convert": (
         "convert",
         130,
-        ["export.convert.load_checkpoint", "checkpoint.load_params", "export.stablehlo.write_json"],
+        ["export.convert.load_checkpoint", "export.stablehlo.write_json", "export.convert.parameter_counts"],
     ),
 }
 

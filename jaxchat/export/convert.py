@@ -69,6 +69,8 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
         with whole(out) as directory:
             write_tokenizer(directory, loaded.tokenizer, length=e.data.row_length)
         return {"out": str(out), "vocab": loaded.tokenizer.vocab_size, "checkpoint": place, "to": options.to}
+    # Counted before the files are written: a signal after that would leave an export that nobody knows to be whole.
+    parameters = parameter_counts(e.model)["total"]
     if options.to == "huggingface":
         huggingface.family_of(e.model)  # Refuses before the parameters are loaded.
         length = e.data.row_length
@@ -77,7 +79,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
         _to_stablehlo(loaded, out, options.dtype, **sizes)
     return {
         "out": str(out),
-        "parameters": parameter_counts(e.model)["total"],
+        "parameters": parameters,
         "checkpoint": place,
         "to": options.to,
         "dtype": options.dtype,
@@ -114,6 +116,7 @@ def _import(
         raise UserError(f"{place} contains another tokenizer: set --out to a new run")
     if options.dtype != "float32":
         experiment = dataclasses.replace(experiment, dtype=options.dtype)  # Without a float32 copy in decoding either.
+    parameters = parameter_counts(found.model)["total"]
     theirs = _run_theirs(found)
     with whole(out) as directory:
         write_checkpoint(directory, experiment, found.params())
@@ -122,7 +125,7 @@ def _import(
         found.tokenizer.save(place)
     return {
         "out": str(out),
-        "parameters": parameter_counts(found.model)["total"],
+        "parameters": parameters,
         "checkpoint": f"{out}@0",
         "from": "huggingface",
     }
