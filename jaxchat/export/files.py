@@ -66,14 +66,12 @@ def write_weights(directory: Path, arrays: Mapping[str, np.ndarray]) -> int:
 class Weights(Mapping[str, np.ndarray]):
     """The arrays of a directory's weight files, one or several with an index, read each when it is asked for.
 
-    Arrays are float32, or with a `dtype` of that type.
-
     Raises:
         UserError: a file is missing, damaged or not what the index says, or an array is not finite or not of floats.
     """
 
-    def __init__(self, directory: Path, dtype: Any = np.float32) -> None:
-        self._directory, self._dtype = directory, dtype
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._readers: dict[str, Callable[[], np.ndarray]] = {}
         form, files = _weight_files(directory)
         for name, indexed in files.items():
@@ -99,7 +97,7 @@ class Weights(Mapping[str, np.ndarray]):
                     f"{self._directory} has values that are not finite in float32 (NaN, infinity or squares beyond it) "
                     f"in {name}"
                 )
-        return array.astype(self._dtype, copy=False)
+        return array
 
     def read(self, name: str) -> np.ndarray:
         """An array as it is stored."""

@@ -88,7 +88,7 @@ def open_source(directory: Path, tokenizer: Tokenizer | None = None, dtype: str 
             f"{directory} has vocab_size={model.vocab} in config.json but its tokenizer has {tokenizer.vocab_size} "
             "ids: name the tokenizer of its training with --tokenizer=DIR"
         )
-    weights = read_weights(directory, model, family, dtype)
+    weights = read_weights(directory, model, family)
     return Source(directory, model, length, tokenizer, family, weights, DTYPES[dtype])
 
 
@@ -98,9 +98,9 @@ def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, in
     return source.model, source.length, source.params(), source.tokenizer
 
 
-def read_weights(directory: Path, model: Model, family: Family, dtype: str) -> Weights:
+def read_weights(directory: Path, model: Model, family: Family) -> Weights:
     """The weights of a directory by the names of `family`, without those that hold nothing of the model."""
-    weights = Weights(directory, DTYPES[dtype])
+    weights = Weights(directory)
     embed, head = (family.places[(name,)].name for name in ("embed", "head"))
     weights.add_prefix(embed.partition(".")[0] + ".")
     for pattern in family.dropped:
