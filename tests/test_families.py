@@ -286,6 +286,15 @@ def test_the_first_layer_that_differs_is_named() -> None:
         verify.same_logits(verify.run_ours(other, params, 8192), right, "transformers")
 
 
+def test_experts_are_compared_too() -> None:
+    _, model, params = imported("mixtral")
+    at, ids = verify.positions(8192), verify.tokens(model, 8192)
+    transformer = Transformer(model)
+    forward = transformer.apply(params, jnp.asarray(ids[None]), positions_BT=jnp.asarray(at[None]))
+    found = verify.run_ours(model, jax.tree.map(np.asarray, params), 8192)
+    np.testing.assert_allclose(found.logits, transformer.logits(params, forward.hidden)[0], atol=1e-5)
+
+
 def without_scaling(layer: Layer) -> Layer:
     rope = dataclasses.replace(layer.mixer.positions, scaling=None)
     return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, positions=rope))

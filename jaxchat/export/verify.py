@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxchat.errors import UserError, first_line
 from jaxchat.launcher import log
-from jaxchat.model import Model, Transformer
+from jaxchat.model import Model, MoE, Transformer
 from jaxchat.model.trace import trace
 from jaxchat.model.transformer import Params
 
@@ -77,7 +77,9 @@ def run_ours(model: Model, params: Params, length: int) -> Run:
     layers: list[Any] = [None] * model.depth
     for stack, repeats in zip(model.stacks, params["layers"], strict=True):
         for index, layer in enumerate(stack):
-            layers[layer] = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], repeats)
+            # Experts are indexed within a loop of JAX; what else is a view takes no memory.
+            put: Any = jax.device_put if isinstance(model.layers[layer].mlp, MoE) else np.asarray
+            layers[layer] = jax.tree.map(lambda leaf, index=index, put=put: put(np.asarray(leaf)[index]), repeats)
     by_layer = {"ends": params["ends"], "layer": tuple(layers)}
     ids, at = jnp.asarray(tokens(model, length)[None]), jnp.asarray(positions(length)[None])
     traced = trace(transformer, by_layer, ids, at)
