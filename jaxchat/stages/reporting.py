@@ -22,6 +22,9 @@ from jaxchat.stages.stability import Stability
 from jaxchat.tokenizer import Tokenizer, chat
 from jaxchat.train import STEP_METRICS, State
 
+# How a base model continues a text: its most likely text repeats itself.
+CONTINUE = SamplingParams(0.8, top_p=0.95, max_tokens=64, seed=0)
+
 
 class StepLog:
     """Writes a record of each step, with speed and utilisation; an instability is logged once, counted in each record.
@@ -110,7 +113,7 @@ class StepLog:
 
 
 def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: int, log: Log) -> None:
-    """Answers each prompt greedily (a base model continues it) and appends the texts to samples.md.
+    """Answers each prompt greedily, or continues it with `CONTINUE` if the model is a base model; writes samples.md.
 
     Entries of this step and of later ones, left from before a restart, are replaced.
     """
@@ -122,13 +125,13 @@ def write_samples(setup: Setup, tokenizer: Tokenizer, state: State, *, number: i
         return
     shape = EngineConfig(length=min(128, e.data.row_length), slots=len(e.prompts), steps=16, adapt=False)
     engine = Engine(setup.transformer, params, tokenizer, shape, mesh=processes.own_mesh(setup.mesh))
-    greedy = SamplingParams(0.0, max_tokens=64)
+    sampling = SamplingParams(0.0, max_tokens=64) if e.chats else CONTINUE
     chats = e.chats
     prompts = [prompt for prompt in e.prompts if prompt or not chats]
     asked = [chat.asked(prompt, tokenizer, in_turns=chats) for prompt in prompts]
     tools = usable_tools(tokenizer.chat_format) if chats else []
     lines = [f"\n## Step {number}\n"]
-    answers = engine.generate([Request(ids, greedy, tools=tools) for ids in asked])
+    answers = engine.generate([Request(ids, sampling, tools=tools) for ids in asked])
     for prompt, (answer,) in zip(prompts, answers):
         if answer.error:  # Not worth stopping a long run.
             log(f"warning: no sample for {prompt!r}: {answer.error}")
