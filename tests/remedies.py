@@ -7,6 +7,8 @@ TINY = "--config=configs/tiny.py"
 SETTINGS = [
     ("--stps=3", "unknown field --stps: did you mean --steps?", "no --stps, --steps=3"),
     ("--steps=x", "--steps takes INT, not 'x'", "--steps=3"),
+    ("--model.mlp=swigl", "did you mean SwiGLU?", "--model.mlp=SwiGLU"),
+    ("--model.mlp.experts=8", "is a field of MoE: add --model.mlp=MoE", "--model.mlp=MoE"),
     ("word", "unexpected argument 'word': write --field=value", "no word"),
     ("--warm_optimizer", "warm_optimizer needs start_from", "--start_from=runs/a/pretrain"),
     ("--eval_problems=0", "eval_problems=0 must be at least 1", "--eval_problems=1"),
@@ -238,6 +240,11 @@ LAUNCHERS = [
         f"compare {TINY} --variants a: 'b: --seed=3'",
         "--seed=3 cannot differ between variants: leave it out",
         "no 'b: --seed=3', b:",
+    ),
+    (
+        f"compare {TINY}:sft --start_from={{run}} --ladder 1 2 --variants a: b:",
+        "the model is that of a checkpoint: choose one such as configs/d4.py",
+        "no --start_from={run}, --config=configs/d4.py",
     ),
     (f"compare {TINY} --seed=3 --variants a: b:", "leave --seed out", "no --seed=3"),
     (f"compare {TINY} --measure=speed --variants a: b:", "choose one of val_bpb", "--measure=val_bpb"),

@@ -109,7 +109,7 @@ def test_deepseeks_first_layer_is_dense_and_a_tokens_experts_are_as_wide():
 def test_a_family_is_planned_trained_and_decoded(tmp_path, monkeypatch):
     own = {"head_dim": 8, "batch_tokens": 640, "data.vocab": 400, "data.row_length": 160, "steps": 2}
     data = {"data.train": "tinyworld:train:150", "data.val": "tinyworld:val:4", "micro_rows": 2, "eval_rows": 4}
-    flags = own | data | {"depth": 2, "family": "deepseek", "keep_params": 0, "directory": tmp_path}
+    flags = own | data | {"depth": 2, "family": "deepseek", "keep_params": 0, "directory": tmp_path, "mesh.data": 1}
     argv = ["--config=configs/tiny.py", *(f"--{key}={value}" for key, value in flags.items()), "--prompts", "One"]
     monkeypatch.chdir(ROOT)
     assert launch.plan.main(argv[:-2])["stages"]["pretrain"]["tokens"] == 1280

@@ -78,7 +78,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
         running: ("compile_step",),
         terminal: ("load_engine",),
         asking: ("load_engine",),
-        huggingface: ("write", "read"),
+        huggingface: ("write", "open_source"),
         stablehlo: ("write",),
         ahead: ("fits",),
     }.items():
@@ -216,9 +216,8 @@ ELSEWHERE = {
         "port {} is in use: choose another with --port, or 0 for any free one",
         "but the limit is {}: set --model_bytes={} or more",
     ),
-    "test_prepare.py::test_a_run_without_documents_names_the_option": (
-        "no documents to train on: set --data.train to files, directories or tinywor",
-    ),
+    "test_serve_faults.py::test_without_the_key_only_health_answers": ("may not open a WebSocket",),
+    "test_prepare.py::test_a_run_without_documents_names_the_option": ("no documents to train on: set --data.train",),
     "test_advice.py::test_shares_for_other_data_name_both_remedies": (
         "{}: give one for each, or --data.{} without a value",
     ),
@@ -340,6 +339,7 @@ NO_MISTAKE = (
     "--help={} ({})",
     "The options: python -m launch.bench",
     "--family=october2025 --data.vocab=4096",
+    "--{}={} (now {})",
     "see --help",
 )
 

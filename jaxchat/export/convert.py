@@ -53,7 +53,7 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
     for module in NEEDED[options.to]:
         if options.to == "stablehlo":
-            require(module, f"launch.convert --to=stablehlo needs {module}", "export")
+            require(module, f"launch.convert needs {module}", "export")
         require(module, f"launch.convert needs {module}", "convert")
     if options.source is not None:
         return _import(user_path(options.checkpoint), out, options, make_experiment)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.errors import UserError, first_line
+from jaxchat.errors import UserError, first_line, missing
 from jaxchat.launcher import log
 from jaxchat.model import Model, MoE, Transformer
 from jaxchat.model.trace import trace
@@ -94,7 +94,7 @@ def run_theirs(directory: Path, model: Model, length: int) -> Run | None:
         UserError: transformers cannot read the directory.
     """
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        log("logits were not compared with those of transformers, which is not installed: pip install -e '.[interop]'")
+        log(str(missing("logits were not compared with those of transformers, which is not installed", "interop")))
         return None
     import torch
     import transformers

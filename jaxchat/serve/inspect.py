@@ -162,12 +162,8 @@ VIEWS: Mapping[str, Callable[..., Any]] = {
 ASKING = (losses, candidates, attention, lens)  # Those that run the model, in the thread of its engine.
 
 
-router = APIRouter()
-running: set[Request] = set()  # Requests under way, of all views.
-
-
-def _add(name: str, view: Callable[..., Any]) -> None:
-    """Adds the route of a view."""
+def _add(router: APIRouter, name: str, view: Callable[..., Any], running: set[Request]) -> None:
+    """Adds the route of a view; `running` holds the requests under way, of all views."""
 
     async def answer(body: Any, request: Request) -> Response:
         if len(running) >= MOST_RUNNING:
@@ -192,5 +188,11 @@ def _add(name: str, view: Callable[..., Any]) -> None:
     router.post(f"/inspect/{name}", name=f"inspect_{name}")(answer)
 
 
-for _name, _view_of in VIEWS.items():
-    _add(_name, _view_of)
+def _routes() -> APIRouter:
+    router, running = APIRouter(), set[Request]()
+    for name, view in VIEWS.items():
+        _add(router, name, view, running)
+    return router
+
+
+router = _routes()
