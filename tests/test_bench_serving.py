@@ -37,7 +37,7 @@ def test_a_gap_is_that_of_the_token_that_was_sampled(tmp_path: Path, monkeypatch
     assert abs(serving.gap(engine, prompt, 5, 0)) < 1e-4 < gaps[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_server_under_little_load(tmp_path: Path) -> None:
     run = write_run(tmp_path, model(head_std=0.1), length=128, scale=0.4)
     found: Any = bench.main(["serve", f"--checkpoint={run}", "--quick"])
