@@ -59,7 +59,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
                 "engine": partial(engine.generate, requests),
                 "server": lambda bodies=bodies: asyncio.run(_watched(port, bodies)),  # type: ignore[misc]
             }
-            for side in [*sides.values()] * 2:  # The second call meets caches that the first one left.
+            for side in [*sides.values()] * 2:  # The second call finds the caches that the first one filled.
                 side()
             seconds, found = timing.alternate(sides, 1 if bench.quick else bench.repeats, 0.2)
             speeds = {name: count * length / value for name, value in seconds.items()}

@@ -36,7 +36,7 @@ class Multiplier(NamedTuple):
 
 
 def flops_at(curve: Curve, value: float, *, lower: bool = True) -> tuple[float, bool] | None:
-    """The FLOPs with which a curve reaches a value, and whether that is beyond its ends, where its last piece goes on.
+    """The FLOPs with which a curve reaches a value, and whether that is extrapolated from its last piece.
 
     None if the curve has fewer than two points, a value that is not positive, or one that is not better than with fewer
     FLOPs; `lower`: smaller values are better.
@@ -72,7 +72,7 @@ def multiplier(
 def noise(
     baseline: Sequence[Curve], values: Sequence[float | None], *, lower: bool = True
 ) -> dict[str, float | None] | None:
-    """What seeds alone make of the baseline at one depth: the standard deviation of its values, and that of the
+    """How much the baseline varies between seeds at one depth: the standard deviation of its values, and that of the
     logarithm of the FLOPs which they are worth on the mean curve, as a factor. None with fewer than two seeds."""
     known = [value for value in values if value is not None]
     if len(known) < 2:

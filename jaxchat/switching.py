@@ -1,4 +1,4 @@
-"""Names on the command line that stand for several fields, and parts that are switched by the name of their type.
+"""Names on the command line that mean several fields, and parts that are switched by the name of their type.
 
 The members of a tuple of dataclasses are numbered: `model.pattern.0.mlp.hidden`. Without the number a name means all
 members, and a dataclass without a field of some name passes it to the members of its tuples: `model.mlp.hidden` is that
@@ -54,7 +54,7 @@ def apply(default: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def find(value: Any, name: str) -> list[str]:
-    """The full names of the fields that a name stands for, [] if there are none."""
+    """The full names of the fields that a name means, [] if there are none."""
     if not name:
         return [""]
     head, _, rest = name.partition(".")
@@ -119,14 +119,13 @@ def _switched(default: Any, path: str, word: Word, words: Sequence[Word]) -> Any
     """The value with a part of the type that the word names."""
     choices, owners = kinds(default, path), _values(default, path)
     old = owners.pop()
-    plain = lambda name: name.replace("_", "").casefold()  # noqa: E731
-    by_name = {plain(name): kind for name, kind in choices.items()}
+    by_name = {_plain(name): kind for name, kind in choices.items()}
     text = " ".join(word.values)
-    if plain(text) not in by_name:
-        near = difflib.get_close_matches(plain(text), by_name, n=1)
-        guess = next((f"did you mean {name}? " for name in choices if [plain(name)] == near), "")
+    if _plain(text) not in by_name:
+        near = difflib.get_close_matches(_plain(text), by_name, n=1)
+        guess = next((f"did you mean {name}? " for name in choices if [_plain(name)] == near), "")
         raise UserError(f"--{word.name}={text} is not a kind of part: {guess}It is one of {', '.join(choices)}")
-    kind = by_name[plain(text)]
+    kind = by_name[_plain(text)]
     if kind is type(None) or type(old) is kind:
         return _put(default, path, None if kind is type(None) else old)
     given = {
@@ -142,6 +141,10 @@ def _switched(default: Any, path: str, word: Word, words: Sequence[Word]) -> Any
         return _put(default, path, _made(kind, old, owners, {}))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").casefold()
 
 
 def _made(kind: Any, old: Any, owners: Sequence[Any], given: dict[str, Any]) -> Any:

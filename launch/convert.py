@@ -26,7 +26,7 @@ class Convert:
     """A stage such as runs/tiny/sft (its latest step), or runs/tiny/sft@300; with --from, the directory to import."""
     out: str  # Directory to create; with --from, a stage such as runs/imported/pretrain.
     to: Literal["huggingface", "stablehlo", "tokenizer"] | None = None
-    """Format to export to; tokenizer: tokenizer.json and chat template alone."""
+    """Format to export to; tokenizer: tokenizer.json and chat template without weights."""
     source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None  # Format to import from.
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights; with --to=stablehlo also of the matrix products, with --from also of decoding."""

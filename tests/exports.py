@@ -10,8 +10,10 @@ import small
 from documents import texts
 
 from configs.recipe import imported
+from jaxchat.export import huggingface
 from jaxchat.export.convert import write_checkpoint
 from jaxchat.model import Model
+from jaxchat.model.transformer import Params
 from jaxchat.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 VOCAB = 420
@@ -46,3 +48,9 @@ def write_run(directory: Path, config: Model, *, stage: str = "sft", length: int
     write_checkpoint(directory / "run" / stage, experiment, params)
     tokenizer().save(directory / "run" / "tokenizer")
     return str(directory / "run" / stage)
+
+
+def read_export(directory: Path, words: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
+    """The model of an exported directory, its maximum number of positions, parameters and tokenizer."""
+    source = huggingface.open_source(directory, words)
+    return source.model, source.length, source.params(), source.tokenizer

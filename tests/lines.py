@@ -23,11 +23,11 @@ KINDS = (WORDS, HANGUL, EMOJI, CODE, NUMBERS, SPACES, SIGNS)
 
 def lines(count: int, seed: int = 0) -> Iterator[str]:
     """A fixed sequence of lines: of one kind, or of several with and without spaces between them."""
-    drawn = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        kinds = drawn.choices(KINDS, (4, 3, 1, 2, 2, 2, 2), k=drawn.randint(1, 10))
-        glue = drawn.choice(("", " ", " ", "  "))
-        yield glue.join(drawn.choice(kind) for kind in kinds)
+        kinds = rng.choices(KINDS, (4, 3, 1, 2, 2, 2, 2), k=rng.randint(1, 10))
+        glue = rng.choice(("", " ", " ", "  "))
+        yield glue.join(rng.choice(kind) for kind in kinds)
 
 
 # An emoji, a letter and syllables without tokens of their own in any vocabulary that is trained on the lines.

@@ -2,12 +2,12 @@
 
     python tests/signals_at_random.py OUT.jsonl [--moments=50] [--minutes=8] [--only=pretrain,chat] [--base=DIR]
 
-A chain of starts of one launcher begins without its files and without compiled programs, so that signals meet XLA. A
-start that ends before its moment ends the chain: its result must equal that of a run which no signal met. A line per
-start is appended to OUT.jsonl, and the table is of all its lines. Moments are drawn in processor time, because others
-may share the cores. Four of five processes are forks of one that has imported the program but not started JAX's
-backend, which saves the time of the imports; the fifth is an interpreter of its own. A signal before the command takes
-signals, while Python starts, is counted apart: it ends the process as it ends any other.
+A chain of starts of one launcher begins without its files and without compiled programs, so that signals come while
+XLA compiles. A start that ends before its moment ends the chain: its result must equal that of a run that got no
+signal. A line per start is appended to OUT.jsonl, and the table is of all its lines. Moments are random, in processor
+time, because others may share the cores. Four of five processes are forks of one that has imported the program but not
+started JAX's backend, which saves the time of the imports; the fifth is an interpreter of its own. A signal before the
+command takes signals, while Python starts, is counted separately: it ends the process as it ends any other.
 """
 
 import argparse
@@ -51,7 +51,7 @@ LAUNCHERS = {
 STATUS = dict.fromkeys(LAUNCHERS, 75) | {"chat": 130, "plan": 130, "convert": 130}
 NEEDS = {"sft": ["pretrain"], "rl": ["pretrain", "sft"]}  # Of a training stage; the others need all of them.
 HEADER = "launcher   signals  before  status        longest s  acknowledged  chains  equal"
-BEGIN, ALONE = 0.98, 5  # A chain's first start seldom ends before its moment; every fifth is no fork.
+BEGIN, SEPARATE = 0.98, 5  # A chain's first start seldom ends before its moment; every fifth is no fork.
 SERVER = """
 import importlib, json, os, pkgutil, runpy, sys, warnings
 import jaxchat, launch
@@ -63,7 +63,7 @@ warnings.simplefilter("ignore")  # JAX warns of forks, which are safe before its
 print(sum(os.times()[:2]), flush=True)
 commands = open(os.dup(0))
 for line in commands:
-    words, out, err, alone = json.loads(line)
+    words, out, err, separate = json.loads(line)
     if pid := os.fork():
         print(pid, flush=True)
         _, status, usage = os.wait4(pid, 0)
@@ -71,7 +71,7 @@ for line in commands:
         continue
     for number, place in enumerate((os.devnull, out, err)):
         os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY), number)
-    if alone:
+    if separate:
         os.execv(sys.executable, [sys.executable, "-m", f"launch.{words[0]}", *words[1:]])
     commands.close()
     signals.listen()  # As launch/__init__.py does for a command.
@@ -94,7 +94,7 @@ class Ended(NamedTuple):
 
 
 class Launchers:
-    """Starts launchers one after the other, as forks or as interpreters of their own (`alone`)."""
+    """Starts launchers one after the other, as forks or as interpreters of their own (`separate`)."""
 
     def __init__(self, scratch: Path) -> None:
         self._places = scratch / "out", scratch / "err"
@@ -107,9 +107,9 @@ class Launchers:
         self._server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, **pipes)  # type: ignore[call-overload]
         self.import_seconds = float(self._server.stdout.readline())
 
-    def start(self, name: str, runs: Path, *, alone: bool = False) -> int:
+    def start(self, name: str, runs: Path, *, separate: bool = False) -> int:
         """Starts a launcher on the runs of a directory; returns the id of its process."""
-        line = json.dumps([LAUNCHERS[name].replace("RUNS", str(runs)).split(), *map(str, self._places), alone])
+        line = json.dumps([LAUNCHERS[name].replace("RUNS", str(runs)).split(), *map(str, self._places), separate])
         self._server.stdin.write(f"{line}\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
@@ -179,12 +179,12 @@ def start_once(
     launchers: Launchers, name: str, runs: Path, whole: Whole, draw: random.Random, case: int
 ) -> dict[str, object]:
     """One start with one signal at a random moment; what happened, with `equal` if it ended before that."""
-    alone, number = case % ALONE == ALONE - 1, (signal.SIGTERM, signal.SIGINT)[case % 2]
+    separate, number = case % SEPARATE == SEPARATE - 1, (signal.SIGTERM, signal.SIGINT)[case % 2]
     begins = not (runs / "begun").exists()
     (runs / "begun").mkdir(parents=True, exist_ok=True)
     after = draw.uniform(0, BEGIN * whole.cold if begins else whole.warm / 0.8)
-    after += alone * draw.uniform(0, launchers.import_seconds)
-    pid = launchers.start(name, runs, alone=alone)
+    after += separate * draw.uniform(0, launchers.import_seconds)
+    pid = launchers.start(name, runs, separate=separate)
     sent, ready = 0.0, True
     while not sent and not launchers.ended():
         if processor_seconds(pid) >= after:
@@ -198,7 +198,7 @@ def start_once(
         equal = done.status == 0 and result(done.out) == whole.result
         record = {"launcher": name, "status": done.status, "equal": equal}
         return record | ({} if equal else {"err": done.err, "out": done.out})
-    record = {"launcher": name, "signal": number.name, "after": round(after, 2), "begins": begins, "fork": not alone}
+    record = {"launcher": name, "signal": number.name, "after": round(after, 2), "begins": begins, "fork": not separate}
     record |= {"before": not ready, "status": done.status, "seconds": round(time.monotonic() - sent, 2)}
     right = done.status == STATUS[name] and heard and "Traceback" not in done.err and not done.out.strip()
     record |= {"acknowledged": heard, "right": right}

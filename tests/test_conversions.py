@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exports import VOCAB, tokenizer
+from exports import VOCAB, read_export, tokenizer
 from safetensors.numpy import load_file
 from weights import random_weight
 
@@ -96,7 +96,7 @@ def test_a_wrong_weight_stops_an_import(source: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_wrong_weight_stops_an_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, params, words = huggingface.read(source)
+    model, _, params, words = read_export(source)
 
     def write(place: Path, state: Any) -> int:
         return write_weights(place, {name: value + (name == WRONG) for name, value in state.items()})
@@ -135,7 +135,7 @@ def test_files_of_torch_are_read_without_executing_them(
             tensors = {name: torch.from_numpy(weights[name]).to(getattr(torch, kind)) for name, kind in kinds.items()}
             torch.save([1] if content == "list" else tensors, file)
         if content == "weights":
-            _, _, params, _ = huggingface.read(place)
+            _, _, params, _ = read_export(place)
             model, _ = families.read_config(CONFIG)
             for name, value in State(model, params, families.named(CONFIG).places).items():
                 np.testing.assert_array_equal(value, weights[name], err_msg=name)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 from documents import texts
-from exports import VOCAB, model, tokenizer, write_run
+from exports import VOCAB, model, read_export, tokenizer, write_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from outside import read
@@ -85,7 +85,7 @@ def test_a_model_of_transformers_has_the_same_logits_here(tmp_path: Path) -> Non
         expected = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
-    found, length, params, _ = huggingface.read(tmp_path, tokenizer())
+    found, length, params, _ = read_export(tmp_path, tokenizer())
     assert length == 40
     assert np.abs(logits(found, params) - expected).max() < 1e-4
 
@@ -93,7 +93,7 @@ def test_a_model_of_transformers_has_the_same_logits_here(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_exported_comes_back_to_the_bit(kind: str, tmp_path: Path) -> None:
     params = small.parameters(KINDS[kind])
-    read, length, back, words = huggingface.read(export(tmp_path / "out", KINDS[kind], params))
+    read, length, back, words = read_export(export(tmp_path / "out", KINDS[kind], params))
     assert length == 64 and words.hash == tokenizer().hash
     assert (read.width, read.depth, read.tied, read.softcap) == (
         KINDS[kind].width,
@@ -124,7 +124,7 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
     params = small.parameters(model())
     path = export(tmp_path / "out", model(), params, dtype="bfloat16")
     assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
-    _, _, back, _ = huggingface.read(path)
+    _, _, back, _ = read_export(path)
     rounded = jax.tree.map(lambda w: np.asarray(w, jax.numpy.bfloat16).astype(np.float32), params)
     head = back["ends"]["head"][:, :VOCAB]
     np.testing.assert_array_equal(head, rounded["ends"]["head"][:, :VOCAB])
@@ -252,10 +252,10 @@ def test_a_checkpoint_goes_out_and_comes_back_by_the_command_line(run: str, tmp_
     out, back = tmp_path / "out", tmp_path / "runs/back/sft"
     told = launch.convert.main([f"--checkpoint={run}", "--to=huggingface", f"--out={out}"])
     assert told["out"] == str(out) and told["parameters"] > 0
-    alone = launch.convert.main([f"--checkpoint={run}", "--to=tokenizer", f"--out={tmp_path / 'alone'}"])
-    assert (alone["vocab"], alone["to"]) == (VOCAB, "tokenizer")
+    found = launch.convert.main([f"--checkpoint={run}", "--to=tokenizer", f"--out={tmp_path / 'words'}"])
+    assert (found["vocab"], found["to"]) == (VOCAB, "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"):
-        assert (tmp_path / "alone" / name).read_bytes() == (out / name).read_bytes()
+        assert (tmp_path / "words" / name).read_bytes() == (out / name).read_bytes()
     told = launch.convert.main([f"--checkpoint={out}", "--from=huggingface", f"--out={back}"])
     assert told["checkpoint"] == f"{back}@0"
     asked = ["--prompt=the fox", "--temperature=0", "--max_tokens=8"]

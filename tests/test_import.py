@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small
-from exports import VOCAB, model, tokenizer
+from exports import VOCAB, model, read_export, tokenizer
 from safetensors.numpy import load_file, save_file
 
 from jaxchat.errors import UserError
@@ -56,7 +56,7 @@ def changed(source: Path, config: Any, to: Path) -> Path:
 
 
 def read(directory: Path) -> tuple[Model, Any]:
-    config, _, params, _ = huggingface.read(directory, tokenizer())
+    config, _, params, _ = read_export(directory, tokenizer())
     return config, params
 
 

@@ -54,8 +54,8 @@ def test_chat_and_server_answer_what_the_template_writes(path: str) -> None:
     prompt = chat.render(TALKS["asked"], tokenizer, complete=True).ids
     ((expected,),) = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=8))])
     question = TALKS["asked"][0]["content"]
-    told = launch.chat.main([f"--checkpoint={path}", f"--prompt={question}", "--temperature=0", "--max_tokens=8"])
-    assert told is not None and told["text"] == expected.shown
+    found = launch.chat.main([f"--checkpoint={path}", f"--prompt={question}", "--temperature=0", "--max_tokens=8"])
+    assert found is not None and found["text"] == expected.shown
     with serving(path) as live:
         body: dict[str, Any] = {"messages": TALKS["asked"], "temperature": 0, "max_tokens": 8}
         answer = live.http.post("/v1/chat/completions", json=body).json()
@@ -140,7 +140,7 @@ def test_without_a_template_the_model_continues_texts_and_refuses_conversations(
     asked = [f"--checkpoint={path}", "--prompt=a", "--temperature=0", "--max_tokens=4"]
     with pytest.raises(UserError, match="so it only continues texts: use --style=text, or put a"):
         launch.chat.main(asked)
-    told = launch.chat.main([*asked, "--style=text"])
-    assert told is not None and told["tokens"] > 0
+    found = launch.chat.main([*asked, "--style=text"])
+    assert found is not None and found["tokens"] > 0
     with pytest.raises(UserError, match=r"put a chat_template\.jinja beside its tokenizer_config\.json"):
         tuned(path, tmp_path)

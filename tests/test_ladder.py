@@ -38,7 +38,7 @@ def test_a_variant_that_needs_a_share_of_the_flops_has_its_inverse_as_multiplier
 def test_between_two_depths_the_curve_is_straight_on_logarithmic_axes():
     curve = [(1e12, 4.0), (1e14, 1.0)]
     assert ladder.flops_at(curve, 2.0) == (pytest.approx(1e13), False)
-    assert ladder.flops_at(curve, 0.5) == (pytest.approx(1e15), True)  # The last piece goes on.
+    assert ladder.flops_at(curve, 0.5) == (pytest.approx(1e15), True)  # Extrapolated from the last piece.
     assert ladder.flops_at(curve, 8.0) == (pytest.approx(1e11), True)
     assert ladder.flops_at(curve, 1.0) == (pytest.approx(1e14), False)
 

@@ -138,7 +138,7 @@ def test_our_tokenizer_gives_its_ids_in_the_library_of_others_and_what_came_in_g
     (tmp_path / "ours/tokenizer.model").unlink()
     config = tmp_path / "ours/tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<|user_end|>"}))
-    again = read_tokenizer(tmp_path / "ours")  # tokenizer.json and chat template alone.
+    again = read_tokenizer(tmp_path / "ours")  # Only tokenizer.json and chat template.
     assert isinstance(again, Outside) and again.losses() is None
     assert all(again.encode(line) == ours.encode(line) for line in lines(50))
     talk = [{"role": "user", "content": "a <|user_end|>"}, {"role": "assistant", "content": "나 b"}]

@@ -1,4 +1,4 @@
-"""Parts switched on the command line by the name of their type, and names that stand for fields of several layers."""
+"""Parts switched on the command line by the name of their type, and names that mean fields of several layers."""
 
 import json
 import typing

@@ -92,12 +92,6 @@ def open_source(directory: Path, tokenizer: Tokenizer | None = None, dtype: str 
     return Source(directory, model, length, tokenizer, family, weights, DTYPES[dtype])
 
 
-def read(directory: Path, tokenizer: Tokenizer | None = None) -> tuple[Model, int, Params, Tokenizer]:
-    """Reads a model of transformers: the model, maximum number of positions, float32 parameters and tokenizer."""
-    source = open_source(directory, tokenizer)
-    return source.model, source.length, source.params(), source.tokenizer
-
-
 def read_weights(directory: Path, model: Model, family: Family) -> Weights:
     """The weights of a directory by the names of `family`, without those that hold nothing of the model."""
     weights = Weights(directory)

@@ -95,7 +95,7 @@ def _completed(path: Path, model: bytes, added: Sequence[Mapping[str, Any]]) -> 
 
 
 def _chosen(name: str | None, configs: Sequence[Mapping[str, Any]], key: str, specials: Mapping[str, int]) -> list[str]:
-    """The names of special tokens that a name, or ids in `configs`, stand for; the first one is the name's."""
+    """The special tokens that a name, or ids in `configs`, refer to; the one of the name comes first."""
     by_id = {i: name for name, i in specials.items()}
     numbers: list[Any] = []
     for config in configs:

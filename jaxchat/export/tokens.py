@@ -73,8 +73,8 @@ def _check_ids(path: Path, tokenizer: Tokenizer) -> None:
     theirs = CORES["tokenizers"](path.read_bytes())
     if dict(theirs.specials) != tokenizer.specials:
         raise UserError(f"{path.name} has other special tokens than the tokenizer: this cannot be exported")
-    drawn = random.Random(0)
-    texts = [*PROBES, *tokenizer.specials, *("".join(drawn.choices(PROBES, k=20)) for _ in range(100))]
+    rng = random.Random(0)
+    texts = [*PROBES, *tokenizer.specials, *("".join(rng.choices(PROBES, k=20)) for _ in range(100))]
     for text in texts:
         if list(theirs.encode(text, first=True)[0]) != tokenizer.encode(text):
             raise UserError(f"{path.name} gives other ids for {text!r} than the tokenizer: this cannot be exported")

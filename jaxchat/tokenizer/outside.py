@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -86,14 +86,6 @@ class Outside(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [token.id for token in self._letters(scalar_values(text), first=True)]
-
-    def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
-        ids = [int(i) for i in ids]
-        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
-        if keep_specials:
-            return b"".join(self._names.get(i, self._bytes[i]) for i in ids)
-        return b"".join(map(self._bytes.__getitem__, ids))
 
     def encode_named(self, text: str) -> Iterator[Id]:
         """Ids of a text in which names of special tokens are these tokens, unless they contain `GUARD`."""

@@ -1,7 +1,7 @@
 """The interface of a tokenizer."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     end: int
     bytes_per_token: np.ndarray
     hash: str
+    _bytes: Sequence[bytes]  # The UTF-8 bytes of each id; none for special tokens.
+    _names: Mapping[int, bytes]  # The names of special tokens.
 
     @property
     def ends(self) -> frozenset[int]:
@@ -45,6 +47,12 @@ class Tokenizer(Protocol):
 
         Raises ValueError for an id outside the vocabulary.
         """
+        ids = [int(i) for i in ids]
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
+        if keep_specials:
+            return b"".join(self._names.get(i, self._bytes[i]) for i in ids)
+        return b"".join(map(self._bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int], *, keep_specials: bool = False) -> str:
         """Text of ids; invalid UTF-8 becomes U+FFFD."""

@@ -116,8 +116,8 @@ class SentencePiece(Tokenizer):
 
     def _check_lossless(self) -> None:
         """Raises `UserError` if a byte, a probe or a random text of probes does not come back with all its bytes."""
-        drawn = random.Random(0)
-        texts = [*PROBES, *("".join(drawn.choices(PROBES, k=20)) for _ in range(100))]
+        rng = random.Random(0)
+        texts = [*PROBES, *("".join(rng.choices(PROBES, k=20)) for _ in range(100))]
         for text in texts:
             ids = self.encode(text)
             if (found := self.decode(ids)) != text or self.bytes_per_token[ids].sum() != len(text.encode()):
@@ -137,14 +137,6 @@ class SentencePiece(Tokenizer):
 
     def _segment(self, text: str) -> Iterator[int]:
         return chain.from_iterable(map(self._parts.__getitem__, _PART.findall(text)))
-
-    def decode_bytes(self, ids: Iterable[int], *, keep_specials: bool = False) -> bytes:
-        ids = [int(i) for i in ids]
-        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            raise ValueError(f"id {min(ids) if min(ids) < 0 else max(ids)} is not in 0..{self.vocab_size - 1}")
-        if keep_specials:
-            return b"".join(self._names.get(i, self._bytes[i]) for i in ids)
-        return b"".join(map(self._bytes.__getitem__, ids))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         metadata = {"format": FORMAT, "hash": self.hash, "vocab_size": self.vocab_size, "specials": self.specials}

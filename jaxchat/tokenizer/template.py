@@ -70,7 +70,7 @@ class JinjaFormat(ChatFormat):
         if any(silent[i] for i in answers):
             if len(marked) != len(answers):
                 sentence = f"the chat template marks {len(marked)} answers of {len(answers)}, some of weight 0"
-                raise Malformed("answers not told apart", sentence)
+                raise Malformed("answers cannot be matched", sentence)
             marked = [region for region, i in zip(marked, answers) if not silent[i]]
         return text, marked
 

@@ -1,4 +1,4 @@
-"""Gemma 3, the language model alone: norms on both sides of a sublayer with factors 1 + w, and two kinds of layers."""
+"""Gemma 3 without images: norms on both sides of a sublayer with factors 1 + w, and two kinds of layers."""
 
 import dataclasses
 from typing import Any
