@@ -95,7 +95,6 @@ def test_fine_tuning_starts_from_the_base_model_and_tells_what_it_forgets(place)
     base = [line["val_bpb"] for line in records(directory / "pretrain") if "val_bpb" in line][-1]
     assert first["step"] == 0 and first["val_bpb"] == pytest.approx(base, rel=1e-6) == told["val_bpb_before"]
     assert told["val_loss"] < told["val_loss_before"] and "arithmetic_strict" in told
-    assert "arithmetic_strict" not in first
     assert all(0 <= told[f"arithmetic_{kind}"] <= told[f"arithmetic_{kind}_pass@2"] for kind in ("strict", "lenient"))
     assert told["stage"] == "sft" and json.loads((directory / "rows/sft-train.json").read_text())
     assert (directory / "sft/samples.md").exists() is False, "no prompts were asked for"
@@ -103,7 +102,7 @@ def test_fine_tuning_starts_from_the_base_model_and_tells_what_it_forgets(place)
     assert any((a != b).any() for a, b in zip(start, jax.tree.leaves(parameters(directory / "sft"))))
 
 
-def test_questions_are_scored_at_intervals_as_launch_evaluate_scores_them(place, capfd):
+def test_questions_are_scored_at_intervals_as_launch_evaluate_scores_them(place):
     """A base model is asked in text, a tuned one in turns."""
     questions = [
         {"question": f"What is {i}?", "subject": "numbers", "choices": list("abcd"), "answer": i % 4} for i in range(9)
@@ -113,10 +112,9 @@ def test_questions_are_scored_at_intervals_as_launch_evaluate_scores_them(place,
     spec = f"mmlu:{place}"
     asked = {"tasks": spec, "eval_problems": 8, "eval_every": 2}
     told = {stage: run(place, stage, "asked", **asked) for stage in ("pretrain", "sft")}
-    assert "--tasks are not asked before the first step" in capfd.readouterr().err
     for stage, result in told.items():
         lines = [line for line in records(place / "runs/asked" / stage) if "mmlu_accuracy" in line]
-        assert [line["step"] for line in lines] == [2, 4], "SFT does not ask a base model"
+        assert [line["step"] for line in lines] == ([2, 4] if stage == "pretrain" else [0, 2, 4])
         assert lines[-1]["mmlu_accuracy"] == result["mmlu_accuracy"]
         for step in (2, 4):
             checkpoint = f"{place}/runs/asked/{stage}@{step}"

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from jaxchat import processes, sharding
-from jaxchat.checkpoint import read_experiment
 from jaxchat.compilation import Setup
 from jaxchat.data import prepare, streams
 from jaxchat.data.cache import Log, write_json
@@ -16,7 +15,6 @@ from jaxchat.experiment import Experiment
 from jaxchat.objectives.likelihood import Likelihood
 from jaxchat.objectives.objective import Objective
 from jaxchat.stages.scores import TaskScores, pretrained_text, rows_to_score
-from jaxchat.stages.stage import locate_start
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train import State
 
@@ -80,9 +78,6 @@ class FromText:
 
     def score(self, state: State, *, last: bool) -> dict[str, Any]:
         """Bits per byte of text, the loss on held-out conversations (SFT), and the task scores."""
-        return self._scores(state, last=last) | self._tasks(state.params)
-
-    def _scores(self, state: State, *, last: bool) -> dict[str, Any]:
         e, scores = self._experiment, dict[str, Any]()
         if self._text is not None:
             scores["val_rows"] = rows_to_score(e, self._text, last=last)
@@ -90,7 +85,7 @@ class FromText:
         if self._loss is not None:
             scores["val_loss_rows"] = rows_to_score(e, self._loss, last=last)
             scores["val_loss"] = self._loss(state.params, scores["val_loss_rows"])
-        return scores
+        return scores | self._tasks(state.params)
 
     numbers = None
 
@@ -114,24 +109,7 @@ class FromText:
 
 
 class FromConversations(FromText):
-    """SFT on conversations, scored by the loss on held-out ones and by bits per byte of the pretraining text.
-
-    A model that has not learned conversations yet is not asked the tasks: it never ends a turn, so it would take longer
-    than the other evaluations, and solve nothing.
-    """
-
-    def begin(self, setup: Setup, micro_rows: int, start: int, facts: dict[str, Any]) -> None:
-        super().begin(setup, micro_rows, start, facts)
-        e = setup.experiment
-        self._asks = bool(start or not e.start_from or read_experiment(locate_start(e)[0], Experiment).chats)
-
-    def score(self, state: State, *, last: bool) -> dict[str, Any]:
-        if self._asks:
-            return super().score(state, last=last)
-        self._asks, e = True, self._experiment
-        if e.tasks:
-            self._log(f"--tasks are not asked before the first step: {e.start} has not learned conversations")
-        return self._scores(state, last=last)
+    """SFT on conversations, scored by the loss on held-out ones and by bits per byte of the pretraining text."""
 
     def _held_out(self, setup: Setup, micro_rows: int) -> tuple[HeldOut | None, HeldOut | None]:
         text = pretrained_text(setup, self._tokenizer, micro_rows, self._log)
