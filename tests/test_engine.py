@@ -369,7 +369,15 @@ def test_rows_over_data_and_heads_over_tensor_change_nothing(engine: Engine) -> 
 
 
 def test_a_second_engine_of_the_same_model_compiles_nothing(engine: Engine) -> None:
-    compiled = (programs.unstack, programs.empty, programs.prefill, programs.admit, programs.decode, programs.move)
+    compiled = (
+        programs.unstack,
+        programs.empty,
+        programs.prefill,
+        programs.first,
+        programs.seat,
+        programs.decode,
+        programs.move,
+    )
     request = Request(prompt(9), GREEDY)
     first = engine.generate([request])
     before = [program._cache_size() for program in compiled]

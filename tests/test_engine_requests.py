@@ -138,7 +138,7 @@ def test_a_batch_of_prompts_is_read_at_once(engine: Engine, monkeypatch: pytest.
     assert order[: 4 * 7 + 1] == ["prefill"] * 28 + ["decode"]
 
 
-@pytest.mark.parametrize("moment", ["seat", "prefill", "admit", "decode", "empty"])
+@pytest.mark.parametrize("moment", ["seat", "prefill", "first", "decode", "empty"])
 def test_an_error_in_a_step_ends_its_requests_and_not_the_engine(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches are donated to the call that fails."""
     engine = make(small.october2025(depth=1))
@@ -152,7 +152,7 @@ def test_an_error_in_a_step_ends_its_requests_and_not_the_engine(moment: str, mo
     samples, real = list(engine._unfinished), getattr(programs, moment)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt if moment == "admit" else jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
+        raise KeyboardInterrupt if moment == "first" else jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
 
     monkeypatch.setattr(programs, moment, fails)
     with pytest.raises((KeyboardInterrupt, jax.errors.JaxRuntimeError)):

@@ -90,12 +90,11 @@ def prefill(
     return shard_cache(cache_after), jnp.where(read_R1, new_RV, logits_RV)
 
 
-@partial(jax.jit, donate_argnums=(0, 1), static_argnames=_SAMPLING)
-def admit(
-    cache: Cache,
+@partial(jax.jit, donate_argnums=0, static_argnames=_SAMPLING)
+def first(
     history: History | None,
-    source: Cache,
     logits_RV: jax.Array,
+    length_R: jax.Array,
     take_N: jax.Array,
     slot_N: jax.Array,
     rows: SamplingRows,
@@ -104,20 +103,20 @@ def admit(
     level: Level,
     return_support: bool = False,
     return_top: bool = False,
-) -> tuple[Cache, History | None, Choice]:
-    """Copies prefilled rows `take_N` into slots `slot_N` and samples the first token of each. A slot out of range marks
-    padding. `history` and `prompts` are for penalties only.
+) -> tuple[History | None, Choice]:
+    """Samples the first token after prefilled rows `take_N`, for slots `slot_N`. A slot out of range marks padding.
+
+    `length_R` counts the tokens of the prefilled rows. `history` (of the slots) and `prompts` are for penalties only.
+    The cache is left to `seat`, so that this program, slow to compile, does not depend on the shapes of caches.
     """
-    logits_NV = logits_RV[take_N]
-    position_N = source.length_B[take_N] - 1
     returned = {"return_support": return_support, "return_top": return_top}
-    choice = choose(logits_NV, rows, position_N, level=level, history=prompts, **returned)
-    put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
+    choice = choose(logits_RV[take_N], rows, length_R[take_N] - 1, level=level, history=prompts, **returned)
     if history is not None and prompts is not None:
+        put = lambda old, new: old.at[slot_N].set(new, mode="drop")  # noqa: E731
         rows_N = jnp.arange(slot_N.shape[0])
         counts_NV = prompts.counts_BV.at[rows_N, choice.token_B].add(1)
         history = History(*map(put, history, prompts._replace(counts_BV=counts_NV)))
-    return seat(cache, source, take_N, slot_N), history, choice
+    return history, choice
 
 
 @partial(jax.jit, donate_argnums=0)

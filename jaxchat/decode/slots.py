@@ -122,8 +122,10 @@ class Slots:
                 prompts = beginning(asked, rows=width, vocab=vocab)
                 if self._history is None:
                     self._history = History(*(jnp.zeros((len(self.samples), vocab), x.dtype) for x in prompts))
-            arguments = (self._cache, self._history, prompt.cache, prompt.logits_RV, take, slot, pack(params), prompts)
-            self._cache, self._history, choice = programs.admit(*arguments, **_options(group))
+            lengths = prompt.cache.length_B
+            arguments = (self._history, prompt.logits_RV, lengths, take, slot, pack(params), prompts)
+            self._history, choice = programs.first(*arguments, **_options(group))
+            self._cache = programs.seat(self._cache, prompt.cache, take, slot)
             first = jax.device_get(choice)
             for i, sample in enumerate(group):
                 sample.give(*(None if column is None else column[i] for column in first))
