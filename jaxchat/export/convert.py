@@ -1,5 +1,6 @@
 """Implements launch.convert: exports a checkpoint to another format, or imports one."""
 
+import ctypes
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping
@@ -120,7 +121,7 @@ def _import(
     theirs = _run_theirs(found)
     with whole(out) as directory:
         write_checkpoint(directory, experiment, found.params())
-        gc.collect()  # Orbax leaves the arrays in a cycle of references.
+        _return_memory()
         _check(directory, found, theirs)
         found.tokenizer.save(place)
     return {
@@ -140,6 +141,13 @@ def _run_theirs(found: huggingface.Source) -> verify.Run | None:
         return None
 
 
+def _return_memory() -> None:
+    """Frees what Orbax leaves in cycles of references, and what glibc keeps of what TensorStore freed."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def _check(directory: Path, found: huggingface.Source, theirs: verify.Run | None) -> None:
     """Loads a written checkpoint; raises `UserError` if it has other weights or logits than its source."""
     params = checkpoint.load_arrays(directory, 0, Transformer(found.model).shapes())
@@ -157,6 +165,6 @@ def write_checkpoint(directory: Path, experiment: Experiment, params: Params) ->
         arrays = jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params)
         types = [leaf.dtype.name for leaf in jax.tree.leaves(arrays)]
         facts = {} if set(types) == {"float32"} else {checkpoint.DTYPES: types}
-        checkpoints.save(0, Imported(arrays, np.zeros((), np.int32)), facts)
+        checkpoints.save_by_array(0, Imported(arrays, np.zeros((), np.int32)), facts)
     finally:
         checkpoints.close()
