@@ -1,4 +1,4 @@
-"""Families of architectures as functions of the dial; `FAMILIES` has a row for each.
+"""The dial, and families of architectures as functions of it; `FAMILIES` has a row for each.
 
 Families other than nanochat's have the width, heads and vocabulary of the dial, and as many training FLOPs per token as
 the depth's default: hidden units of the feed-forwards are what is left after attention. Their details are those of the
@@ -9,7 +9,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from configs.rates import JULY2026, NOVEMBER2026, OCTOBER2025, Rates
 from jaxchat.model import (
@@ -32,9 +34,6 @@ from jaxchat.model import (
     ValueEmbedding,
 )
 from jaxchat.model.counts import flops_per_token
-
-if TYPE_CHECKING:
-    from configs.recipe import Dial
 
 REFERENCE_DEPTH = 12
 EXPERTS, ACTIVE, SHARED = 32, 6, 2  # Of deepseek; each has an eighth of the hidden units that a token uses.
@@ -235,3 +234,63 @@ FAMILIES = {
     "gemma3": Family(_gemma3),
     "deepseek": Family(_deepseek),
 }
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[("auto", *FAMILIES)]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The numbers from which an experiment is derived. `steps` and `batch_tokens` are derived from depth if 0.
+
+    Attributes:
+        family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
+            original, which transformers has as NanoChatForCausalLM; "november2026" July's with a value embedding in
+            every layer and an optimizer for small models. "auto" is november2026 below depth 12, otherwise july2026.
+            The others are architectures of well-known models, trained for the same budget.
+        train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
+            unless all entries of `train` are of the same data sets.
+        ratio: training tokens per scaling parameter.
+        matmul: number format of the layers' large products in pretraining and SFT; "dtype" is the experiment's
+            `dtype`, which RL always uses.
+        aspect: channels of width per layer; more makes a model wide, less deep.
+        windows: "SSSL" gives three layers of four a window of a quarter row, "L" none, in families with a date.
+    """
+
+    depth: int
+    family: FamilyName = "auto"
+    steps: int = 0
+    batch_tokens: int = 0
+    train: Annotated[tuple[str, ...], tyro.conf.arg(name="data.train")] = ()
+    vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
+    row_length: Annotated[int, tyro.conf.arg(name="data.row_length")] = 2048
+    ratio: float = 12.0
+    head_dim: int = 128
+    windows: Literal["SSSL", "L"] = "SSSL"
+    matmul: Literal["dtype", "int8", "float8"] = "dtype"
+    aspect: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "head_dim", "aspect"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio} must be positive and finite")
+        for name in ("steps", "batch_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 to derive")
+
+    @property
+    def width(self) -> int:
+        """`aspect` per layer, rounded up to a multiple of `head_dim`."""
+        return math.ceil(self.aspect * self.depth / self.head_dim) * self.head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def short_window(self) -> int:
+        """A quarter of a row, rounded up to a multiple of 128."""
+        return math.ceil(self.row_length / 4 / 128) * 128

@@ -8,12 +8,8 @@ Lines (arXiv:2505.13738), relative to depth 12. Architectures are in `configs.fa
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
-from configs.families import FAMILIES, REFERENCE_DEPTH, Family, default
+from configs.families import FAMILIES, REFERENCE_DEPTH, Dial, Family, default
 from configs.own_data import replaced
 from configs.rates import OCTOBER2025, REFERENCE_BATCH, Budget, Rates, fitted
 from jaxchat.data.prepare import Data
@@ -26,68 +22,7 @@ from jaxchat.rl.settings import RL
 
 MATMULS: dict[str, Matmul] = {"dtype": None, "int8": Int8(), "float8": Float8()}
 
-if TYPE_CHECKING:
-    FamilyName = str
-else:
-    FamilyName = Literal[("auto", *FAMILIES)]
-
 QUESTIONS = ("Why is the sky blue?", "Tom has 3 bags of 12 apples. He eats 5. How many apples are left?")
-
-
-@dataclass(frozen=True)
-class Dial:
-    """The numbers from which an experiment is derived. `steps` and `batch_tokens` are derived from depth if 0.
-
-    Attributes:
-        family: a row of FAMILIES. "july2026" is nanochat's latest architecture and optimizer; "october2025" its
-            original, which transformers has as NanoChatForCausalLM; "november2026" July's with a value embedding in
-            every layer and an optimizer for small models. "auto" is november2026 below depth 12, otherwise july2026.
-            The others are architectures of well-known models, trained for the same budget.
-        train: training data instead of the configuration's. Its held-out data, epochs and prompts are dropped too,
-            unless all entries of `train` are of the same data sets.
-        ratio: training tokens per scaling parameter.
-        matmul: number format of the layers' large products in pretraining and SFT; "dtype" is the experiment's
-            `dtype`, which RL always uses.
-        aspect: channels of width per layer; more makes a model wide, less deep.
-        windows: "SSSL" gives three layers of four a window of a quarter row, "L" none, in families with a date.
-    """
-
-    depth: int
-    family: FamilyName = "auto"
-    steps: int = 0
-    batch_tokens: int = 0
-    train: Annotated[tuple[str, ...], tyro.conf.arg(name="data.train")] = ()
-    vocab: Annotated[int, tyro.conf.arg(name="data.vocab")] = 32768
-    row_length: Annotated[int, tyro.conf.arg(name="data.row_length")] = 2048
-    ratio: float = 12.0
-    head_dim: int = 128
-    windows: Literal["SSSL", "L"] = "SSSL"
-    matmul: Literal["dtype", "int8", "float8"] = "dtype"
-    aspect: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "head_dim", "aspect"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.ratio < math.inf:
-            raise ValueError(f"ratio={self.ratio} must be positive and finite")
-        for name in ("steps", "batch_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive, or 0 to derive")
-
-    @property
-    def width(self) -> int:
-        """`aspect` per layer, rounded up to a multiple of `head_dim`."""
-        return math.ceil(self.aspect * self.depth / self.head_dim) * self.head_dim
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_dim
-
-    @property
-    def short_window(self) -> int:
-        """A quarter of a row, rounded up to a multiple of 128."""
-        return math.ceil(self.row_length / 4 / 128) * 128
 
 
 def family(dial: Dial) -> Family:
