@@ -231,6 +231,12 @@ def _dial_flags(dial: Any) -> dict[str, Any]:
     return values
 
 
+def _is_within(name: str, other: str) -> bool:
+    """Whether `other` has the parts of a dotted name in their order, and perhaps more."""
+    parts = iter(other.split("."))
+    return all(part in parts for part in name.split("."))
+
+
 def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
     """Extracts one sentence from tyro's framed report."""
     # If standard output is not UTF-8, the frame consists of lines of hyphens only.
@@ -244,8 +250,14 @@ def _mistake(report: str, names: list[str], argv: Sequence[str]) -> str:
         name = unknown.group(1).removeprefix("--").split("=")[0].replace("-", "_")
         moved = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
         alike = lambda other: difflib.SequenceMatcher(None, other, name).ratio()  # noqa: E731
-        guess = max(moved or names, key=alike)  # The first of equals, as of a field that every layer has.
-        return f"unknown field --{name}" + (f": did you mean --{guess}?" if alike(guess) >= 0.5 else "; see --help")
+        deeper = [other for other in moved if _is_within(name, other)]
+        guesses = sorted(deeper or moved or names, key=alike, reverse=True)
+        if alike(guesses[0]) < 0.5:
+            return f"unknown field --{name}; see --help"
+        # One of those that differ only in the number of the layer. Two that the name may be a part of are both named.
+        first = list({re.sub(r"\.\d+", "", guess): guess for guess in reversed(guesses)}.values())[::-1]
+        named = first if deeper and len(first) == 2 else first[:1]
+        return f"unknown field --{name}: did you mean {' or '.join(f'--{guess}' for guess in named)}?"
     if unknown:
         return f"unexpected argument {unknown.group(1)!r}: write --field=value; see --help"
     missing = re.search(r"^Missing from \S+ (--\S+) \[?(\S+)", text)

@@ -174,6 +174,11 @@ def test_steps_of_the_dial_reach_the_experiment():
         ),
         (["--data.vocb=3"], "unknown field --data.vocb: did you mean --data.vocab?"),
         (["--model.mlp.hiden=3"], "unknown field --model.mlp.hiden: did you mean --model.pattern.0.mlp.hidden?"),
+        (
+            ["--model.pattern.1.qk_norm.eps=1e-5"],
+            "unknown field --model.pattern.1.qk_norm.eps: did you mean --model.pattern.1.mixer.qk_norm.eps?",
+        ),
+        (["--vocab=99"], "unknown field --vocab: did you mean --data.vocab or --model.vocab?"),
         (["--xyzzy=3"], "unknown field --xyzzy; see --help"),
         (["--save_every=3", "hello"], "unexpected argument 'hello': write --field=value; see --help"),
         (["--save_every=often"], "--save_every takes INT, not 'often'"),
