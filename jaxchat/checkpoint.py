@@ -301,7 +301,7 @@ def as_stored(directory: Path, step: int, abstract: Any) -> Any:
 def load_arrays(directory: Path, step: int, shapes: Any) -> Any:
     """The parameters of a checkpoint as NumPy arrays in the stored types, with little more memory than they take.
 
-    They are not compared with their checksums, for what reads them so compares them with what they should be.
+    Checksums are not verified, because the callers compare the arrays with their source.
     """
     stored = as_stored(directory, step, shapes)
     stand_ins = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)

@@ -36,7 +36,7 @@ class Multiplier(NamedTuple):
 
 
 def flops_at(curve: Curve, value: float, *, lower: bool = True) -> tuple[float, bool] | None:
-    """The FLOPs with which a curve reaches a value, and whether that is extrapolated from its last piece.
+    """The FLOPs with which a curve reaches a value, and whether that is extrapolated from its last segment.
 
     None if the curve has fewer than two points, a value that is not positive, or one that is not better than with fewer
     FLOPs; `lower`: smaller values are better.
@@ -142,7 +142,7 @@ def table(rungs: Mapping[str, Mapping[int, Mapping[str, Any]]], seeds: Sequence[
 
 
 def notes(rungs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """What a reader of the table has to know of it."""
+    """The explanations below the table."""
     name, rows = next(iter(rungs.items()))
     lines = []
     for depth, row in rows.items():

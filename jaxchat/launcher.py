@@ -44,7 +44,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _unread_variable(error: BaseException) -> str | None:
-    """A sentence if JAX cannot read one of its environment variables, which it says by several names or by none."""
+    """A sentence if JAX cannot read one of its environment variables; JAX's message may name several, or none."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and any(frame.filename.endswith("jax/_src/config.py") for frame in frames):
         for name, value in os.environ.items():

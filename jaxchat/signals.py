@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, taken in one way by all launchers: acknowledged at once, acted upon at the next check.
+"""SIGTERM and Ctrl-C, handled in the same way by all launchers: acknowledged at once, acted upon at the next check.
 
 No handler raises an exception while the program works. XLA calls Python while it compiles, and an exception that a
 handler raised there ended the process with a segmentation fault or was swallowed (jax#18246). Python runs its handlers
@@ -24,7 +24,7 @@ HEARD = "{name} received: stopping when it is safe (a compilation is finished fi
 
 _received: list[int] = []
 _mode = {"listening": False, "ended": False, "waiting": False, "deferred": False}
-_forgotten = [0]  # How often the received signals were taken as dealt with.
+_forgotten = [0]  # How often the received signals were marked as handled.
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def listen() -> Callable[[], None]:
-    """Takes SIGTERM and SIGINT from now on, in the main thread; returns a function that gives them back."""
+    """Installs handlers of SIGTERM and SIGINT, in the main thread; returns a function that restores the old ones."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -57,7 +57,7 @@ def listen() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Context manager: takes SIGTERM and SIGINT, unless they are taken already or this is not the main thread."""
+    """Context manager: `listen`, unless the handlers are installed already or this is not the main thread."""
     if _mode["listening"] or threading.current_thread() is not threading.main_thread():
         try:
             yield
@@ -106,7 +106,7 @@ def received() -> list[int]:
 
 
 def forget() -> None:
-    """Takes the received signals as dealt with."""
+    """Marks the received signals as handled."""
     _forgotten[0] += 1
     _received.clear()
 

@@ -25,7 +25,7 @@ def start_again_with_huge_pages() -> None:
 
 
 def end_with_a_sentence(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ends the program where a launcher cannot be imported, as `launcher.run` does later: JAX reads variables then."""
+    """Exception hook: reports errors of the imports, in which JAX reads its variables, as `launcher.run` does later."""
     from jaxchat import launcher
 
     if (problem := launcher.sentence(error)) is None:

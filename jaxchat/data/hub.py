@@ -203,7 +203,7 @@ def _is_there(shard: Shard, place: Path) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """The status of the answer that an error is about, if there was one."""
+    """HTTP status of the response that caused an error; None if there was no response."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

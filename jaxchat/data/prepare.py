@@ -249,8 +249,8 @@ def _ensure(
 
 
 def _trained_on(data: Data, sources: Sequence[Source], recipe: Recipe, cache_directory: Path) -> list[str]:
-    """A warning if texts of held-out files are among the training texts, of which a large corpus has some shards
-    compared; generators and the hub divide what they have themselves."""
+    """A warning if held-out files share texts with the training data, of which some shards are compared if there are
+    many. Generators and the hub are left out, because they split their data themselves."""
     reading = Reading(data.text_column, data.encoding)
     files = [source for source in sources if Path(source.path).is_file()]
     held = {held_out_from(text) for source in files for text in _texts_of(source, reading, recipe) if text}

@@ -57,7 +57,7 @@ def find(
 ) -> list[Source]:
     """The sources that a spec names, in a fixed order; in a directory, the split's files with such content.
 
-    `note` is called with what of a directory or a glob is not read.
+    `note` is called with a message about files of a directory or glob that are not read.
     """
     for kind in KINDS.values():
         if kind.mark.endswith(":") and spec.startswith(kind.mark):

@@ -73,8 +73,8 @@ def trained(stages: Mapping[str, Experiment]) -> list[str]:
 def scores(stages: Mapping[str, Experiment], progress: Mapping[str, Any]) -> list[str]:
     """Table of scores: a row per measure, a column per model. The base model is prompted as text.
 
-    A stage scores the model that it starts from as well. What only that has, because the stage before measures other
-    things or other rows, is entered in the column of the stage before.
+    A stage scores its starting model, too. Scores that only it has, because the stage before measured other things or
+    other rows, are entered in the column of the stage before.
     """
     columns: dict[str, Mapping[str, str]] = {}
     for stage, e in stages.items():

@@ -133,7 +133,9 @@ def _import(
 
 
 def _run_theirs(found: huggingface.Source) -> verify.Run | None:
-    """Of the source, before its parameters take memory here; None where transformers cannot read it."""
+    """The source's forward pass in transformers; None if that cannot read it. Call it before the parameters are read,
+    so that the memory holds them once.
+    """
     try:
         return verify.run_theirs(found.directory, found.model, found.length)
     except UserError as error:

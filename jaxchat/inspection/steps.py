@@ -82,7 +82,7 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
 
 
 def _without_ones(fact: Any) -> Any:
-    """A fact of the environment; of a mesh without the axes of one device, which an earlier version may not name."""
+    """The fact, or if it is a mesh, its axes of several devices: earlier versions may lack an axis of size 1."""
     return {axis: size for axis, size in fact.items() if size != 1} if isinstance(fact, dict) else fact
 
 

@@ -176,7 +176,7 @@ def choose(c: MoE, score_BTE: jax.Array, bias_E: jax.Array | None) -> tuple[jax.
 
 @jax.custom_vjp
 def _with_load(gates_BTK: jax.Array, bias_E: jax.Array, excess_E: jax.Array) -> jax.Array:
-    """The gates. The gradient of `bias_E` is by how much its expert's tokens exceed the mean (times E * UNIT).
+    """Returns the gates; the gradient of `bias_E` is the excess of an expert's tokens over the mean (times E * UNIT).
 
     A sum over tokens as a gradient is summed over micro-batches and devices with the others, in whole numbers, so its
     sign depends on neither; the optimizer steps against it.

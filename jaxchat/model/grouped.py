@@ -49,7 +49,7 @@ def arrange(expert_S: jax.Array, experts: int, block: int) -> Arranged:
 
 @jax.custom_vjp
 def move(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
-    """x[index], zero where the index is out of range. `back` is the reverse, with which the gradient is as cheap."""
+    """x[index], zero where the index is out of range. With the inverse, `back`, the gradient is a look-up, too."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 

@@ -82,8 +82,8 @@ class Aux(NamedTuple):
 class Attends(NamedTuple):
     """Shapes of a mixer's attention call, with which a kernel is tested on the device.
 
-    `dense` says what of the call only dense products can do, as what "cannot" is followed by; `dropout`, whether
-    training drops weights, which also only they can.
+    `dense` names what only dense products can do of the call, as the rest of a sentence after "cannot"; `dropout` is
+    true if training drops weights, which also only they can do.
     """
 
     heads: int

@@ -71,7 +71,7 @@ class Worker:
     Attributes:
         pending: number of samples that have not ended, in slots and waiting.
         most_waiting: number of samples that may wait for a slot; more are refused.
-        failure: why the thread cannot go on, if so.
+        failure: why the thread cannot continue; None while it can.
     """
 
     def __init__(self, engine: Engine, *, most_waiting: int, name: str = "engine") -> None:

@@ -87,8 +87,7 @@ def _before(e: Experiment) -> tuple[Path, Experiment]:
 
 
 def not_used(given: Experiment, e: Experiment) -> str | None:
-    """A sentence that names settings of `given` that are others in `e`, which `inherited` made of it; None if all are
-    used."""
+    """A sentence that names the settings of `given` that `inherited` replaced in its result `e`; None without any."""
     wanted, taken = flags(given), flags(e)
     if given.start_from:
         own = (f"data.tokenizer.{name}" for name in ("algorithm", "chat_format", "extra_specials"))

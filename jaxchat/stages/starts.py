@@ -73,7 +73,7 @@ def recorded(directory: Path, began: float) -> Iterator[None]:
 
 
 def keep_records(directory: Path, log: Any) -> None:
-    """Renames what a stage recorded whose checkpoints were removed since, because a new run would overwrite it."""
+    """Renames the records of a stage whose checkpoints were removed, because a new run would overwrite them."""
     if checkpoint.finished_steps(directory) or not read_json(directory / integrity.SIZES):
         return
     for path in (directory / name for name in ("metrics.jsonl", "samples.md", "tensorboard")):

@@ -119,7 +119,7 @@ class DeepSeekV3(Llama):
         }
 
     def write_mlps(self, model: Model) -> dict[str, Any]:
-        """A model without experts has numbers of them that no layer uses."""
+        """The entries of config.json. For a model without experts they describe experts that no layer uses."""
         mlps = [layer.mlp for layer in model.layers]
         dense = [mlp for mlp in mlps if isinstance(mlp, SwiGLU)]
         moe = next((mlp for mlp in mlps if isinstance(mlp, MoE)), MoE(2, 1, 1, shared=1, normalise=False))

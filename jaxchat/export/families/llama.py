@@ -81,7 +81,7 @@ SLIDING: dict[str, Key] = {
 
 
 class Llama(Family):
-    """Llama. Subclasses name in class attributes by what they differ."""
+    """Llama. Subclasses set what differs as class attributes."""
 
     architecture, model_type = "LlamaForCausalLM", "llama"
     keys = KEYS | {"attention_bias": flag(False), "mlp_bias": flag(False)}
@@ -171,7 +171,7 @@ class Llama(Family):
         return {"intermediate_size": mlp.hidden, **self.allowed(mlp_bias=mlp.bias)}
 
     def allowed(self, **values: Any) -> dict[str, Any]:
-        """Those entries that the family may have."""
+        """The entries whose values are valid in the family."""
         return {name: value for name, value in values.items() if self.keys[name].valid(value)}
 
 
