@@ -42,7 +42,7 @@ def run(bench: options.Bench, arguments: list[str]) -> dict[str, Any]:
     `health_seconds`), `seeded` (one compiled shape) and `seeded_with_adapt`, `leaving`, and the seconds from the start
     of the process until it is ready, with and without compilation."""
     if not bench.checkpoint or arguments:
-        raise UserError("name a checkpoint alone: --checkpoint=runs/tiny/rl")
+        raise UserError("name a checkpoint and nothing else: --checkpoint=runs/tiny/rl")
     streams, seeded, leaving = QUICK if bench.quick else (STREAMS, SEEDED, LEAVING)
     engine = load_engine(bench.checkpoint, slots=streams, adapt=True)
     length = engine.shape.length // 2

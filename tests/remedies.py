@@ -269,6 +269,6 @@ LAUNCHERS = [
         "name a checkpoint and tasks: --checkpoint=runs/d4/pretrain --tasks core:DIRECTORY",
         "--checkpoint={run}, --tasks=arithmetic",
     ),
-    ("bench serve", "name a checkpoint alone: --checkpoint=runs/tiny/rl", "--checkpoint={run}"),
+    ("bench serve", "name a checkpoint and nothing else: --checkpoint=runs/tiny/rl", "--checkpoint={run}"),
     ("bench decode --peer=transformers --temperature=1", "leave --temperature=0", "--temperature=0"),
 ]

@@ -77,7 +77,7 @@ def test_the_report_says_what_was_forgotten_and_why() -> None:
 
 
 def test_without_tasks_the_report_says_how_to_ask_some() -> None:
-    assert report.explained(experiments(tasks=())["sft"]) == ["No problems were asked: name some with --tasks."]
+    assert report.explained(experiments(tasks=())["sft"]) == ["No problems were solved: name some with --tasks."]
     assert "Problems are arithmetic:" in report.explained(experiments(tasks=("arithmetic",))["sft"])[0]
 
 

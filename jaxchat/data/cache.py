@@ -92,7 +92,7 @@ def locked(directory: Path, log: Log, *, refusal: str | None = None, option: str
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
-            log(f"warning: {directory} cannot be locked ({error.strerror}): let no other process use it meanwhile")
+            log(f"warning: {directory} cannot be locked ({error.strerror}): only one process may use it")
         try:
             yield
         except BaseException:  # Whatever ends the work, also a signal, is raised again.

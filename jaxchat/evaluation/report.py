@@ -119,13 +119,13 @@ def _interval(value: float, result: Mapping[str, Any], task: str) -> tuple[float
 def explained(e: Experiment) -> list[str]:
     """Sentences on the problems behind the scores, their prompts and judges."""
     if not e.tasks:
-        return ["No problems were asked: name some with --tasks."]
+        return ["No problems were solved: name some with --tasks."]
     answers = f"{e.eval_samples} answer{'s' * (e.eval_samples > 1)} to each at temperature 1"
     return [
-        f"Problems are {', '.join(e.tasks)}: {e.eval_problems:,} of the test side of each, or all where it has fewer, "
-        f"{answers}. The strict judge wants the right answer in the form that the task asks for, the "
-        "lenient one wants it anywhere. In brackets are 95 percent intervals. The base model is asked "
-        "in the words of its text, the later ones in turns of a chat."
+        f"Problems are {', '.join(e.tasks)}: {e.eval_problems:,} test problems of each, or all if there are fewer, "
+        f"with {answers}. The strict judge requires the right answer in the form that the task asks for; the "
+        "lenient one accepts it anywhere. In brackets are 95 percent intervals. The base model is prompted "
+        "with plain text, the later ones with turns of a chat."
     ]
 
 

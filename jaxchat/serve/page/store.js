@@ -50,7 +50,7 @@ function write(key, value) {
   try {
     localStorage.setItem(key, JSON.stringify(value));
   } catch {
-    tell("notice", "The browser keeps no more: export and delete some conversations.");
+    tell("notice", "The browser's storage is full: export and delete some conversations.");
   }
 }
 
