@@ -143,6 +143,12 @@ def test_a_moved_run_with_other_records_is_seen_to_differ(
     assert list(found["changed"]) == ["processors"] and found["changed"]["processors"][1] == 77
 
 
+def test_axes_of_one_device_make_no_other_mesh_and_early_checkpoints_record_nothing() -> None:
+    now = {"mesh": {"data": 2, "expert": 1}, "jax": "2"}
+    assert steps.changed({"mesh": {"data": 2}, "jax": "1"}, now) == {"jax": ["1", "2"]}
+    assert steps.changed(None, now) is None
+
+
 def test_the_same_prompt_is_answered_at_every_kept_step(run: Path) -> None:
     engine = load_engine(str(run / "pretrain"), slots=1)
     ids = [engine.tokenizer.bos, *engine.tokenizer.encode("the fox")]

@@ -35,7 +35,8 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
 
     `run` is a stage directory. Steps are numbered from 1, as in metrics.jsonl. `replayed` lists every step that was
     computed, with its loss and gradient norm, the recorded ones, and whether they are equal bit for bit; `changed`
-    names what differs from then in mesh, device, processors and versions. The losses by token are those of the
+    names what differs from then in mesh, device, processors and versions, and is None if the checkpoint does not record
+    them, as those of early versions. The losses by token are those of the
     parameters before the step, without dropout, in nats.
 
     Raises:
@@ -67,7 +68,6 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
                 state, metrics = compiled.step(state, batch)
                 replayed.append(_compared(number, jax.device_get(metrics), recorded.get(number, {})))
                 log("step {step}: loss {loss}, recorded {recorded_loss}".format(**replayed[-1]))
-    then, now = facts.get("environment", {}), environment(setup)
     columns = {name: np.asarray(column).reshape(e.batch_rows, -1) for name, column in batch.items()}
     return {
         "run": str(run),
@@ -76,8 +76,17 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
         "replayed": replayed,
         "equal": all(record["equal"] for record in replayed),
         "loss": replayed[-1]["loss"],
-        "changed": {n: [then[n], now[n]] for n in then if _without_ones(then[n]) != _without_ones(now.get(n))},
+        "changed": changed(facts.get("environment"), environment(setup)),
         "documents": documents(columns, losses_BT, tokenizer),
+    }
+
+
+def changed(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """The facts of the environment `then` that are others `now`, each with both values; None without `then`."""
+    if then is None:
+        return None
+    return {
+        name: [then[name], now.get(name)] for name in then if _without_ones(then[name]) != _without_ones(now.get(name))
     }
 
 
