@@ -210,9 +210,31 @@ def test_errors_have_openais_shapes(live: Live) -> None:
     assert "larger than 1000000 bytes" in big["message"]
     broken = live.http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
     assert broken.status_code == 400 and broken.json()["error"]["message"] == "the body is not JSON"
+    plain = live.http.post("/v1/chat/completions", content=b'{"messages": []}', headers={"content-type": "text/plain"})
+    assert plain.status_code == 422 and "Content-Type: application/json" in plain.json()["error"]["message"]
     assert live.http.get("/v1/models/../../etc/passwd").status_code == 404
     for choice in ("required", {"type": "function", "function": {"name": "rain"}}):
         assert failure(live, openai.BadRequestError, tool_choice=choice)["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": ["a"] * 65}, "prompt", "at most 64 items"),
+        ({"prompt": [[5, -1]]}, "prompt.0.1", "greater than or equal to 0"),
+        ({"prompt": "a", "stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        ({"prompt": 5}, "prompt", "valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.text", "required"),
+        ({"messages": ASKED, "tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+    ],
+)
+def test_a_mistake_in_a_field_of_several_types_is_that_of_the_type_meant(
+    live: Live, body: dict[str, Any], param: str, said: str
+) -> None:
+    found = live.http.post("/v1/chat/completions" if "messages" in body else "/v1/completions", json=body)
+    error = found.json()["error"]
+    assert found.status_code == 422 and error["param"] == param
+    assert error["message"].startswith(f"{param}: ") and said in error["message"]
 
 
 def test_models_tokenize_and_information(live: Live) -> None:
@@ -250,6 +272,11 @@ def test_a_chat_over_a_websocket_is_cancelled_in_the_middle(live: Live) -> None:
             messages.append(json.loads(socket.recv()))
         assert messages[-1]["type"] == "done" and messages[-1]["finish_reason"] == "cancelled"
         assert messages[-1]["usage"]["completion_tokens"] < 150
+        for words in ({"type": "chat", "messages": ASKED, "ignore_eos": True}, {"type": "cancel"}):
+            socket.send(json.dumps(words))  # It is cancelled before it has a slot.
+        while (message := json.loads(socket.recv(10)))["type"] == "chunk":
+            pass
+        assert message["type"] == "done" and message["finish_reason"] == "cancelled"
         for mistake in ('{"type": "sing"}', "[", '{"type": "chat", "messages": []}'):
             socket.send(mistake)
             assert json.loads(socket.recv())["type"] == "error"

@@ -252,8 +252,9 @@ class Talking:
             if kind == "cancel":
                 if self._running:
                     self._running.cancel()
-                else:
-                    self._task.cancel()
+                elif not self._task.done():  # It has no slot yet.
+                    await self.stop()
+                    await self._say("done", {"finish_reason": "cancelled", "usage": None})
             elif kind != "chat":
                 raise ApiError(400, 'a message is a JSON object with "type": "chat" or "cancel"')
             elif not self._task.done():

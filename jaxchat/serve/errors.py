@@ -1,6 +1,7 @@
 """Errors of the API, as OpenAI writes them: {"error": {"message", "type", "param", "code"}}."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +23,8 @@ TYPES: Mapping[int, str] = {
     500: "server_error",
     503: "server_error",
 }
+# Names that pydantic gives to the types that a field may have, as parts of the place of a mistake.
+KIND = re.compile(r"str|Tool|constrained-\w+|(list|literal)\[.*")
 
 
 class ApiError(Exception):
@@ -56,7 +59,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, RequestValidationError | ValidationError):
-        return _first_mistake(error.errors()[0])
+        return _first_mistake(error.errors())
     if isinstance(error, HTTPException):
         found = ApiError(error.status_code, str(error.detail))
         found.headers |= error.headers or {}
@@ -64,9 +67,15 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log has the reason", code="internal_error")
 
 
-def _first_mistake(mistake: Any) -> ApiError:
-    """A mistake of a body in one sentence, without the value, which may be long or not printable."""
+def _first_mistake(mistakes: Sequence[Any]) -> ApiError:
+    """A mistake of a body in one sentence, without the value, which may be long or not printable. A field of several
+    types has mistakes for each; what is wrong with the type that was meant says more than that it is not another."""
+    other_type = ("_type", "literal_error")
+    mistake = next((one for one in mistakes if not one["type"].endswith(other_type)), mistakes[0])
     if mistake["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON")
-    place = ".".join(str(part) for i, part in enumerate(mistake["loc"]) if i or part != "body")
+    if isinstance(mistake["input"], bytes):
+        return ApiError(422, "the body was not sent as JSON: set the header Content-Type: application/json")
+    first, *rest = [part for i, part in enumerate(mistake["loc"]) if i or part != "body"] or [""]
+    place = ".".join(str(part) for part in (first, *rest) if part is first or not KIND.fullmatch(str(part)))
     return ApiError(422, f"{place or 'the body'}: {mistake['msg']}", param=place or None)
