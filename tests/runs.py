@@ -27,9 +27,9 @@ def last_of_each(words):
     return [w for i, w in enumerate(words) if not (w.startswith("--") and names[i] in names[i + 1 :])]
 
 
-def launch(*arguments, program="launch.train", **variables):
-    """A launcher in a process of its own."""
-    command = [sys.executable, "-m", program, *arguments]
+def launch(*arguments, program="launch.train", command=None, **variables):
+    """A launcher, or another command, in a process of its own."""
+    command = command or [sys.executable, "-m", program, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment() | {"JAX_PLATFORMS": "cpu"} | variables, **pipes)
 

@@ -139,6 +139,24 @@ def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.
         assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
 
 
+def test_a_mistake_of_ours_is_an_error_with_the_id_of_the_request(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Any] = []
+    monkeypatch.setattr("jaxchat.serve.information._described", lambda *parts: 1 / 0)
+    monkeypatch.setattr("jaxchat.serve.limits.LOG.exception", lambda said, extra: lines.append(extra["fields"]))
+    found = live.http.get("/v1/models", headers={"x-request-id": "mine"})
+    assert found.status_code == 500 and found.json()["error"]["code"] == "internal_error"
+    assert found.headers["x-request-id"] == "mine" and lines == [{"request_id": "mine"}]
+    assert 'path="/v1/models",status="500"' in live.http.get("/metrics").text
+
+
+def test_a_checkpoint_that_is_removed_leaves_the_others(tmp_path: Path) -> None:
+    with serving(checkpoint(tmp_path)) as server:
+        models = server.http.get("/v1/models").json()
+        tmp_path.rename(tmp_path.with_name("elsewhere"))
+        assert server.http.get("/v1/models").json() == models
+        assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
 def test_the_name_of_another_page_that_leads_here_is_refused(live: Live) -> None:
     answer = live.http.get("/v1/models", headers={"host": "evil.example:8000"})
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"

@@ -125,6 +125,31 @@ def test_sigterm_loses_no_answer_under_way_and_refuses_what_comes(run: str) -> N
         process.kill()
 
 
+SLOW_START = """
+import os, runpy, signal, sys, time
+from jaxchat.serve import app, models
+if sys.argv.pop() == "early":
+    find = app.find_models
+    app.find_models = lambda paths: os.kill(os.getpid(), signal.SIGTERM) or find(paths)
+models.warm = lambda engine: (print("compiling", file=sys.stderr, flush=True), time.sleep(1000))
+runpy.run_module("launch.serve", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "while it compiles"])
+def test_a_signal_ends_a_server_that_is_not_ready(run: str, when: str) -> None:
+    command = [sys.executable, "-c", SLOW_START, f"--checkpoint={run}", "--port=0", when]
+    process = start(command=command)
+    try:
+        if when != "early":
+            assert any("compiling" in line for line in process.stderr)
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and json.loads(out)["answers"] == 0, err
+    finally:
+        process.kill()
+
+
 def test_a_second_signal_waits_for_nothing() -> None:
     busy = SimpleNamespace(loaded={"a model": SimpleNamespace(users=1)})
     app: Any = SimpleNamespace(state=SimpleNamespace(models=busy, draining=False))

@@ -15,7 +15,7 @@ from exports import tokenizer
 from serving import ASKED, JSON, LONG, Breakable, Live, checkpoint, serving, wait_for
 
 from jaxchat.decode import sample
-from jaxchat.serve import completions, connections, tool_threads
+from jaxchat.serve import completions, connections, daemon_threads
 
 pytestmark = pytest.mark.filterwarnings("default")
 BIAS = {str(tokenizer().specials[name]): 50 for name in ("<|python_start|>", "<|python_end|>")}
@@ -93,7 +93,7 @@ def test_a_tool_that_hangs_fails_its_request_alone(live: Live, stream: bool, mon
             answer = live.http.post("/v1/chat/completions", json=body)
             assert answer.status_code == (200 if stream else 500)
             assert "the tool Functions gave no answer within 0.3 s" in answer.text and live.idle()
-        hanging = [thread for thread in threading.enumerate() if thread.name == "tool"]
+        hanging = [thread for thread in threading.enumerate() if thread.name == "daemon"]
         assert len(hanging) == 6 and all(thread.daemon for thread in hanging), "they do not delay the process' end"
         assert live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 8}).status_code == 200
     finally:
@@ -119,10 +119,10 @@ def test_a_tool_that_hangs_does_not_delay_the_end(tmp_path: Path, monkeypatch: p
 
 
 def test_too_many_tools_that_hang_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool_threads, "MOST_RUNNING", 1)
-    threads, done = tool_threads.ToolThreads(), threading.Event()
+    monkeypatch.setattr(daemon_threads, "MOST_RUNNING", 1)
+    threads, done = daemon_threads.DaemonThreads(), threading.Event()
     first = threads.submit(done.wait)
-    with pytest.raises(RuntimeError, match="1 tools are running already"):
+    with pytest.raises(RuntimeError, match="1 threads are running already"):
         threads.submit(str).result(5)
     done.set()
     assert first.result(5) is True

@@ -1,6 +1,7 @@
 """The application, and the process that serves it: start, readiness, and an orderly end."""
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -9,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -23,6 +25,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from jaxchat import signals
 from jaxchat.decode.tools import named_tools
 from jaxchat.errors import UserError
 from jaxchat.launcher import log
@@ -35,6 +38,7 @@ from jaxchat.serve.models import Models, find_models
 
 LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
+THREADS = ("engine", "daemon")  # Names of threads that may be in XLA.
 
 
 def create_app(options: Any, models: dict[str, Any], **settings: Any) -> FastAPI:
@@ -98,6 +102,12 @@ class Server(uvicorn.Server):
         if not self.force_exit:
             log(f"{signal.Signals(sig).name}: finishing the answers under way, for at most {self._drain_seconds:g} s")
 
+    async def main_loop(self) -> None:
+        for number in signals.received()[:1]:  # It came before this server took the signals.
+            self.handle_exit(number, None)
+        signals.forget()  # Engines would be interrupted by it.
+        await super().main_loop()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = time.monotonic() + self._drain_seconds
         while time.monotonic() < end and self._busy() and not self.force_exit:
@@ -143,6 +153,8 @@ def run(options: Any) -> dict[str, object]:
     log(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {named}; Ctrl-C stops the server")
     start = time.time()
     server.run(sockets=[listening])
+    if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+        atexit.register(os._exit, 0)  # Python would end the process while XLA works in a thread, which aborts it.
     return {"answers": app.state.metrics.ended, "seconds": round(time.time() - start, 1)}
 
 

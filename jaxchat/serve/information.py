@@ -58,8 +58,7 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 
 def _described(entry: Entry, all_models: Models) -> dict[str, Any]:
-    created = int((entry.directory / "experiment.json").stat().st_mtime)
-    about = {"id": entry.name, "object": "model", "created": created, "owned_by": "jaxchat"}
+    about = {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "jaxchat"}
     stage = entry.directory.name
     chats = stage not in STAGES or STAGES[stage].chats
     return about | {"step": entry.step, "stage": stage, "chats": chats, "loaded": entry.key in all_models.loaded}

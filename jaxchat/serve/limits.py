@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.serve import connections
-from jaxchat.serve.errors import ApiError, shutting_down
+from jaxchat.serve.errors import ApiError, as_api_error, shutting_down
 
 LOG = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -91,7 +91,9 @@ class Guard:
 
         async def send_marked(message: Message) -> None:
             nonlocal status
-            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+            if message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode()), *HEADERS.items()]
             await send(message)
@@ -99,8 +101,12 @@ class Guard:
         try:
             self._check(scope, headers)
             await self._app(scope, self._limited(scope, receive), send_marked)
-        except ApiError as error:
-            await error.response()(scope, receive, send_marked)
+        except Exception as error:  # One that is no `ApiError` is our mistake.
+            if not isinstance(error, ApiError):
+                LOG.exception("the request failed", extra={"fields": {"request_id": number}})
+            if status:
+                raise
+            await as_api_error(error).response()(scope, receive, send_marked)
         finally:
             self._note(scope, number, status, now() - start)
 

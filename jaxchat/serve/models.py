@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from jaxchat.experiment import STAGES
 from jaxchat.inspection.text import View
 from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.paths import user_path
+from jaxchat.serve.daemon_threads import DaemonThreads
 from jaxchat.serve.errors import ApiError
-from jaxchat.serve.tool_threads import ToolThreads
 from jaxchat.serve.warming import warm, warm_views
 from jaxchat.serve.worker import Worker
 
@@ -33,11 +34,13 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that can be asked for: its name, and where its checkpoint is."""
+    """A model that can be asked for: its name, and where its checkpoint is. `created`: seconds since 1970, kept because
+    a checkpoint may be removed while it is served."""
 
     name: str
     directory: Path
     step: int
+    created: int
 
     @property
     def key(self) -> str:
@@ -54,7 +57,7 @@ def find_models(paths: Sequence[str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
 
     def add(name: str, directory: Path, step: int) -> None:
-        entry = Entry(name, directory, step)
+        entry = Entry(name, directory, step, int((directory / checkpoint.EXPERIMENT).stat().st_mtime))
         if entries.setdefault(name, entry).directory.resolve() != directory.resolve():
             raise UserError(f"two checkpoints would be named {name}: rename the directory of one of the runs")
 
@@ -112,7 +115,7 @@ class Models:
             raise UserError(f"there is no model {self.default}: there are {', '.join(entries)}")
         self.loaded: OrderedDict[str, Model] = OrderedDict()
         self._make_engine, self._lock, self._warmed = make_engine, asyncio.Lock(), set[Any]()
-        self._tool_pool = ToolThreads()
+        self._threads = DaemonThreads()
 
     def entry(self, name: str | None) -> Entry:
         """The entry of a name, or the default one; raises `ApiError` 404 if there is none."""
@@ -159,8 +162,9 @@ class Models:
         try:
             loaded, shape, size = await asyncio.to_thread(self.sized, entry.name)
             await self._make_room(size, entry.name)
-            fingerprint = await asyncio.to_thread(checkpoint.params_hash, entry.directory, entry.step)
-            engine = await asyncio.to_thread(self._engine, loaded, shape)
+            # Compilation takes minutes; a thread of `to_thread` would keep the process until it is done.
+            loading = partial(self._engine, entry, loaded, shape)
+            fingerprint, engine = await asyncio.get_running_loop().run_in_executor(self._threads, loading)
         except UserError as error:
             raise ApiError(503, f"the model {entry.name} cannot be loaded: {error}", code="model_unavailable") from None
         LOG.info("loaded %s, %d bytes", entry.name, size)
@@ -168,15 +172,17 @@ class Models:
         worker = Worker(engine, most_waiting=self.options.queue, name=f"engine {entry.name}")
         return Model(entry, loaded, worker, fingerprint, size)
 
-    def _engine(self, loaded: Loaded, shape: EngineConfig) -> Engine:
+    def _engine(self, entry: Entry, loaded: Loaded, shape: EngineConfig) -> tuple[str, Engine]:
+        """The hash of a model's parameters, and its engine, compiled."""
+        fingerprint = checkpoint.params_hash(entry.directory, entry.step)
         parts = (loaded.transformer(), loaded.params(), loaded.tokenizer, shape)
-        engine = self._make_engine(*parts, tool_pool=self._tool_pool)
+        engine = self._make_engine(*parts, tool_pool=self._threads)
         if self.options.warm and (engine.transformer, shape) not in self._warmed:
             warm(engine)
             if self.options.inspect:
                 warm_views(engine)
             self._warmed.add((engine.transformer, shape))
-        return engine
+        return fingerprint, engine
 
     async def _make_room(self, size: int, name: str) -> None:
         """Lets models go, the least recently used first, until one of `size` bytes fits."""
