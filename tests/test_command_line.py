@@ -288,7 +288,7 @@ def test_the_other_launchers_refuse_as_training_does(place, main):
         ("top_k=-1 must be at least 0", ["--checkpoint={stage}", "--top_k=-1"]),
         ("max_tokens=0 must be at least 1", ["--checkpoint={stage}", "--max_tokens=0"]),
         (
-            "tokens, but the context has 16: shorten it",
+            "tokens, but the context has 16, 1 of them for the answer: shorten it",
             ["--checkpoint={stage}", "--prompt=" + "the fox saw a bear " * 9],
         ),
         ("--prompt is empty: give it a text", ["--checkpoint={stage}", "--prompt=", "--style=chat"]),

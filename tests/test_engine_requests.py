@@ -27,7 +27,10 @@ def engine() -> Iterator[Engine]:
 
 BAD: dict[str, tuple[Any, str]] = {
     "empty": (lambda: Request([]), "prompt is empty"),
-    "long": (lambda: Request([1] * LENGTH), "320 tokens, but the context has 320"),
+    "long": (
+        lambda: Request([1] * LENGTH),
+        "320 tokens, but the context has 320, 1 of them for the answer: shorten it",
+    ),
     "strange": (lambda: Request([1, 60]), "contains token id 60"),
     "biased": (lambda: Request([1], SamplingParams(logit_bias={99: 1.0})), "logit_bias contains token id 99"),
     "stops": (lambda: Request([1], SamplingParams(stop_tokens=(-1,))), "stop_tokens contains token id -1"),

@@ -199,6 +199,8 @@ def test_launch_inspect_refuses_what_it_cannot_do(run: Path, tmp_path: Path) -> 
         ([place, "--text=a", "--prompt=b"], "give --text"),
         ([place, f"--text={'fox saw ' * 40}"], "the text has|longer than|has .* tokens"),
         ([place, "--text=a", "--token=7"], "there is no token 7"),
+        ([place, "--text=a", "--step=4"], "set --checkpoint=.*/pretrain@4$"),
+        ([f"--run={run / 'sft'}", "--step=1", "--text=a"], "give --checkpoint instead"),
         ([f"--run={run / 'sft'}"], "--step=0 must be at least 1"),
         ([f"{place}@3", "--text=a"], "there are 2, 4, 6"),
     ):

@@ -92,6 +92,7 @@ POISON: dict[str, tuple[Any, int]] = {
     "true as a number": ({"messages": ASKED, "max_tokens": True}, 422),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, 422),
     "two system messages later": ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, 400),
+    "parts of the user": ({"messages": [ASKED[0] | {"parts": [{"type": "text", "text": "x"}]}]}, 400),
     "a lone surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}', 200),
     "a lone surrogate as a name": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 2}', 422),
     "a lone surrogate as a model": (b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}', 422),

@@ -165,7 +165,8 @@ class Engine:
         if not tokens:
             raise UserError(f"{what} is empty: start it with {self.tokenizer.chat_format.bos}")
         if len(tokens) + room > self.shape.length:
-            raise UserError(f"{what} has {len(tokens)} tokens, but the context has {self.shape.length}: shorten it")
+            context = f"{self.shape.length}, {room} of them for the answer" if room else f"{self.shape.length}"
+            raise UserError(f"{what} has {len(tokens)} tokens, but the context has {context}: shorten it")
         self._check_ids(what, tokens)
         return tokens
 

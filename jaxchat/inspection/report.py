@@ -29,6 +29,11 @@ def run(options: Any) -> dict[str, Any]:
     """Runs launch.inspect and returns the result for its last line."""
     if bool(options.run) == bool(options.checkpoint):
         raise UserError("name what to look at: --checkpoint with --text or --prompt, or --run with --step")
+    if options.step and not options.run:
+        named = f"{options.checkpoint.partition('@')[0]}@{options.step}"
+        raise UserError(f"--step is a step of --run: to look at a text with a checkpoint, set --checkpoint={named}")
+    if options.run and (options.text is not None or options.prompt is not None):
+        raise UserError("--run looks at the texts of a step: for a text of your own, give --checkpoint instead")
     return _step(options) if options.run else _text(options)
 
 

@@ -178,7 +178,9 @@ class ChatMessage(Body):
 
     def row(self) -> Message:
         """The message as a data set would have it; arguments of calls are objects, as in training."""
-        content = self.parts if self.parts and self.role == "assistant" else self.content
+        if self.role != "assistant" and (self.parts or self.tool_calls):
+            raise UserError(f"a message of the role {self.role!r} has neither parts nor tool_calls")
+        content = self.parts or self.content
         row: Message = {"role": self.role, "content": content}
         if isinstance(content, list):
             row["content"] = [part.model_dump() for part in content]
