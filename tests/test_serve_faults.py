@@ -140,6 +140,27 @@ def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.
         assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200
 
 
+def test_a_client_that_leaves_while_its_model_is_loaded_does_not_load_it_twice(tmp_path: Path) -> None:
+    made: list[Any] = []
+    go = threading.Event()
+
+    def make(*parts: Any, **settings: Any) -> Breakable:
+        made.append(parts)
+        if len(made) > 1:
+            go.wait(20)
+        return Breakable(*parts, **settings)
+
+    stages = [write_run(tmp_path, model(), stage=stage, length=LENGTH) for stage in ("pretrain", "sft")]
+    body = {"model": "run/pretrain", "prompt": "a", "max_tokens": 2}
+    with serving(str(Path(stages[0]).parent), make_engine=make) as server:
+        for _ in range(2):
+            with pytest.raises(httpx.ReadTimeout):
+                server.http.post("/v1/completions", json=body, timeout=0.5)
+        threading.Timer(0.5, go.set).start()
+        assert server.http.post("/v1/completions", json=body).status_code == 200
+        assert len(made) == 2, "one of each model"
+
+
 def test_a_mistake_of_ours_is_an_error_with_the_id_of_the_request(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
     monkeypatch.setattr("jaxchat.serve.information._described", lambda *parts: 1 / 0)

@@ -130,13 +130,17 @@ class Models:
             ApiError: there is no such model (404), it cannot be loaded, or all others are busy (503).
         """
         entry = self.entry(name)
-        if entry.key not in self.loaded:
-            async with self._lock:
-                if entry.key not in self.loaded:
-                    self.loaded[entry.key] = await self._load(entry)
+        while entry.key not in self.loaded:
+            # A client that leaves does not end it: the next one would load the model a second time beside it.
+            await asyncio.shield(asyncio.ensure_future(self._ensure(entry)))
         self.loaded.move_to_end(entry.key)
         self.loaded[entry.key].use(stack)
         return self.loaded[entry.key]
+
+    async def _ensure(self, entry: Entry) -> None:
+        async with self._lock:
+            if entry.key not in self.loaded:
+                self.loaded[entry.key] = await self._load(entry)
 
     @property
     def bytes(self) -> int:
@@ -168,7 +172,7 @@ class Models:
         except UserError as error:
             raise ApiError(503, f"the model {entry.name} cannot be loaded: {error}", code="model_unavailable") from None
         LOG.info("loaded %s, %d bytes", entry.name, size)
-        # Its thread starts last: a client that leaves before ends this task, and nobody would end the thread.
+        # Its thread starts last: if the server ends before, nobody would end the thread.
         worker = Worker(engine, most_waiting=self.options.queue, name=f"engine {entry.name}")
         return Model(entry, loaded, worker, fingerprint, size)
 
