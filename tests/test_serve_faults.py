@@ -120,7 +120,7 @@ def test_poisoned_requests_get_their_answer_and_the_server_goes_on(live: Live, n
 def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breakable, "pause", 0.3)
     monkeypatch.setattr(limits, "now", lambda: 5.0)
-    settings: dict[str, Any] = {"slots": 1, "queue": 1, "requests_per_minute": 4}
+    settings: dict[str, Any] = {"slots": 1, "queue": 1, "requests_per_minute": 5}
     with serving(checkpoint(tmp_path), make_engine=Breakable, **settings) as server:
         body = {"prompt": "a", "max_tokens": 200, "stream": True, **LONG}
         with (
@@ -132,9 +132,11 @@ def test_a_full_queue_and_a_rate_answer_429(tmp_path: Path, monkeypatch: pytest.
             assert full.status_code == 429 and full.json()["error"]["code"] == "queue_full"
             assert full.headers["retry-after"] == "1"
         assert server.idle()
+        large = server.http.post("/v1/completions", json={"prompt": "a", "n": 3})
+        assert large.status_code == 400 and "at most 2" in large.json()["error"]["message"]
         assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
         fast = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
-        assert fast.status_code == 429 and fast.headers["retry-after"] == "16"
+        assert fast.status_code == 429 and fast.headers["retry-after"] == "13"
         server.app.state.draining = True
         assert server.http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
         assert server.http.get("/ready").status_code == 503 and server.http.get("/health").status_code == 200

@@ -108,10 +108,14 @@ class Worker:
         return answer
 
     def check_room(self, samples: int) -> None:
-        """Raises `ApiError` if the queue has no room for so many more samples, or the engine is out of order."""
+        """Raises `ApiError` if the queue has no room for so many more samples (429, or 400 if it never has), or the
+        engine is out of order (503)."""
         if self.failure:
             raise ApiError(503, f"the engine of this model is out of order ({self.failure}): restart the server")
-        if self.pending + samples > self.engine.shape.slots + self.most_waiting:
+        most = self.engine.shape.slots + self.most_waiting
+        if samples > most:  # It would be refused however often it is sent.
+            raise ApiError(400, f"{samples} answers are asked for, but this server takes at most {most} (--queue)")
+        if self.pending + samples > most:
             message = f"{self.waiting} answers are waiting already; the limit is {self.most_waiting}"
             raise ApiError(429, message, code="queue_full", retry_after=1)
 
