@@ -131,9 +131,9 @@ class Worker:
         def work() -> None:
             try:
                 if not future.cancelled():
-                    self._tell(_settle, future, function())
+                    self._call_on_loop(_settle, future, function())
             except Exception as error:  # It is raised where the call is awaited.
-                self._tell(_settle, future, None, error)
+                self._call_on_loop(_settle, future, None, error)
 
         self._inbox.put(work)
         return await future
@@ -193,10 +193,10 @@ class Worker:
             else:
                 answer.restarted = bool(answer.samples)
                 answer.samples = self.engine.submit(answer.request)
-                self._tell(_settle, answer.accepted)
+                self._call_on_loop(_settle, answer.accepted)
                 return
         except Exception as error:  # It is raised where the answer is awaited.
-            self._tell(_settle, answer.accepted, None, error)
+            self._call_on_loop(_settle, answer.accepted, None, error)
             self._end(answer, "error", str(error))
         self._live.remove(answer)
 
@@ -237,7 +237,7 @@ class Worker:
                     answer.ended[i] = bool(sample.finish_reason)
         self._live = [answer for answer in self._live if not all(answer.ended)]
         if batch:
-            self._tell(self._deliver, batch)
+            self._call_on_loop(self._deliver, batch)
 
     def _end(self, answer: Answer, reason: str, error: str | None = None) -> None:
         """Sends the end of all samples of an answer that have not ended."""
@@ -245,16 +245,16 @@ class Worker:
             (answer, Delta(answer.first + i, (), 0, reason, error)) for i, ended in enumerate(answer.ended) if not ended
         ]
         answer.ended = [True] * len(answer.ended)
-        self._tell(self._deliver, ends)
+        self._call_on_loop(self._deliver, ends)
 
     def _end_all(self, reason: str, error: str | None = None) -> None:
         for answer in itertools.chain(self._live, *self._groups):
-            self._tell(_settle, answer.accepted)
+            self._call_on_loop(_settle, answer.accepted)
             self._end(answer, reason, error)
         self._live.clear()
         self._groups.clear()
 
-    def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def _call_on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Has the loop call a function; nobody listens any more if the loop is closed."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)

@@ -5,7 +5,7 @@ import { openChat } from "./chat.js";
 import { $, el } from "./dom.js";
 import { openList } from "./list.js";
 import { openSettings } from "./settings.js";
-import { bus, keepSettings, settings, tell } from "./store.js";
+import { bus, keepSettings, settings, emit } from "./store.js";
 
 const PHONE = matchMedia("(max-width: 760px)"), WIDE = matchMedia("(min-width: 1180px)");
 const THEMES = { "": "dark", dark: "light", light: "" };
@@ -38,7 +38,7 @@ function arrange() {
 export function showPanel(name) {
   for (const node of document.querySelectorAll("main > .panel")) node.hidden = node.id !== name;
   for (const node of $("panels").children) node.setAttribute("aria-current", node.dataset.panel === name);
-  tell("panel", name);
+  emit("panel", name);
 }
 
 /** Adds a panel: the section of main with this id, its label, and what is called when it is shown. */
@@ -56,8 +56,8 @@ async function loadModels() {
   if (!models.some(({ id }) => id === settings.model)) settings.model = found.default;
   $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
   showModel();
-  tell("presets", found.presets);
-  tell("models", found);
+  emit("presets", found.presets);
+  emit("models", found);
 }
 
 function showModel() {
@@ -83,9 +83,9 @@ async function becomeReady() {
     try {
       if (!models.length) await loadModels();
       await api("ready");
-      return tell("notice", "");
+      return emit("notice", "");
     } catch {
-      tell("notice", await whyNot());
+      emit("notice", await whyNot());
     }
     await new Promise((resolve) => setTimeout(resolve, wait));
   }

@@ -3,7 +3,7 @@
 import { stream } from "./api.js";
 import { $, announce, el, sentence } from "./dom.js";
 import { article, fill } from "./messages.js";
-import { add, bus, conversations, create, keep, listed, sent, settings, tell } from "./store.js";
+import { add, bus, conversations, create, keep, listed, sent, settings, emit } from "./store.js";
 
 let shown = listed()[0] ?? create();
 /** Answers under way: the AbortController of each by the id of its conversation. */
@@ -31,7 +31,7 @@ export function open(conversation) {
   shown = conversation;
   show();
   scrollDown(true);
-  tell("opened", conversation);
+  emit("opened", conversation);
   $("input").focus();
 }
 
@@ -129,7 +129,7 @@ function finish(conversation, message, failure, stopped) {
   }
   message.incomplete = failure;
   if (conversations.has(conversation.id)) keep(conversation);
-  tell("kept", conversation);
+  emit("kept", conversation);
   announce(failure ? "" : stopped ? "Stopped" : message.content); // A failure is an alert.
   if (conversation !== shown) return;
   const typing = document.activeElement === $("input") || document.activeElement === $("send");

@@ -52,8 +52,8 @@ function shaded(shapes, attributes) {
     ? [svg("path", { ...attributes, d: commands.join(""), opacity: i / 20 })] : []));
 }
 
-/** Weights (a row per token, up to itself) as squares; `tell(row, column)` when the pointer is over one. */
-export function heatmap(name, weights, labels, at, tell, pick) {
+/** Weights (a row per token, up to itself) as squares; `onhover(row, column)` when the pointer is over one. */
+export function heatmap(name, weights, labels, at, onhover, pick) {
   const size = weights.length, cell = Math.max(3, Math.min(20, Math.floor(560 / size))), named = cell >= 10;
   const left = named ? 90 : 4, side = cell * size, text = { "font-size": Math.min(12, cell), class: "word" };
   const square = (t, s) => `M${left + s * cell} ${t * cell}h${cell}v${cell}h${-cell}z`;
@@ -70,7 +70,7 @@ export function heatmap(name, weights, labels, at, tell, pick) {
     const [t, s] = [Math.floor((offsetY * scale) / cell), Math.floor((offsetX * scale - left) / cell)];
     return t >= 0 && t < size && s >= 0 && s <= t ? [t, s] : null;
   };
-  node.onpointermove = (event) => place(event) && tell(...place(event));
+  node.onpointermove = (event) => place(event) && onhover(...place(event));
   node.onclick = (event) => place(event) && pick(place(event)[0]);
   return node;
 }
@@ -97,7 +97,7 @@ export function arcs(name, weights, labels, at) {
 }
 
 /** Points {x, y, name}; those that are marked have names, any has one while the pointer is near. */
-export function scatter(name, points, marked, tell) {
+export function scatter(name, points, marked, onhover) {
   const width = 640, height = 460, edge = 24;
   const scale = (axis, size) => {
     const values = points.map((point) => point[axis]), least = Math.min(...values), most = Math.max(...values);
@@ -121,7 +121,7 @@ export function scatter(name, points, marked, tell) {
     const far = ({ at }) => Math.hypot(at[0] - place[0], at[1] - place[1]);
     const closest = placed.reduce((a, b) => (far(b) < far(a) ? b : a));
     near.replaceChildren(dots([closest], "dot near"), word(closest, "word chosen"));
-    tell(closest);
+    onhover(closest);
   };
   return node;
 }

@@ -29,8 +29,8 @@ async function look(source, at = Infinity) {
 
 function chips() {
   const chip = (text, name, i) => {
-    const say = () => tell(i), about = { type: "button", tabIndex: -1, "aria-label": name };
-    return el("button", { ...about, onclick: () => select(i), onfocus: say, onpointerenter: say }, text);
+    const described = () => describe(i), about = { type: "button", tabIndex: -1, "aria-label": name };
+    return el("button", { ...about, onclick: () => select(i), onfocus: described, onpointerenter: described }, text);
   };
   return [
     ...scope.tokens.flatMap(({ text, name, special }, i) => {
@@ -57,7 +57,7 @@ function paint(losses) {
 }
 
 /** Says the numbers of a token. */
-function tell(i) {
+function describe(i) {
   const token = scope.tokens[i], { loss, expected } = scope.losses[i - 1] ?? {};
   const said = [`Token ${i}`];
   said.push(...(token ? [token.name, `id ${token.id}`, `bytes ${hex(token.bytes)}`] : ["would follow"]));
@@ -76,7 +76,7 @@ function select(i, focus = false) {
     node.setAttribute("aria-pressed", k === scope.at);
     if (focus && k === scope.at) node.focus();
   });
-  tell(scope.at);
+  describe(scope.at);
   showView();
 }
 

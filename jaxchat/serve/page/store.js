@@ -4,7 +4,7 @@ const CHAT = "jaxchat.chat.", SETTINGS = "jaxchat.settings";
 
 /** Tells other parts of the page: "settings" (sampling, model), "conversation" (another one, or it changed). */
 export const bus = new EventTarget();
-export const tell = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
+export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
 
 /** Sampling controls: label, smallest and largest value, step, value that turns it off. */
 export const CONTROLS = {
@@ -23,7 +23,7 @@ export const settings = { ...kept, sampling: { ...OFF, temperature: 0.8, ...kept
 
 export function keepSettings() {
   write(SETTINGS, settings);
-  tell("settings", settings);
+  emit("settings", settings);
 }
 
 const stored = Object.keys(localStorage).filter((key) => key.startsWith(CHAT));
@@ -50,7 +50,7 @@ function write(key, value) {
   try {
     localStorage.setItem(key, JSON.stringify(value));
   } catch {
-    tell("notice", "The browser's storage is full: export and delete some conversations.");
+    emit("notice", "The browser's storage is full: export and delete some conversations.");
   }
 }
 
