@@ -4,6 +4,7 @@
     python -m launch.convert --checkpoint=runs/tiny/sft --to=stablehlo --out=programs
     python -m launch.convert --checkpoint=runs/tiny/sft --to=tokenizer --out=tokenizer
     python -m launch.convert --checkpoint=exported --from=huggingface --out=runs/imported/sft
+    python -m launch.convert --checkpoint=~/.cache/nanochat/base_checkpoints/d20 --from=nanochat --out=runs/d20/pretrain
 
 docs/export.md lists the families of transformers that are imported and exported; other models can be scored by
 launch.harness and exported as StableHLO. To train an imported model: launch.train --start_from=runs/imported/sft.
@@ -27,10 +28,12 @@ class Convert:
     out: str  # Directory to create; with --from, a stage such as runs/imported/pretrain.
     to: Literal["huggingface", "stablehlo", "tokenizer"] | None = None
     """Format to export to; tokenizer: tokenizer.json and chat template without weights."""
-    source: Annotated[Literal["huggingface"] | None, tyro.conf.arg(name="from")] = None  # Format to import from.
+    source: Annotated[Literal["huggingface", "nanochat"] | None, tyro.conf.arg(name="from")] = None
+    """Format to import from; nanochat: its own directories of model_STEP.pt, the newest or DIR@STEP."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights; with --to=stablehlo also of the matrix products, with --from also of decoding."""
-    tokenizer: str | None = None  # With --from: directory of a jaxchat tokenizer, if the imported directory has none.
+    tokenizer: str | None = None
+    """With --from: directory of a jaxchat tokenizer, or of nanochat's tokenizer.pkl, if that of the model has none."""
     rows: int = 0  # With --to=stablehlo: batch size; 0 is 1.
     length: int = 0  # With --to=stablehlo: context length; 0 is the row length of training.
     prefill_chunk: int = 0  # With --to=stablehlo: maximum number of prompt tokens per prefill call; 0 is 128.

@@ -67,7 +67,7 @@ def pieces(*, prefix: bool, bytes_too: bool = True) -> bytes:
 def metaspace(model: bytes, *, scheme: str) -> str:
     """A sentencepiece model with a space in front as tokenizer.json: in front of every part of a text ("normalizer"),
     or of its beginning only ("first")."""
-    from jaxchat.export.tokens import _merges
+    from jaxchat.export.tokens import merges
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(processor.get_piece_size())
@@ -96,7 +96,7 @@ def metaspace(model: bytes, *, scheme: str) -> str:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": _merges({name: score for name, score in scores.items() if name != "\n"}),
+            "merges": merges({name: score for name, score in scores.items() if name != "\n"}),
         },
     }
     return json.dumps(value)

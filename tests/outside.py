@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxchat.export.places import Place
 from jaxchat.model import (
     GQA,
     Backout,
@@ -76,22 +75,3 @@ def head_model(c: dict[str, Any]) -> Model:
         backout=Backout(),
         isolate_documents=False,
     )
-
-
-HEAD_PLACES = {
-    ("mixer", "q"): Place("transformer.h.{}.attn.c_q.weight"),
-    ("mixer", "k"): Place("transformer.h.{}.attn.c_k.weight"),
-    ("mixer", "v"): Place("transformer.h.{}.attn.c_v.weight"),
-    ("mixer", "o"): Place("transformer.h.{}.attn.c_proj.weight"),
-    ("mixer", "value_gate"): Place("transformer.h.{}.attn.ve_gate.weight"),
-    ("mixer", "value_embedding"): Place("value_embeds.{}.weight", linear=False),
-    ("mlp", "in"): Place("transformer.h.{}.mlp.c_fc.weight"),
-    ("mlp", "out"): Place("transformer.h.{}.mlp.c_proj.weight"),
-    ("embed",): Place("transformer.wte.weight", linear=False),
-    ("head",): Place("lm_head.weight"),
-    ("resid_scale",): Place("resid_lambdas", linear=False),
-    ("x0_scale",): Place("x0_lambdas", linear=False),
-    ("smear_gate",): Place("smear_gate.weight", linear=False),
-    ("smear_scale",): Place("smear_lambda", linear=False),
-    ("backout_scale",): Place("backout_lambda", linear=False),
-}

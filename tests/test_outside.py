@@ -153,7 +153,7 @@ def test_what_the_library_of_others_would_read_otherwise_is_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = train_tokenizer(lines(100, seed=1), vocab=500, config=TokenizerConfig())
-    monkeypatch.setattr("jaxchat.export.tokens._merges", lambda scores: [])
+    monkeypatch.setattr("jaxchat.export.tokens.merges", lambda scores: [])
     with pytest.raises(UserError, match=r"tokenizer\.json gives other ids for '.*' than the tokenizer"):
         write_tokenizer(tmp_path, ours)
 

@@ -10,17 +10,13 @@ import numpy as np
 import optax
 import pytest
 import reference
-from outside import (
-    HEAD_PLACES,
-    Golden,
-    head_model,
-    read,
-)
+from outside import Golden, head_model, read
 
 from configs import recipe
 from configs.recipe import Dial
 from jaxchat import optim
 from jaxchat.export import families
+from jaxchat.export.families.nanochat_own import July2026
 from jaxchat.export.places import to_params
 from jaxchat.model import Transformer
 from jaxchat.model.counts import flops_per_token, parameter_counts
@@ -108,12 +104,12 @@ def test_head_family_equals_nanochat_and_the_reference(wide: bool) -> None:
     dtype = np.float64 if wide else np.float32
     with jax.enable_x64(wide):
         model = Transformer(config, dtype)
-        params = to_params(config, golden.weights, HEAD_PLACES)
+        params = to_params(config, golden.weights, July2026.places)
         ours = run(model, jax.tree.map(lambda w: jnp.asarray(w, dtype), params), golden)
     assert np.abs(theirs - golden.arrays["logits"]).max() < 1e-5  # the file holds float32
     assert np.abs(ours.logits - theirs).max() < (1e-11 if wide else 1e-4)
     np.testing.assert_allclose(ours.loss, golden.arrays["loss"], rtol=1e-12 if wide else 1e-6)
-    expected = to_params(config, golden.gradients, HEAD_PLACES)
+    expected = to_params(config, golden.gradients, July2026.places)
     assert_tree_close(ours.gradients, expected, 1e-6 if wide else 1e-4)
 
 
@@ -272,14 +268,14 @@ def test_whole_optimizer_step_equals_the_reference() -> None:
             return optax.apply_updates(params, updates), state
 
         def tree(state: dict[str, np.ndarray]) -> Any:
-            place = to_params(config, state, HEAD_PLACES)
+            place = to_params(config, state, July2026.places)
             return jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), place)
 
         params = tree(golden.weights)
         state = tx.init(params)
         for gradient in gradients:
             params, state = step(params, state, tree(gradient))
-    assert_tree_close(params, to_params(config, theirs, HEAD_PLACES), 1e-7)  # schedules are float32
+    assert_tree_close(params, to_params(config, theirs, July2026.places), 1e-7)  # schedules are float32
 
 
 @pytest.mark.parametrize("steps", [30, 100, 600, 2_000])

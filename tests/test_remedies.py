@@ -317,6 +317,11 @@ ELSEWHERE = {
         "a jaxchat tokenizer by --tokenizer=DIR",
         "tokenizer.model is not a sentencepiece model",
     ),
+    "test_nanochat.py::test_missing_files_are_one_sentence_each": (
+        "copy it again from the model's project, or name another tokenizer with --tokenizer=DIR",
+        "no {} in {}: name its directory with --tokenizer=DIR",
+        "no model_STEP.pt in {}: --checkpoint must name one of nanochat, such as {}",
+    ),
     "test_config.py::test_rows_longer_than_the_learned_positions_are_refused": (
         "{}: set --data.row_length={}, or more positions",
     ),

@@ -22,3 +22,8 @@ def checksum(weights: Mapping[str, np.ndarray]) -> str:
     for name in sorted(weights):
         found.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
     return found.hexdigest()
+
+
+def nanochat_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight of nanochat by its name; the scales of the residual stream are near 1, its padding is not zero."""
+    return random_weight(name, shape, scale=0.2) + np.float32(name == "resid_lambdas")

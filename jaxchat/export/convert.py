@@ -14,8 +14,9 @@ import numpy as np
 from jaxchat import checkpoint
 from jaxchat.errors import UserError, require
 from jaxchat.experiment import Experiment
-from jaxchat.export import huggingface, stablehlo, verify
+from jaxchat.export import huggingface, nanochat, stablehlo, verify
 from jaxchat.export.files import DTYPES, whole
+from jaxchat.export.pickled import FILE, read_pickled
 from jaxchat.export.places import State
 from jaxchat.export.tokens import write_tokenizer
 from jaxchat.launcher import log
@@ -23,15 +24,16 @@ from jaxchat.loading import Loaded, load_checkpoint
 from jaxchat.model.architecture import Model
 from jaxchat.model.counts import parameter_counts
 from jaxchat.model.transformer import Params, Transformer
-from jaxchat.paths import user_path
-from jaxchat.tokenizer import load_tokenizer
+from jaxchat.paths import split_step, user_path
+from jaxchat.tokenizer import Tokenizer, load_tokenizer
 
-NEEDED: Mapping[str | None, tuple[str, ...]] = {  # The packages that each direction needs; None: import.
+NEEDED: Mapping[str, tuple[str, ...]] = {  # The packages that each format needs.
     "huggingface": ("safetensors",),
     "stablehlo": ("safetensors", "flatbuffers"),
     "tokenizer": (),
-    None: ("safetensors",),
+    "nanochat": ("tokenizers",),
 }
+SOURCES: Mapping[str, Any] = {"huggingface": huggingface, "nanochat": nanochat}  # Formats to import, by open_source.
 STAGES = ("pretrain", "sft")  # Stages of imported checkpoints; files of other programs lack the settings of RL.
 
 
@@ -49,15 +51,16 @@ def run(options: Any, make_experiment: Callable[[Model, int, str], Experiment]) 
     """
     out = user_path(options.out)
     if (options.to is None) == (options.source is None):
-        raise UserError("set exactly one of --to=huggingface, --to=stablehlo, --to=tokenizer and --from=huggingface")
+        formats = "--to=huggingface, --to=stablehlo, --to=tokenizer, --from=huggingface and --from=nanochat"
+        raise UserError(f"set exactly one of {formats}")
     if options.tokenizer is not None and options.source is None:
         raise UserError("--tokenizer requires --from: an export uses the run's own tokenizer")
-    for module in NEEDED[options.to]:
+    for module in NEEDED[options.to or options.source]:
         if options.to == "stablehlo":
             require(module, f"launch.convert needs {module}", "export")
         require(module, f"launch.convert needs {module}", "convert")
     if options.source is not None:
-        return _import(user_path(options.checkpoint), out, options, make_experiment)
+        return _import(out, options, make_experiment)
     sizes = {name: getattr(options, name) for name in ("rows", "length", "prefill_chunk")}
     if options.to != "stablehlo" and (unused := [name for name, value in sizes.items() if value]):
         raise UserError(f"--{unused[0]} is only for --to=stablehlo, whose programs have fixed shapes: remove it")
@@ -99,19 +102,20 @@ def _to_stablehlo(loaded: Loaded, out: Path, dtype: str, *, rows: int, length: i
     )
 
 
-def _import(
-    source: Path, out: Path, options: Any, make_experiment: Callable[[Model, int, str], Experiment]
-) -> dict[str, object]:
+def _import(out: Path, options: Any, make_experiment: Callable[[Model, int, str], Experiment]) -> dict[str, object]:
     if out.name not in STAGES:
         raise UserError(f"--out={out} must end in a stage, such as runs/imported/pretrain, or .../sft for a chat model")
+    source = user_path(split_step(options.checkpoint)[0])
     if not source.is_dir():
-        raise UserError(f"no directory {source}: --checkpoint must name one with config.json and weights")
-    own = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    found = huggingface.open_source(source, own, options.dtype)
+        raise UserError(
+            f"no directory {source}: --checkpoint must name one with config.json or meta_STEP.json and weights"
+        )
+    own = None if options.tokenizer is None else _named_tokenizer(user_path(options.tokenizer))
+    found: huggingface.Source = SOURCES[options.source].open_source(options.checkpoint, own, options.dtype)
     try:
         experiment = make_experiment(found.model, found.length, out.name)
     except ValueError as error:
-        raise UserError(f"the model in {source} cannot be trained: {error}") from None
+        raise UserError(f"the model in {found.directory} cannot be trained: {error}") from None
     place = out.parent / "tokenizer"
     if place.exists() and load_tokenizer(place).hash != found.tokenizer.hash:
         raise UserError(f"{place} contains another tokenizer: set --out to a new run")
@@ -128,14 +132,22 @@ def _import(
         "out": str(out),
         "parameters": parameters,
         "checkpoint": f"{out}@0",
-        "from": "huggingface",
+        "from": options.source,
     }
+
+
+def _named_tokenizer(directory: Path) -> Tokenizer:
+    """A tokenizer of jaxchat or of nanochat."""
+    return read_pickled(directory) if (directory / FILE).is_file() else load_tokenizer(directory)
 
 
 def _run_theirs(found: huggingface.Source) -> verify.Run | None:
     """The source's forward pass in transformers; None if that cannot read it. Call it before the parameters are read,
     so that the memory holds them once.
     """
+    if not found.family.architecture:
+        log("logits were not compared, because transformers cannot read nanochat's own files")
+        return None
     try:
         return verify.run_theirs(found.directory, found.model, found.length)
     except UserError as error:

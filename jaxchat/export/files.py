@@ -66,13 +66,17 @@ def write_weights(directory: Path, arrays: Mapping[str, np.ndarray]) -> int:
 class Weights(Mapping[str, np.ndarray]):
     """The arrays of a directory's weight files, one or several with an index, read each when it is asked for.
 
+    `readers` are those of files with other names.
+
     Raises:
         UserError: a file is missing, damaged or not what the index says, or an array is not finite or not of floats.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, readers: "Readers | None" = None) -> None:
         self._directory = directory
-        self._readers: dict[str, Callable[[], np.ndarray]] = {}
+        self._readers: Readers = readers or {}
+        if readers is not None:
+            return
         form, files = _weight_files(directory)
         for name, indexed in files.items():
             found = form.open(directory / name)
@@ -145,7 +149,7 @@ def _open_safetensors(path: Path) -> Readers:
     return {name: functools.partial(read, name) for name in names}
 
 
-def _open_torch(path: Path) -> Readers:
+def open_torch(path: Path) -> Readers:
     """Files of torch.save, which are pickles: only torch can read them without executing what they contain."""
     try:
         import torch
@@ -155,8 +159,8 @@ def _open_torch(path: Path) -> Readers:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # Also what the unpickler and zip files raise.
         raise UserError(
-            f"{path} cannot be read without executing code that it may contain ({first_line(error)}): save the model "
-            "as safetensors where you trust it"
+            f"{path} cannot be read without executing code that it may contain ({first_line(error)}): copy it "
+            "again if it is damaged, or save the model as safetensors where you trust it"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
         raise UserError(f"{path} is not a state dict of tensors")
@@ -183,7 +187,7 @@ class Form(NamedTuple):
 
 FORMS = (
     Form(WEIGHTS, INDEX, "*.safetensors", _open_safetensors),
-    Form("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin", _open_torch),
+    Form("pytorch_model.bin", "pytorch_model.bin.index.json", "*.bin", open_torch),
 )
 
 

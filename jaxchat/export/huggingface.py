@@ -1,5 +1,6 @@
 """Exports models to transformers, and imports them, by the families of `families.FAMILIES`."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxchat.export.tokens import read_tokenizer, write_tokenizer
 from jaxchat.launcher import log
 from jaxchat.model import Model, Transformer
 from jaxchat.model.transformer import Params
+from jaxchat.paths import user_path
 from jaxchat.tokenizer import Tokenizer
 
 
@@ -53,7 +55,8 @@ def _rounded(model: Model, params: Params, dtype: str) -> Params:
 
 
 class Source(NamedTuple):
-    """A model of transformers: our model, its maximum number of positions, its tokenizer, and its unread weights."""
+    """A model to import: our model, its maximum number of positions, its tokenizer, its unread weights, and the name of
+    the file that describes it."""
 
     directory: Path
     model: Model
@@ -62,6 +65,7 @@ class Source(NamedTuple):
     family: Family
     weights: Weights
     dtype: Any
+    described: str = "config.json"
 
     def params(self) -> Params:
         """Reads the parameters one tensor at a time; raises `UserError` if they do not match the model."""
@@ -69,27 +73,35 @@ class Source(NamedTuple):
             return to_params(self.model, self.weights, self.family.places, self.dtype)
         except ValueError as error:
             raise UserError(
-                f"the weights in {self.directory} do not match its config.json: {first_line(error)}"
+                f"the weights in {self.directory} do not match its {self.described}: {first_line(error)}"
             ) from None
 
 
-def open_source(directory: Path, tokenizer: Tokenizer | None = None, dtype: str = "float32") -> Source:
-    """Reads configuration and tokenizer of a model of transformers, whose parameters will be of `dtype`.
+def open_source(
+    checkpoint: str | os.PathLike[str], tokenizer: Tokenizer | None = None, dtype: str = "float32"
+) -> Source:
+    """Reads configuration and tokenizer of a directory of transformers, whose parameters will be of `dtype`.
 
     Raises:
         UserError: files are missing, describe another architecture or do not match each other.
     """
+    directory = user_path(checkpoint)
     config = read_json(directory / "config.json")
     family = named(config)
     model, length = family.read_config(config)
     tokenizer = tokenizer or read_tokenizer(directory)
-    if tokenizer.vocab_size != model.vocab:
-        raise UserError(
-            f"{directory} has vocab_size={model.vocab} in config.json but its tokenizer has {tokenizer.vocab_size} "
-            "ids: name the tokenizer of its training with --tokenizer=DIR"
-        )
+    check_vocab(f"config.json in {directory}", model, tokenizer)
     weights = read_weights(directory, model, family)
     return Source(directory, model, length, tokenizer, family, weights, DTYPES[dtype])
+
+
+def check_vocab(where: str, model: Model, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if a tokenizer has another number of ids than the model."""
+    if tokenizer.vocab_size != model.vocab:
+        raise UserError(
+            f"{where} has vocab_size={model.vocab} but its tokenizer has {tokenizer.vocab_size} ids: "
+            "name the tokenizer of its training with --tokenizer=DIR"
+        )
 
 
 def read_weights(directory: Path, model: Model, family: Family) -> Weights:

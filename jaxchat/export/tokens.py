@@ -9,6 +9,7 @@ every document. These files are for other programs; `read_tokenizer` reads the s
 
 import importlib.util
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from jaxchat.export.files import read_json, write_json
 from jaxchat.export.read_tokens import CONFIG_FILE, TEMPLATE_FILE, read_outside
 from jaxchat.launcher import log
 from jaxchat.tokenizer import Tokenizer, chat
-from jaxchat.tokenizer.chat_format import CHAT_FORMATS, NANOCHAT, ChatFormat
+from jaxchat.tokenizer.chat_format import NANOCHAT, ChatFormat
 from jaxchat.tokenizer.libraries import CORES
 from jaxchat.tokenizer.outside import Outside
 from jaxchat.tokenizer.saved import MODEL_FILE
 from jaxchat.tokenizer.sentencepiece import PROBES, SPACE_MARK, SentencePiece
-from jaxchat.tokenizer.template import JinjaFormat
+from jaxchat.tokenizer.template import JinjaFormat, known
 
 # A word with the spaces before it. No piece has a space after another character (`SentencePiece` refuses such models),
 # so splitting there does not change the ids, and repeated words can be cached.
@@ -104,36 +105,54 @@ def _chat_format(directory: Path) -> ChatFormat | None:
         template = read_json(config).get("chat_template") if config.is_file() else None
     if template is None:
         return NANOCHAT
-    forms = CHAT_FORMATS.values()
-    return next((form for form in forms if str(template).strip() == chat.template(form).strip()), None)
+    return known(str(template))
 
 
 def tokenizer_json(tokenizer: SentencePiece) -> dict[str, Any]:
     """Content of tokenizer.json."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocab, pairs = _pieces(sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model))
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    model = {"byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": pairs}
     bos = tokenizer.chat_format.bos
+    return bpe_json(tokenizer.specials, bos, pre_tokenizer=split, decoder=decoder, model=model)
+
+
+def bpe_json(
+    specials: Mapping[str, int], bos: str, *, pre_tokenizer: Any, decoder: Any, model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Content of tokenizer.json of a BPE model without a normalizer that puts `bos` in front of every text."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **special} for name, i in tokenizer.specials.items()],
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in specials.items()],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, first],
             "pair": [begin, first, begin, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [specials[bos]], "tokens": [bos]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": _model(processor),
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            **model,
+        },
     }
 
 
-def _model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+def _pieces(processor: sentencepiece.SentencePieceProcessor) -> tuple[dict[str, int], list[list[str]]]:
+    """Vocabulary and merges of a sentencepiece model."""
     ids = range(processor.get_piece_size())
     pieces = [processor.id_to_piece(i).replace(SPACE_MARK, " ") for i in ids]
     special = (processor.is_control, processor.is_byte, processor.is_unknown)
@@ -144,28 +163,17 @@ def _model(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
             "this is a Unigram tokenizer, which transformers would tokenize differently because of rounding: only BPE "
             "tokenizers are exported (--data.tokenizer.algorithm=bpe, the default)"
         )
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": {piece: i for i, piece in enumerate(pieces)},
-        "merges": _merges(scores),
-    }
+    return {piece: i for i, piece in enumerate(pieces)}, merges(scores)
 
 
-def _merges(scores: dict[str, float]) -> list[list[str]]:
+def merges(scores: Mapping[str, float]) -> list[list[str]]:
     """Lists every pair of pieces that forms a piece, ordered by the score of that piece, best first.
 
-    sentencepiece merges the pair that forms the best piece, the leftmost of equals. Here every pair has its own rank;
-    of two pairs that form the same piece, the one with the shorter left part comes first.
+    sentencepiece and tiktoken merge the pair that forms the best piece, the leftmost of equals. Here every pair has its
+    own rank; of two pairs that form the same piece, the one with the shorter left part comes first.
     """
-    merges = []
+    found = []
     for piece in sorted((piece for piece in scores if len(piece) > 1), key=scores.__getitem__, reverse=True):
         pairs = ([piece[:cut], piece[cut:]] for cut in range(1, len(piece)))
-        merges += [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
-    return merges
+        found += [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+    return found

@@ -44,10 +44,11 @@ def tokens(model: Model, length: int) -> np.ndarray:
 def same_tensors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], where: str) -> None:
     """Raises UserError naming the first tensor of a parameter tree that differs from the one that was written or read.
 
-    Values are compared in the type of ours.
+    Values are compared in the type of ours; a vector equals a matrix of one row.
     """
     for name in ours:
         mine, other = ours[name], theirs[name]
+        other = other.reshape(-1) if mine.ndim == 1 else other
         if mine.shape != other.shape or not np.array_equal(mine, other.astype(mine.dtype, copy=False)):
             raise UserError(f"{name} differs from the one in {where}: nothing was written, so please report this fault")
 

@@ -8,74 +8,16 @@ tool result.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from string import Template
 from typing import Any
 
 from jaxchat.errors import UserError
 from jaxchat.tokenizer.chat_format import PARTS, ChatFormat, Malformed, Rendered
 from jaxchat.tokenizer.outside import Outside
 from jaxchat.tokenizer.protocol import Tokenizer
-from jaxchat.tokenizer.template import JinjaFormat
+from jaxchat.tokenizer.template import JinjaFormat, template
 
 Message = Mapping[str, Any]
 Part = tuple[str, str, bool]  # Kind, text, and whether it may be a training target.
-
-_TEMPLATE = Template("""\
-{{- '$bos' -}}
-{%- if messages and messages[0]['role'] == 'system' -%}
-{%- if messages | length < 2 or messages[1]['role'] != 'user' -%}
-{{- raise_exception('a system message must be followed by a user message') -}}
-{%- endif -%}
-{%- set before = messages[0]['content'] + '\\n\\n' if messages[0]['content'] else '' -%}
-{%- set turns = messages[1:] -%}
-{%- else -%}
-{%- set before = '' -%}
-{%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}
-{{- raise_exception('user and assistant must take turns, the user first') -}}
-{%- endif -%}
-{%- if message['role'] == 'user' -%}
-{{- '$user_begin' + (before if loop.first else '') + message['content'] + '$user_end' -}}
-{%- else -%}
-{{- '$assistant_begin' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-$parts{%- else -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '$assistant_end' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '$assistant_begin' -}}
-{%- endif -%}
-""")
-_PART = Template("""\
-{%- elif part['type'] == '$kind' -%}
-{{- '$begin' + part['text'] + '$end' -}}
-""")
-_NO_PARTS = "{%- if false -%}\n"
-
-
-def template(chat_format: ChatFormat) -> str:
-    """What `render` does as a Jinja template with special tokens spelled out, for other programs.
-
-    Raises:
-        UserError: the model has no chat template.
-    """
-    if isinstance(chat_format, JinjaFormat):
-        return chat_format.required
-    parts = [_PART.substitute(kind=kind, begin=part.begin, end=part.end) for kind, part in chat_format.parts.items()]
-    names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1) or _NO_PARTS}
-    for role, turn in chat_format.turns.items():
-        names |= {f"{role}_begin": turn.begin, f"{role}_end": turn.end}
-    return _TEMPLATE.substitute(names)
 
 
 def written(chat_format: ChatFormat) -> JinjaFormat:
@@ -103,7 +45,7 @@ def render(
     turns = check(messages, tokenizer.chat_format.parts)
     if complete and turns[-1][0] != "user":
         raise UserError("the assistant can only answer a conversation that ends with a user message")
-    if isinstance(tokenizer, Outside):
+    if isinstance(tokenizer, Outside) and tokenizer.templated:
         return tokenizer.render(list(map(_plain, messages)), complete=complete, everything=everything)
     segments = [([tokenizer.bos], False)]
     for role, parts in turns:
@@ -137,7 +79,7 @@ def encode(text: str, tokenizer: Tokenizer, *, begin: bool) -> list[int]:
 def render_answer(messages: Sequence[Message], tokenizer: Tokenizer, *, everything: bool = False) -> Rendered:
     """Renders a user message and its answer without turns; the answer ends as the assistant's turn does."""
     (_, ((_, prompt, in_loss),)), (_, parts) = check(messages, tokenizer.chat_format.parts)
-    if isinstance(tokenizer, Outside):
+    if isinstance(tokenizer, Outside) and tokenizer.templated:
         answer = [(tokenizer.encode(text), target) for _, text, target in parts] + [([tokenizer.end], parts[-1][2])]
     else:
         _, *answer = _turn("assistant", parts, tokenizer, everything)

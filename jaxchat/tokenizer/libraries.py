@@ -111,7 +111,7 @@ def _decoder(value: Any) -> Callable[[str], bytes]:
             f"tokenizer.json has the decoder {kind}, which is not supported: import its sentencepiece model"
         )
     if "ByteLevel" in kinds:
-        letters = _byte_letters()
+        letters = byte_letters()
         return lambda name: bytes(letters[one] for one in name) if letters.keys() >= set(name) else name.encode()
     replaced = [(part["pattern"]["String"], part["content"]) for part in parts if part.get("type") == "Replace"]
     replaced += [(part.get("replacement", SPACE_MARK), " ") for part in parts if part.get("type") == "Metaspace"]
@@ -126,7 +126,7 @@ def _decoder(value: Any) -> Callable[[str], bytes]:
     return to_bytes
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The character that byte-level tokenizers write for each byte: itself where it can be seen, else one from U+0100
     on, in the order of the bytes (GPT-2)."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

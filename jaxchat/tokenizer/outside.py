@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxchat.tokenizer import saved
-from jaxchat.tokenizer.chat_format import Malformed, Rendered
+from jaxchat.tokenizer.chat_format import ChatFormat, Malformed, Rendered
 from jaxchat.tokenizer.libraries import CORES
 from jaxchat.tokenizer.protocol import Tokenizer
 from jaxchat.tokenizer.sentencepiece import PROBES, scalar_values
-from jaxchat.tokenizer.template import JinjaFormat
+from jaxchat.tokenizer.template import JinjaFormat, known
 
 GUARD = "\ufdd0"  # A noncharacter of Unicode, put into names of special tokens that a message contains.
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
@@ -54,7 +54,10 @@ class About:
 
 
 class Outside(Tokenizer):
-    """A tokenizer of another project around its file, `model`; conversations are written by its chat template."""
+    """A tokenizer of another project around its file, `model`.
+
+    Its chat template writes conversations, or one of our chat formats, if it is the template of that.
+    """
 
     FORMAT = "jaxchat-outside-1"
 
@@ -62,7 +65,10 @@ class Outside(Tokenizer):
         self.model, self.about = model, about
         self._core = core = CORES[about.kind](model)
         self.vocab_size, self.specials = about.vocab_size, dict(about.specials)
-        self.chat_format: JinjaFormat = JinjaFormat(about.bos, {}, {}, about.template, about.last, about.names)
+        self._jinja = JinjaFormat(about.bos, {}, {}, about.template, about.last, about.names)
+        form = known(about.template)
+        ours = form is not None and {*form.specials} <= {*self.specials} and form.end == about.last
+        self.chat_format: ChatFormat = form if form is not None and ours else self._jinja
         self.bos, self.end = self.specials[about.bos], self.specials[about.last]
         self._names = {i: name.encode() for name, i in self.specials.items()}
         self._bytes = [b"" if i in self._names else core.pieces.get(i, b"") for i in range(self.vocab_size)]
@@ -79,6 +85,11 @@ class Outside(Tokenizer):
 
     def __reduce__(self) -> tuple[type["Outside"], tuple[bytes, About]]:
         return Outside, (self.model, self.about)
+
+    @property
+    def templated(self) -> bool:
+        """Whether the chat template has to write conversations, because it is none of our chat formats."""
+        return self.chat_format is self._jinja
 
     @property
     def ends(self) -> frozenset[int]:
@@ -122,10 +133,10 @@ class Outside(Tokenizer):
         """
         spoken = [{"role": one["role"], "content": self._guarded(one["content"])} for one in messages]
         if complete:
-            ids = [token.id for token in self.encode_named(self.chat_format.text(spoken, prompt=True))]
+            ids = [token.id for token in self.encode_named(self._jinja.text(spoken, prompt=True))]
             return Rendered(ids, [False] * len(ids))
         silent = [not one.get("in_loss", True) for one in messages]
-        text, regions = self.chat_format.targets(spoken, silent, everything=everything)
+        text, regions = self._jinja.targets(spoken, silent, everything=everything)
         wanted = np.zeros(len(text) + 1, bool)
         for start, stop in regions:
             wanted[start:stop] = True

@@ -2,12 +2,55 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Template
 from typing import Any
 
 from jaxchat.errors import UserError, first_line, require
-from jaxchat.tokenizer.chat_format import ChatFormat, Malformed
+from jaxchat.tokenizer.chat_format import CHAT_FORMATS, ChatFormat, Malformed
 
 Region = tuple[int, int]  # Begin and end of a part of a text, in characters.
+
+_TEMPLATE = Template("""\
+{{- '$bos' -}}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- if messages | length < 2 or messages[1]['role'] != 'user' -%}
+{{- raise_exception('a system message must be followed by a user message') -}}
+{%- endif -%}
+{%- set before = messages[0]['content'] + '\\n\\n' if messages[0]['content'] else '' -%}
+{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set before = '' -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}
+{{- raise_exception('user and assistant must take turns, the user first') -}}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{{- '$user_begin' + (before if loop.first else '') + message['content'] + '$user_end' -}}
+{%- else -%}
+{{- '$assistant_begin' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+$parts{%- else -%}
+{{- part['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '$assistant_end' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '$assistant_begin' -}}
+{%- endif -%}
+""")
+_PART = Template("""\
+{%- elif part['type'] == '$kind' -%}
+{{- '$begin' + part['text'] + '$end' -}}
+""")
+_NO_PARTS = "{%- if false -%}\n"
 
 NO_TEMPLATE = (
     "this model has no chat template, so it only continues texts: use --style=text, or put a chat_template.jinja "
@@ -115,6 +158,27 @@ class JinjaFormat(ChatFormat):
         except (jinja2.TemplateError, *jinja.RAISED) as error:
             sentence = f"the model's chat template refuses this conversation: {first_line(error).rstrip('.')}"
             raise Malformed("refused by the chat template", sentence) from None
+
+
+def template(chat_format: ChatFormat) -> str:
+    """What `render` does as a Jinja template with special tokens spelled out, for other programs.
+
+    Raises:
+        UserError: the model has no chat template.
+    """
+    if isinstance(chat_format, JinjaFormat):
+        return chat_format.required
+    parts = [_PART.substitute(kind=kind, begin=part.begin, end=part.end) for kind, part in chat_format.parts.items()]
+    names = {"bos": chat_format.bos, "parts": "".join(parts).replace("elif", "if", 1) or _NO_PARTS}
+    for role, turn in chat_format.turns.items():
+        names |= {f"{role}_begin": turn.begin, f"{role}_end": turn.end}
+    return _TEMPLATE.substitute(names)
+
+
+def known(source: str | None) -> ChatFormat | None:
+    """The chat format of ours that a template writes, or None."""
+    forms = CHAT_FORMATS.values()
+    return next((form for form in forms if source is not None and source.strip() == template(form).strip()), None)
 
 
 def _unmarked(text: str) -> tuple[str, list[Region]]:

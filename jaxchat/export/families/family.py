@@ -22,7 +22,7 @@ TRAINING = tuple(
 
 
 class Family:
-    """A family: the name of its class in transformers, its model type, and how it relates to our models.
+    """A family: the name of its class in transformers (none: ""), its model type, and how it relates to our models.
 
     Attributes:
         keys: the keys of config.json that are read; others are neutral, or the model is refused.
@@ -31,7 +31,7 @@ class Family:
         dropped: regular expressions of tensors that hold nothing of the model, such as masks.
     """
 
-    architecture: ClassVar[str]
+    architecture: ClassVar[str] = ""
     model_type: ClassVar[str]
     keys: ClassVar[Mapping[str, Key]]
     parts: ClassVar[tuple[type, ...]]
