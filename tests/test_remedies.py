@@ -300,7 +300,7 @@ ELSEWHERE = {
     "test_stages.py::test_a_run_that_ends_without_a_number_says_so": ("the run ended at step",),
     "test_report.py::test_the_report_says_what_was_forgotten_and_why": ("More than 5 percent were lost",),
     "test_stages.py::test_parameters_that_are_not_finite_are_never_trained": ("correct the fields of --model",),
-    "test_report.py::test_without_tasks_the_report_says_how_to_ask_some": ("No problems were asked",),
+    "test_report.py::test_without_tasks_the_report_says_how_to_ask_some": ("No problems were solved",),
     "test_prepare.py::test_a_comparison_of_some_shards_says_so": (", compared with one of {} shards of --data.train",),
     "test_prepare.py::test_held_out_texts_that_are_trained_on_are_counted": (
         "losses on them say little; remove them from --data.train or --data.val",
