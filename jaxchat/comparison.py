@@ -32,6 +32,8 @@ TIMED_STEPS = 48  # Steps of the trial that measures a variant's speed.
 LOWER_IS_BETTER = ("val_bpb", "val_loss", "loss", "bpb", "compile_seconds", "peak_memory_bytes", "unstable_steps")
 HIGHER_IS_BETTER = ("core", "chatcore", "tokens_per_second", "mfu", "_strict", "_lenient", "_accuracy")  # Suffixes.
 OWN = ("name", "directory", "seed")  # Fields that the comparison sets for every run.
+# Fields that may change when a run is resumed, but on which scores, speed or memory depend.
+MEASURED = ("steps", "eval_problems", "micro_rows", "attention", "xla", "mesh.", "model.layer_loop", "model.remat")
 Load = Callable[[Sequence[str]], Experiment]
 
 
@@ -105,15 +107,20 @@ def run(
     log = log if jax.process_index() == 0 else lambda _: None
     trained = functools.partial(_trained, place, log)
     with run_lock(place, "compares", log):
-        if (place / RESULTS).exists() and read_json(place / RESULTS) is None:
+        if (place / RESULTS).exists() and not isinstance(read_json(place / RESULTS), dict):
             raise UserError(f"{place / RESULTS} cannot be read: remove it; finished runs are only scored again")
         rungs = {f"/depth{depth}": _at(depth, load) for depth in depths} or {"": load}
         planned = {rung: _planned(variants, at, equal, trained, rung) for rung, at in rungs.items()}
         results: dict[str, dict[str, list[dict[str, Any]]]] = {rung: {name: [] for name in variants} for rung in rungs}
         # Seed by seed, so that an early end leaves whole pairs.
-        for seed, rung, name in itertools.product(seeds, rungs, variants):
-            e = dataclasses.replace(planned[rung][name], seed=seed)
-            results[rung][name].append(trained(f"{name}{rung}/seed{seed}", e))
+        runs = {
+            (f"{name}{rung}/seed{seed}", rung, name): dataclasses.replace(planned[rung][name], seed=seed)
+            for seed, rung, name in itertools.product(seeds, rungs, variants)
+        }
+        for (key, *_), e in runs.items():  # All of them before the first is trained.
+            _named(key, e)
+        for (key, rung, name), e in runs.items():
+            results[rung][name].append(trained(key, e))
             _value(results[rung][name][-1], measure)
         if jax.process_index():
             return {}
@@ -202,14 +209,16 @@ def _planned(
     """The variants' experiments, with steps set so that tokens or time equal those of the first. `rung` names the depth
     of a ladder."""
     planned = {name: load(flags) for name, flags in variants.items()}
-    speeds = dict.fromkeys(variants, 1.0)
+    first, speeds = next(iter(variants)), dict.fromkeys(variants, 1.0)
     if equal == "time":
         if any(e.rl is not None or not e.steps for e in planned.values()):
             raise UserError("--equal=time needs a fixed number of steps: give --steps; stage rl is not supported")
         for name, e in planned.items():  # A variant that diverges in the trial is given the speed of the first.
             trial = dataclasses.replace(e, steps=TIMED_STEPS, eval_every=0, eval_rows=1)
-            speeds[name] = trained(f"speed/{name}{rung}", trial).get("tokens_per_second") or next(iter(speeds.values()))
-    first = next(iter(variants))
+            found = trained(f"speed/{name}{rung}", trial)
+            if name == first and "diverged" in found:
+                raise UserError(f"--equal=time needs the speed of {first!r}, which diverged: {found['diverged']}")
+            speeds[name] = found.get("tokens_per_second") or speeds[first]
     seconds = planned[first].steps * planned[first].batch_tokens / speeds[first]
     for name, e in planned.items():
         steps = max(1, round(seconds * speeds[name] / e.batch_tokens))
@@ -226,9 +235,7 @@ def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
         UserError: the run's directory belongs to another experiment.
         Interrupted: a signal came.
     """
-    e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=(), keep_params=0)
-    resumable = RESUMABLE if e.steps == 0 else tuple(field for field in RESUMABLE if field != "steps")
-    checkpoint.check_same(e.stage_directory, inherited(e)[0], resumable)
+    e = _named(key, e)
     results: dict[str, dict[str, Any]] = processes.gather(read_json(place / RESULTS) or {})[0]
     if key in results and (e.stage_directory / checkpoint.EXPERIMENT).is_file():
         return results[key]
@@ -246,6 +253,15 @@ def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
     return results[key]
 
 
+def _named(key: str, e: Experiment) -> Experiment:
+    """The experiment of a run in its own directory; raises `UserError` if that belongs to another experiment."""
+    e = dataclasses.replace(e, name=f"{e.name}/{key}", prompts=(), keep_params=0)
+    fixed = [field for field in MEASURED if field != "steps" or e.steps]
+    resumable = tuple(field for field in RESUMABLE if field not in fixed)
+    checkpoint.check_same(e.stage_directory, inherited(e)[0], resumable)
+    return e
+
+
 def _value(result: Mapping[str, Any], measure: str) -> float | None:
     """The measure of a run, None if it diverged; raises `UserError` if the result has no such number."""
     if "diverged" in result:
@@ -260,11 +276,12 @@ def _run_facts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Steps, tokens, median speed and unstable steps of a variant, and why it diverged if it did."""
     speeds = [run["tokens_per_second"] for run in results if run.get("tokens_per_second")]
     finished: Mapping[str, Any] = next((run for run in results if "step" in run), {})
+    unstable = [run["unstable_steps"] for run in results if "unstable_steps" in run]  # Not known of diverged runs.
     return {
         "steps": finished.get("step"),
         "tokens": finished.get("tokens"),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
-        "unstable_steps": sum(run.get("unstable_steps", 0) for run in results),
+        "unstable_steps": sum(unstable) if unstable else None,
         "diverged": next((run["diverged"] for run in results if "diverged" in run), None),
     }
 

@@ -121,6 +121,7 @@ def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_p
     rows = found["variants"]
     assert {row["tokens"] for row in rows.values()} == {3840}
     assert rows["mad"]["verdict"] == "diverged with 1 of 2 seeds" and rows["mad"]["values"][1] is None
+    assert rows["mad"]["unstable_steps"] is None  # Not 0: it is not known.
     differences = [y - x for x, y in zip(rows["base"]["values"], rows["half"]["values"])]
     assert rows["half"]["difference"] == pytest.approx(statistics.fmean(differences))
     again = launch.compare.main(flags(tmp_path, *variants))
@@ -129,17 +130,21 @@ def test_a_comparison_is_resumed_keeps_tokens_equal_and_reports_divergence(tmp_p
     assert "| better | 12 | 3,840 |" in report and "- half: `--batch_tokens=320`" in report
     assert "- mad diverged: 10 steps in a row were not finite" in report and "![curves of the variants]" in report
     assert json.loads((tmp_path / "runs/compare/compare.json").read_text())["half/seed0"]["tokens"] == 3840
-    # The same names with other flags are another comparison.
+    # The same names with other flags are another comparison, also where a run could be resumed with them.
     with pytest.raises(UserError, match="holds another experiment: optimizer"):
-        launch.compare.main(flags(tmp_path, "base:", "half:"))
+        launch.compare.main(flags(tmp_path, "base:", "new:", "half:"))
+    with pytest.raises(UserError, match="holds another experiment: micro_rows was 2 and is now 1"):
+        launch.compare.main(flags(tmp_path, "base: --micro_rows=1", "half: --batch_tokens=320"))
+    assert len(ran) == 7  # Before anything is trained.
     # A run whose directory was removed, as that message says, is trained again.
     shutil.rmtree(tmp_path / "runs/compare/half/seed0")
     shutil.rmtree(tmp_path / "runs/compare/half/seed1")
     assert launch.compare.main([*flags(tmp_path, "base:", "half: --steps=2")])["variants"]["half"]["steps"] == 2
     assert ran[7:] == ["half 0 2", "half 1 2"]
-    (tmp_path / "runs/compare/compare.json").write_text("{")
-    with pytest.raises(UserError, match=r"compare\.json cannot be read"):
-        launch.compare.main(flags(tmp_path, *variants))
+    for text in ("{", "[]"):
+        (tmp_path / "runs/compare/compare.json").write_text(text)
+        with pytest.raises(UserError, match=r"compare\.json cannot be read"):
+            launch.compare.main(flags(tmp_path, *variants))
 
 
 def test_variants_are_really_trained_from_the_same_start(tmp_path):
@@ -171,6 +176,8 @@ def test_equal_time_gives_the_faster_variant_more_steps(tmp_path, monkeypatch):
     assert {name: row["steps"] for name, row in found["variants"].items()} == {"base": 6, "fast": 12, "mad": 6}
     assert launch.compare.main([*flags(tmp_path, *variants), "--equal=time"]) == found
     assert trials == ["base", "fast", "mad"]  # Speeds are kept.
+    with pytest.raises(UserError, match="--equal=time needs the speed of 'mad', which diverged: not finite"):
+        launch.compare.main([*flags(tmp_path / "first", variants[2], variants[0]), "--equal=time"])
     with pytest.raises(UserError, match="--equal=time needs a fixed number of steps"):
         launch.compare.main([*chat_flags(tmp_path, "base:", "low: --optimizer.scale=0.1"), "--equal=time"])
 
