@@ -229,7 +229,7 @@ def _planned(
 
 
 def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
-    """The result of a run, from compare.json if it is finished; {"diverged": reason} if it diverged.
+    """The result of a run, from compare.json if it is finished; with the reason as "diverged" if it diverged.
 
     Raises:
         UserError: the run's directory belongs to another experiment.
@@ -237,13 +237,14 @@ def _trained(place: Path, log: Log, key: str, e: Experiment) -> dict[str, Any]:
     """
     e = _named(key, e)
     results: dict[str, dict[str, Any]] = processes.gather(read_json(place / RESULTS) or {})[0]
-    if key in results and (e.stage_directory / checkpoint.EXPERIMENT).is_file():
+    of_this_stage = key in results and results[key].get("stage", e.stage) == e.stage  # They share the key.
+    if of_this_stage and (e.stage_directory / checkpoint.EXPERIMENT).is_file():
         return results[key]
     log(f"== {key}")
     try:
         results[key] = stages.run(e)
     except Diverged as error:
-        results[key] = {"diverged": str(error)}
+        results[key] = {"stage": e.stage, "diverged": str(error)}
     finally:
         jax.clear_caches()  # Otherwise the compiled programs of all runs stay in memory.
     if jax.process_index() == 0:

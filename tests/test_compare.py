@@ -201,6 +201,20 @@ def test_a_later_stage_is_resumed_with_what_it_took_from_the_checkpoint(tmp_path
     assert launch.compare.main(argv) == first and len(ran) == 4
 
 
+def test_a_later_stage_under_the_same_names_is_not_taken_for_the_first(tmp_path, monkeypatch):
+    def run(e):
+        checkpoint.write_experiment(e.stage_directory, e)
+        if e.stage == "sft" and e.seed:
+            raise Diverged("not finite")
+        return {"stage": e.stage, "step": 6, "tokens": 9, "val_bpb": {"pretrain": 1.0, "sft": 2.0}[e.stage]}
+
+    monkeypatch.setattr(stages, "run", run)
+    monkeypatch.setattr(comparison, "inherited", lambda e: (e, None))
+    base, sft = (make(tmp_path, "base:", "low: --optimizer.scale=0.1") for make in (flags, chat_flags))
+    for argv, values in ((base, [1.0, 1.0]), (sft, [2.0, None]), (base, [1.0, 1.0])):
+        assert launch.compare.main(argv)["variants"]["low"]["values"] == values
+
+
 @pytest.mark.parametrize(
     "variants, match",
     [
