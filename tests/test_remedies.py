@@ -206,6 +206,8 @@ ELSEWHERE = {
         "name what to look at: --checkpoint with --text or --prompt, or --run with --step",
         "--step={} must be at least 1: name a step of metrics.jsonl",
         "give --text, a text to look into, or --prompt, to look into the model",
+        "--step is a step of --run: to look at a text with a checkpoint, set --checkpoint={}",
+        "for a text of your own, give --checkpoint instead",
     ),
     "test_inspect_steps.py::test_what_cannot_be_looked_at_is_refused_in_a_sentence": (
         "step {} is {} steps from {}: allow it with --replay={}",
@@ -216,6 +218,7 @@ ELSEWHERE = {
         "port {} is in use: choose another with --port, or 0 for any free one",
         "but the limit is {}: set --model_bytes={} or more",
     ),
+    "test_serve_faults.py::test_a_full_queue_and_a_rate_answer_429": ("answers are asked for, but this server takes",),
     "test_serve_faults.py::test_without_the_key_only_health_answers": ("may not open a WebSocket",),
     "test_prepare.py::test_a_run_without_documents_names_the_option": ("no documents to train on: set --data.train",),
     "test_advice.py::test_shares_for_other_data_name_both_remedies": (
@@ -278,6 +281,7 @@ ELSEWHERE = {
     "test_command_line.py::test_documents_that_changed_under_a_run_are_not_what_it_was_trained_on": (
         "are not those that {} was trained on",
     ),
+    "test_compare.py::test_equal_time_gives_the_faster_variant_more_steps": ("--equal=time needs the speed of {}",),
     "test_compare.py::test_a_measure_that_the_stage_does_not_have_is_refused": (
         "is not a number of this stage's result",
     ),
