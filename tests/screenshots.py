@@ -5,6 +5,7 @@ Needs the extras serve and dev, and chromium. A picture is a row of `PICTURES`.
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,15 @@ def main(run: str, directory: str) -> None:
             line = next((line for line in server.stderr if line.startswith("http://")), "")
             if not line:
                 sys.exit(f"launch.serve does not serve {run}")
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # A full pipe would stop the server.
             browser = driver.chromium.launch(executable_path=program(), args=["--no-sandbox"])
             for name in PICTURES:
-                for _ in range(2):  # The second time everything is compiled, so that the speed shown is the usual one.
+                for _ in range(3):  # The third time everything is compiled, so that the speed shown is the usual one.
                     draw(browser, line.split()[0], name, Path(directory))
             browser.close()
         finally:
             server.terminate()
-            server.communicate()  # It ends with a line on standard error, which must be read.
+            server.wait()
 
 
 if __name__ == "__main__":
