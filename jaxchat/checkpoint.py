@@ -90,7 +90,7 @@ class Checkpoints:
         """Writes what `save` does, but waits, and takes the memory of one array where `save` takes that of all."""
         from orbax.checkpoint.experimental import v1
 
-        whole, context = self.directory.parent / "params", v1.Context()
+        whole, context = self.directory.parent.absolute() / "params", v1.Context()
         context.array.saving.storage_options.chunk_byte_size = CHUNK
         with self._writing():
             sums = {"params": integrity.checksums(state.params)}

@@ -342,3 +342,17 @@ def test_files_of_a_user_without_a_name_are_read_and_written(copy, monkeypatch, 
 
     status, real = epath.Path(copy).stat(), copy.stat()
     assert (status.is_directory, status.mtime, status.mode) == (True, int(real.st_mtime), real.st_mode)
+
+
+def test_arrays_written_one_at_a_time_are_read_as_those_of_a_save(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Orbax wants absolute paths.
+    written = state(3)
+    for name in ("save", "save_by_array"):
+        checkpoints = Checkpoints(name, keep=1)
+        getattr(checkpoints, name)(0, written, {"tokens": 1})
+        checkpoints.close()
+        found = Checkpoints(name, keep=1)
+        number, read_back, facts = found.restore(abstract(), print)
+        assert number == 0 and facts == {"tokens": 1}
+        same(read_back, written)
+        found.close()
