@@ -35,9 +35,8 @@ def look_at_step(run: Path, step: int, *, most: int, log: Log) -> dict[str, Any]
 
     `run` is a stage directory. Steps are numbered from 1, as in metrics.jsonl. `replayed` lists every step that was
     computed, with its loss and gradient norm, the recorded ones, and whether they are equal bit for bit; `changed`
-    names what differs from then in mesh, device, processors and versions, and is None if the checkpoint does not record
-    them, as those of early versions. The losses by token are those of the
-    parameters before the step, without dropout, in nats.
+    names what differs from then in mesh, device, processors and versions, and is None for checkpoints of old versions,
+    which do not record them. The losses by token are those of the parameters before the step, without dropout, in nats.
 
     Raises:
         UserError: the stage has no rows or no such step, or more than `most` steps would have to be computed.
